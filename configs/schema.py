@@ -1,0 +1,196 @@
+"""Typed, frozen, validated settings: what a run is, in one tree.
+
+Every key has one meaning and one place. Unknown keys, wrong types and impossible values are refused at
+construction, naming the dotted key (`configs.load` turns them into one line). Nothing here imports torch.
+"Row n" refers to the table of places where the paper and its published code differ; the presets `paper` and
+`published-code` differ in those settings and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSettings(Section):
+    """Which shards are read."""
+
+    uri: str = "data/omniglot"
+    """Prefix (path) that holds `dataset.json`."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    reader: Literal["auto", "memory", "mmap"] = "auto"
+    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits."""
+    memory_limit_mb: Positive = 4096
+    """Largest split (MiB, decoded) that `auto` keeps in memory."""
+
+
+class ModelSettings(Section):
+    """The network q(z|x, D) and p(x|z): Tables 3 and 4."""
+
+    latent: Positive = 64
+    """D, the latent size."""
+    channels: Positive = 64
+    """Channels of each Conv4 block and of the decoder."""
+    width: Positive = 256
+    """d_model = d_ff of the set attention."""
+    heads: Positive = 4
+    layers: NonNegative = 2
+    """Set-attention layers; 0 removes the set from the posterior ("Set" in Table 2, left)."""
+    attention_scale: Literal["head", "model"] = "head"
+    """Row 2: 1/sqrt(width/heads), or 1/sqrt(width)."""
+    attention_block: Literal["transformer", "set-attention"] = "transformer"
+    """Row 3: TransformerEncoder without LayerNorm, or residual on the projected query with x + act(Wx)."""
+    attention_activation: Literal["elu", "relu"] = "elu"
+    """Row 4."""
+    posterior: Literal["isotropic", "diagonal"] = "diagonal"
+    """Row 12: one variance per point, or one per latent dimension."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class AdaptSettings(Section):
+    """Meta-test: semi-supervised EM over support and query (Eq. 10) and the final posterior (Eq. 11)."""
+
+    e_step: Literal["diagonal", "identity"] = "diagonal"
+    """Row 1: sigma_k^2 in every E-step as in Eq. 10, or the identity in all of them."""
+    final_covariance: Literal["diagonal", "identity"] = "diagonal"
+    """Covariance in the final posterior; `identity` with e_step `identity` is the ablation without sigma^2."""
+    iterations: Positive = 10
+    samples: Positive = 32
+    """N Monte Carlo samples of each point's posterior."""
+
+
+class TrainSettings(Section):
+    """Meta-training by Eq. 9 with EM (Eq. 7) inside."""
+
+    seed: NonNegative = 0
+    steps: NonNegative = 60_000
+    batch: Positive = 4
+    """B, episodes per step over all workers."""
+    set_size: Positive = 200
+    """M, points per episode."""
+    samples: Positive = 32
+    """N, Monte Carlo samples per point, all used by EM and the KL term."""
+    decode_samples: Positive = 1
+    """R <= N, samples that are decoded; the expectation of the objective does not depend on it."""
+    components: Positive = 5
+    """K."""
+    em_iterations: Positive = 10
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    """Row 8: Adam's coupled form."""
+    objective_scale: Literal["sum", "mean"] = "sum"
+    """Row 11: sum or mean over the M points of an episode."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the networks; EM and the densities are float32 always."""
+    channels_last: bool = True
+    compile: bool = False
+    freeze_encoder: bool = False
+    """Keep the warmed-up encoder as it is during meta-training."""
+    selection: Literal["last", "best"] = "last"
+    """Row 13: the last model, or the best validation accuracy per shot."""
+    checkpoint_every: Positive = 500
+    log_every: Positive = 20
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.decode_samples > self.samples:
+            raise ValueError(f"decode_samples ({self.decode_samples}) exceeds samples ({self.samples})")
+        if self.components > self.set_size:
+            raise ValueError(f"components K ({self.components}) exceeds set_size M ({self.set_size})")
+        return self
+
+
+class WarmupSettings(Section):
+    """Contrastive warm-up of the encoder (NT-Xent, Chen et al. 2020) before meta-training; 0 steps: none."""
+
+    steps: NonNegative = 0
+    batch: Annotated[int, Field(ge=2)] = 256
+    """Images per step over all workers; each gives two views."""
+    temperature: PositiveFloat = 0.2
+    learning_rate: PositiveFloat = 3e-3
+    weight_decay: NonNegativeFloat = 1e-4
+
+
+class ValidationSettings(Section):
+    """Labelled episodes judged during training, on validation classes only."""
+
+    every: NonNegative = 1_000
+    """Steps between validations; 0: never."""
+    episodes: Positive = 200
+    way: Annotated[int, Field(ge=2)] = 5
+    shots: tuple[Positive, ...] = (1, 5)
+    query: Positive = 15
+    seed: NonNegative = 1
+
+
+class RunSettings(Section):
+    """Where it runs."""
+
+    out: str = "runs/omniglot-5way"
+    engine: Literal["local", "ray"] = "local"
+    workers: Positive = 1
+    """Data-parallel workers under Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: NonNegative = 0
+    """Torch threads per worker; 0: torch's own choice (Ray: the CPUs of the worker)."""
+    cpus_per_worker: Positive = 1
+    max_failures: NonNegative = 3
+    """Worker-group restarts that are tried before the run fails."""
+    address: str = ""
+    """Ray cluster to join; empty: RAY_ADDRESS if set, else a cluster on this machine."""
+
+
+class TrackingSettings(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str = ""
+    """Empty: MLFLOW_TRACKING_URI if set, else SQLite in `store`."""
+    store: str = "runs/mlflow"
+    """Folder of the default SQLite store and its artifacts."""
+    experiment: str = "metagmvae"
+    register_as: str = ""
+    """Registered model name; empty: do not register."""
+    alias: str = "champion"
+
+
+class Settings(Section):
+    """One run."""
+
+    name: str = "run"
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    adapt: AdaptSettings = AdaptSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    train: TrainSettings = TrainSettings()
+    validation: ValidationSettings = ValidationSettings()
+    run: RunSettings = RunSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _workers_divide_batches(self) -> Self:
+        for key, batch in (("train.batch", self.train.batch), ("warmup.batch", self.warmup.batch)):
+            if self.run.engine == "ray" and batch % self.run.workers:
+                raise ValueError(f"{key} ({batch}) must be a multiple of run.workers ({self.run.workers})")
+        return self

@@ -1,0 +1,55 @@
+"""Plain types that cross a boundary between stages.
+
+Notation: B episodes per step, M points per episode, K ways, S shots, Q queries per class, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """The data or the request about it is wrong: one line that names what, where and the remedy."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One source image, decoded on demand."""
+
+    key: str
+    """Unique within the source, stable between machines: a path inside the source, plus its variant."""
+    class_name: str
+    """Empty where the source has no classes."""
+    load: Callable[[], np.ndarray]
+    """Decode to uint8, (C, H, W), at the size that the data set asks for."""
+
+
+@dataclass(frozen=True)
+class SetBatch:
+    """Unlabelled sets for one training step on one rank."""
+
+    images: np.ndarray
+    """uint8, (b, M, C, H, W), b = B / world size."""
+    episodes: np.ndarray
+    """int64, (b,): global episode indices; all randomness of the step derives from them."""
+    step: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One labelled K-way S-shot episode as row numbers of a split."""
+
+    index: int
+    classes: np.ndarray
+    """int64, (K,): class ids; label k is classes[k]."""
+    support: np.ndarray
+    """int64, (K, S) rows."""
+    query: np.ndarray
+    """int64, (K, Q) rows."""
+
+
+MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Sequence[object]]
+"""Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.ray_map`)."""
