@@ -1,0 +1,69 @@
+"""The model: q(z | x, D) with a set encoder on Conv4 features, and p(x | z) (Lee et al., ICLR 2021, section 3.2).
+
+Notation: B sets, M points, n images, F features, D latent size, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from training.networks import ConvDecoder, ConvEncoder
+from training.set_attention import SetAttention
+
+
+class MetaGMVAE(nn.Module):
+    """Set-conditioned VAE. It knows no prior: the mixture is fitted to each episode outside of it."""
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        *,
+        latent: int = 64,
+        channels: int = 64,
+        width: int = 256,
+        heads: int = 4,
+        layers: int = 2,
+        attention_scale: Literal["head", "model"] = "head",
+        attention_block: Literal["transformer", "set-attention"] = "transformer",
+        attention_activation: Literal["elu", "relu"] = "elu",
+        posterior: Literal["isotropic", "diagonal"] = "diagonal",
+    ) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.latent = latent
+        self.encoder = ConvEncoder(image_shape, channels)
+        features = self.encoder.features
+        # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
+        self.inlet = nn.Identity() if features == width else nn.Linear(features, width)
+        self.attention = SetAttention(
+            width, heads, layers, attention_scale, attention_block, attention_activation
+        )
+        self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
+        self.decoder = ConvDecoder(image_shape, channels, latent, width)
+
+    @staticmethod
+    def scale_images(images: Tensor) -> Tensor:
+        """uint8 (..., C, H, W) -> float32 in [0, 1]."""
+        return images.float() / 255
+
+    def encode_images(self, x: Tensor) -> Tensor:
+        """f of Eq. 5, each image by itself: (n, C, H, W) in [0, 1] -> (n, F)."""
+        return self.encoder(x)
+
+    def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each, float32."""
+        hidden = self.head(self.attention(self.inlet(h_BMF))).float()
+        mean_BMD, log_variance = hidden[..., : self.latent], hidden[..., self.latent :]
+        return mean_BMD, log_variance.expand_as(mean_BMD)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """p(x | z): (n, D) -> logits of the Bernoulli means, (n, C, H, W)."""
+        return self.decoder(z)
+
+
+def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """Reparameterised samples: (..., D), (..., D), (..., N, D) -> (..., N, D)."""
+    return mean.unsqueeze(-2) + torch.exp(0.5 * log_variance).unsqueeze(-2) * noise

@@ -1,0 +1,82 @@
+"""The Monte Carlo objective of Eq. 3 and 9, under the mixture that EM fits to the very same samples.
+
+Notation: B episodes, M points, N Monte Carlo samples, R <= N decoded samples, K components, D latent size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.mixture import Mixture, mixture_log_prob
+
+
+class Terms(NamedTuple):
+    """Terms of the lower bound of each point, averaged over its samples, in nats: (B, M) each.
+
+    elbo = reconstruction + prior + entropy.
+    """
+
+    reconstruction: Tensor
+    """1/R sum_r log p(x | z^(r))."""
+    prior: Tensor
+    """1/N sum_n log p_psi*(z^(n))."""
+    entropy: Tensor
+    """-1/N sum_n log q(z^(n) | x, D)."""
+
+    @property
+    def elbo(self) -> Tensor:
+        return self.reconstruction + self.prior + self.entropy
+
+
+def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    """log p(x | z) = sum over pixels of x log p + (1 - x) log(1 - p), p = sigmoid(logits): (n, ...) -> (n,)."""
+    return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").flatten(1).sum(dim=1)
+
+
+def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
+    """log N(z; mu, sigma^2) at z = mu + sigma * noise, in terms of the noise: (..., D) -> (...)."""
+    return -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(dim=-1)
+
+
+def lower_bound(
+    x: Tensor,
+    logits: Tensor,
+    z_BMND: Tensor,
+    noise_BMND: Tensor,
+    log_variance_BMD: Tensor,
+    mixture: Mixture,
+) -> Terms:
+    """The bound of Eq. 3 for every point of every episode.
+
+    EM and both densities use all N samples. Only the first R are decoded: the samples of a point are
+    exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R.
+
+    Args:
+        x: images in [0, 1], (B*M, C, H, W).
+        logits: decoded samples, (B*M*R, C, H, W), sample fastest.
+        z_BMND: samples; noise_BMND: the standard normal draws behind them.
+        log_variance_BMD: of q(z | x, D).
+        mixture: psi*, constant for the gradient.
+    """
+    B, M, _, _ = z_BMND.shape
+    decoded = logits.shape[0] // (B * M)
+    target = x if decoded == 1 else x.repeat_interleave(decoded, dim=0)
+    reconstruction = bernoulli_log_prob(target, logits).view(B, M, decoded).mean(dim=2)
+    prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
+    log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)
+    return Terms(reconstruction, prior, -log_q)
+
+
+def objective(terms: Terms, scale: str) -> Tensor:
+    """Eq. 9, to be maximised: mean over episodes of the sum over points, or of their mean (row 11)."""
+    points = terms.elbo
+    return (points.sum(dim=1) if scale == "sum" else points.mean(dim=1)).mean()
+
+
+def finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
