@@ -10,7 +10,7 @@ import torch
 from training.meta_gmvae import MetaGMVAE
 
 Line = dict[str, float | int | str]
-"""One metric line: plain numbers and strings only, equal on all ranks."""
+"""One metric line: plain numbers and strings only."""
 
 State = dict[str, Any]
 """A checkpoint's content: tensors and plain values, loadable with `weights_only`."""
@@ -33,6 +33,6 @@ class Surroundings(Protocol):
         """Take a metric line, and the state where a checkpoint is due.
 
         Called on all ranks equally often, at every `log_every` steps, after every validation and at every
-        checkpoint; `line` is the same on all ranks, `state` is given on rank 0 only (None elsewhere and
+        checkpoint; `line` holds means over ranks (validation on rank 0 only), `state` is given on rank 0 only (None elsewhere and
         between checkpoints). Key `checkpoint` of the line is 1 on all ranks when a checkpoint is due.
         """

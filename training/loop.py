@@ -42,10 +42,15 @@ class Hooks:
 
     state: Callable[[int], State]
     """The checkpoint after a step."""
-    after_step: Callable[[int], Line | None]
-    """Validation: a metric line, or None where none is due."""
+    after_step: Callable[[int], Line]
+    """What to add to the metric line of a step: its place in the run, validation where it is due."""
     log_every: int
     checkpoint_every: int
+    validate_every: int = 0
+    """Steps between validations, each with a metric line; 0: none."""
+
+    def due(self, step: int) -> bool:
+        return any(every and step % every == 0 for every in (self.log_every, self.validate_every))
 
 
 def fit(stage: Stage, hooks: Hooks, surroundings: Surroundings, *, start: int, elapsed: float) -> float:
@@ -66,12 +71,8 @@ def fit(stage: Stage, hooks: Hooks, surroundings: Surroundings, *, start: int, e
             norm = _update(stage, loss, step)
             window.add(loss, terms, norm)
             checkpoint = step % hooks.checkpoint_every == 0 or step == stage.steps
-            if step % hooks.log_every == 0 or checkpoint:
-                line = window.line(step)
-                validation = hooks.after_step(step)
-                if validation:
-                    line |= validation
-                line["checkpoint"] = int(checkpoint)
+            if hooks.due(step) or checkpoint:
+                line = window.line(step) | hooks.after_step(step) | {"checkpoint": int(checkpoint)}
                 due = checkpoint and surroundings.rank == 0
                 window.pause()
                 surroundings.report(line, hooks.state(step) | {"elapsed": window.elapsed} if due else None)

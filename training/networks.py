@@ -58,9 +58,10 @@ class ConvBlock(nn.Module):
             middle = patches.mean(dim=(0, 2))
             centred = (patches - middle[:, None]).transpose(1, 2).flatten(0, 1)
             covariance = centred.T @ centred / count
-        kernel = self.conv.weight.float().flatten(1)
-        mean = kernel @ middle
-        variance = ((kernel @ covariance) * kernel).sum(dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = self.conv.weight.float().flatten(1)
+            mean = kernel @ middle
+            variance = ((kernel @ covariance) * kernel).sum(dim=1)
         with torch.no_grad():
             momentum = norm.momentum or 0.0
             norm.running_mean.lerp_(mean.detach(), momentum)

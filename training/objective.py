@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,6 +76,3 @@ def objective(terms: Terms, scale: str) -> Tensor:
     points = terms.elbo
     return (points.sum(dim=1) if scale == "sum" else points.mean(dim=1)).mean()
 
-
-def finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +124,7 @@ class _Run:
             after_step=lambda step: self._after_step(name, step),
             log_every=self.settings.train.log_every,
             checkpoint_every=self.settings.train.checkpoint_every,
+            validate_every=self.settings.validation.every if name == "meta" and self.validate else 0,
         )
         if start < stage.steps:
             self.elapsed = fit(stage, hooks, self.surroundings, start=start, elapsed=self.elapsed)
@@ -165,8 +165,8 @@ class _Run:
         warm = self.settings.warmup.steps
         line: Line = {"global_step": step if name == "warmup" else warm + step}
         every = self.settings.validation.every
-        due = name == "meta" and every and (step % every == 0 or step == self.settings.train.steps)
-        if not due or self.validate is None:
+        due = every and (step % every == 0 or step == self.settings.train.steps)
+        if name != "meta" or not due or self.validate is None:
             return line
         if self.surroundings.rank == 0:
             self.model.eval()
@@ -208,11 +208,3 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without its functions, which no checkpoint may hold."""
     return {k: v for k, v in state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}
 
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """sha256 over names, shapes and bytes of all parameters and buffers, in order of name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
