@@ -1,4 +1,4 @@
-"""Checkpoints: one file that holds everything a run needs to go on, written atomically, read without pickle code."""
+"""Checkpoints: one file with all that a run needs to go on, written atomically, read without pickled code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from zipfile import BadZipFile
 import torch
 
 VERSION = 1
-KEYS = frozenset(
-    "version settings image_shape data_fingerprint stage step model optimizer schedule rng best elapsed".split()
-)
+POSITION = {"stage", "step", "optimizer", "schedule", "rng", "elapsed"}
+KEYS = POSITION | {"version", "settings", "image_shape", "data_fingerprint", "model", "best"}
 
 
 class CheckpointError(ValueError):

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.networks import at_least_float32
+
 Gather = Callable[[Tensor], Tensor]
-"""Stack equal-sized tensors of all ranks along the first dimension, with gradient; identity in one process."""
+"""Stack equal-sized tensors of all ranks along dimension 0, with gradient; identity in one process."""
 
 
 def nt_xent(
@@ -27,8 +29,8 @@ def nt_xent(
         rank: position of the local views in what `gather` returns.
     """
     count = first.shape[0]
-    first = F.normalize(first.float(), dim=1)
-    second = F.normalize(second.float(), dim=1)
+    first = F.normalize(at_least_float32(first), dim=1)
+    second = F.normalize(at_least_float32(second), dim=1)
     all_first, all_second = gather(first), gather(second)
     everything = torch.cat([all_first, all_second])
     total = all_first.shape[0]

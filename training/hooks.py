@@ -33,6 +33,7 @@ class Surroundings(Protocol):
         """Take a metric line, and the state where a checkpoint is due.
 
         Called on all ranks equally often, at every `log_every` steps, after every validation and at every
-        checkpoint; `line` holds means over ranks (validation on rank 0 only), `state` is given on rank 0 only (None elsewhere and
-        between checkpoints). Key `checkpoint` of the line is 1 on all ranks when a checkpoint is due.
+        checkpoint; `line` holds means over ranks (validation on rank 0 only), `state` is given on rank 0 only
+        (None elsewhere and between checkpoints). Key `checkpoint` of the line is 1 on all ranks when a
+        checkpoint is due.
         """

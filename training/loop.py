@@ -107,10 +107,11 @@ class _Window:
     def __init__(self, stage: Stage, elapsed: float) -> None:
         self.stage = stage
         self.elapsed = elapsed
+        self.since = time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
-        self.since = time.perf_counter()
+        self.pause()
         self.waited_before = getattr(self.stage.stream, "waiting_s", 0.0)
         self.steps = 0
         self.sums: dict[str, Tensor] = {}

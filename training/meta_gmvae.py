@@ -1,4 +1,4 @@
-"""The model: q(z | x, D) with a set encoder on Conv4 features, and p(x | z) (Lee et al., ICLR 2021, section 3.2).
+"""The model: q(z | x, D) with a set encoder on Conv4 features, and p(x | z) (Lee et al. 2021, section 3.2).
 
 Notation: B sets, M points, n images, F features, D latent size, C channels.
 """
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.networks import ConvDecoder, ConvEncoder
+from training.networks import ConvDecoder, ConvEncoder, at_least_float32
 from training.set_attention import SetAttention
 
 
@@ -54,8 +54,8 @@ class MetaGMVAE(nn.Module):
         return self.encoder(x)
 
     def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each, float32."""
-        hidden = self.head(self.attention(self.inlet(h_BMF))).float()
+        """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each."""
+        hidden = at_least_float32(self.head(self.attention(self.inlet(h_BMF))))
         mean_BMD, log_variance = hidden[..., : self.latent], hidden[..., self.latent :]
         return mean_BMD, log_variance.expand_as(mean_BMD)
 

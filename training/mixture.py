@@ -63,7 +63,8 @@ def initial_rows(z_EPD: Tensor, components: int, generators: list[torch.Generato
     points = z_EPD.shape[1]
     rows = []
     for z_PD, generator in zip(z_EPD, generators, strict=True):
-        drawn = torch.randperm(points, generator=generator, device=generator.device)[:components].to(z_PD.device)
+        order = torch.randperm(points, generator=generator, device=generator.device)
+        drawn = order[:components].to(z_PD.device)
         if len(torch.unique(z_PD[drawn], dim=0)) < components:
             drawn = _distinct_rows(z_PD, components, generator)
         rows.append(drawn)

@@ -20,13 +20,19 @@ def pooled_sizes(size: int) -> list[int]:
     return sizes
 
 
+def at_least_float32(t: Tensor) -> Tensor:
+    """Lift half precisions, in which autocast leaves a network's outputs; float32 and float64 stay."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class ConvBlock(nn.Module):
     """conv 3x3, batch normalisation, ReLU, 2x2 max pooling: (n, c, s, s) -> (n, channels, s/2, s/2).
 
     Pooling and ReLU commute, so pooling goes first and ReLU sees a quarter of the values. For a first block
     (1 to 4 input channels) the normalisation is folded into the convolution: the mean and variance of
     its outputs over the batch follow exactly from the mean and covariance of the 3x3 input patches, so the
-    largest map of the network is written once instead of being read for statistics and written again.
+    largest map of the network is written once instead of being read for statistics and written again. The
+    statistics are then constants of the input, so this is done only where no gradient goes to the input.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -36,7 +42,7 @@ class ConvBlock(nn.Module):
         self.fold = inputs <= 4
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._folded(x) if self.fold else self.norm(self.conv(x))
+        x = self._folded(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
         return F.relu(F.max_pool2d(x, 2, ceil_mode=True))
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -53,13 +59,13 @@ class ConvBlock(nn.Module):
         if not norm.training:
             return norm.running_mean, norm.running_var
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            patches = F.unfold(x.float().contiguous(), 3, padding=1)  # (n, 9c, s*s)
+            patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
             count = patches.shape[0] * patches.shape[2]
             middle = patches.mean(dim=(0, 2))
             centred = (patches - middle[:, None]).transpose(1, 2).flatten(0, 1)
             covariance = centred.T @ centred / count
         with torch.autocast(x.device.type, enabled=False):
-            kernel = self.conv.weight.float().flatten(1)
+            kernel = at_least_float32(self.conv.weight).flatten(1)
             mean = kernel @ middle
             variance = ((kernel @ covariance) * kernel).sum(dim=1)
         with torch.no_grad():
@@ -111,9 +117,8 @@ class ConvDecoder(nn.Module):
                 4 if heights[level + 1] == 2 * heights[level] else 3,
                 4 if widths[level + 1] == 2 * widths[level] else 3,
             )
-            layers.append(
-                nn.ConvTranspose2d(channels, outputs if last else channels, kernel, stride=2, padding=1, bias=last)
-            )
+            out = outputs if last else channels
+            layers.append(nn.ConvTranspose2d(channels, out, kernel, stride=2, padding=1, bias=last))
             if not last:
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         self.deconv = nn.Sequential(*layers)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.mixture import Mixture, mixture_log_prob
+from training.networks import at_least_float32
 
 
 class Terms(NamedTuple):
@@ -33,8 +34,9 @@ class Terms(NamedTuple):
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x | z) = sum over pixels of x log p + (1 - x) log(1 - p), p = sigmoid(logits): (n, ...) -> (n,)."""
-    return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").flatten(1).sum(dim=1)
+    """log p(x | z), the sum of x log p + (1 - x) log(1 - p), p = sigmoid(logits): (n, ...) -> (n,)."""
+    loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), x, reduction="none")
+    return -loss.flatten(1).sum(dim=1)
 
 
 def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
@@ -53,7 +55,8 @@ def lower_bound(
     """The bound of Eq. 3 for every point of every episode.
 
     EM and both densities use all N samples. Only the first R are decoded: the samples of a point are
-    exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R.
+    exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R. This holds
+    as far as a sample is decoded by itself: in training mode the decoder normalises over all B*M*R maps.
 
     Args:
         x: images in [0, 1], (B*M, C, H, W).
@@ -75,4 +78,3 @@ def objective(terms: Terms, scale: str) -> Tensor:
     """Eq. 9, to be maximised: mean over episodes of the sum over points, or of their mean (row 11)."""
     points = terms.elbo
     return (points.sum(dim=1) if scale == "sum" else points.mean(dim=1)).mean()
-

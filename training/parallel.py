@@ -59,7 +59,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return torch.cat(pieces)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]

@@ -1,4 +1,4 @@
-"""A whole training run as one function, the same under every engine: contrastive warm-up, then meta-training."""
+"""A whole training run as one function, the same under every engine: contrastive warm-up, meta-training."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Run:
     def _placed(self, model: MetaGMVAE) -> MetaGMVAE:
         model = model.to(self.surroundings.device)
         if self.settings.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         if self.settings.train.compile:
             model.encoder.compile()
             model.attention.compile()

@@ -11,12 +11,13 @@ Permutation-equivariant in the points of a set. B sets, M points, F = width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"elu": F.elu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "relu": F.relu}
 
 
 class SetAttentionBlock(nn.Module):
@@ -49,8 +50,10 @@ class SetAttentionBlock(nn.Module):
         return x_BMF + self.outer(self.activation(self.inner(x_BMF)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
-        mixed_BHMd = F.scaled_dot_product_attention(*split, scale=self.scale)
+        q_BHMd, k_BHMd, v_BHMd = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)
+        )
+        mixed_BHMd = F.scaled_dot_product_attention(q_BHMd, k_BHMd, v_BHMd, scale=self.scale)
         return mixed_BHMd.transpose(1, 2).flatten(2)
 
 
