@@ -5,7 +5,8 @@ Plain batched functions, used by the objective and by adaptation alike. Lee et a
 Notation: E episodes (fitted side by side), P points (data points times Monte Carlo samples), K components,
 D latent size, T labelled points per class. Everything is float32 or float64 and in log space. A distance
 |z - mu|^2 is never formed as a (P, K, D) tensor: it is expanded into matrix products, on points that are
-shifted to their common mean first, so that the expansion stays accurate however far the points lie out.
+shifted to their common mean first, so that the expansion stays accurate however far the points lie out. (Its
+error is then the rounding of the squared distance between groups: 1e-2 nats in float32 for groups 100 apart.)
 """
 
 from __future__ import annotations
