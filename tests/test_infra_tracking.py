@@ -1,0 +1,394 @@
+"""The mirror of a run folder in MLflow: whole, once, in spite of interruptions."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlflow_template
+import pytest
+
+from configs.schema import Settings, TrackingSettings
+from infra import tracking_mirror
+from infra.mlflow_store import TrackingError, connect, shown, store_uri
+from infra.system_metrics import SystemSampler, gpu_values
+from infra.tracking import Tracker, mirror, track
+from infra.tracking_cursor import locked, read_status, write_status
+from infra.tracking_lines import flatten, tags, unsent_chunks
+from pipelines.records import DataError
+
+STARTED_MS = 1_700_000_000_000
+VALUES = {"loss": 5.0, "elbo": -5.0, "images_per_s": 100.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_uri_from_outside(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return mlflow_template.new_store(tmp_path / "store")
+
+
+def line(step: int, stage: str = "meta", steps: int = 200) -> str:
+    place = {"stage": stage, "step": step, "steps": steps, "global_step": step, "checkpoint": 0}
+    return json.dumps({**place, **VALUES, "loss": 1000.0 - step, "elapsed_s": 0.5 * step}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as `metagmvae train` leaves it."""
+    folder = tmp_path / "runs" / "five way"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(Settings(name="run").model_dump_json())
+    record = {"command": "metagmvae train x", "commit": "c0ffee", "data_fingerprint": "d" * 64, "cpus": 2}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(line(step) for step in range(1, 201)))
+    (folder / "checkpoint.pt").write_bytes(b"weights")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "curves.png").write_bytes(b"picture")
+    (folder / "ray" / "checkpoint_000001").mkdir(parents=True)
+    (folder / "ray" / "checkpoint_000001" / "state.pt").write_bytes(b"engine's own")
+    status = {"status": "FINISHED", "started_ms": STARTED_MS, "ended_ms": STARTED_MS + 100_000}
+    (folder / "status.json").write_text(json.dumps({**status, "owner": {"pid": 1, "host": "elsewhere"}}))
+    return folder
+
+
+def history(tracking: TrackingSettings, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    points = connect(tracking).client.get_metric_history(run_id, key)
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+def test_everything_of_a_run_arrives(run, store):
+    report = mirror(run, store)
+    client = connect(store).client
+    sent = client.get_run(report.run_id)
+    assert (report.metrics, report.status) == (200 * 4, "FINISHED")  # loss, elbo, images_per_s, elapsed_s
+    assert history(store, report.run_id, "loss") == [
+        (step, 1000.0 - step, STARTED_MS + 500 * step) for step in range(1, 201)
+    ]
+    assert set(sent.data.metrics) == {*VALUES, "elapsed_s"}
+    assert sent.data.params["train.batch"] == "4"
+    assert sent.data.params["validation.shots"] == "[1, 5]"
+    assert not any(key.startswith(("run.", "tracking.")) for key in sent.data.params)
+    assert sent.data.tags["run.engine"] == sent.data.tags["engine"] == "local"
+    assert sent.data.tags["data_fingerprint"] == "d" * 64
+    assert sent.data.tags["mlflow.source.git.commit"] == "c0ffee"
+    assert (sent.info.status, sent.info.start_time) == ("FINISHED", STARTED_MS)
+    assert sent.info.end_time == STARTED_MS + 100_000
+    assert sent.info.run_name == "five way"
+    files = {item.path for item in client.list_artifacts(report.run_id)}
+    assert files == {"settings.json", "run.json", "metrics.jsonl", "checkpoint.pt", "figures"}
+    assert [item.path for item in client.list_artifacts(report.run_id, "figures")] == ["figures/curves.png"]
+
+
+def test_a_second_mirror_sends_nothing(run, store):
+    first = mirror(run, store)
+    second = mirror(run, store)
+    assert (second.run_id, second.metrics, second.artifacts) == (first.run_id, 0, [])
+    assert len(history(store, first.run_id, "loss")) == 200
+
+
+def test_a_batch_that_is_sent_twice_is_there_once(run, store):
+    """As after a crash between the store's acceptance and the cursor: the cursor knows of nothing."""
+    first = mirror(run, store)
+    cursor = json.loads((run / "tracking.json").read_text())
+    entry = cursor["stores"][store_uri(store)]
+    cursor["stores"][store_uri(store)] = {**entry, "run_id": None, "lines": {}, "artifacts": {}}
+    (run / "tracking.json").write_text(json.dumps(cursor))
+    second = mirror(run, store)
+    assert second.run_id == first.run_id
+    assert second.metrics == first.metrics
+    assert len(history(store, first.run_id, "loss")) == 200
+    assert len(connect(store).client.search_runs(["1"])) == 1
+
+
+def test_an_interrupted_mirror_is_completed_later(run, store, monkeypatch):
+    """The store goes away after two batches; what it accepted is noted, and only the rest is sent again."""
+    monkeypatch.setattr(tracking_mirror, "METRICS_PER_BATCH", 100)
+    client = connect(store).client
+    accepted = []
+    real = type(client).log_batch
+
+    def failing(self, run_id, metrics=(), params=(), tags=()):
+        if metrics:
+            if len(accepted) == 2:
+                raise ConnectionError("gone")
+            accepted.append(len(metrics))
+        return real(self, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(type(client), "log_batch", failing)
+    with pytest.raises(TrackingError, match="gone"):
+        mirror(run, store)
+    monkeypatch.setattr(type(client), "log_batch", real)
+    cursor = json.loads((run / "tracking.json").read_text())
+    assert cursor["stores"][cursor["uri"]]["lines"]["metrics.jsonl"]["lines"] == 50
+    rest = mirror(run, store)
+    assert rest.metrics == 800 - sum(accepted) == 600
+    assert len(history(store, rest.run_id, "elbo")) == 200
+
+
+def test_a_growing_file_is_sent_by_whole_lines(run):
+    path = run / "metrics.jsonl"
+    path.write_text(line(1) + line(2) + line(3)[:10])
+    (chunk,) = unsent_chunks(path, {}, 0, 1000)
+    assert [point.step for point in chunk.points] == [1] * 4 + [2] * 4
+    assert list(unsent_chunks(path, chunk.position, 0, 1000)) == []
+    path.write_text(line(1) + line(2) + line(3))
+    (rest,) = unsent_chunks(path, chunk.position, 0, 1000)
+    assert {point.step for point in rest.points} == {3}
+    path.write_text(line(1) + line(2, steps=99) + line(3))  # cut back and written again by a resumed run
+    (again,) = unsent_chunks(path, rest.position, 0, 1000)
+    assert {point.step for point in again.points} == {1, 2, 3}
+
+
+def test_chunks_hold_whole_lines_and_keep_to_the_limit(run):
+    chunks = list(unsent_chunks(run / "metrics.jsonl", {}, 0, 10))
+    assert [len(chunk.points) for chunk in chunks] == [8] * 100
+    assert [chunk.position["lines"] for chunk in chunks] == list(range(2, 201, 2))
+    assert chunks[-1].position["bytes"] == (run / "metrics.jsonl").stat().st_size
+
+
+def test_the_warm_up_has_its_own_curves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1, stage="warmup") + line(2))
+    (chunk,) = unsent_chunks(path, {}, 0, 1000)
+    keys = {point.key for point in chunk.points}
+    assert {"warmup/loss", "loss"} <= keys
+
+
+def test_a_broken_line_is_named(run, store):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("{half\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl line 201: not a metric line"):
+        mirror(run, store)
+
+
+def test_flatten_and_secrets():
+    assert flatten({"a": {"b": [1, 2], "c": "x"}, "d": None, "e": True}) == {
+        "a.b": "[1, 2]",
+        "a.c": "x",
+        "e": "true",
+    }
+    assert shown("http://me:secret@host:5000") == "http://host:5000"
+    settings = {"tracking": {"uri": "http://me:secret@host"}, "run": {"engine": "ray"}}
+    assert "secret" not in json.dumps(tags(settings, {}))
+
+
+def test_relative_stores_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert store_uri(TrackingSettings()) == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
+    assert store_uri(TrackingSettings(uri="sqlite:///x.db")) == f"sqlite:///{tmp_path}/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-outside:5000")
+    assert store_uri(TrackingSettings()) == "http://from-outside:5000"
+    assert store_uri(TrackingSettings(uri="http://set:5000")) == "http://set:5000"
+
+
+def test_a_run_is_resumed_in_the_same_mlflow_run(run, store):
+    first = mirror(run, store)
+    write_status(run, "RUNNING")
+    settings = Settings.model_validate_json((run / "settings.json").read_text())
+    workers = settings.model_copy(update={"run": settings.run.model_copy(update={"workers": 4})})
+    (run / "settings.json").write_text(workers.model_dump_json())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line(201, steps=201))
+    second = mirror(run, store)
+    going = connect(store).client.get_run(second.run_id)
+    assert (second.run_id, second.metrics) == (first.run_id, 4)
+    assert going.info.status == "RUNNING"
+    assert going.data.tags["run.workers"] == "4"
+    write_status(run, "FAILED")
+    mirror(run, store)
+    ended = connect(store).client.get_run(second.run_id).info
+    assert (ended.status, ended.start_time) == ("FAILED", STARTED_MS)
+
+
+def test_a_run_deleted_on_the_server_is_not_sent_again_unasked(run, store):
+    report = mirror(run, store)
+    connect(store).client.delete_run(report.run_id)
+    with pytest.raises(TrackingError, match=r"was deleted there; restore it, or delete .*tracking\.json"):
+        mirror(run, store)
+
+
+def test_status_of_runs_that_ended_without_saying_so(run, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    status = json.loads((run / "status.json").read_text())
+    owner = {"pid": gone.pid, "host": socket.gethostname()}
+    (run / "status.json").write_text(json.dumps({**status, "status": "RUNNING", "owner": owner}))
+    assert read_status(run)[0] == "KILLED"
+    (run / "status.json").unlink()  # tracking was off during training
+    assert read_status(run)[0] == "FINISHED"
+    (run / "metrics.jsonl").write_text(line(10))
+    assert read_status(run)[0] == "KILLED"
+
+
+def test_two_mirrors_at_once_are_refused(run, store):
+    with locked(run), pytest.raises(TrackingError, match="being sent to MLflow just now"):
+        mirror(run, store)
+
+
+def test_not_a_run_folder(tmp_path, store):
+    with pytest.raises(DataError, match=r"not a run folder \(no settings\.json\)"):
+        mirror(tmp_path, store)
+    with pytest.raises(DataError, match="not a run folder"):
+        track(tmp_path)
+
+
+def test_a_store_folder_that_cannot_be_made(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match=r"tracking\.store"):
+        mirror(run, TrackingSettings(store=str(tmp_path / "file" / "store")))
+
+
+def test_system_metrics(tmp_path):
+    (tmp_path / "stat").write_text("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 750 kB\n")
+    sampler = SystemSampler(tmp_path)
+    sampler.smi = None
+    (tmp_path / "stat").write_text("cpu  150 0 125 900 125 0 0 0 0 0\ncpu0 1\n")
+    sample = sampler.sample()
+    assert sample["system/cpu_utilization_percentage"] == pytest.approx(100 * 75 / 300)
+    assert sample["system/system_memory_usage_percentage"] == pytest.approx(25)
+    assert sample["system/system_memory_usage_megabytes"] == pytest.approx(0.256)
+    assert gpu_values("0, 55, 1000, 4000, 80.5\n1, [N/A], 0, 4000, [N/A]\n") == {
+        "system/gpu_0_utilization_percentage": 55,
+        "system/gpu_0_memory_usage_megabytes": pytest.approx(1048.576),
+        "system/gpu_0_memory_usage_percentage": 25,
+        "system/gpu_0_power_usage_watts": 80.5,
+        "system/gpu_1_memory_usage_megabytes": 0,
+        "system/gpu_1_memory_usage_percentage": 0,
+    }
+
+
+def new_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(Settings().model_dump_json())
+    return folder
+
+
+def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store):
+    run = new_run(tmp_path / "run")
+    with Tracker(run, store, interval_s=0.05):
+        for step in range(1, 4):
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(line(step, steps=3))
+        while (
+            not (run / "tracking.json").exists() or "metrics.jsonl" not in (run / "tracking.json").read_text()
+        ):
+            time.sleep(0.02)  # until it was sent, while the block still runs
+        (run / "checkpoint.pt").write_bytes(b"last")
+    cursor = json.loads((run / "tracking.json").read_text())
+    sent = connect(store).client.get_run(cursor["run_id"])
+    assert sent.info.status == "FINISHED"
+    assert len(history(store, cursor["run_id"], "loss")) == 3
+    assert sent.data.metrics["system/system_memory_usage_percentage"] > 0
+    assert "checkpoint.pt" in cursor["stores"][cursor["uri"]]["artifacts"]
+    assert not any(thread.name == "mlflow-mirror" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("loss"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_how_a_run_ended(tmp_path, store, error, status):
+    run = new_run(tmp_path / "run")
+    with pytest.raises(type(error)), Tracker(run, store):
+        raise error
+    cursor = json.loads((run / "tracking.json").read_text())
+    assert connect(store).client.get_run(cursor["run_id"]).info.status == status
+
+
+def test_tracking_that_is_off_leaves_only_the_status(tmp_path, store):
+    run = new_run(tmp_path / "run")
+    with Tracker(run, store.model_copy(update={"enabled": False})):
+        pass
+    assert {path.name for path in run.iterdir()} == {"settings.json", "status.json"}
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, store, capfd):
+    run = new_run(tmp_path / "run")
+    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
+    tracker = Tracker(run, TrackingSettings(uri=uri), interval_s=0.02).start()
+    while not tracker._said:
+        time.sleep(0.02)
+    (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
+    (run / "checkpoint.pt").write_bytes(b"last")
+    tracker.close()
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"MLflow at {shown(uri)}: not reachable (Connection refused); training goes on" in said[0]
+    assert f"metagmvae track {run}" in said[0]
+    assert "secret" not in said[0] + (run / "tracking.json").read_text()
+    report = mirror(run, store)
+    assert (report.status, len(history(store, report.run_id, "loss"))) == ("FINISHED", 2)
+    assert "checkpoint.pt" in report.artifacts
+
+
+def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path, monkeypatch, capfd):
+    """The port accepts and is silent: the wait at the end is bounded, the thread keeps no process."""
+    monkeypatch.setattr("infra.tracking.PATIENCE_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        tracker = Tracker(
+            new_run(tmp_path / "run"), TrackingSettings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        ).start()
+        thread = tracker._thread
+        tracker.close()
+        assert thread.is_alive()
+        assert thread.daemon
+        assert "slow, not all of the run is there yet" in capfd.readouterr().err
+        assert read_status(tmp_path / "run")[0] == "FINISHED"
+        thread.join()
+
+
+def test_a_server_that_comes_up_later_gets_the_run(tmp_path, run, capfd):
+    """A real `mlflow server`, down at first: the run stays unsent, and is sent whole once it is up."""
+    port = closed_port()
+    tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
+    with pytest.raises(TrackingError, match=str(port)):
+        mirror(run, tracking)
+    mlflow_template.new_store(tmp_path / "server")
+    place = ["--backend-store-uri", f"sqlite:///{tmp_path}/server/mlflow.db", "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", "server", *place, "--workers", "1"]
+    command += ["--artifacts-destination", str(tmp_path / "server" / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        _wait_for(port, server)
+        report = mirror(run, tracking)
+        assert (report.metrics, mirror(run, tracking).metrics) == (800, 0)
+        client = connect(tracking).client
+        assert len(client.get_metric_history(report.run_id, "loss")) == 200
+        assert client.get_run(report.run_id).info.status == "FINISHED"
+        assert "checkpoint.pt" in {item.path for item in client.list_artifacts(report.run_id)}
+        assert capfd.readouterr().out == ""
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+        server.wait()
+
+
+def _wait_for(port: int, server: subprocess.Popen) -> None:
+    while server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the server ended")
