@@ -40,6 +40,9 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """The network q(z|x, D) and p(x|z): Tables 3 and 4."""
 
+    reconstruct: Literal["pixels", "features"] = "pixels"
+    """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen, warmed-up encoder
+    (Gaussian with calibrated variance; "Visual feature reconstruction", section 3.2, Table 8)."""
     latent: Positive = 64
     """D, the latent size."""
     channels: Positive = 64
@@ -71,7 +74,7 @@ class AdaptSettings(Section):
     e_step: Literal["diagonal", "identity"] = "diagonal"
     """Row 1: sigma_k^2 in every E-step as in Eq. 10, or the identity in all of them."""
     final_covariance: Literal["diagonal", "identity"] = "diagonal"
-    """Covariance in the final posterior; `identity` with e_step `identity` is the ablation without sigma^2."""
+    """Covariance in the final posterior; `identity` here and in `e_step` is the ablation without sigma^2."""
     iterations: Positive = 10
     samples: Positive = 32
     """N Monte Carlo samples of each point's posterior."""
@@ -105,8 +108,6 @@ class TrainSettings(Section):
     """Autocast of the networks; EM and the densities are float32 always."""
     channels_last: bool = True
     compile: bool = False
-    freeze_encoder: bool = False
-    """Keep the warmed-up encoder as it is during meta-training."""
     selection: Literal["last", "best"] = "last"
     """Row 13: the last model, or the best validation accuracy per shot."""
     checkpoint_every: Positive = 500
@@ -187,6 +188,14 @@ class Settings(Section):
     validation: ValidationSettings = ValidationSettings()
     run: RunSettings = RunSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _features_need_a_warm_encoder(self) -> Self:
+        if self.model.reconstruct == "features" and not self.warmup.steps:
+            raise ValueError(
+                'model.reconstruct ("features") needs an encoder that was warmed up: set warmup.steps above 0'
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_divide_batches(self) -> Self:

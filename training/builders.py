@@ -18,6 +18,7 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
         torch.manual_seed(seed)
         return MetaGMVAE(
             image_shape,
+            reconstruct=settings.reconstruct,
             latent=settings.latent,
             channels=settings.channels,
             width=settings.width,

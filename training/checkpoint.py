@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +17,18 @@ import torch
 VERSION = 1
 POSITION = {"stage", "step", "optimizer", "schedule", "rng", "elapsed"}
 KEYS = POSITION | {"version", "settings", "image_shape", "data_fingerprint", "model", "best"}
+
+
+READ_ERRORS = (
+    RuntimeError,
+    UnpicklingError,
+    BadZipFile,
+    zlib.error,
+    EOFError,
+    LookupError,
+    ValueError,
+    OSError,
+)
 
 
 class CheckpointError(ValueError):
@@ -51,8 +65,13 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; name one that `metagmvae train` wrote")
     try:
+        # torch does not check the sums that it writes: a flipped bit would come back as another weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, BadZipFile, EOFError, KeyError, ValueError, OSError) as error:
+    except READ_ERRORS as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({reason}); it is truncated or was not written by metagmvae"

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.networks import ConvDecoder, ConvEncoder, at_least_float32
+from training.networks import ConvDecoder, ConvEncoder, FeatureDecoder, FeatureScale, at_least_float32
 from training.set_attention import SetAttention
 
 
@@ -21,6 +21,7 @@ class MetaGMVAE(nn.Module):
         self,
         image_shape: tuple[int, int, int],
         *,
+        reconstruct: Literal["pixels", "features"] = "pixels",
         latent: int = 64,
         channels: int = 64,
         width: int = 256,
@@ -42,7 +43,13 @@ class MetaGMVAE(nn.Module):
             width, heads, layers, attention_scale, attention_block, attention_activation
         )
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
-        self.decoder = ConvDecoder(image_shape, channels, latent, width)
+        self.reconstruct = reconstruct
+        self.scale: nn.Module = FeatureScale(features) if reconstruct == "features" else nn.Identity()
+        self.decoder: nn.Module = (
+            FeatureDecoder(features, latent)
+            if reconstruct == "features"
+            else ConvDecoder(image_shape, channels, latent, width)
+        )
 
     @staticmethod
     def scale_images(images: Tensor) -> Tensor:
@@ -50,8 +57,11 @@ class MetaGMVAE(nn.Module):
         return images.float() / 255
 
     def encode_images(self, x: Tensor) -> Tensor:
-        """f of Eq. 5, each image by itself: (n, C, H, W) in [0, 1] -> (n, F)."""
-        return self.encoder(x)
+        """f of Eq. 5, each image by itself: (n, C, H, W) in [0, 1] -> (n, F).
+
+        Where features are reconstructed they are the data of the model, brought to one scale.
+        """
+        return self.scale(self.encoder(x))
 
     def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each."""
@@ -60,7 +70,7 @@ class MetaGMVAE(nn.Module):
         return mean_BMD, log_variance.expand_as(mean_BMD)
 
     def decode(self, z: Tensor) -> Tensor:
-        """p(x | z): (n, D) -> logits of the Bernoulli means, (n, C, H, W)."""
+        """p(x | z): (n, D) -> logits of the Bernoulli means, (n, C, H, W), or means of features, (n, F)."""
         return self.decoder(z)
 
 

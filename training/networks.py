@@ -1,9 +1,12 @@
-"""Conv4 encoder (Table 3) and its mirror, the decoder (Table 4), for images of any size.
+"""Conv4 encoder (Table 3), its mirror, the decoder (Table 4), and the decoder of features (Table 8).
 
-Pooling rounds up (28 -> 14 -> 7 -> 4 -> 2, as in Table 3); the decoder goes through the same sizes backwards.
+Images may be of any size. Pooling rounds up (28 -> 14 -> 7 -> 4 -> 2, as in Table 3); the decoder of images
+goes through the same sizes backwards.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -126,3 +129,51 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         maps = self.mlp(z).unflatten(1, self.first)
         return self.deconv(maps)
+
+
+class FeatureDecoder(nn.Module):
+    """Table 8: latents (n, D) -> means of the features, (n, F).
+
+    Without the last ReLU of the table: our features are centred, those of the paper end in a ReLU.
+    """
+
+    def __init__(self, features: int, latent: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(latent, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, features),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.mlp(z)
+
+
+class FeatureScale(nn.Module):
+    """Bring features to one scale: centred, divided by their deviation, then each of length sqrt(F).
+
+    A contrastive loss gives meaning to the direction of a feature only; its length would otherwise decide
+    how sharply EM with unit covariance tells components apart. The statistics are those of the training
+    images under the warmed-up encoder, set once and kept as buffers.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
+
+    @torch.no_grad()
+    def set_statistics(self, h: Tensor) -> None:
+        """Take mean and deviation over raw features (n, F); a dimension that never varies stays as it is."""
+        self.mean.copy_(h.mean(dim=0))
+        deviation = h.std(dim=0)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        centred = (h.float() - self.mean) / self.deviation
+        return F.normalize(centred, dim=-1) * math.sqrt(h.shape[-1])

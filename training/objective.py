@@ -6,13 +6,16 @@ Notation: B episodes, M points, N Monte Carlo samples, R <= N decoded samples, K
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from training.mixture import Mixture, mixture_log_prob
 from training.networks import at_least_float32
+
+CALIBRATION_FLOOR = 1e-6
+"""Smallest calibrated variance: a perfect reconstruction would otherwise have infinite likelihood."""
 
 
 class Terms(NamedTuple):
@@ -39,6 +42,18 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     return -loss.flatten(1).sum(dim=1)
 
 
+def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
+    """log N(x; mean, s^2 I) with the variance that is best for the episode: (B, P, F) twice -> (B, P).
+
+    s^2 is the mean squared error over the points and dimensions of an episode, its maximum-likelihood value
+    (Rybkin et al. 2020, "optimal sigma"), and carries gradient as they define it. One variance for each
+    episode, not for the batch: an episode stays atomic, so ranks need not talk to each other.
+    """
+    error = (x - mean.float()).square()
+    variance = error.mean(dim=(1, 2), keepdim=True).clamp_min(CALIBRATION_FLOOR)
+    return -0.5 * (error / variance + variance.log() + math.log(2 * math.pi)).sum(dim=2)
+
+
 def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
     """log N(z; mu, sigma^2) at z = mu + sigma * noise, in terms of the noise: (..., D) -> (...)."""
     return -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(dim=-1)
@@ -51,6 +66,7 @@ def lower_bound(
     noise_BMND: Tensor,
     log_variance_BMD: Tensor,
     mixture: Mixture,
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
 ) -> Terms:
     """The bound of Eq. 3 for every point of every episode.
 
@@ -59,16 +75,21 @@ def lower_bound(
     as far as a sample is decoded by itself: in training mode the decoder normalises over all B*M*R maps.
 
     Args:
-        x: images in [0, 1], (B*M, C, H, W).
-        logits: decoded samples, (B*M*R, C, H, W), sample fastest.
+        x: images in [0, 1], (B*M, C, H, W), or features, (B*M, F).
+        logits: decoded samples, (B*M*R, ...), sample fastest: logits of pixels or means of features.
         z_BMND: samples; noise_BMND: the standard normal draws behind them.
         log_variance_BMD: of q(z | x, D).
         mixture: psi*, constant for the gradient.
+        likelihood: Bernoulli pixels, or Gaussian features with calibrated variance.
     """
     B, M, _, _ = z_BMND.shape
     decoded = logits.shape[0] // (B * M)
     target = x if decoded == 1 else x.repeat_interleave(decoded, dim=0)
-    reconstruction = bernoulli_log_prob(target, logits).view(B, M, decoded).mean(dim=2)
+    if likelihood == "gaussian":
+        log_likelihood = calibrated_log_prob(target.unflatten(0, (B, -1)), logits.unflatten(0, (B, -1)))
+    else:
+        log_likelihood = bernoulli_log_prob(target, logits)
+    reconstruction = log_likelihood.view(B, M, decoded).mean(dim=2)
     prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
     log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)
     return Terms(reconstruction, prior, -log_q)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from configs.schema import Settings
@@ -15,9 +16,10 @@ from training.checkpoint import random_state, restore_random_state
 from training.hooks import Line, State, Surroundings, Validate
 from training.loop import Hooks, Stage, fit
 from training.meta_gmvae import MetaGMVAE
-from training.steps import ContrastiveStep, MetaStep
+from training.steps import ContrastiveStep, MetaStep, to_device
 
 STAGES = ("warmup", "meta")
+ENCODE_ROWS = 1024
 
 
 def train(
@@ -145,9 +147,8 @@ class _Run:
             step = MetaStep(self.model, settings.train)
             optimizer = build_optimizer(self.model, settings.train)
             size = settings.train.set_size
-            stream = SetStream(
-                self.images, batch=settings.train.batch, set_size=size, **common, **position
-            )
+            data = self._frozen_features(start) if settings.model.reconstruct == "features" else self.images
+            stream = SetStream(data, batch=settings.train.batch, set_size=size, **common, **position)
             schedule, per_step = settings.train.schedule, settings.train.batch * size
         return Stage(
             name=name,
@@ -159,6 +160,28 @@ class _Run:
             images_per_step=per_step,
             clip_norm=settings.train.clip_norm if name == "meta" else 0.0,
         )
+
+    @torch.no_grad()
+    def _frozen_features(self, start: int) -> np.ndarray:
+        """Features of all training images, each encoded once: (n, F) float32, at one scale.
+
+        Every rank encodes all of them, so all ranks have the same statistics without a word between them.
+        """
+        self.model.eval()
+        pieces = []
+        for first in range(0, len(self.images), ENCODE_ROWS):
+            rows = np.arange(first, min(first + ENCODE_ROWS, len(self.images)))
+            x = self.model.scale_images(to_device(self.images[rows], self.surroundings.device))
+            if self.settings.train.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            pieces.append(self.model.encoder(x).cpu())
+        raw = torch.cat(pieces)
+        if start == 0:
+            self.model.scale.set_statistics(raw)
+        scale = self.model.scale.cpu()
+        features = torch.cat([scale(piece) for piece in raw.split(ENCODE_ROWS)]).numpy()
+        self.model.scale.to(self.surroundings.device)
+        return features
 
     def _after_step(self, name: str, step: int) -> Line:
         """global_step always; validation results where they are due, the best model kept for each shot."""
@@ -207,4 +230,3 @@ class _Arguments:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without its functions, which no checkpoint may hold."""
     return {k: v for k, v in state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}
-

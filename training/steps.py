@@ -30,51 +30,64 @@ def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
 
 
 def to_device(images: object, device: torch.device) -> Tensor:
-    """uint8 array -> uint8 tensor on the device; a third of the traffic of sending floats."""
+    """An array to the device as it is: uint8 images are a quarter of the traffic of floats."""
     return torch.as_tensor(images).to(device, non_blocking=True)
 
 
 class MetaStep(nn.Module):
-    """One evaluation of the objective (Eq. 9) on b episodes of this rank; the loss is its negative."""
+    """One evaluation of the objective (Eq. 9) on b episodes of this rank; the loss is its negative.
+
+    Sets of images (uint8) go through the encoder. Where features are reconstructed the sets are features
+    already (float32, from the frozen encoder) and the encoder takes no part.
+    """
 
     def __init__(self, model: MetaGMVAE, settings: TrainSettings) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
-        if settings.freeze_encoder:
-            model.encoder.requires_grad_(False)
+        self.on_features = model.reconstruct == "features"
+        model.encoder.requires_grad_(not self.on_features)
 
     def train(self, mode: bool = True) -> MetaStep:
         super().train(mode)
-        if self.settings.freeze_encoder:
-            self.model.encoder.eval()
+        self.model.encoder.train(mode and not self.on_features)
         return self
 
     def forward(self, batch: SetBatch) -> tuple[Tensor, Terms]:
         settings, model = self.settings, self.model
-        device = next(model.parameters()).device
-        images = to_device(batch.images, device)
-        b, M = images.shape[:2]
-        x = model.scale_images(images.flatten(0, 1))
-        if settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        generators = [keyed_generator(device, settings.seed, "meta", int(e)) for e in batch.episodes]
+        data = to_device(batch.images, next(model.parameters()).device)
+        M = data.shape[1]
+        x, h_BMF = self._features(data)
+        generators = [keyed_generator(data.device, settings.seed, "meta", int(e)) for e in batch.episodes]
         noise_BMND = torch.stack(
-            [torch.randn(M, settings.samples, model.latent, generator=g, device=device) for g in generators]
+            [
+                torch.randn(M, settings.samples, model.latent, generator=g, device=data.device)
+                for g in generators
+            ]
         )
-        with self._autocast(device):
-            h_BMF = model.encode_images(x).unflatten(0, (b, M))
+        with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)
         z_BMND = sample_latents(mean_BMD, log_variance_BMD, noise_BMND)
         points_BPD = z_BMND.detach().flatten(1, 2)
         rows = initial_rows(points_BPD, settings.components, generators)
         mixture = fit_mixture(points_BPD, rows, settings.em_iterations)
-        with self._autocast(device):
-            logits = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
-        terms = lower_bound(x, logits, z_BMND, noise_BMND, log_variance_BMD, mixture)
+        with self._autocast(data.device):
+            decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
+        likelihood = "gaussian" if self.on_features else "bernoulli"
+        terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
         per_point = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale)
         return loss, {**per_point, "elbo": terms.elbo.detach().mean()}
+
+    def _features(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """What is reconstructed, (b*M, ...), and what the set encoder sees, (b, M, F)."""
+        if self.on_features:
+            return data.flatten(0, 1), data
+        x = self.model.scale_images(data.flatten(0, 1))
+        if self.settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self._autocast(data.device):
+            return x, self.model.encode_images(x).unflatten(0, data.shape[:2])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         enabled = self.settings.precision == "bfloat16"
