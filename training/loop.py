@@ -93,7 +93,7 @@ def _update(stage: Stage, loss: Tensor, step: int) -> Tensor:
     norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm or float("inf"))
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise NonFiniteLossError(
-            f"{stage.name} step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; the update was "
+            f"{stage.name} step {step}: loss {loss.item():g}, gradient norm {norm.item():g}; the update was "
             "refused and the last checkpoint stays: lower the learning rate, or set train.clip_norm"
         )
     stage.optimizer.step()

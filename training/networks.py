@@ -175,5 +175,5 @@ class FeatureScale(nn.Module):
         self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def forward(self, h: Tensor) -> Tensor:
-        centred = (h.float() - self.mean) / self.deviation
+        centred = (at_least_float32(h) - self.mean) / self.deviation
         return F.normalize(centred, dim=-1) * math.sqrt(h.shape[-1])

@@ -49,7 +49,7 @@ def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
     (Rybkin et al. 2020, "optimal sigma"), and carries gradient as they define it. One variance for each
     episode, not for the batch: an episode stays atomic, so ranks need not talk to each other.
     """
-    error = (x - mean.float()).square()
+    error = (x - at_least_float32(mean)).square()
     variance = error.mean(dim=(1, 2), keepdim=True).clamp_min(CALIBRATION_FLOOR)
     return -0.5 * (error / variance + variance.log() + math.log(2 * math.pi)).sum(dim=2)
 
@@ -72,7 +72,8 @@ def lower_bound(
 
     EM and both densities use all N samples. Only the first R are decoded: the samples of a point are
     exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R. This holds
-    as far as a sample is decoded by itself: in training mode the decoder normalises over all B*M*R maps.
+    as far as a sample is decoded by itself: in training mode the decoder of images normalises over all B*M*R
+    maps, and the calibrated variance of features is the mean over the R decoded samples of the episode.
 
     Args:
         x: images in [0, 1], (B*M, C, H, W), or features, (B*M, F).

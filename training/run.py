@@ -16,6 +16,7 @@ from training.checkpoint import random_state, restore_random_state
 from training.hooks import Line, State, Surroundings, Validate
 from training.loop import Hooks, Stage, fit
 from training.meta_gmvae import MetaGMVAE
+from training.networks import FeatureScale
 from training.steps import ContrastiveStep, MetaStep, to_device
 
 STAGES = ("warmup", "meta")
@@ -38,7 +39,7 @@ def train(
         image_shape: (C, H, W).
         data_fingerprint: kept in every checkpoint.
         surroundings: rank, device, checkpoints and metric lines.
-        validate: judges the model on validation episodes; called on rank 0.
+        validate: judges the model on validation episodes; given on every rank, called on rank 0.
 
     Raises:
         NonFiniteLossError: training went wrong; the last checkpoint stays.
@@ -91,7 +92,9 @@ class _Run:
         for position in range(at, len(STAGES)):
             name = STAGES[position]
             resumed = saved if saved is not None and position == at else None
-            if self._steps(name) or name == "meta":
+            if resumed is not None and resumed["step"] == self._steps(name):
+                restore_random_state(resumed["rng"])
+            elif self._steps(name) or name == "meta":
                 state = self._stage(name, resumed)
         if state is None or (state["stage"], state["step"]) != ("meta", final):
             raise AssertionError("a run ends with the last step of its last stage")
@@ -130,6 +133,8 @@ class _Run:
         )
         if start < stage.steps:
             self.elapsed = fit(stage, hooks, self.surroundings, start=start, elapsed=self.elapsed)
+        else:
+            stage.stream.close()
         return state(stage.steps)
 
     def _build(self, name: str, start: int) -> Stage:
@@ -176,11 +181,13 @@ class _Run:
                 x = x.contiguous(memory_format=torch.channels_last)
             pieces.append(self.model.encoder(x).cpu())
         raw = torch.cat(pieces)
+        scale = self.model.scale
+        assert isinstance(scale, FeatureScale)
+        scale.cpu()
         if start == 0:
-            self.model.scale.set_statistics(raw)
-        scale = self.model.scale.cpu()
+            scale.set_statistics(raw)
         features = torch.cat([scale(piece) for piece in raw.split(ENCODE_ROWS)]).numpy()
-        self.model.scale.to(self.surroundings.device)
+        scale.to(self.surroundings.device)
         return features
 
     def _after_step(self, name: str, step: int) -> Line:
@@ -195,7 +202,8 @@ class _Run:
             self.model.eval()
             with torch.no_grad():
                 scores = self.validate(self.model)
-            for task, score in scores.items():
+            for task, judged in scores.items():
+                score = {name: float(value) for name, value in judged.items()}  # no numpy in a checkpoint
                 line[f"validation/{task}"] = score["accuracy"]
                 line[f"validation/{task}_ci95"] = score["ci95"]
                 if task not in self.best or score["accuracy"] > self.best[task]["accuracy"]:

@@ -1,12 +1,14 @@
 """Step modules, batch -> (loss, terms): what the loop minimises in each stage.
 
 All randomness of a step comes from generators keyed by (seed, purpose, episode or step), never from global
-state: a step gives the same numbers after a resume, on any rank, and in any world size.
+state: a step gives the same numbers after a resume, and an episode on any rank and in any world size. Views
+are keyed by step and rank: with another world size they are other views.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ class MetaStep(nn.Module):
         mixture = fit_mixture(points_BPD, rows, settings.em_iterations)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
-        likelihood = "gaussian" if self.on_features else "bernoulli"
+        likelihood: Literal["gaussian", "bernoulli"] = "gaussian" if self.on_features else "bernoulli"
         terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
         per_point = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale)
