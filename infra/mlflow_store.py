@@ -79,7 +79,7 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
             raise DataError(f"no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI")
         _make_folder(path.parent)
     with one_line(uri):
-        client = _mlflow().MlflowClient(uri, registry_uri=uri)
+        client = import_mlflow().MlflowClient(uri, registry_uri=uri)
     # MLflow's own default beside SQLite is `mlruns` in whatever the working directory is.
     return Store(client, uri, str(path.absolute().parent / "artifacts") if path is not None else None)
 
@@ -91,7 +91,7 @@ def experiment_id(store: Store, name: str) -> str:
         if found is None:
             try:
                 return store.client.create_experiment(name, artifact_location=store.artifacts)
-            except _mlflow().MlflowException as error:
+            except import_mlflow().MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = store.client.get_experiment_by_name(name)  # another run made it just now
@@ -109,7 +109,7 @@ def one_line(uri: str) -> Iterator[None]:
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     try:
         yield
     except (mlflow.MlflowException, RequestException, SQLAlchemyError, OSError) as error:
@@ -127,12 +127,15 @@ def _reason(error: Exception) -> str:
     return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
-def _mlflow() -> Any:
-    """Import MLflow: impatient, quiet."""
+def import_mlflow() -> Any:
+    """Import MLflow, impatient and quiet; before any other import of it, as its warnings come at import.
+
+    Raises:
+        TrackingError: it is not installed.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # MLflow 3.17's own tables use an SQLAlchemy option that SQLAlchemy 2.1 calls deprecated, at import.
-    warnings.filterwarnings("ignore", message="The ``noload`` loader", category=DeprecationWarning)
+    ignore_warnings()
     try:
         import mlflow
     except ImportError as error:
@@ -141,6 +144,17 @@ def _mlflow() -> Any:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for each retry
     return mlflow
+
+
+def ignore_warnings() -> None:
+    """Ignore three warnings that MLflow 3.17 gives at import and that nobody can act on.
+
+    Its tables use an SQLAlchemy option that SQLAlchemy 2.1 calls deprecated; mlflow.pyfunc warns of a type
+    hint of its own; and it asks for type hints on `predict` even where a signature is given.
+    """
+    warnings.filterwarnings("ignore", message="The ``noload`` loader", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict`", category=UserWarning)
 
 
 def _sqlite_path(uri: str) -> Path | None:

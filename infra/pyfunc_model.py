@@ -1,0 +1,144 @@
+"""The model that MLflow loads and serves: a few-shot request in, class probabilities out.
+
+One request is one episode: support images with their labels and query images with label -1, together. What is
+logged is text and safetensors: `pyfunc_entry.py`, which imports this module from the installed package, and
+the portable model package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from configs.schema import AdaptSettings
+from infra.mlflow_store import ignore_warnings
+from pipelines.records import DataError
+
+ignore_warnings()  # before the imports that give them
+from mlflow import MlflowException  # noqa: E402
+from mlflow.models import ModelSignature  # noqa: E402
+from mlflow.pyfunc import PythonModel  # noqa: E402
+from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec  # noqa: E402
+
+PACKAGE = "package"
+QUERY = -1
+
+
+class FewShotModel(PythonModel):
+    """A trained Meta-GMVAE as an MLflow model."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the package that was logged with the model; on a GPU where there is one."""
+        import torch
+
+        from evaluation.package import load_package
+
+        self.loaded = load_package(context.artifacts[PACKAGE])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.loaded.model.to(self.device).eval()
+
+    # MLflow reads the hints of this method, and refuses all that are not lists; the signature says more.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Return class probabilities of the queries, (queries, K) float64, in the order they were given.
+
+        Column k belongs to the k-th smallest label among the support images.
+
+        Args:
+            context: not used; the model was loaded before.
+            model_input: `images` uint8 (n, C, H, W), values 0 to 255; `label` int64 (n,), -1 for a query.
+            params: `mode`, `iterations`, `samples`, `seed`, as in the signature.
+
+        Raises:
+            MlflowException: the request is wrong; a server answers 400 with the reason.
+        """
+        try:
+            return self._probabilities(model_input, dict(params or {}))
+        except DataError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
+        from evaluation.predict import encode_images, predict_episodes
+
+        model, image_shape = self.loaded.model, self.loaded.image_shape
+        support, query = split_request(inputs, image_shape)
+        mode, seed = str(params.pop("mode", "transductive")), int(params.pop("seed", 0))
+        if mode not in ("transductive", "inductive"):
+            raise DataError(f"mode is {mode!r}; it is transductive or inductive")
+        adapt = adapted(self.loaded.settings.adapt, params)
+        ways, shots = support.shape[:2]
+        images = np.concatenate([support.reshape(-1, *image_shape), query])
+        h_nF = encode_images(model, images, self.device)
+        h_EKSF = h_nF[: ways * shots].reshape(1, ways, shots, -1)
+        h_EPF = h_nF[ways * shots :].reshape(1, len(query), -1)
+        answer = predict_episodes(model, adapt, h_EKSF, h_EPF, mode=mode, seed_by_episode=[seed])
+        return np.asarray(answer[0], dtype=np.float64)
+
+
+def split_request(
+    inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return support images (K, S, C, H, W), classes by rising label, and query images (n, C, H, W).
+
+    Raises:
+        DataError: what is wrong with the request, with counts.
+    """
+    images, labels = np.asarray(inputs["images"]), np.asarray(inputs["label"])
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
+        raise DataError(
+            f"images are {images.dtype} {images.shape}; the model takes uint8 (n, "
+            f"{', '.join(map(str, image_shape))}), values 0 to 255"
+        )
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{len(images)} images and {labels.size} labels; give one label to each image")
+    if labels.size and labels.min() < QUERY:
+        raise DataError(f"label {labels.min()}: labels are 0 and up, and -1 for a query")
+    classes, counts = np.unique(labels[labels != QUERY], return_counts=True)
+    if len(classes) < 2 or not (labels == QUERY).any():
+        raise DataError(
+            f"{len(classes)} classes and {(labels == QUERY).sum()} queries (label -1); the model needs two "
+            "classes and one query at least"
+        )
+    if len(set(counts.tolist())) > 1:
+        given = ", ".join(f"{count} of label {k}" for k, count in zip(classes, counts, strict=True))
+        raise DataError(f"support images differ in number ({given}); give every class the same number")
+    if images.max() <= 1:
+        # JSON numbers between 0 and 1 were cut to 0 and 1 on their way into uint8.
+        raise DataError(f"the largest pixel value is {images.max()}; pixels run from 0 to 255")
+    support = np.stack([images[labels == k] for k in classes])
+    return support, images[labels == QUERY]
+
+
+def adapted(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSettings:
+    """Settings of the adaptation with `iterations` and `samples` of a request in place of the model's.
+
+    Raises:
+        DataError: one of them is not a positive number.
+    """
+    wrong = [f"{key} is {value}" for key, value in params.items() if int(value) < 1]
+    if wrong:
+        raise DataError(f"{', '.join(wrong)}; it must be 1 or more")
+    return adapt.model_copy(update={key: int(value) for key, value in params.items()})
+
+
+def example(image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """A request that the model answers: two classes with an image each, and a query. The images are noise."""
+    images = np.random.default_rng(0).integers(0, 256, (3, *image_shape), dtype=np.uint8)
+    return {"images": images, "label": np.array([0, 1, QUERY])}
+
+
+def signature(image_shape: tuple[int, int, int], adapt: AdaptSettings) -> ModelSignature:
+    """The signature of a model for images of this shape; parameters default to its own settings."""
+    inputs = [
+        TensorSpec(np.dtype("uint8"), (-1, *image_shape), "images"),
+        TensorSpec(np.dtype("int64"), (-1,), "label"),
+    ]
+    params = [
+        ParamSpec("mode", "string", "transductive"),
+        ParamSpec("iterations", "long", adapt.iterations),
+        ParamSpec("samples", "long", adapt.samples),
+        ParamSpec("seed", "long", 0),
+    ]
+    outputs = Schema([TensorSpec(np.dtype("float64"), (-1, -1))])
+    return ModelSignature(Schema(inputs), outputs, ParamSchema(params))
