@@ -131,10 +131,7 @@ class _Run:
             checkpoint_every=self.settings.train.checkpoint_every,
             validate_every=self.settings.validation.every if name == "meta" and self.validate else 0,
         )
-        if start < stage.steps:
-            self.elapsed = fit(stage, hooks, self.surroundings, start=start, elapsed=self.elapsed)
-        else:
-            stage.stream.close()
+        self.elapsed = fit(stage, hooks, self.surroundings, start=start, elapsed=self.elapsed)
         return state(stage.steps)
 
     def _build(self, name: str, start: int) -> Stage:
