@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training.networks import ConvBlock, ConvDecoder, ConvEncoder, at_least_float32, pooled_sizes
+from training.networks import (
+    ConvBlock,
+    ConvDecoder,
+    ConvEncoder,
+    FeatureDecoder,
+    FeatureScale,
+    at_least_float32,
+    pooled_sizes,
+)
 
 
 def plain(block: ConvBlock) -> nn.Sequential:
@@ -165,3 +174,27 @@ def test_batch_statistics_stay_float32_under_autocast() -> None:
     assert isinstance(running, nn.BatchNorm2d)
     assert running.running_mean is not None
     assert torch.allclose(block.norm.running_mean, running.running_mean, rtol=0, atol=1e-5)
+
+
+def test_feature_scale_centres_divides_and_sets_the_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 10
+    h[:, 2] = 3.0  # a dimension that never varies
+    scale = FeatureScale(6).double()
+    scale.set_statistics(h)
+    scaled = scale(h)
+    deviation = h.numpy().std(axis=0, ddof=1)
+    deviation[2] = 1.0
+    centred = (h.numpy() - h.numpy().mean(axis=0)) / deviation
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True) * np.sqrt(6)
+    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(scaled.square().sum(dim=1), torch.full((50,), 6.0).double())
+    assert set(scale.state_dict()) == {"mean", "deviation"}  # they travel with the model
+
+
+def test_feature_decoder_has_the_layers_of_table_8() -> None:
+    decoder = FeatureDecoder(256, 64)
+    layers = [(m.in_features, m.out_features) for m in decoder.mlp if isinstance(m, nn.Linear)]
+    assert layers == [(64, 512), (512, 512), (512, 256)]
+    assert [type(m) for m in decoder.mlp] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert decoder(torch.randn(3, 64)).shape == (3, 256)
