@@ -1,0 +1,138 @@
+"""A data set on disk: images by row for training, labels and index for judging.
+
+Two exact readers: `memory` decodes a split once into one array, `mmap` reads rows from the tars in place. Neither
+needs the index, where the labels stand: what trains without labels cannot see them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.files import read_json, sha256_file
+from pipelines.index import read_index
+from pipelines.records import DataError
+from pipelines.shards import MANIFEST, PLAN, SCHEMA_VERSION, shard_blocks
+
+MIB = 2**20
+
+
+class MappedImages:
+    """Images of a split read in place from its tars: `images[rows] -> uint8 (n, C, H, W)`."""
+
+    def __init__(self, blocks: list[np.ndarray]) -> None:
+        self.blocks = blocks
+        self.starts = np.cumsum([0, *(len(block) for block in blocks)])
+        self.shape = (int(self.starts[-1]), *blocks[0].shape[1:])
+        self.dtype = blocks[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = np.arange(len(self))[rows]
+        flat = np.atleast_1d(rows)
+        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
+        owner = np.searchsorted(self.starts, flat, side="right") - 1
+        for number in np.unique(owner):
+            here = owner == number
+            out[here] = self.blocks[number][flat[here] - self.starts[number]]
+        return out if np.ndim(rows) else out[0]
+
+
+class Dataset:
+    """An opened data set; see the contract in `pipelines.shards`."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.name: str = manifest["name"]
+        self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
+        self.splits: list[str] = list(manifest["splits"])
+        self.fingerprint = sha256_file(root / MANIFEST)
+
+    @classmethod
+    def open(cls, uri: str | Path) -> Dataset:
+        """Open a data set by the folder that holds `dataset.json`.
+
+        Raises:
+            DataError: there is none, it was not finished, or it is of another schema version.
+        """
+        root = Path(str(uri).removeprefix("file://"))
+        if not (root / MANIFEST).is_file():
+            if (root / PLAN).exists():
+                raise DataError(f"{root}: was not finished; run the same `metagmvae prepare` again to finish it")
+            raise DataError(f"{root}: no {MANIFEST} there; write a data set with `metagmvae prepare`")
+        manifest = read_json(root / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+            raise DataError(f"{root / MANIFEST}: not a data set of schema version {SCHEMA_VERSION}")
+        return cls(root, manifest)
+
+    def split(self, name: str) -> dict[str, Any]:
+        """Manifest part of a split.
+
+        Raises:
+            DataError: there is no such split; names those there are.
+        """
+        if name not in self.manifest["splits"]:
+            raise DataError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
+        return self.manifest["splits"][name]
+
+    def images(
+        self,
+        split: str,
+        reader: Literal["auto", "memory", "mmap"] = "auto",
+        memory_limit_mb: int = 4096,
+        check: bool = True,
+    ) -> np.ndarray | MappedImages:
+        """Images of a split in stored order: uint8, (n, C, H, W), indexable by arrays of rows.
+
+        Args:
+            split: its name.
+            reader: `memory`, `mmap`, or `auto`: memory up to the limit.
+            memory_limit_mb: in MiB, of decoded images.
+            check: compare every shard with its sha256 (a shard of another size is refused always).
+
+        Raises:
+            DataError: a shard is missing, truncated or altered.
+        """
+        part = self.split(split)
+        blocks = [block for shard in part["shards"] for block in self._blocks(split, shard, check)]
+        if not blocks:
+            return np.empty((0, *self.image_shape), np.uint8)
+        size = part["samples"] * int(np.prod(self.image_shape))
+        if reader == "mmap" or (reader == "auto" and size > memory_limit_mb * MIB):
+            return MappedImages(blocks)
+        return np.concatenate(blocks)
+
+    def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
+        path = self.root / split / shard["name"]
+        remedy = "`metagmvae verify` lists all damage; write the data set again"
+        if not path.is_file():
+            raise DataError(f"{path}: shard is missing; {remedy}")
+        if path.stat().st_size != shard["bytes"]:
+            raise DataError(f"{path}: shard has {path.stat().st_size} bytes, not {shard['bytes']}; {remedy}")
+        if check and sha256_file(path) != shard["sha256"]:
+            raise DataError(f"{path}: shard was altered after it was written (sha256 differs); {remedy}")
+        return [
+            np.memmap(path, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
+            for offset, shape, dtype in shard_blocks(path)
+        ]
+
+    def index(self, split: str) -> pa.Table:
+        """The index of a split, samples in stored order."""
+        self.split(split)
+        return read_index(self.root / split / "index.parquet")
+
+    def labels(self, split: str) -> np.ndarray:
+        """Class ids in stored order, int64 (n,)."""
+        return self.index(split)["class_id"].to_numpy().astype(np.int64)
+
+    def class_names(self, split: str) -> list[str]:
+        """Names by class id."""
+        table = self.index(split).select(["class_id", "class_name"])
+        names = dict(zip(table["class_id"].to_pylist(), table["class_name"].to_pylist(), strict=True))
+        return [names[number] for number in sorted(names)]
