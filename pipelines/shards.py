@@ -157,7 +157,9 @@ def write_shard(source: ImageSource, split: str, rows: np.ndarray, path: str, bl
             images = source.load_block(split, rows[first : first + block].tolist())
             expected = (len(rows[first : first + block]), *source.image_shape)
             if images.dtype != np.uint8 or images.shape != expected:
-                raise DataError(f"{path}: the source gave {images.dtype} {images.shape}, not uint8 {expected}")
+                raise DataError(
+                    f"{path}: the source gave {images.dtype} {images.shape}, not uint8 {expected}"
+                )
             header = f'{{"split": "{split}", "block": {number}, "rows": {len(images)}}}'
             writer.write(
                 {"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(images)}

@@ -1,0 +1,115 @@
+"""From images to class probabilities: each image through the convolutions once, episodes in batches.
+
+Notation: E episodes, K ways, S shots, P queries of an episode, N Monte Carlo samples, F features, D latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import AdaptSettings
+from training.meta_gmvae import MetaGMVAE, sample_latents
+from training.mixture import class_log_posterior, fit_semi_supervised
+from training.steps import keyed_generator, to_device
+
+Mode = Literal["transductive", "inductive"]
+
+VALUES_AT_ONCE = 2**25
+"""Bound on latent values (points x samples x D) that a batch holds; about four arrays of this size live at once."""
+
+
+@torch.inference_mode()
+def encode_images(model: MetaGMVAE, images: Any, device: torch.device, batch: int = 512) -> Tensor:
+    """Features of images, each encoded once in evaluation mode: uint8 (n, C, H, W) -> (n, F) on the device."""
+    model.eval()
+    pieces = []
+    for first in range(0, len(images), batch):
+        rows = np.arange(first, min(first + batch, len(images)))
+        x = model.scale_images(to_device(images[rows], device))
+        pieces.append(model.encode_images(x.contiguous(memory_format=torch.channels_last)))
+    return torch.cat(pieces)
+
+
+@torch.inference_mode()
+def predict_episodes(
+    model: MetaGMVAE,
+    adapt: AdaptSettings,
+    h_support_EKSF: Tensor,
+    h_query_EPF: Tensor,
+    *,
+    mode: Mode = "transductive",
+    seed_by_episode: Sequence[int],
+) -> Tensor:
+    """p(y | x, D) of every query (Eq. 10 and 11): probabilities, (E, P, K).
+
+    `transductive`, the paper's protocol: attention and EM see the support and all queries of an episode.
+    `inductive`: each query is judged alone. Its set is the support and itself; class means and variances
+    come from the support's latents in that set; no query changes what is said of another.
+
+    Args:
+        h_support_EKSF, h_query_EPF: features by `encode_images`.
+        mode: see above.
+        seed_by_episode: key of each episode's Monte Carlo noise: results do not depend on the batch.
+    """
+    model.eval()
+    if mode == "inductive":
+        pairs = zip(h_support_EKSF, h_query_EPF, seed_by_episode, strict=True)
+        return torch.stack([_inductive(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in pairs])
+    E, K, S, _ = h_support_EKSF.shape
+    P = h_query_EPF.shape[1]
+    noise = torch.stack(
+        [_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode]
+    )
+    z_ETND = _latents(model, torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1), noise)
+    support = z_ETND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
+    return _classify(adapt, support, z_ETND[:, K * S :], fit_on_queries=True)
+
+
+def _inductive(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
+    """One episode, every query in a set of its own, in chunks: (P, K)."""
+    K, S, _ = h_KSF.shape
+    P = len(h_PF)
+    noise_PND = _noise(seed, K * S + P, adapt, model, h_PF.device)
+    support_noise, query_noise = noise_PND[: K * S], noise_PND[K * S :]
+    per_set = (K * S + 1) * adapt.samples * model.latent
+    chunk = max(1, VALUES_AT_ONCE // (4 * per_set))
+    answers = []
+    for first in range(0, P, chunk):
+        queries, own = h_PF[first : first + chunk, None], query_noise[first : first + chunk, None]
+        count = len(queries)
+        sets = torch.cat([h_KSF.flatten(0, 1).expand(count, -1, -1), queries], dim=1)
+        noise = torch.cat([support_noise.expand(count, -1, -1, -1), own], dim=1)
+        z_CTND = _latents(model, sets, noise)
+        support = z_CTND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
+        answers.append(_classify(adapt, support, z_CTND[:, K * S :], fit_on_queries=False)[:, 0])
+    return torch.cat(answers)
+
+
+def _noise(seed: int, points: int, adapt: AdaptSettings, model: MetaGMVAE, device: torch.device) -> Tensor:
+    generator = keyed_generator(device, "predict", int(seed))
+    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
+
+
+def _latents(model: MetaGMVAE, h_ETF: Tensor, noise_ETND: Tensor) -> Tensor:
+    mean, log_variance = model.posterior(h_ETF)
+    return sample_latents(mean, log_variance, noise_ETND)
+
+
+def _classify(adapt: AdaptSettings, support_EKTD: Tensor, z_EPND: Tensor, *, fit_on_queries: bool) -> Tensor:
+    """Semi-supervised EM, then the mean over samples of p(y | z) (Eq. 11): (E, P, K)."""
+    E, P, N, D = z_EPND.shape
+    query_EPD = z_EPND.flatten(1, 2)
+    unlabelled = query_EPD if fit_on_queries else query_EPD[:, :0]
+    mixture = fit_semi_supervised(support_EKTD, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step)
+    log_posterior = class_log_posterior(mixture, query_EPD, adapt.final_covariance)
+    return log_posterior.exp().view(E, P, N, -1).mean(dim=2)
+
+
+def episodes_at_once(points: int, adapt: AdaptSettings, latent: int) -> int:
+    """How many episodes of so many points (support and queries) one batch takes within the bound."""
+    return max(1, VALUES_AT_ONCE // (8 * points * adapt.samples * latent))
