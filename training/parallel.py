@@ -4,7 +4,7 @@ An episode is atomic: sets are never split over ranks, so neither EM nor the obj
 DDP's mean over equal-sized batches is exact. Batch normalisation is the one exception: in training mode it
 couples the images of a rank, so W ranks normalise by W smaller batches instead of one and are not equal to
 one process (with frozen statistics they are, to rounding: tested). Its running statistics are rank 0's,
-which DDP broadcasts before each forward pass.
+which DDP broadcasts before each forward pass, and `share_buffers` before the first of a stage.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: after a stage each rank still holds what it saw last itself."""
+    if active() and world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def barrier() -> None:

@@ -105,6 +105,7 @@ class _Run:
 
     def _stage(self, name: str, saved: State | None) -> State:
         start = saved["step"] if saved is not None else 0
+        parallel.share_buffers(self.model)
         stage = self._build(name, start)
         if saved is not None:
             stage.optimizer.load_state_dict(saved["optimizer"])
@@ -167,7 +168,8 @@ class _Run:
     def _frozen_features(self, start: int) -> np.ndarray:
         """Features of all training images, each encoded once: (n, F) float32, at one scale.
 
-        Every rank encodes all of them, so all ranks have the same statistics without a word between them.
+        Every rank encodes all of them by the same weights and buffers, so all ranks have the same statistics
+        without a word between them.
         """
         self.model.eval()
         pieces = []
