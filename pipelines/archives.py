@@ -1,0 +1,162 @@
+"""Files by name from a folder or from a zip that is never unpacked, behind the same two functions.
+
+A zip comes from elsewhere: names that leave it, links, encrypted, doubled or absurdly compressed members are
+refused before anything is read. The same files give the same entries, zipped or not.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from pipelines.records import DataError
+
+MAX_MEMBER_BYTES = 256 * 2**20
+MAX_TOTAL_BYTES = 256 * 2**30
+MAX_RATIO = 200
+"""Unpacked over packed bytes, for members above `RATIO_FREE_BYTES`: images do not compress like this."""
+RATIO_FREE_BYTES = 2**20
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One file: its name with `/`, relative to the root, and its content's CRC-32 and size in bytes."""
+
+    name: str
+    crc: int
+    size: int
+
+
+def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
+    """Files with one of the suffixes (lower case) under a folder or in a zip, sorted by name.
+
+    Hidden files and `__MACOSX` are left out.
+
+    Raises:
+        DataError: root is neither, cannot be read, or the zip is unsafe (see `check_member`).
+    """
+    root = Path(root)
+    if root.is_dir():
+        entries = list(_folder_entries(root, suffixes))
+    elif root.is_file():
+        infos = [info for info in _checked_members(str(root), *_identity(root)) if not info.is_dir()]
+        entries = [
+            Entry(info.filename, info.CRC, info.file_size)
+            for info in infos
+            if _wanted(info.filename, suffixes)
+        ]
+    else:
+        raise DataError(f"{root}: no such file or folder; name one that exists with --source")
+    return sorted(entries)
+
+
+def read_entry(root: str, name: str) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+        DataError: it is missing, damaged, or the zip is unsafe.
+    """
+    path = Path(root)
+    try:
+        if path.is_dir():
+            return (path / name).read_bytes()
+        return _open_zip(root, *_identity(path), os.getpid()).read(name)
+    except KeyError as error:
+        raise DataError(f"{root}: no member {name}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        raise DataError(f"{root}: {name} cannot be read ({error}); fetch the file again") from error
+
+
+def check_member(info: zipfile.ZipInfo, archive: str) -> None:
+    """Refuse a member that could leave the archive, is a link, is encrypted, or unpacks to absurd size.
+
+    Raises:
+        DataError: naming the archive and the member.
+    """
+    name = info.filename
+    if (
+        name.startswith(("/", "\\"))
+        or ":" in name.split("/")[0]
+        or ".." in PurePosixPath(name.replace("\\", "/")).parts
+    ):
+        raise DataError(f"{archive}: member {name!r} leads out of the archive; refused")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise DataError(f"{archive}: member {name!r} is a link; refused")
+    if info.flag_bits & 1:
+        raise DataError(f"{archive}: member {name!r} is encrypted; pack it without a password")
+    if info.file_size > MAX_MEMBER_BYTES:
+        raise DataError(f"{archive}: member {name!r} unpacks to {info.file_size} bytes; refused")
+    if info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
+        raise DataError(
+            f"{archive}: member {name!r} unpacks to {info.file_size} bytes from {info.compress_size}; refused"
+        )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _open_zip(path: str, size: int, modified_ns: int, process: int) -> zipfile.ZipFile:
+    """Opened once per process: the directory of a large zip takes longer to read than a member.
+
+    Keyed by the process as well, since a file handle inherited by a fork shares its position.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from error
+
+
+@lru_cache(maxsize=8)
+def _checked_members(path: str, size: int, modified_ns: int) -> tuple[zipfile.ZipInfo, ...]:
+    infos = _open_zip(path, size, modified_ns, os.getpid()).infolist()
+    seen: set[str] = set()
+    total = 0
+    for info in infos:
+        check_member(info, path)
+        if info.filename in seen:
+            raise DataError(f"{path}: two members are named {info.filename!r}; pack it again")
+        seen.add(info.filename)
+        total += info.file_size
+    if total > MAX_TOTAL_BYTES:
+        raise DataError(f"{path}: unpacks to {total} bytes in all; refused")
+    return tuple(infos)
+
+
+def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(suffixes)
+
+
+def _folder_entries(root: Path, suffixes: tuple[str, ...]) -> Iterator[Entry]:
+    for folder, _, files in os.walk(root, onerror=_refuse):
+        for file in files:
+            path = Path(folder) / file
+            name = path.relative_to(root).as_posix()
+            if _wanted(name, suffixes):
+                yield Entry(name, *_checksum(path))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: folder cannot be read ({error.strerror})") from error
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    crc, size = 0, 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return crc, size

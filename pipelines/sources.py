@@ -1,0 +1,76 @@
+"""Raw images by name: `open_source("omniglot", "downloads/omniglot", split="vinyals")`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from pipelines.archives import Entry
+from pipelines.files import sha256_json
+from pipelines.records import DataError, ImageRecord
+
+OPENERS = {
+    "folder": "pipelines.folder:open_folder",
+    "glyphs": "pipelines.glyphs:open_glyphs",
+    "omniglot": "pipelines.omniglot:open_omniglot",
+}
+"""Name -> module and function, imported when asked for."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by split, in a stable order. Picklable: it travels to the workers that decode."""
+
+    name: str
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    splits: dict[str, list[ImageRecord]]
+    fingerprint: str
+    """sha256 over the identity of the content and the options: the same where the images are the same."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What was found, what is missing and what was left out."""
+
+    def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
+        """Decode rows of a split: uint8 (n, C, H, W).
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        block = np.empty((len(rows), *self.image_shape), np.uint8)
+        records = self.splits[split]
+        for position, row in enumerate(rows):
+            block[position] = records[row].load()
+        return block
+
+
+def open_source(name: str, source: str | None = None, **options: Any) -> Source:
+    """Open a source of images.
+
+    Args:
+        name: one of `OPENERS`.
+        source: folder or archive that holds it, for the sources that need one.
+        options: of that source; see its module.
+
+    Raises:
+        DataError: unknown name or option, or what the source refuses.
+    """
+    if name not in OPENERS:
+        raise DataError(f"unknown source {name!r}; known: {', '.join(OPENERS)}")
+    module, function = OPENERS[name].split(":")
+    opener: Callable[..., Source] = getattr(import_module(module), function)
+    known = [option for option in inspect.signature(opener).parameters if option != "source"]
+    for option in options:
+        if option not in known:
+            raise DataError(f"source {name!r} has no option {option!r}; it has: {', '.join(known)}")
+    return opener(source, **options)
+
+
+def source_fingerprint(name: str, entries: Iterable[tuple[str, Entry]], options: dict[str, Any]) -> str:
+    """sha256 over the name, the files (part, name, CRC-32, size) and the options of a source."""
+    files = [[part, entry.name, entry.crc, entry.size] for part, entry in entries]
+    return sha256_json({"source": name, "files": files, "options": options})
