@@ -102,9 +102,7 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(
 @pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
 def test_another_version_is_refused_by_name(tmp_path: Path, version: Any) -> None:
     save_state(tmp_path / "c.pt", state() | {"version": version})
-    with pytest.raises(
-        CheckpointError, match=f"version {version}, and this metagmvae reads version {VERSION}"
-    ):
+    with pytest.raises(CheckpointError, match=f"version {version}, and this metagmvae reads version {VERSION}"):
         load_state(tmp_path / "c.pt")
 
 
@@ -116,6 +114,20 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="truncated or was not written by metagmvae") as caught:
             load_state(tmp_path / "c.pt")
         assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
+    """torch.load by itself would return another weight without a word."""
+    path = tmp_path / "c.pt"
+    saved = state()
+    weights = saved["model"]["weight"].numpy().tobytes()
+    save_state(path, saved)
+    content = bytearray(path.read_bytes())
+    assert weights in content
+    content[content.find(weights) + 5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_state(path)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

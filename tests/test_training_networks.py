@@ -79,9 +79,7 @@ def test_decoder_has_the_layers_of_table_4() -> None:
 
 @pytest.mark.parametrize("channels", [3, 4, 8])
 @pytest.mark.parametrize("train", [True, False])
-def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(
-    channels: int, train: bool
-) -> None:
+def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(channels: int, train: bool) -> None:
     torch.manual_seed(0)
     encoder = ConvEncoder((1, 12, 10), channels).double()
     randomised(encoder)
@@ -100,6 +98,16 @@ def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(
         assert torch.allclose(ours_p.grad, theirs_p.grad, rtol=1e-9, atol=1e-9)
     for ours_b, theirs_b in zip(encoder.buffers(), literal.buffers(), strict=True):
         assert torch.allclose(ours_b, theirs_b, rtol=0, atol=1e-10)
+
+
+def test_features_are_flattened_channel_by_channel() -> None:
+    torch.manual_seed(0)
+    encoder = ConvEncoder((1, 28, 28), 3).double().eval()
+    x = torch.rand(2, 1, 28, 28, dtype=torch.float64)
+    literal = table_3(encoder).eval()
+    assert torch.allclose(encoder(x), literal(x), rtol=0, atol=1e-12)
+    other = encoder.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(other, literal(x), rtol=0, atol=1e-12)
 
 
 def test_folded_block_in_float32_keeps_to_float64() -> None:
@@ -154,10 +162,7 @@ def test_one_image_in_training_mode_does_not_divide_by_zero() -> None:
 
 
 def test_half_precisions_are_lifted_and_the_others_kept() -> None:
-    lifted = [
-        at_least_float32(torch.zeros(1, dtype=d)).dtype
-        for d in (torch.bfloat16, torch.float32, torch.float64)
-    ]
+    lifted = [at_least_float32(torch.zeros(1, dtype=d)).dtype for d in (torch.bfloat16, torch.float32, torch.float64)]
     assert lifted == [torch.float32, torch.float32, torch.float64]
 
 
