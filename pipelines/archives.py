@@ -47,11 +47,7 @@ def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
         entries = list(_folder_entries(root, suffixes))
     elif root.is_file():
         infos = [info for info in _checked_members(str(root), *_identity(root)) if not info.is_dir()]
-        entries = [
-            Entry(info.filename, info.CRC, info.file_size)
-            for info in infos
-            if _wanted(info.filename, suffixes)
-        ]
+        entries = [Entry(info.filename, info.CRC, info.file_size) for info in infos if _wanted(info.filename, suffixes)]
     else:
         raise DataError(f"{root}: no such file or folder; name one that exists with --source")
     return sorted(entries)

@@ -43,18 +43,14 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
                 _check_area(image, name)
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-                square = ImageOps.fit(
-                    _eight_bit(upright, channels, name), (size, size), Image.Resampling.LANCZOS
-                )
+                square = ImageOps.fit(_eight_bit(upright, channels, name), (size, size), Image.Resampling.LANCZOS)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {MAX_PIXELS} pixels; make it smaller or leave it out") from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
         # The decoders of Pillow raise any of these on damaged bytes.
-        reason = (
-            "not an image that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        )
+        reason = "not an image that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{name}: broken image ({reason}); replace or remove it") from error
     pixels = np.asarray(square, dtype=np.uint8)
     if invert:
@@ -67,9 +63,7 @@ def _check_area(image: Image.Image, name: str) -> None:
     if width < 1 or height < 1:
         raise DataError(f"{name}: image of {width} x {height} pixels; replace or remove it")
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{name}: {width} x {height} pixels, more than {MAX_PIXELS}; make it smaller or leave it out"
-        )
+        raise DataError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS}; make it smaller or leave it out")
 
 
 def _eight_bit(image: Image.Image, channels: int, name: str) -> Image.Image:
