@@ -52,7 +52,12 @@ def store_uri(tracking: TrackingSettings) -> str:
     """Return the tracking URI: the setting, else MLFLOW_TRACKING_URI, else SQLite in `tracking.store`.
 
     Relative SQLite paths become absolute, so that the same store is meant from every working directory.
+
+    Raises:
+        DataError: the setting holds a password; settings are stored with every run and every checkpoint.
     """
+    if shown(tracking.uri) != tracking.uri:
+        raise DataError("tracking.uri: settings must not hold a password; set MLFLOW_TRACKING_URI instead")
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return f"sqlite:///{Path(tracking.store).absolute() / 'mlflow.db'}"
@@ -97,8 +102,7 @@ def experiment_id(store: Store, name: str) -> str:
                 found = store.client.get_experiment_by_name(name)  # another run made it just now
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"MLflow at {shown(store.uri)}: experiment {name!r} is deleted; restore it, "
-            "or set tracking.experiment"
+            f"MLflow at {shown(store.uri)}: experiment {name!r} is deleted; restore it, or set tracking.experiment"
         )
     return found.experiment_id
 
@@ -154,7 +158,6 @@ def ignore_warnings() -> None:
     """
     warnings.filterwarnings("ignore", message="The ``noload`` loader", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict`", category=UserWarning)
 
 
 def _sqlite_path(uri: str) -> Path | None:

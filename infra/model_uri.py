@@ -18,9 +18,7 @@ from pipelines.records import DataError
 if TYPE_CHECKING:
     from evaluation.package import LoadedModel
 
-FORMS = (
-    "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a package folder, a checkpoint or a run folder"
-)
+FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a package folder, a checkpoint or a run folder"
 
 
 def resolve_model(ref: str | Path, shot: int | None = None, tracking_uri: str | None = None) -> LoadedModel:
@@ -80,9 +78,7 @@ def _what_there_is(store: Store, name: str) -> str:
         return f"no registered model {name!r} in {shown(store.uri)}; there: {names}"
     versions = sorted(int(v.version) for v in store.client.search_model_versions(f"name = '{name}'"))
     aliases = ", ".join(f"{alias} -> {v}" for alias, v in sorted(models[name].aliases.items())) or "none"
-    return (
-        f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
-    )
+    return f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
 
 
 def _fetch_version(store: Store, ref: str, folder: str) -> Path:
@@ -117,9 +113,7 @@ def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> 
     names = _names(store, uri)
     if not {"model.json", "model.safetensors"} <= set(names):
         there = ", ".join(names or _names(store, root)) or "nothing"
-        raise DataError(
-            f"{ref}: not a model that metagmvae registered (no safetensors package; there: {there})"
-        )
+        raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; there: {there})")
     target = Path(folder) / "package"
     target.mkdir()
     for name in ("model.json", "model.safetensors"):

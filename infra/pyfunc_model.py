@@ -8,7 +8,7 @@ the portable model package.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,12 +22,13 @@ from mlflow.models import ModelSignature  # noqa: E402
 from mlflow.pyfunc import PythonModel  # noqa: E402
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec  # noqa: E402
 
+Mode = Literal["transductive", "inductive"]
 PACKAGE = "package"
 QUERY = -1
 
 
-class FewShotModel(PythonModel):
-    """A trained Meta-GMVAE as an MLflow model."""
+class Predictor:
+    """Loads the package that was logged and answers requests; MLflow only needs to be told of it below."""
 
     def load_context(self, context: Any) -> None:
         """Load the package that was logged with the model; on a GPU where there is one."""
@@ -39,7 +40,7 @@ class FewShotModel(PythonModel):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.loaded.model.to(self.device).eval()
 
-    # MLflow reads the hints of this method, and refuses all that are not lists; the signature says more.
+    # Without hints: MLflow takes them for a signature, and wants lists of requests where the signature says arrays.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return class probabilities of the queries, (queries, K) float64, in the order they were given.
 
@@ -63,9 +64,7 @@ class FewShotModel(PythonModel):
 
         model, image_shape = self.loaded.model, self.loaded.image_shape
         support, query = split_request(inputs, image_shape)
-        mode, seed = str(params.pop("mode", "transductive")), int(params.pop("seed", 0))
-        if mode not in ("transductive", "inductive"):
-            raise DataError(f"mode is {mode!r}; it is transductive or inductive")
+        mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapted(self.loaded.settings.adapt, params)
         ways, shots = support.shape[:2]
         images = np.concatenate([support.reshape(-1, *image_shape), query])
@@ -73,12 +72,24 @@ class FewShotModel(PythonModel):
         h_EKSF = h_nF[: ways * shots].reshape(1, ways, shots, -1)
         h_EPF = h_nF[ways * shots :].reshape(1, len(query), -1)
         answer = predict_episodes(model, adapt, h_EKSF, h_EPF, mode=mode, seed_by_episode=[seed])
-        return np.asarray(answer[0], dtype=np.float64)
+        return answer[0].double().cpu().numpy()
 
 
-def split_request(
-    inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+class FewShotModel(Predictor, PythonModel):
+    """A trained Meta-GMVAE as an MLflow model.
+
+    `predict` is inherited on purpose: where MLflow finds one in the class itself, it asks for hints.
+    """
+
+
+def _mode(name: str) -> Mode:
+    modes: dict[str, Mode] = {"transductive": "transductive", "inductive": "inductive"}
+    if name not in modes:
+        raise DataError(f"mode is {name!r}; it is {' or '.join(modes)}")
+    return modes[name]
+
+
+def split_request(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return support images (K, S, C, H, W), classes by rising label, and query images (n, C, H, W).
 
     Raises:

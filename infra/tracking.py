@@ -76,7 +76,8 @@ class Tracker:
         self._ending.set()
         self._thread.join(PATIENCE_DOWN_S if self._failing else PATIENCE_S)
         if self._thread.is_alive():
-            self._say(TrackingError("slow, not all of the run is there yet"))
+            where = shown(store_uri(self.tracking))
+            self._say(TrackingError(f"MLflow at {where}: slow, not all of the run is there yet"))
         self._thread = None
 
     def __enter__(self) -> Tracker:
@@ -121,12 +122,8 @@ class Tracker:
             return
         self._said = True
         known = isinstance(error, TrackingError | DataError)
-        where = f"MLflow at {shown(store_uri(self.tracking))}"
-        what = str(error) if known else f"{type(error).__name__}: {error}"
-        what = what if where in what else f"{where}: {what}"
-        line = " ".join(
-            f"{what}; training goes on. Send the run later: metagmvae track {self.run_dir}".split()
-        )
+        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
+        line = " ".join(f"{what}; training goes on. Send the run later: metagmvae track {self.run_dir}".split())
         print(line, file=sys.stderr, flush=True)
 
 
@@ -139,9 +136,7 @@ def track(run_dir: str | Path, uri: str = "") -> MirrorReport:
     """
     path = Path(run_dir) / "settings.json"
     if not path.is_file():
-        raise DataError(
-            f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote"
-        )
+        raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     tracking = Settings.model_validate_json(path.read_text()).tracking
     return mirror(run_dir, tracking.model_copy(update={"uri": uri or last_uri(run_dir) or tracking.uri}))
 

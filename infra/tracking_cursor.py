@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from infra.mlflow_store import TrackingError
 from infra.tracking_lines import finished
+from pipelines.files import write_json
 from pipelines.records import DataError
 
 CURSOR, STATUS, LOCK = "tracking.json", "status.json", ".tracking.lock"
@@ -98,18 +98,6 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); delete it to start afresh") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write atomically: the name holds the old content or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _gone(owner: dict[str, Any]) -> bool:

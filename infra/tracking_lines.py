@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infra.mlflow_store import shown
 from pipelines.records import DataError
 
 NOT_METRICS = frozenset({"step", "steps", "global_step", "checkpoint"})
@@ -106,8 +107,7 @@ def tags(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, st
         "engine": str(settings.get("run", {}).get("engine", "")),
     }
     rest = flatten({key: settings[key] for key in UNFINGERPRINTED if key in settings})
-    rest.pop("tracking.uri", None)  # may hold a password
-    return {key: value for key, value in {**rest, **flat, **mapped}.items() if value != ""}
+    return {key: shown(value) for key, value in {**rest, **flat, **mapped}.items() if value != ""}
 
 
 def finished(path: Path) -> bool:

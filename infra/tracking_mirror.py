@@ -57,9 +57,7 @@ def mirror(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bool =
     run_dir = Path(run_dir).absolute()
     settings = read_json(run_dir / "settings.json")
     if settings is None:
-        raise DataError(
-            f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote"
-        )
+        raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     with locked(run_dir):
         store = connect(tracking)
         sender = _Sender(run_dir, store, tracking.experiment, settings)

@@ -1,4 +1,4 @@
-"""A migrated, empty MLflow database, made once per test process and copied: migrations cost seconds."""
+"""For tests of tracking and registry: an empty MLflow store, and a run folder with a small model."""
 
 import atexit
 import functools
@@ -6,12 +6,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from configs.schema import TrackingSettings
+from configs.schema import AdaptSettings, ModelSettings, Settings, TrackingSettings, TrainSettings
 from infra.mlflow_store import connect
+from training.builders import build_model
+from training.checkpoint import save_state
+
+IMAGE_SHAPE = (1, 28, 28)
+DATA_FINGERPRINT = "d" * 64
 
 
 @functools.cache
 def _template() -> Path:
+    """A migrated database, made once per process and copied: migrations cost seconds."""
     folder = Path(tempfile.mkdtemp(prefix="mlflow-template-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     connect(TrackingSettings(store=str(folder)))
@@ -23,3 +29,27 @@ def new_store(folder: Path) -> TrackingSettings:
     folder.mkdir(parents=True)
     shutil.copy(_template(), folder / "mlflow.db")
     return TrackingSettings(store=str(folder))
+
+
+def new_run(folder: Path) -> Path:
+    """A run folder with the checkpoint of a model that is as it was initialised."""
+    folder.mkdir(parents=True)
+    model = ModelSettings(latent=8, channels=8, width=16, heads=2, layers=1)
+    adapt = AdaptSettings(iterations=3, samples=4)
+    settings = Settings(model=model, adapt=adapt, train=TrainSettings(steps=1))
+    state = {
+        "settings": settings.model_dump_json(),
+        "image_shape": list(IMAGE_SHAPE),
+        "data_fingerprint": DATA_FINGERPRINT,
+        "stage": "meta",
+        "step": 1,
+        "model": build_model(settings.model, IMAGE_SHAPE, 0).state_dict(),
+        "optimizer": {},
+        "schedule": {},
+        "rng": {},
+        "best": {},
+        "elapsed": 1.5,
+    }
+    save_state(folder / "checkpoint.pt", state)
+    (folder / "settings.json").write_text(settings.model_dump_json())
+    return folder

@@ -16,6 +16,8 @@ import pytest
 from configs.schema import Settings, TrackingSettings
 from infra import tracking_mirror
 from infra.mlflow_store import TrackingError, connect, shown, store_uri
+from infra.model_uri import resolve_model
+from infra.registry import register
 from infra.system_metrics import SystemSampler, gpu_values
 from infra.tracking import Tracker, mirror, track
 from infra.tracking_cursor import locked, read_status, write_status
@@ -177,8 +179,10 @@ def test_flatten_and_secrets():
         "e": "true",
     }
     assert shown("http://me:secret@host:5000") == "http://host:5000"
-    settings = {"tracking": {"uri": "http://me:secret@host"}, "run": {"engine": "ray"}}
-    assert "secret" not in json.dumps(tags(settings, {}))
+    record = {"command": "metagmvae train x --set tracking.uri=http://me:secret@host"}
+    assert tags({}, record)["command"].endswith("tracking.uri=http://host")
+    with pytest.raises(DataError, match="set MLFLOW_TRACKING_URI instead"):
+        store_uri(TrackingSettings(uri="http://me:secret@host"))
 
 
 def test_relative_stores_are_made_absolute(tmp_path, monkeypatch):
@@ -279,9 +283,7 @@ def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store
         for step in range(1, 4):
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(line(step, steps=3))
-        while (
-            not (run / "tracking.json").exists() or "metrics.jsonl" not in (run / "tracking.json").read_text()
-        ):
+        while not (run / "tracking.json").exists() or "metrics.jsonl" not in (run / "tracking.json").read_text():
             time.sleep(0.02)  # until it was sent, while the block still runs
         (run / "checkpoint.pt").write_bytes(b"last")
     cursor = json.loads((run / "tracking.json").read_text())
@@ -293,9 +295,7 @@ def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store
     assert not any(thread.name == "mlflow-mirror" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("loss"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
-)
+@pytest.mark.parametrize(("error", "status"), [(ValueError("loss"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 def test_how_a_run_ended(tmp_path, store, error, status):
     run = new_run(tmp_path / "run")
     with pytest.raises(type(error)), Tracker(run, store):
@@ -317,10 +317,11 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, store, capfd):
+def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, store, capfd, monkeypatch):
     run = new_run(tmp_path / "run")
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"
-    tracker = Tracker(run, TrackingSettings(uri=uri), interval_s=0.02).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker(run, TrackingSettings(), interval_s=0.02).start()
     while not tracker._said:
         time.sleep(0.02)
     (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
@@ -331,6 +332,7 @@ def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, 
     assert f"MLflow at {shown(uri)}: not reachable (Connection refused); training goes on" in said[0]
     assert f"metagmvae track {run}" in said[0]
     assert "secret" not in said[0] + (run / "tracking.json").read_text()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     report = mirror(run, store)
     assert (report.status, len(history(store, report.run_id, "loss"))) == ("FINISHED", 2)
     assert "checkpoint.pt" in report.artifacts
@@ -379,6 +381,10 @@ def test_a_server_that_comes_up_later_gets_the_run(tmp_path, run, capfd):
         assert len(client.get_metric_history(report.run_id, "loss")) == 200
         assert client.get_run(report.run_id).info.status == "FINISHED"
         assert "checkpoint.pt" in {item.path for item in client.list_artifacts(report.run_id)}
+        trained = mlflow_template.new_run(tmp_path / "trained")
+        assert register(trained, tracking, "few-shot", "champion").uri == "models:/few-shot/1"
+        loaded = resolve_model("models:/few-shot@champion", tracking_uri=tracking.uri)
+        assert loaded.info["data_fingerprint"] == mlflow_template.DATA_FINGERPRINT
         assert capfd.readouterr().out == ""
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
