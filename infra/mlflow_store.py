@@ -22,7 +22,7 @@ from pipelines.records import DataError
 ENVIRONMENT = {
     # MLflow waits 120 s and tries 8 times by default, which is minutes for a server that is down. What could
     # not be sent is sent by the next mirror, so one short retry is enough.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     # Its own lines would stand in the middle of `--json` output.

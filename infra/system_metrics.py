@@ -46,12 +46,14 @@ class SystemSampler:
         info = self.proc / "meminfo"
         if not info.exists():
             return {}
-        rows = (line.split(":") for line in info.read_text().splitlines())
-        kib = {name: int(value.split()[0]) for name, value in rows}
-        used = kib["MemTotal"] - kib["MemAvailable"]
+        rows = dict(line.split(":") for line in info.read_text().splitlines())
+        if not {"MemTotal", "MemAvailable"} <= rows.keys():
+            return {}
+        total, available = (int(rows[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+        used = total - available
         return {
             "system/system_memory_usage_megabytes": used * 1024 / MEGABYTE,
-            "system/system_memory_usage_percentage": 100 * used / kib["MemTotal"],
+            "system/system_memory_usage_percentage": 100 * used / total,
         }
 
     def _process(self) -> dict[str, float]:
@@ -77,6 +79,8 @@ def gpu_values(answer: str) -> dict[str, float]:
     values: dict[str, float] = {}
     for row in answer.splitlines():
         index, *fields = (field.strip() for field in row.split(","))
+        if len(fields) != 4:
+            continue  # a sentence ("No devices were found"), not a row
         numbers = [float(field) if field.replace(".", "", 1).isdigit() else None for field in fields]
         use, used, total, power = numbers
         share = 100 * used / total if used is not None and total else None

@@ -5,6 +5,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from configs.schema import AdaptSettings, ModelSettings, Settings, TrackingSettings, TrainSettings
 from infra.mlflow_store import connect
@@ -31,23 +32,30 @@ def new_store(folder: Path) -> TrackingSettings:
     return TrackingSettings(store=str(folder))
 
 
-def new_run(folder: Path) -> Path:
-    """A run folder with the checkpoint of a model that is as it was initialised."""
+def new_run(folder: Path, best_by_shot: tuple[int, ...] = ()) -> Path:
+    """A run folder with the checkpoint of a model as it was initialised; the best of each shot are other ones."""
     folder.mkdir(parents=True)
-    model = ModelSettings(latent=8, channels=8, width=16, heads=2, layers=1)
-    adapt = AdaptSettings(iterations=3, samples=4)
-    settings = Settings(model=model, adapt=adapt, train=TrainSettings(steps=1))
+    settings = Settings(
+        model=ModelSettings(latent=8, channels=8, width=16, heads=2, layers=1),
+        adapt=AdaptSettings(iterations=3, samples=4),
+        train=TrainSettings(steps=1, selection="best" if best_by_shot else "last"),
+    )
+
+    def weights(seed: int) -> dict[str, Any]:
+        return build_model(settings.model, IMAGE_SHAPE, seed).state_dict()
+
+    score = {"accuracy": 0.5, "ci95": 0.1, "step": 1}
     state = {
         "settings": settings.model_dump_json(),
         "image_shape": list(IMAGE_SHAPE),
         "data_fingerprint": DATA_FINGERPRINT,
         "stage": "meta",
         "step": 1,
-        "model": build_model(settings.model, IMAGE_SHAPE, 0).state_dict(),
+        "model": weights(0),
         "optimizer": {},
         "schedule": {},
         "rng": {},
-        "best": {},
+        "best": {f"5w{shot}s": {**score, "model": weights(shot)} for shot in best_by_shot},
         "elapsed": 1.5,
     }
     save_state(folder / "checkpoint.pt", state)

@@ -1,9 +1,13 @@
 """A run becomes a registered model without pickled code, which MLflow loads and serves by itself."""
 
+import http.client
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow_template
@@ -18,6 +22,7 @@ from infra.model_uri import resolve_model
 from infra.registry import register
 from infra.tracking import mirror
 from pipelines.records import DataError
+from training.checkpoint import load_state
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -179,3 +184,60 @@ def test_wrong_requests_are_refused_with_the_reason(registered, inputs, params, 
     with pytest.raises(mlflow.MlflowException, match=reason) as caught:
         served(body)
     assert caught.value.get_http_status_code() == 400
+
+
+def test_the_best_model_of_a_shot_is_registered(tmp_path, store):
+    run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
+    register(run, store, "by-shot", "five", shot=5)
+    tags = connect(store).client.get_model_version_by_alias("by-shot", "five").tags
+    assert (tags["shot"], tags["selected_by"], tags["validation_accuracy"]) == ("5", "validation/5w5s", "0.5")
+    weights = resolve_model("models:/by-shot@five").model.state_dict()
+    best = load_state(run / "checkpoint.pt")["best"]["5w5s"]["model"]
+    assert all(torch.equal(weights[key], best[key]) for key in best)
+    assert not all(
+        torch.equal(weights[key], value) for key, value in load_state(run / "checkpoint.pt")["model"].items()
+    )
+
+
+def test_a_real_server_answers_over_http(registered, run, tmp_path):
+    """`mlflow models serve`, as in the README: status 200 with probabilities, 400 with the reason."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve = ["models", "serve", "--model-uri", "models:/few-shot@champion", "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", *serve, "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        _wait_for(port, server, tmp_path / "log")
+        body = {"inputs": lists(request_arrays()), "params": {"mode": "inductive"}}
+        status, answer = _post(port, body)
+        assert status == 200
+        np.testing.assert_allclose(answer["predictions"], expected(run, {"mode": "inductive"}), rtol=1e-5, atol=1e-7)
+        status, answer = _post(port, {"inputs": {**body["inputs"], "label": [-1, 0, 0, -1, 0, 1, -1]}})
+        assert status == 400
+        assert "3 of label 0, 1 of label 1" in answer["message"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+        server.wait()
+
+
+def _wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
+    while server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def _post(port: int, body: dict) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/invocations", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer

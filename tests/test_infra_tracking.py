@@ -213,6 +213,17 @@ def test_a_run_is_resumed_in_the_same_mlflow_run(run, store):
     assert (ended.status, ended.start_time) == ("FAILED", STARTED_MS)
 
 
+def test_track_goes_to_the_store_of_before_from_any_folder(run, store, tmp_path, monkeypatch):
+    """The settings of the run name the default store, relative to where it was trained."""
+    first = mirror(run, store)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line(201, steps=201))
+    monkeypatch.chdir(tmp_path)
+    again = track(run)
+    assert (again.run_id, again.uri, again.metrics) == (first.run_id, store_uri(store), 4)
+    assert track(run, uri=store_uri(mlflow_template.new_store(tmp_path / "other"))).metrics == 804
+
+
 def test_a_run_deleted_on_the_server_is_not_sent_again_unasked(run, store):
     report = mirror(run, store)
     connect(store).client.delete_run(report.run_id)
@@ -269,6 +280,8 @@ def test_system_metrics(tmp_path):
         "system/gpu_1_memory_usage_megabytes": 0,
         "system/gpu_1_memory_usage_percentage": 0,
     }
+
+    assert gpu_values("No devices were found\n") == {}
 
 
 def new_run(folder: Path) -> Path:
