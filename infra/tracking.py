@@ -76,8 +76,7 @@ class Tracker:
         self._ending.set()
         self._thread.join(PATIENCE_DOWN_S if self._failing else PATIENCE_S)
         if self._thread.is_alive():
-            where = shown(store_uri(self.tracking))
-            self._say(TrackingError(f"MLflow at {where}: slow, not all of the run is there yet"))
+            self._say(TrackingError(f"MLflow at {self._where()}: slow, not all of the run is there yet"))
         self._thread = None
 
     def __enter__(self) -> Tracker:
@@ -111,6 +110,12 @@ class Tracker:
             if last:
                 return
             first = False
+
+    def _where(self) -> str:
+        try:
+            return shown(store_uri(self.tracking))
+        except DataError as error:
+            return str(error)
 
     def _note(self, sample: dict[str, float]) -> None:
         with (self.run_dir / "system.jsonl").open("a") as file:
