@@ -7,6 +7,7 @@ slow or gone. Such a server is named once on stderr, and the run is sent later b
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -133,7 +134,7 @@ class Tracker:
 
 
 def track(run_dir: str | Path, uri: str = "") -> MirrorReport:
-    """Send a run now: to `uri`, else where it was sent before, else where its settings say.
+    """Send a run now: to `uri`, else where its settings or MLFLOW_TRACKING_URI say, else where it went before.
 
     Raises:
         DataError: not a run folder.
@@ -143,7 +144,8 @@ def track(run_dir: str | Path, uri: str = "") -> MirrorReport:
     if not path.is_file():
         raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     tracking = Settings.model_validate_json(path.read_text()).tracking
-    return mirror(run_dir, tracking.model_copy(update={"uri": uri or last_uri(run_dir) or tracking.uri}))
+    known = "" if os.environ.get("MLFLOW_TRACKING_URI") else last_uri(run_dir)
+    return mirror(run_dir, tracking.model_copy(update={"uri": uri or tracking.uri or known}))
 
 
 def _count_lines(path: Path) -> int:
