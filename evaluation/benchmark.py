@@ -66,9 +66,7 @@ class EpisodeResults:
             {
                 "episode": np.arange(count),
                 "accuracy": self.accuracies,
-                **{
-                    k: [v] * count for k, v in self.summary().items() if k in ("way", "shot", "query", "seed")
-                },
+                **{k: [v] * count for k, v in self.summary().items() if k in ("way", "shot", "query", "seed")},
                 "mode": [self.mode] * count,
             }
         )

@@ -145,5 +145,5 @@ def _assemble(
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: settings and weights do not make a model ({reason})") from error
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     return LoadedModel(model.eval(), parsed, (channels, height, width), info)

@@ -62,9 +62,7 @@ def predict_episodes(
         return torch.stack([_inductive(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in pairs])
     E, K, S, _ = h_support_EKSF.shape
     P = h_query_EPF.shape[1]
-    noise = torch.stack(
-        [_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode]
-    )
+    noise = torch.stack([_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode])
     z_ETND = _latents(model, torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1), noise)
     support = z_ETND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
     return _classify(adapt, support, z_ETND[:, K * S :], fit_on_queries=True)

@@ -64,9 +64,7 @@ class Dataset:
         root = Path(str(uri).removeprefix("file://"))
         if not (root / MANIFEST).is_file():
             if (root / PLAN).exists():
-                raise DataError(
-                    f"{root}: was not finished; run the same `metagmvae prepare` again to finish it"
-                )
+                raise DataError(f"{root}: was not finished; run the same `metagmvae prepare` again to finish it")
             raise DataError(f"{root}: no {MANIFEST} there; write a data set with `metagmvae prepare`")
         manifest = read_json(root / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:

@@ -29,9 +29,7 @@ class EpisodeSampler:
             DataError: there are fewer than K classes, or a class has fewer than S + Q samples; says how many.
         """
         if way < 2 or shot < 1 or query < 1:
-            raise DataError(
-                f"way {way}, shot {shot}, query {query}: way must be 2 or more, the others 1 or more"
-            )
+            raise DataError(f"way {way}, shot {shot}, query {query}: way must be 2 or more, the others 1 or more")
         order = np.argsort(labels, kind="stable")
         ids, starts = np.unique(labels[order], return_index=True)
         members = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True))

@@ -157,13 +157,9 @@ def write_shard(source: ImageSource, split: str, rows: np.ndarray, path: str, bl
             images = source.load_block(split, rows[first : first + block].tolist())
             expected = (len(rows[first : first + block]), *source.image_shape)
             if images.dtype != np.uint8 or images.shape != expected:
-                raise DataError(
-                    f"{path}: the source gave {images.dtype} {images.shape}, not uint8 {expected}"
-                )
+                raise DataError(f"{path}: the source gave {images.dtype} {images.shape}, not uint8 {expected}")
             header = f'{{"split": "{split}", "block": {number}, "rows": {len(images)}}}'
-            writer.write(
-                {"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(images)}
-            )
+            writer.write({"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(images)})
         writer.close()
     return path
 
@@ -214,9 +210,7 @@ def _finish_split(source: ImageSource, out: Path, split: str, settings: dict[str
             offsets.append(offset + size * np.arange(shape[0], dtype=np.int64))
             owners.extend([path.name] * shape[0])
         rows = sum(shape[0] for _, shape, _ in blocks)
-        shards.append(
-            {"name": path.name, "sha256": sha256_file(path), "rows": rows, "bytes": path.stat().st_size}
-        )
+        shards.append({"name": path.name, "sha256": sha256_file(path), "rows": rows, "bytes": path.stat().st_size})
     write_index(
         out / split / "index.parquet",
         [records[row] for row in order],

@@ -15,7 +15,6 @@ from pipelines.files import sha256_json
 from pipelines.records import DataError, ImageRecord
 
 OPENERS = {
-    "folder": "pipelines.folder:open_folder",
     "glyphs": "pipelines.glyphs:open_glyphs",
     "omniglot": "pipelines.omniglot:open_omniglot",
 }

@@ -49,9 +49,7 @@ class Stream(ABC):
         if not len(images):
             raise DataError(f"split {split!r} holds no images to train on")
         if batch % world:
-            raise DataError(
-                f"a batch of {batch} does not divide among {world} ranks: change the one or the other"
-            )
+            raise DataError(f"a batch of {batch} does not divide among {world} ranks: change the one or the other")
         self.images = images
         self.batch = batch
         self.seed = seed

@@ -67,9 +67,7 @@ def test_em_never_lowers_the_log_likelihood(rng: np.random.Generator) -> None:
 
 def test_class_posterior_is_bayes_rule_over_scipys_densities(rng: np.random.Generator) -> None:
     means, variances, z = rng.normal(size=(3, 4)), rng.uniform(0.2, 2, size=(3, 4)), rng.normal(size=4)
-    density = np.array(
-        [multivariate_normal(m, np.diag(v)).pdf(z) for m, v in zip(means, variances, strict=True)]
-    )
+    density = np.array([multivariate_normal(m, np.diag(v)).pdf(z) for m, v in zip(means, variances, strict=True)])
     assert np.allclose(reference.class_posterior(z, means, variances), density / density.sum(), atol=1e-12)
 
 
@@ -120,9 +118,7 @@ def test_elbo_of_a_model_without_latents_is_its_log_likelihood(rng: np.random.Ge
     value = reference.elbo(x, p, z, np.tile(mean, (3, 1)), np.tile(one, (3, 1)), np.ones(1), mean[None])
     expected = sum(bernoulli(p[j]).logpmf(np.tile(x[j], (4, 1, 1))).sum() / 4 for j in range(3))
     assert value == pytest.approx(expected, rel=1e-12)
-    mean_scale = reference.elbo(
-        x, p, z, np.tile(mean, (3, 1)), np.tile(one, (3, 1)), np.ones(1), mean[None], "mean"
-    )
+    mean_scale = reference.elbo(x, p, z, np.tile(mean, (3, 1)), np.tile(one, (3, 1)), np.ones(1), mean[None], "mean")
     assert mean_scale == pytest.approx(expected / 3, rel=1e-12)
 
 

@@ -107,9 +107,7 @@ def rates(kind: str, steps: int) -> list[float]:
 
 def test_schedules_in_closed_form() -> None:
     assert rates("constant", 7) == [2.0] * 8
-    assert rates("cosine", 10) == pytest.approx(
-        [1 + math.cos(math.pi * s / 10) for s in range(11)], abs=1e-12
-    )
+    assert rates("cosine", 10) == pytest.approx([1 + math.cos(math.pi * s / 10) for s in range(11)], abs=1e-12)
     cycle = rates("one-cycle", 100)
     assert cycle[0] == pytest.approx(0.08)
     assert cycle.index(max(cycle)) == 30

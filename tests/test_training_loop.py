@@ -91,9 +91,7 @@ class Folder:
 class Run:
     """Module, optimiser, schedule and stream, resumed from the folder if it holds a checkpoint."""
 
-    def __init__(
-        self, where: Folder, clip: float = 0.0, log_every: int = 3, checkpoint_every: int = 5
-    ) -> None:
+    def __init__(self, where: Folder, clip: float = 0.0, log_every: int = 3, checkpoint_every: int = 5) -> None:
         self.where = where
         self.module = Regression()
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=0.05)

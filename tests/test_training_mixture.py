@@ -40,9 +40,7 @@ def keyed(*seeds: int) -> list[torch.Generator]:
 # --- Eq. 7 ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("points", "size", "components"), [(7, 1, 1), (12, 3, 1), (40, 2, 3), (30, 8, 5), (60, 4, 50)]
-)
+@pytest.mark.parametrize(("points", "size", "components"), [(7, 1, 1), (12, 3, 1), (40, 2, 3), (30, 8, 5), (60, 4, 50)])
 def test_em_is_the_transcription(points: int, size: int, components: int) -> None:
     rng = np.random.default_rng(points)
     z = np.stack([groups(rng, points, size, 3) for _ in range(2)])

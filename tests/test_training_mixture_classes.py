@@ -53,9 +53,7 @@ def test_semi_supervised_em_is_the_transcription(
 
 @pytest.mark.parametrize("e_step", BOTH)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_float32_stays_with_the_transcription_however_far_the_points_lie(
-    e_step: Covariance, offset: float
-) -> None:
+def test_float32_stays_with_the_transcription_however_far_the_points_lie(e_step: Covariance, offset: float) -> None:
     support, query = (part.astype(np.float32) + np.float32(offset) for part in episode(5, 4, 6, 24, 8))
     ours = fitted(support, query, 5, e_step)
     exact_support, exact_query = support.astype(np.float64), query.astype(np.float64)

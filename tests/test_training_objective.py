@@ -93,9 +93,7 @@ def test_the_three_terms_are_the_ones_of_eq_3() -> None:
             decoded = [reference.bernoulli_log_likelihood(x[b, j], p[b, j, n]) for n in range(N)]
             prior = [reference.mixture_log_density(point, weights, means) for point in z[b, j].numpy()]
             centre = problem.mean[b, j].detach().numpy()
-            log_q = [
-                reference.gaussian_log_density(point, centre, variance[b, j]) for point in z[b, j].numpy()
-            ]
+            log_q = [reference.gaussian_log_density(point, centre, variance[b, j]) for point in z[b, j].numpy()]
             assert float(terms.reconstruction[b, j]) == pytest.approx(np.mean(decoded), rel=1e-11)
             assert float(terms.prior[b, j]) == pytest.approx(np.mean(prior), rel=1e-11)
             assert float(terms.entropy[b, j].detach()) == pytest.approx(-np.mean(log_q), rel=1e-11)
@@ -200,6 +198,4 @@ def test_one_component_standard_prior_and_posterior_cancel() -> None:
 
 def test_sum_is_m_times_the_mean() -> None:
     problem = Problem(6)
-    assert float(problem.loss(1, "sum").detach()) == pytest.approx(
-        M * float(problem.loss(1, "mean").detach())
-    )
+    assert float(problem.loss(1, "sum").detach()) == pytest.approx(M * float(problem.loss(1, "mean").detach()))

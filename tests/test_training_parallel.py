@@ -215,9 +215,7 @@ def alone() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", ["frozen", "contrast"])
-def test_two_ranks_equal_one_process(
-    case: str, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
-) -> None:
+def test_two_ranks_equal_one_process(case: str, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> None:
     for key, whole in alone[case].items():
         for rank in ranks:
             assert torch.allclose(rank[case][key], whole, rtol=1e-11, atol=1e-12), key

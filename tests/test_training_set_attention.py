@@ -19,9 +19,7 @@ ACTIVATIONS: list[Literal["elu", "relu"]] = ["elu", "relu"]
 def weights(block: SetAttentionBlock) -> dict[str, np.ndarray]:
     """The block's parameters under the names that the transcription uses."""
     named = {}
-    parts = zip(
-        ("query", "key", "value"), block.project.weight.chunk(3), block.project.bias.chunk(3), strict=True
-    )
+    parts = zip(("query", "key", "value"), block.project.weight.chunk(3), block.project.bias.chunk(3), strict=True)
     for name, weight, bias in parts:
         named |= {f"{name}.weight": weight, f"{name}.bias": bias}
     for name in ("inner", "output", "outer"):
@@ -59,9 +57,7 @@ def test_both_scales_are_the_ones_of_row_2() -> None:
 
 
 def test_the_published_block_has_neither_output_nor_second_inner_layer() -> None:
-    names = {
-        name.split(".")[0] for name, _ in SetAttentionBlock(8, 2, block="set-attention").named_parameters()
-    }
+    names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2, block="set-attention").named_parameters()}
     assert names == {"project", "inner"}
     names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2).named_parameters()}
     assert names == {"project", "inner", "output", "outer"}

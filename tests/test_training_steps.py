@@ -46,9 +46,7 @@ def model(dtype: torch.dtype = torch.float64, **changes: Any) -> MetaGMVAE:
 
 
 def batch(episodes: tuple[int, ...] = (4, 7), seed: int = 0) -> SetBatch:
-    images = [
-        np.random.default_rng([seed, e]).integers(0, 256, (M, *SHAPE), dtype=np.uint8) for e in episodes
-    ]
+    images = [np.random.default_rng([seed, e]).integers(0, 256, (M, *SHAPE), dtype=np.uint8) for e in episodes]
     return SetBatch(np.stack(images), np.array(episodes, dtype=np.int64), step=0)
 
 
@@ -193,9 +191,7 @@ def test_keyed_generators_differ_by_every_part_of_the_key() -> None:
         (0, "a", 11),
         (0,),
     ]
-    draws = [
-        tuple(torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *key)).tolist()) for key in keys
-    ]
+    draws = [tuple(torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *key)).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
     again = torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *keys[0]))
     assert tuple(again.tolist()) == draws[0]

@@ -38,9 +38,7 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Op
 
 
 def build_warmup_optimizer(model: nn.Module, settings: WarmupSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int) -> LambdaLR:

@@ -14,9 +14,7 @@ Gather = Callable[[Tensor], Tensor]
 """Stack equal-sized tensors of all ranks along dimension 0, with gradient; identity in one process."""
 
 
-def nt_xent(
-    first: Tensor, second: Tensor, temperature: float, gather: Gather = lambda t: t, rank: int = 0
-) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float, gather: Gather = lambda t: t, rank: int = 0) -> Tensor:
     """Mean over the local 2n views of -log softmax of the positive among all other views of all ranks.
 
     The mean over ranks of this value is NT-Xent of the whole batch; with the gradient averaged over ranks

@@ -128,10 +128,13 @@ class _Window:
             self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
 
     def line(self, step: int) -> Line:
-        names = list(self.sums)
-        means = parallel.mean_over_ranks(torch.stack([self.sums[n] for n in names]) / self.steps).tolist()
-        seconds = max(time.perf_counter() - self.since, 1e-9)
+        """Means over steps and ranks; the clocks are means over ranks too, so the line is equal on all of them."""
         waited = getattr(self.stage.stream, "waiting_s", 0.0) - self.waited_before
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        names = list(self.sums)
+        sums = torch.stack([self.sums[name] for name in names]).double() / self.steps
+        clocks = torch.tensor([seconds, waited, self.elapsed + seconds], dtype=torch.float64, device=sums.device)
+        *means, seconds, waited, elapsed = parallel.mean_over_ranks(torch.cat([sums, clocks])).tolist()
         return {
             "stage": self.stage.name,
             "step": step,
@@ -140,5 +143,5 @@ class _Window:
             "learning_rate": self.stage.optimizer.param_groups[0]["lr"],
             "images_per_s": self.steps * self.stage.images_per_step / seconds,
             "waiting_share": min(waited / seconds, 1.0),
-            "elapsed_s": self.elapsed + seconds,
+            "elapsed_s": elapsed,
         }

@@ -39,9 +39,7 @@ class MetaGMVAE(nn.Module):
         features = self.encoder.features
         # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
         self.inlet = nn.Identity() if features == width else nn.Linear(features, width)
-        self.attention = SetAttention(
-            width, heads, layers, attention_scale, attention_block, attention_activation
-        )
+        self.attention = SetAttention(width, heads, layers, attention_scale, attention_block, attention_activation)
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
         self.scale: nn.Module = FeatureScale(features) if reconstruct == "features" else nn.Identity()

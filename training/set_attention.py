@@ -50,9 +50,7 @@ class SetAttentionBlock(nn.Module):
         return x_BMF + self.outer(self.activation(self.inner(x_BMF)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q_BHMd, k_BHMd, v_BHMd = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)
-        )
+        q_BHMd, k_BHMd, v_BHMd = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         mixed_BHMd = F.scaled_dot_product_attention(q_BHMd, k_BHMd, v_BHMd, scale=self.scale)
         return mixed_BHMd.transpose(1, 2).flatten(2)
 
@@ -70,9 +68,7 @@ class SetAttention(nn.Module):
         activation: Literal["elu", "relu"] = "elu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            SetAttentionBlock(width, heads, scale, block, activation) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(SetAttentionBlock(width, heads, scale, block, activation) for _ in range(layers))
 
     def forward(self, x_BMF: Tensor) -> Tensor:
         for block in self.blocks:

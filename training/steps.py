@@ -62,10 +62,7 @@ class MetaStep(nn.Module):
         x, h_BMF = self._features(data)
         generators = [keyed_generator(data.device, settings.seed, "meta", int(e)) for e in batch.episodes]
         noise_BMND = torch.stack(
-            [
-                torch.randn(M, settings.samples, model.latent, generator=g, device=data.device)
-                for g in generators
-            ]
+            [torch.randn(M, settings.samples, model.latent, generator=g, device=data.device) for g in generators]
         )
         with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)

@@ -1,0 +1,210 @@
+"""Meta-training under Ray Train: data parallel over any number of workers, with replacement of lost ones.
+
+The run folder is the truth here too. Rank 0 reports metric lines and checkpoints; a callback in Ray's controller,
+which runs on the driver's node, puts them into the run folder. A lost worker restarts the group from the
+last checkpoint that the controller took. A lost driver is another matter: `--resume` starts a new Ray run that
+is handed the checkpoint of the run folder, so nothing depends on what Ray kept of the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from configs.load import SettingsError, settings_from_json, to_json
+from configs.schema import Settings
+from infra.surroundings import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
+from infra.wiring import cluster_address, train_here
+from pipelines.dataset import Dataset
+from pipelines.files import atomic_file
+from training.checkpoint import load_state, save_state
+from training.hooks import Line, State
+from training.loop import NonFiniteLossError
+
+FOLDER = "ray"
+REPORT_S = 2.0
+"""Seconds of training between reports that carry no checkpoint; Ray takes in about two a second."""
+POLL_S = "0.5"
+GROUP_TIMEOUT_S = 600
+
+
+class RaySurroundings:
+    """One rank of a Ray Train worker group."""
+
+    def __init__(self, start: bytes | None) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world: int = context.get_world_size()
+        self.device: torch.device = get_device()
+        self._start = start
+        self._lines: list[Line] = []
+        self._reported_s = 0.0
+
+    def load(self) -> State | None:
+        """The newest checkpoint that Ray took; at the start of a resumed run the one of the run folder."""
+        newest = ray.train.get_checkpoint()
+        if newest is not None:
+            with newest.as_directory() as folder:
+                return load_state(Path(folder) / CHECKPOINT)
+        if self._start is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / CHECKPOINT
+            path.write_bytes(self._start)
+            return load_state(path)
+
+    def report(self, line: Line, state: State | None) -> None:
+        self._lines.append(line)
+        # Lines are equal on all ranks, their clock included, so all ranks decide alike.
+        elapsed = float(line["elapsed_s"])
+        if not line["checkpoint"] and 0 <= elapsed - self._reported_s < REPORT_S:
+            return
+        self._reported_s = elapsed
+        metrics = {"lines": json.dumps(self._lines, allow_nan=False) if self.rank == 0 else "[]"}
+        self._lines = []
+        if state is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(Path(folder) / CHECKPOINT, state)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+class Recorder(UserCallback):
+    """In the controller: metric lines and the newest checkpoint into the run folder."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Take one report of all ranks: the checkpoint first, then the lines that lead up to it."""
+        if checkpoint is not None:
+            with (
+                checkpoint.as_directory() as folder,
+                open(Path(folder) / CHECKPOINT, "rb") as source,
+                atomic_file(self.run_dir / CHECKPOINT) as target,
+            ):
+                shutil.copyfileobj(source, target)
+        lines = [line for rank in metrics for line in json.loads(rank["lines"])]
+        if lines:
+            # After a restart of the group steps come a second time: the later line stays.
+            drop_lines_after(self.run_dir / METRICS, int(lines[0]["global_step"]) - 1)
+            append_lines(self.run_dir / METRICS, lines)
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each worker runs: the same training as the local engine."""
+    settings = settings_from_json(config["settings"])
+    surroundings = RaySurroundings(config["start"])
+    if not settings.run.threads:
+        torch.set_num_threads(settings.run.cpus_per_worker)
+    train_here(settings, Dataset.open(config["data"]), surroundings)
+
+
+def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) -> None:
+    """Train with Ray Train until the end.
+
+    Raises:
+        NonFiniteLossError: a step was refused; not tried again, it would end alike.
+        RuntimeError: the workers failed more often than `run.max_failures` allows.
+    """
+    start = None
+    if resume and (run_dir / CHECKPOINT).exists():
+        start = (run_dir / CHECKPOINT).read_bytes()
+        drop_lines_after(run_dir / METRICS, global_step(load_state(run_dir / CHECKPOINT)))
+    else:
+        (run_dir / METRICS).unlink(missing_ok=True)
+    # What Ray kept of an earlier start would be resumed silently; the run folder has all that is needed.
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    with cluster(settings):
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config={"settings": to_json(settings), "data": data, "start": start},
+            torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
+            scaling_config=ScalingConfig(
+                num_workers=settings.run.workers,
+                use_gpu=settings.run.device != "cpu" and torch.cuda.is_available(),
+                resources_per_worker={"CPU": settings.run.cpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name=FOLDER,
+                storage_path=str(run_dir),
+                failure_config=FailureConfig(max_failures=settings.run.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                callbacks=[Recorder(str(run_dir))],
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+
+
+def _cause(error: Exception) -> Exception:
+    """A refused step as itself; anything else as one line with what the first failed worker said."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, NonFiniteLossError):
+                return seen
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    first = next(iter(failures.values()), error)
+    return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; go on with --resume")
+
+
+@contextmanager
+def cluster(settings: Settings) -> Iterator[None]:
+    """Join the cluster of the settings, or start one on this machine and end it afterwards.
+
+    Raises:
+        SettingsError: the cluster cannot be reached.
+    """
+    environment = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    for key, value in environment.items():
+        os.environ.setdefault(key, value)
+    address = cluster_address(settings)
+    if ray.is_initialized():
+        yield
+        return
+    # The folder that holds the packages travels to the workers as their import path.
+    root = str(Path(__file__).parents[1])
+    runtime = {"env_vars": {**environment, "PYTHONPATH": root}}
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime, log_to_driver=False, logging_level="ERROR")
+        else:
+            needed = settings.run.workers * settings.run.cpus_per_worker
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, needed),
+                object_store_memory=200 * 2**20,
+                include_dashboard=False,
+                runtime_env=runtime,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except ConnectionError as error:
+        raise SettingsError(
+            f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

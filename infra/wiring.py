@@ -1,0 +1,164 @@
+"""The composition root of training: settings -> data, device, validation, engine, run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.load import SettingsError, differences, fingerprint, settings_from_json, to_json
+from configs.schema import Settings
+from infra.progress import LiveLine
+from infra.surroundings import LocalSurroundings
+from pipelines.dataset import Dataset
+from pipelines.files import write_json
+from pipelines.records import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.hooks import Surroundings, Validate
+
+SETTINGS = "settings.json"
+RECORD = "run.json"
+
+
+def run_training(settings: Settings, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Train in the run folder `settings.run.out`, tracked in MLflow if that is on; return the folder.
+
+    Args:
+        settings: of the run.
+        resume: go on from the checkpoint in the folder, if there is one.
+        quiet: no live line.
+
+    Raises:
+        SettingsError: the settings cannot be run here, or differ from those of the run to resume.
+        DataError: the data set or the run folder cannot be used.
+        NonFiniteLossError: training went wrong; the last checkpoint stays.
+    """
+    dataset = Dataset.open(settings.data.uri)
+    _check_data(settings, dataset)
+    device_of(settings)
+    run_dir = Path(settings.run.out).absolute()
+    _claim(run_dir, settings, dataset, resume)
+    total = settings.warmup.steps + settings.train.steps
+    with _tracker(run_dir, settings), LiveLine(run_dir, total, quiet=quiet):
+        if settings.run.engine == "ray":
+            from infra.ray_train import train_on_ray
+
+            train_on_ray(settings, str(dataset.root.absolute()), run_dir, resume=resume)
+        else:
+            train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
+    return run_dir
+
+
+def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings) -> None:
+    """Train in this process, as the only one or as one of several ranks."""
+    import torch
+
+    from training.run import train
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    images = dataset.images(settings.data.train_split, settings.data.reader, settings.data.memory_limit_mb)
+    # On every rank: it is called on rank 0 only, but all ranks must know when the others wait for it.
+    validate = _validation(settings, dataset, surroundings.device) if settings.validation.every else None
+    train(settings, images, dataset.image_shape, dataset.fingerprint, surroundings, validate)
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device that the settings ask for.
+
+    Raises:
+        SettingsError: CUDA was asked for, and there is none.
+    """
+    import torch
+
+    wanted = settings.run.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SettingsError('run.device = "cuda": this machine has no CUDA device; set it to "auto" or "cpu"')
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check_data(settings: Settings, dataset: Dataset) -> None:
+    """Refuse before any work what would fail after an hour of it: splits, way and shot of validation."""
+    dataset.split(settings.data.train_split)
+    if settings.validation.every:
+        from pipelines.episodes import EpisodeSampler
+
+        labels = dataset.labels(settings.data.validation_split)
+        wanted = settings.validation
+        for shot in wanted.shots:
+            EpisodeSampler(labels, way=wanted.way, shot=shot, query=wanted.query, seed=wanted.seed)
+
+
+def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) -> None:
+    """Make the run folder ours, or check that it is the one to go on with."""
+    known = run_dir / SETTINGS
+    if not resume:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise DataError(f"{run_dir}: not empty; go on with --resume, or choose another folder: --set run.out=…")
+    elif known.exists():
+        changed = differences(settings, settings_from_json(known.read_text(encoding="utf-8")))
+        if changed:
+            raise SettingsError(f"{run_dir}: cannot resume with other settings ({'; '.join(changed)})")
+        record = json.loads((run_dir / RECORD).read_text(encoding="utf-8")) if (run_dir / RECORD).exists() else {}
+        if record.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
+            raise DataError(f"{run_dir}: was trained on other data than {dataset.root} holds now; start a new run")
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise DataError(f"{run_dir}: not a run folder (no {SETTINGS}); choose another one: --set run.out=…")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{run_dir}: cannot be made ({error.strerror}); set run.out to another folder") from error
+    from evaluation.environment import environment_record
+
+    fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
+    record = environment_record() | fingerprints | {"data": str(dataset.root), "engine": settings.run.engine}
+    write_json(known, json.loads(to_json(settings)))
+    write_json(run_dir / RECORD, record)
+
+
+def _tracker(run_dir: Path, settings: Settings) -> Any:
+    """The MLflow mirror; without tracking nothing of MLflow is imported."""
+    from infra.tracking import Tracker
+
+    return Tracker(run_dir, settings.tracking)
+
+
+def _validation(settings: Settings, dataset: Dataset, device: torch.device) -> Validate:
+    """Judge a model on validation episodes: every image encoded once, then every shot."""
+    from evaluation.benchmark import evaluate_features
+    from evaluation.predict import encode_images
+
+    wanted = settings.validation
+
+    def validate(model: Any) -> Mapping[str, Mapping[str, float]]:
+        split = settings.data.validation_split
+        images = dataset.images(split, settings.data.reader, settings.data.memory_limit_mb)
+        labels = dataset.labels(split)
+        h_nF = encode_images(model, images, device)
+        scores = {}
+        for shot in wanted.shots:
+            result = evaluate_features(
+                model,
+                settings.adapt,
+                h_nF,
+                labels,
+                way=wanted.way,
+                shot=shot,
+                query=wanted.query,
+                episodes=wanted.episodes,
+                seed=wanted.seed,
+            )
+            scores[f"{wanted.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
+        return scores
+
+    return validate
+
+
+def cluster_address(settings: Settings) -> str:
+    """The Ray cluster to join: the setting, RAY_ADDRESS, or none (one is started on this machine)."""
+    return settings.run.address or os.environ.get("RAY_ADDRESS", "")
