@@ -60,7 +60,7 @@ def predict_episodes(
     if mode == "inductive":
         pairs = zip(h_support_EKSF, h_query_EPF, seed_by_episode, strict=True)
         return torch.stack([_inductive(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in pairs])
-    E, K, S, _ = h_support_EKSF.shape
+    _, K, S, _ = h_support_EKSF.shape
     P = h_query_EPF.shape[1]
     noise = torch.stack([_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode])
     z_ETND = _latents(model, torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1), noise)
@@ -100,7 +100,7 @@ def _latents(model: MetaGMVAE, h_ETF: Tensor, noise_ETND: Tensor) -> Tensor:
 
 def _classify(adapt: AdaptSettings, support_EKTD: Tensor, z_EPND: Tensor, *, fit_on_queries: bool) -> Tensor:
     """Semi-supervised EM, then the mean over samples of p(y | z) (Eq. 11): (E, P, K)."""
-    E, P, N, D = z_EPND.shape
+    E, P, N, _ = z_EPND.shape
     query_EPD = z_EPND.flatten(1, 2)
     unlabelled = query_EPD if fit_on_queries else query_EPD[:, :0]
     mixture = fit_semi_supervised(support_EKTD, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step)

@@ -201,9 +201,8 @@ def cluster(settings: Settings) -> Iterator[None]:
                 logging_level="ERROR",
             )
     except ConnectionError as error:
-        raise SettingsError(
-            f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
-        ) from error
+        text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
+        raise SettingsError(text) from error
     try:
         yield
     finally:

@@ -29,10 +29,17 @@ PLAN = ".writing.json"
 class ImageSource(Protocol):
     """What the writer needs of a source; it travels to workers, so it must be picklable."""
 
-    name: str
-    image_shape: tuple[int, int, int]
-    splits: dict[str, list[ImageRecord]]
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def splits(self) -> dict[str, list[ImageRecord]]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
         """Decode rows of a split: uint8 (n, C, H, W)."""
