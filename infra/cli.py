@@ -101,9 +101,7 @@ def _evaluate(parsers: Parsers) -> None:
 
 def _classify(parsers: Parsers) -> None:
     example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
-    parser = _add(
-        parsers, "classify", commands.classify, "name the class of images from a few labelled ones", example
-    )
+    parser = _add(parsers, "classify", commands.classify, "name the class of images from a few labelled ones", example)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--support", required=True, metavar="DIR", help="DIR/<class>/*.png, as many in each class")
     parser.add_argument("--query", required=True, metavar="DIR", help="DIR/*.png")

@@ -1,0 +1,78 @@
+"""Settings: presets, overrides, and one line for each mistake."""
+
+import pytest
+
+from configs.load import (
+    SettingsError,
+    differences,
+    fingerprint,
+    load_settings,
+    presets,
+    settings_from_json,
+    to_json,
+    to_toml,
+)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_survives_json_and_toml(name, tmp_path):
+    settings = load_settings(name)
+    assert settings.name == name
+    assert settings_from_json(to_json(settings)) == settings
+    (tmp_path / "same.toml").write_text(to_toml(settings))
+    assert load_settings(tmp_path / "same.toml") == settings
+
+
+@pytest.mark.parametrize("way", [5, 20])
+def test_paper_and_published_code_differ_in_the_named_rows_and_nowhere_else(way):
+    ours, theirs = (load_settings(f"omniglot-{way}way-{kind}") for kind in ("paper", "published-code"))
+    assert {line.split(":")[0] for line in differences(ours, theirs)} == {
+        "adapt.e_step",
+        "model.attention_scale",
+        "model.attention_block",
+        "model.attention_activation",
+        "model.posterior",
+        "train.weight_decay",
+        "train.objective_scale",
+        "train.selection",
+    }
+
+
+def test_overrides_apply_in_order_and_the_fingerprint_ignores_where_it_runs():
+    plain = load_settings("omniglot-cpu")
+    moved = load_settings("omniglot-cpu", ["run.out=elsewhere", "tracking.enabled=false", "name=other"])
+    assert (moved.run.out, moved.tracking.enabled) == ("elsewhere", False)
+    assert fingerprint(moved) == fingerprint(plain)
+    other = load_settings("omniglot-cpu", ["train.seed=1", "train.seed=2"])
+    assert other.train.seed == 2
+    assert fingerprint(other) != fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.step=3", "train.step: no such key; did you mean 'steps'?"),
+        ("trian.steps=3", "trian: no such key; did you mean 'train'?"),
+        ("train.steps=many", 'train.steps = "many"'),
+        ("train.steps=-1", "train.steps = -1"),
+        ("train.components=301", "components K (301) exceeds set_size M (300)"),
+        ("train.decode_samples=33", "decode_samples (33) exceeds samples (32)"),
+        ("train.learning_rate=nan", "train.learning_rate"),
+        ("model.heads=3", "width (256) must be a multiple of heads (3)"),
+        ("warmup.steps=0", 'model.reconstruct ("features") needs'),
+        ("train", "write it as section.key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override, said):
+    with pytest.raises(SettingsError) as error:
+        load_settings("omniglot-cpu", [override])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_presets_and_broken_files_are_named(tmp_path):
+    with pytest.raises(SettingsError, match="did you mean 'omniglot-cpu'"):
+        load_settings("omniglot-cpv")
+    (tmp_path / "broken.toml").write_text("steps = ")
+    with pytest.raises(SettingsError, match=r"broken.toml: not valid TOML"):
+        load_settings(tmp_path / "broken.toml")
