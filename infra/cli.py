@@ -97,6 +97,7 @@ def _evaluate(parsers: Parsers) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
     parser.add_argument("--results", metavar="FILE.parquet", help="keep the accuracy of every episode")
+    parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
 
 
 def _classify(parsers: Parsers) -> None:

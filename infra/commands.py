@@ -87,12 +87,27 @@ def evaluate(arguments: Namespace) -> Answer:
     )
     if arguments.results:
         results.write_parquet(arguments.results)
-    return results.summary() | {
+    answer = results.summary() | {
         "split": arguments.split,
         "data": str(arguments.data),
         "data_fingerprint": dataset.fingerprint,
         "model": str(arguments.model),
     }
+    if arguments.record:
+        from configs.load import fingerprint
+        from evaluation.environment import environment_record
+        from pipelines.files import write_json
+
+        settings = loaded.settings.model_dump(mode="json", include={"model", "adapt", "warmup", "train"})
+        made_with = {
+            "settings": settings,
+            "settings_fingerprint": fingerprint(loaded.settings),
+            "trained": loaded.info,
+            "source_fingerprint": dataset.manifest["source_fingerprint"],
+            "environment": environment_record(),
+        }
+        write_json(arguments.record, answer | made_with)
+    return answer
 
 
 def classify(arguments: Namespace) -> Answer:

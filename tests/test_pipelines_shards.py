@@ -1,0 +1,154 @@
+"""Shards, index, readers: the contract of a data set on disk."""
+
+import gc
+import shutil
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from pipelines import shards
+from pipelines.dataset import Dataset
+from pipelines.records import DataError, ImageRecord
+from pipelines.shards import write_dataset
+
+SHAPE = (1, 4, 4)
+
+
+@dataclass
+class Fake:
+    name: str = "fake"
+    image_shape: tuple[int, int, int] = SHAPE
+    fingerprint: str = "f" * 64
+    counts: dict[str, int] = field(default_factory=lambda: {"train": 50, "validation": 12, "test": 0})
+
+    @property
+    def splits(self):
+        return {
+            split: [ImageRecord(f"{split}/{i}", f"c{i // 5:02d}", lambda: None) for i in range(count)]
+            for split, count in self.counts.items()
+        }
+
+    def load_block(self, split, rows):
+        return np.stack([self.image(split, row) for row in rows])
+
+    def image(self, split, row):
+        return np.random.default_rng([len(split), row]).integers(0, 256, SHAPE, dtype=np.uint8)
+
+
+def write(folder, **options):
+    return write_dataset(Fake(), folder, block=8, shard_rows=20, **options)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def backwards(function, tasks):
+    """Shards in another order, as several workers would finish them."""
+    for task in reversed(tasks):
+        yield function(*task)
+
+
+def test_every_sample_is_there_once_where_the_index_says(tmp_path):
+    write(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d")
+    images, table = dataset.images("train"), dataset.index("train").to_pylist()
+    assert sorted(row["key"] for row in table) == sorted(f"train/{i}" for i in range(50))
+    for number, row in enumerate(table):
+        expected = Fake().image("train", int(row["key"].split("/")[1]))
+        raw = (tmp_path / "d" / "train" / row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["size"]]
+        assert row["row"] == number
+        assert np.array_equal(images[number], expected)
+        assert raw == expected.tobytes()
+        assert dataset.class_names("train")[row["class_id"]] == row["class_name"] == f"c{int(row['key'][6:]) // 5:02d}"
+    assert [row["key"] for row in table] != [f"train/{i}" for i in range(50)]
+    assert len(dataset.images("test")) == 0
+
+
+def test_bytes_do_not_depend_on_the_order_of_the_tasks_or_on_a_kill(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "two", map_tasks=backwards)
+
+    def killed(function, tasks):
+        yield function(*tasks[0])
+        (tmp_path / "three" / "train" / ".shard-000001.tar.x.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "three", map_tasks=killed)
+    with pytest.raises(DataError, match="was not finished"):
+        Dataset.open(tmp_path / "three")
+    done = []
+    write(tmp_path / "three", on_progress=lambda n, total: done.append((n, total)))
+    assert done[0] == (2, 4)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+
+
+def test_a_finished_data_set_is_left_alone_and_another_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "d")
+    monkeypatch.setattr(shards, "write_shard", None)
+    assert write(tmp_path / "d")["name"] == "fake"
+    with pytest.raises(DataError, match="holds another data set"):
+        write(tmp_path / "d", seed=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("dear reader")
+    with pytest.raises(DataError, match="not empty"):
+        write(tmp_path / "other")
+    with pytest.raises(DataError, match="holds no images"):
+        write_dataset(Fake(counts={"train": 0}), tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_plain_webdataset_reads_the_shards_and_finds_no_labels(tmp_path):
+    write(tmp_path / "d")
+    paths = [str(p) for p in sorted((tmp_path / "d" / "train").glob("*.tar"))]
+    with warnings.catch_warnings():
+        # webdataset leaves it to the collector to close its files.
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
+        gc.collect()
+    assert sum(len(sample["x.npy"]) for sample in samples) == 50
+    assert {key for sample in samples for key in sample if not key.startswith("__")} == {"json", "x.npy"}
+    assert set(samples[0]["json"]) == {"split", "block", "rows"}
+
+
+def test_mapped_images_equal_images_in_memory_and_neither_needs_the_index(tmp_path):
+    write(tmp_path / "d")
+    (tmp_path / "d" / "train" / "index.parquet").unlink()
+    dataset = Dataset.open(tmp_path / "d")
+    memory, mapped = dataset.images("train", "memory"), dataset.images("train", "mmap")
+    rows = np.array([3, 49, 3, 0, 21])
+    assert np.array_equal(mapped[rows], memory[rows])
+    assert np.array_equal(mapped[5:30], memory[5:30])
+    assert np.array_equal(mapped[7], memory[7])
+    assert mapped.shape == memory.shape
+    assert not isinstance(dataset.images("train", "auto", memory_limit_mb=0), np.ndarray)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_damage_after_writing_is_named(tmp_path, damage):
+    write(tmp_path / "d")
+    shard = tmp_path / "d" / "train" / "shard-000001.tar"
+    raw = bytearray(shard.read_bytes())
+    shard.unlink()
+    if damage == "truncated":
+        shard.write_bytes(raw[:-100])
+    if damage == "altered":
+        raw[2000] ^= 1
+        shard.write_bytes(raw)
+    with pytest.raises(DataError, match=r"shard-000001.tar: shard"):
+        Dataset.open(tmp_path / "d").images("train")
+
+
+def test_what_is_not_a_data_set_is_refused_in_a_line(tmp_path):
+    with pytest.raises(DataError, match=r"no dataset.json there"):
+        Dataset.open(tmp_path)
+    write(tmp_path / "d")
+    with pytest.raises(DataError, match="no split 'exam'; it has train, validation, test"):
+        Dataset.open(tmp_path / "d").images("exam")
+    shutil.copy(tmp_path / "d" / "train" / "shard-000000.tar", tmp_path / "d" / "train" / "index.parquet")
+    with pytest.raises(DataError, match="not a readable index"):
+        Dataset.open(tmp_path / "d").labels("train")
