@@ -19,7 +19,7 @@ def environment_record() -> dict[str, Any]:
     import torch
 
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["metagmvae", *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
