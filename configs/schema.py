@@ -92,7 +92,8 @@ class TrainSettings(Section):
     samples: Positive = 32
     """N, Monte Carlo samples per point, all used by EM and the KL term."""
     decode_samples: Positive = 1
-    """R <= N, samples that are decoded; the expectation of the objective does not depend on it."""
+    """R <= N, samples that are decoded. The expectation of the objective does not depend on it where each sample is
+    decoded by itself: exactly so but for batch statistics of the decoder and the calibrated variance."""
     components: Positive = 5
     """K."""
     em_iterations: Positive = 10
