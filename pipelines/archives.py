@@ -1,11 +1,13 @@
 """Files by name from a folder or from a zip that is never unpacked, behind the same two functions.
 
 A zip comes from elsewhere: names that leave it, links, encrypted, doubled or absurdly compressed members are
-refused before anything is read. The same files give the same entries, zipped or not.
+refused before anything is read, and no member is unpacked beyond the size it states. The same files give the
+same entries, zipped or not.
 """
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
 import zipfile
@@ -20,9 +22,21 @@ from pipelines.records import DataError
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TOTAL_BYTES = 256 * 2**30
 MAX_RATIO = 200
-"""Unpacked over packed bytes, for members above `RATIO_FREE_BYTES`: images do not compress like this."""
+"""Unpacked over packed bytes, of a member or of the whole: images do not compress like this."""
 RATIO_FREE_BYTES = 2**20
+"""Smaller members may: a blank picture does."""
 CHUNK_BYTES = 2**20
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    ValueError,
+)
+"""What `zipfile` and its decompressors raise on damaged bytes, or on methods that they do not know."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +51,7 @@ class Entry:
 def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
     """Files with one of the suffixes (lower case) under a folder or in a zip, sorted by name.
 
-    Hidden files and `__MACOSX` are left out.
+    Hidden files and `__MACOSX` are left out. Links are followed.
 
     Raises:
         DataError: root is neither, cannot be read, or the zip is unsafe (see `check_member`).
@@ -50,10 +64,13 @@ def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
         entries = [Entry(info.filename, info.CRC, info.file_size) for info in infos if _wanted(info.filename, suffixes)]
     else:
         raise DataError(f"{root}: no such file or folder; name one that exists with --source")
+    for entry in entries:
+        if not is_text(entry.name):
+            raise DataError(f"{root}: file name {entry.name!r} is not text in UTF-8 on one line; rename it")
     return sorted(entries)
 
 
-def read_entry(root: str, name: str) -> bytes:
+def read_entry(root: str | Path, name: str) -> bytes:
     """The bytes of one file.
 
     Raises:
@@ -63,11 +80,30 @@ def read_entry(root: str, name: str) -> bytes:
     try:
         if path.is_dir():
             return (path / name).read_bytes()
-        return _open_zip(root, *_identity(path), os.getpid()).read(name)
+        archive = _open_zip(str(path), *_identity(path), os.getpid())
+        info = archive.getinfo(name)
+        check_member(info, str(path))
+        # Asking for one byte more than stated bounds what a member that lies about its size can unpack to.
+        with archive.open(info) as member:
+            data = member.read(info.file_size + 1)
+    except DataError:
+        raise
     except KeyError as error:
         raise DataError(f"{root}: no member {name}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+    except DAMAGE as error:
         raise DataError(f"{root}: {name} cannot be read ({error}); fetch the file again") from error
+    if len(data) != info.file_size:
+        raise DataError(f"{root}: {name} holds {len(data)} of {info.file_size} bytes; fetch the file again")
+    return data
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written in UTF-8 and on one line: file systems keep names that cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(name.splitlines()) == 1 and "\0" not in name
 
 
 def check_member(info: zipfile.ZipInfo, archive: str) -> None:
@@ -77,12 +113,11 @@ def check_member(info: zipfile.ZipInfo, archive: str) -> None:
         DataError: naming the archive and the member.
     """
     name = info.filename
-    if (
-        name.startswith(("/", "\\"))
-        or ":" in name.split("/")[0]
-        or ".." in PurePosixPath(name.replace("\\", "/")).parts
-    ):
+    parts = name.replace("\\", "/").split("/")
+    if not parts[0] or ":" in parts[0] or ".." in parts:
         raise DataError(f"{archive}: member {name!r} leads out of the archive; refused")
+    if "\\" in name:
+        raise DataError(f"{archive}: member {name!r} has no folders, but backslashes; pack it again with /")
     if stat.S_ISLNK(info.external_attr >> 16):
         raise DataError(f"{archive}: member {name!r} is a link; refused")
     if info.flag_bits & 1:
@@ -108,23 +143,24 @@ def _open_zip(path: str, size: int, modified_ns: int, process: int) -> zipfile.Z
     """
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from error
 
 
 @lru_cache(maxsize=8)
 def _checked_members(path: str, size: int, modified_ns: int) -> tuple[zipfile.ZipInfo, ...]:
     infos = _open_zip(path, size, modified_ns, os.getpid()).infolist()
-    seen: set[str] = set()
+    seen: set[PurePosixPath] = set()
     total = 0
     for info in infos:
         check_member(info, path)
-        if info.filename in seen:
+        name = PurePosixPath(info.filename)
+        if name in seen:
             raise DataError(f"{path}: two members are named {info.filename!r}; pack it again")
-        seen.add(info.filename)
+        seen.add(name)
         total += info.file_size
-    if total > MAX_TOTAL_BYTES:
-        raise DataError(f"{path}: unpacks to {total} bytes in all; refused")
+    if total > MAX_TOTAL_BYTES or total > MAX_RATIO * max(size, RATIO_FREE_BYTES):
+        raise DataError(f"{path}: {size} bytes that unpack to {total} in all; refused")
     return tuple(infos)
 
 
@@ -135,12 +171,21 @@ def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _folder_entries(root: Path, suffixes: tuple[str, ...]) -> Iterator[Entry]:
-    for folder, _, files in os.walk(root, onerror=_refuse):
+    seen: set[tuple[int, int]] = set()
+    for folder, _, files in os.walk(root, onerror=_refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            raise DataError(f"{folder}: a link to a folder that is read already; remove it")
+        seen.add((status.st_dev, status.st_ino))
         for file in files:
             path = Path(folder) / file
             name = path.relative_to(root).as_posix()
-            if _wanted(name, suffixes):
-                yield Entry(name, *_checksum(path))
+            if not _wanted(name, suffixes):
+                continue
+            # A pipe would block for ever.
+            if not path.is_file():
+                raise DataError(f"{path}: no plain file, or a link to none; remove it")
+            yield Entry(name, *_checksum(path))
 
 
 def _refuse(error: OSError) -> None:
