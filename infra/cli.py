@@ -68,10 +68,22 @@ def _add(parsers: Parsers, name: str, run: Any, what: str, example: str) -> argp
 def _prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     parser = _add(parsers, "prepare", commands.prepare, "write a data set as WebDataset shards with an index", example)
-    parser.add_argument("name", choices=("glyphs", "omniglot"))
-    parser.add_argument("--source", help="folder with the archives; without it Omniglot is downloaded")
+    parser.add_argument("name", choices=("folder", "glyphs", "omniglot"))
+    parser.add_argument("--source", help="folder with the archives (Omniglot is downloaded without), or your pictures")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--split", help="omniglot: 1200-100-323 (default) or vinyals")
+    parser.add_argument("--size", type=int, help="folder, omniglot: side of the images in pixels (28)")
+    parser.add_argument("--channels", type=int, help="folder: 1 (grey, default) or 3 (RGB)")
+    parser.add_argument(
+        "--invert", action="store_true", default=None, help="folder: strokes are dark on a bright ground"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_false", dest="classes", default=None, help="folder: folders are no classes"
+    )
+    parser.add_argument(
+        "--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="folder: split the classes"
+    )
+    parser.add_argument("--max-broken", type=float, help="folder: largest share of images that cannot be read (0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
 
 

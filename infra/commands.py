@@ -8,6 +8,9 @@ from typing import Any
 
 Answer = dict[str, Any]
 
+SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken")
+"""Of `prepare`: those that are given go to the source, which refuses what it does not know."""
+
 
 def text(answer: Answer) -> str:
     """An answer for people: one `key: value` a line, tables of rows as they are."""
@@ -33,7 +36,8 @@ def prepare(arguments: Namespace) -> Answer:
     from pipelines.shards import write_dataset
     from pipelines.sources import open_source
 
-    options = {"split": arguments.split} if arguments.split else {}
+    given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
     source = open_source(arguments.name, arguments.source, **options)
     manifest = write_dataset(source, arguments.out, seed=arguments.seed)
     return {
@@ -42,6 +46,7 @@ def prepare(arguments: Namespace) -> Answer:
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
+        "skipped": source.report.get("skipped", []),
     }
 
 

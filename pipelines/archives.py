@@ -172,7 +172,8 @@ def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
 
 def _folder_entries(root: Path, suffixes: tuple[str, ...]) -> Iterator[Entry]:
     seen: set[tuple[int, int]] = set()
-    for folder, _, files in os.walk(root, onerror=_refuse, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if _wanted(name, ("",))]
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             raise DataError(f"{folder}: a link to a folder that is read already; remove it")

@@ -7,6 +7,7 @@ smoothly, in a thinner or thicker pen. Class and drawing are functions of (seed,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from pipelines.files import sha256_json
 from pipelines.records import DataError, ImageRecord
-from pipelines.sources import Source
+from pipelines.sources import Source, check_whole
 from pipelines.streams import keyed_rng
 
 GENERATOR = 1
@@ -68,11 +69,13 @@ def open_glyphs(
     """
     if source is not None:
         raise DataError(f"glyphs are generated: remove --source {source}")
-    counts = tuple(classes)
-    if len(counts) != len(SPLITS) or min(counts) < 0 or not any(counts):
-        raise DataError(f"classes is {classes}; give three counts, for train, validation and test")
-    if drawings < 1:
-        raise DataError(f"drawings is {drawings}; give at least 1")
+    counts = tuple(classes) if isinstance(classes, Sequence) else ()
+    if len(counts) != len(SPLITS) or not any(counts):
+        raise DataError(f"classes is {classes!r}; give three counts, for train, validation and test")
+    for count in counts:
+        check_whole("a count in classes", count, 0)
+    check_whole("drawings", drawings, 1)
+    check_whole("seed", seed, 0)
     splits = {
         split: [_record(seed, split, number, drawing) for number in range(count) for drawing in range(drawings)]
         for split, count in zip(SPLITS, counts, strict=True)

@@ -7,19 +7,23 @@ by quarter turns count as further classes and stay in the split of their charact
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from pipelines.archives import Entry, list_entries, read_entry
 from pipelines.images import decode_image
 from pipelines.records import DataError, ImageRecord
-from pipelines.sources import Source, source_fingerprint
+from pipelines.sources import Source, check_whole, source_fingerprint
 from pipelines.streams import keyed_rng
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -45,8 +49,8 @@ def open_omniglot(
     """Omniglot as classes `archive/alphabet/character01@090`, strokes 255 on 0, (1, size, size).
 
     Args:
-        source: folder that holds `images_background` and `images_evaluation`, each a zip or a folder;
-            downloaded into the user's cache folder when None.
+        source: folder that holds `images_background` and `images_evaluation`, each a zip or a folder, or that holds
+            nothing but such a folder; downloaded into the user's cache folder when None.
         split: `1200-100-323` or `vinyals`.
         size: side in pixels.
         rotations: 4 (quarter turns, counter-clockwise, are classes of their own) or 1.
@@ -58,9 +62,8 @@ def open_omniglot(
         raise DataError(f"omniglot has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if rotations not in (1, 4):
         raise DataError(f"rotations is {rotations}; choose 4 (quarter turns as classes) or 1")
-    if size < 1:
-        raise DataError(f"size is {size}; choose a positive number of pixels")
-    root = Path(source) if source is not None else download_omniglot()
+    check_whole("size", size, 1)
+    root = _inner(Path(source)) if source is not None else download_omniglot()
     parts = {archive: _find_part(root, archive) for archive in CHARACTERS}
     drawings: dict[Character, list[tuple[str, Entry]]] = {}
     for archive, part in parts.items():
@@ -97,14 +100,28 @@ def download_omniglot() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metagmvae"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for background in (True, False):
-            Omniglot(str(cache), background=background, download=True)
-    except (OSError, RuntimeError) as error:
+        # torchvision prints, and standard output may be kept for one JSON object.
+        with contextlib.redirect_stdout(sys.stderr):
+            for background in (True, False):
+                Omniglot(str(cache), background=background, download=True)
+    except (OSError, RuntimeError, HTTPException, BadZipFile) as error:
         raise DataError(
-            f"Omniglot could not be downloaded ({error}); name a folder with images_background.zip and "
+            f"Omniglot could not be downloaded to {cache} ({error}); name a folder with images_background.zip and "
             "images_evaluation.zip by --source"
         ) from error
     return cache / Omniglot.folder
+
+
+def _inner(root: Path) -> Path:
+    """The folder itself, or the one folder in it where it holds neither archive."""
+    try:
+        inside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{root}: not a folder that can be read; name the one with the archives by --source") from error
+    folders = [path for path in inside if path.is_dir()]
+    if len(folders) == 1 and not any(path.stem in CHARACTERS for path in inside):
+        return _inner(folders[0])
+    return root
 
 
 def _find_part(root: Path, archive: str) -> str:
@@ -190,7 +207,9 @@ def load_drawing(part: str, name: str, size: int, turns: int) -> np.ndarray:
 
 
 def _decoded(part: str, name: str, size: int) -> np.ndarray:
-    return decode_image(read_entry(part, name), f"{part}: {name}", size=size, channels=1, invert=True)
+    pixels = decode_image(read_entry(part, name), f"{part}: {name}", size=size, channels=1, invert=True)
+    pixels.flags.writeable = False  # shared between the rotations
+    return pixels
 
 
 _decoded_once = lru_cache(maxsize=sum(CHARACTERS.values()) * DRAWINGS)(_decoded)

@@ -15,6 +15,7 @@ from pipelines.files import sha256_json
 from pipelines.records import DataError, ImageRecord
 
 OPENERS = {
+    "folder": "pipelines.folder:open_folder",
     "glyphs": "pipelines.glyphs:open_glyphs",
     "omniglot": "pipelines.omniglot:open_omniglot",
 }
@@ -67,6 +68,16 @@ def open_source(name: str, source: str | None = None, **options: Any) -> Source:
         if option not in known:
             raise DataError(f"source {name!r} has no option {option!r}; it has: {', '.join(known)}")
     return opener(source, **options)
+
+
+def check_whole(option: str, value: Any, least: int) -> None:
+    """Refuse an option that is not a whole number of at least `least`.
+
+    Raises:
+        DataError: naming the option and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise DataError(f"{option} is {value!r}; give a whole number, {least} or more")
 
 
 def source_fingerprint(name: str, entries: Iterable[tuple[str, Entry]], options: dict[str, Any]) -> str:

@@ -92,6 +92,25 @@ def test_classify_names_images_on_disk(run, data, tmp_path, capsys):
     assert "give every class as many" in capsys.readouterr().err
 
 
+def test_prepare_takes_a_folder_of_pictures_and_lists_what_it_left_out(tmp_path, capsys):
+    for number in range(12):
+        (tmp_path / "pictures" / f"c{number % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(tmp_path / "pictures" / f"c{number % 3}" / f"{number}.png")
+    (tmp_path / "pictures" / "c0" / "broken.png").write_bytes(b"not a picture")
+    request = ["prepare", "folder", "--source", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--json"]
+    assert main(request) == 2
+    assert "1 of 13 images cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    request += ["--max-broken", "0.1", "--channels", "3", "--size", "16", "--fractions", "0.34", "0.33", "0.33"]
+    assert main(request) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["samples"] == {"train": 4, "validation": 4, "test": 4}
+    assert [skipped["name"] for skipped in answer["skipped"]] == ["c0/broken.png"]
+    assert Dataset.open(tmp_path / "out").images("train").shape == (4, 3, 16, 16)
+    assert main(["prepare", "glyphs", "--channels", "3", "--out", str(tmp_path / "glyphs")]) == 2
+    assert "has no option 'channels'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
