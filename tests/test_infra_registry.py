@@ -1,5 +1,6 @@
 """A run becomes a registered model without pickled code, which MLflow loads and serves by itself."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -206,7 +207,9 @@ def test_a_real_server_answers_over_http(registered, run, tmp_path):
         port = probe.getsockname()[1]
     serve = ["models", "serve", "--model-uri", "models:/few-shot@champion", "--env-manager", "local"]
     command = [sys.executable, "-m", "mlflow", *serve, "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
+    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": search}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -221,7 +224,8 @@ def test_a_real_server_answers_over_http(registered, run, tmp_path):
         assert status == 400
         assert "3 of label 0, 1 of label 1" in answer["message"]
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself: the assertion above says why
+            os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
         server.wait()
 
 
