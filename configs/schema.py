@@ -159,6 +159,8 @@ class RunSettings(Section):
     cpus_per_worker: Positive = 1
     max_failures: NonNegative = 3
     """Worker-group restarts that are tried before the run fails."""
+    figures: bool = True
+    """Draw curves, reconstructions, modes and the latent map into the run folder at the end."""
     address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS if set, else a cluster on this machine."""
 

@@ -16,13 +16,14 @@ from pipelines.records import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
-def classify_folders(loaded: LoadedModel, support: Path, query: Path) -> dict[str, Any]:
+def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: Path | None = None) -> dict[str, Any]:
     """Probabilities of every class for every query image, all queries judged together.
 
     Args:
         loaded: the model.
         support: `support/<class>/*.png`, equally many images in each of two or more classes.
         query: `query/*.png`.
+        picture: PNG file to draw the answer in.
 
     Raises:
         DataError: a folder or an image is not as it should be.
@@ -47,7 +48,14 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path) -> dict[st
         {"query": file.name, "class": names[int(row.argmax())], **dict(zip(names, row.tolist(), strict=True))}
         for file, row in zip(queries, probabilities, strict=True)
     ]
-    return {"classes": names, "shot": shots, "queries": rows}
+    answer: dict[str, Any] = {"classes": names, "shot": shots, "queries": rows}
+    if picture is not None:
+        from evaluation.figures import predictions, save
+
+        labelled_images = list(images[: ways * shots].reshape(ways, shots, *loaded.image_shape))
+        save(predictions(labelled_images, names, images[ways * shots :], probabilities.numpy()), picture)
+        answer["figure"] = str(picture)
+    return answer
 
 
 def _listed(folder: Path) -> list[Path]:

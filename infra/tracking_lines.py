@@ -60,7 +60,17 @@ def system_points(line: Mapping[str, Any], started_ms: int) -> list[Point]:
     return [Point(key, value, at, step) for key, value in _numbers(line) if key not in ("time", "sample")]
 
 
-READERS = {"metrics.jsonl": training_points, "system.jsonl": system_points}
+def evaluation_points(line: Mapping[str, Any], started_ms: int) -> list[Point]:
+    """Points of a line of evaluations.jsonl: results on a split, at the step that the model had reached."""
+    at, step = round(1000 * float(line["time"])), int(line["step"])
+    return [Point(key, value, at, step) for key, value in _numbers(line) if key not in ("time", "step")]
+
+
+READERS = {
+    "metrics.jsonl": training_points,
+    "system.jsonl": system_points,
+    "evaluations.jsonl": evaluation_points,
+}
 
 
 def unsent_chunks(path: Path, position: Mapping[str, Any], started_ms: int, limit: int) -> Iterator[Chunk]:

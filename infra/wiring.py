@@ -51,6 +51,10 @@ def run_training(settings: Settings, *, resume: bool = False, quiet: bool = Fals
             train_on_ray(settings, str(dataset.root.absolute()), run_dir, resume=resume)
         else:
             train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
+        if settings.run.figures:
+            from infra.run_results import draw_figures
+
+            draw_figures(run_dir, settings, dataset)
     return run_dir
 
 

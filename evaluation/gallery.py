@@ -1,0 +1,101 @@
+"""All figures of one trained model on one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluation import figures
+from evaluation.modes import ModeFinder
+from evaluation.package import LoadedModel
+from evaluation.predict import encode_images
+from pipelines.dataset import Dataset
+from pipelines.episodes import EpisodeSampler
+from pipelines.records import DataError
+
+POOL = 4096
+"""Images that generated features are shown by, the nearest of them."""
+SHOWN_WAYS = 5
+QUERIES = 10
+
+
+def draw_gallery(
+    loaded: LoadedModel, dataset: Dataset, split: str, out: Path, lines: Sequence[Mapping[str, Any]] = ()
+) -> list[Path]:
+    """Write every figure that the model, the data and the metric lines allow; return the files.
+
+    Args:
+        loaded: the model.
+        dataset: its training split gives the unlabelled set, `split` the labelled episode.
+        split: whose classes are shown, say `validation`.
+        out: folder; files in it are replaced.
+        lines: metric lines of the run, for the curves.
+
+    Raises:
+        DataError: the images have another shape than the model's, or the split has too few classes or images.
+    """
+    if dataset.image_shape != loaded.image_shape:
+        raise DataError(f"{dataset.root}: images are {dataset.image_shape} and the model takes {loaded.image_shape}")
+    dataset.split(split)
+    name = loaded.settings.name
+    train_split = loaded.settings.data.train_split
+    unlabelled = dataset.images(train_split if train_split in dataset.splits else split)
+    images, labels = dataset.images(split), dataset.labels(split)
+    finder = ModeFinder(loaded.model, np.asarray(unlabelled[: min(POOL, len(unlabelled))]))
+    kind = "nearest to decoded features" if loaded.model.reconstruct == "features" else "generated"
+    train = loaded.settings.train
+    drawn = {"reconstructions": _reconstructions(finder, images, kind)}
+    size = min(train.set_size, len(unlabelled))
+    modes = finder.training_modes(np.asarray(unlabelled[:size]), train)[: 2 * SHOWN_WAYS]
+    title = f"{name}: modes of an unlabelled training set (Eq. 7)"
+    drawn["modes-meta-training"] = figures.mode_grid(modes, title, kind)
+    drawn["modes-meta-test"] = _episode(finder, loaded, images, labels, kind)
+    drawn["latent-map"] = _latent_map(loaded, images, labels)
+    if lines:
+        drawn["curves"] = figures.curves(lines, name)
+    files = []
+    for stem, figure in drawn.items():
+        files.append(out / f"{stem}.png")
+        figures.save(figure, files[-1])
+    return files
+
+
+def _reconstructions(finder: ModeFinder, images: Any, kind: str) -> Any:
+    some = np.asarray(images[: min(200, len(images))])
+    return figures.reconstructions(some[:16], finder.reconstruct(some)[:16], kind.replace("generated", "decoded"))
+
+
+def _episode(finder: ModeFinder, loaded: LoadedModel, images: Any, labels: np.ndarray, kind: str) -> Any:
+    sampler = EpisodeSampler(labels, way=_ways(labels), shot=1, query=QUERIES, seed=0)
+    episode = sampler.episode(0)
+    support, query = images[episode.support.reshape(-1)], images[episode.query.reshape(-1)]
+    modes = finder.test_modes(support[:, None], query, loaded.settings.adapt)
+    title = f"{loaded.settings.name}: modes of a {sampler.way}-way 1-shot episode (Eq. 10)"
+    return figures.mode_grid(modes, title, kind)
+
+
+def _ways(labels: np.ndarray) -> int:
+    return min(SHOWN_WAYS, len(np.unique(labels)))
+
+
+def _latent_map(loaded: LoadedModel, images: Any, labels: np.ndarray) -> Any:
+    """The same classes with 1 and with 5 shots: posterior means given the whole episode, by t-SNE."""
+    from sklearn.manifold import TSNE
+
+    device = next(loaded.model.parameters()).device
+    panels = []
+    for shot in (1, 5):
+        episode = EpisodeSampler(labels, way=_ways(labels), shot=shot, query=QUERIES, seed=0).episode(0)
+        rows = np.concatenate([episode.support.reshape(-1), episode.query.reshape(-1)])
+        with torch.inference_mode():
+            h_1TF = encode_images(loaded.model, images[rows], device)[None]
+            mean_TD = loaded.model.posterior(h_1TF)[0][0].cpu().numpy()
+        perplexity = min(15.0, (len(rows) - 1) / 3)
+        xy = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(mean_TD)
+        label = np.concatenate([np.repeat(np.arange(len(r)), r.shape[1]) for r in (episode.support, episode.query)])
+        panels.append((f"{shot} shot", xy, label, np.arange(len(rows)) < episode.support.size))
+    return figures.latent_map(panels, f"{loaded.settings.name}: latents of an episode (stars: support)")

@@ -1,0 +1,43 @@
+"""The benchmarks by name, with what each needs of the request."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from pipelines.dataset import Dataset
+from pipelines.records import DataError
+
+
+def run_bench(request: Namespace) -> dict[str, Any]:
+    """Run `request.name`; see `metagmvae bench --help` for the rest of the request.
+
+    Raises:
+        DataError: the benchmark needs a data set and none was given.
+    """
+    if request.name == "step":
+        from evaluation.bench_step import bench_step
+
+        return bench_step(request.repeats, torch.get_num_threads())
+    if not request.data:
+        raise DataError(f"bench {request.name} reads a data set: name it with --data")
+    dataset = Dataset.open(request.data)
+    dataset.split(request.split)
+    about = {"data": str(request.data), "data_fingerprint": dataset.fingerprint, "split": request.split}
+    if request.name == "loader":
+        from evaluation.bench_loader import bench_loader
+
+        return about | bench_loader(dataset, request.split, request.pictures, request.repeats)
+    from configs.schema import AdaptSettings, ModelSettings
+    from evaluation.bench_episodes import bench_episodes
+    from training.builders import build_model
+
+    # Time does not depend on what was learned: the model of the paper as it was initialised will do.
+    model = build_model(ModelSettings(), dataset.image_shape, 0).to(memory_format=torch.channels_last)
+    images, labels = dataset.images(request.split), dataset.labels(request.split)
+    episodes, literal = request.episodes, min(request.literal_episodes, request.episodes)
+    return about | bench_episodes(
+        model, AdaptSettings(), images, labels, episodes=episodes, literal_episodes=max(2, literal)
+    )

@@ -1,0 +1,52 @@
+"""`doctor` and `bench`: is this machine fit, and how fast is it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from infra.command import Answer, BadNews, Parsers, add_command
+
+
+def add(parsers: Parsers) -> None:
+    what = "check versions, devices, Ray, the MLflow store and disks, with a remedy for what is wrong"
+    add_command(parsers, "doctor", doctor, what, "metagmvae doctor")
+
+    example = "metagmvae bench step --record bench-step.json"
+    what = "time the training step, the loader or the evaluation, beside the slow form, in one run"
+    parser = add_command(parsers, "bench", bench, what, example)
+    parser.add_argument("name", choices=("step", "loader", "episodes"))
+    parser.add_argument("--data", metavar="URI", help="loader, episodes: data set folder")
+    parser.add_argument("--split", default="validation", help="loader, episodes: split (validation)")
+    parser.add_argument("--repeats", type=int, default=3, help="step, loader: timed rounds; the median counts (3)")
+    parser.add_argument("--pictures", type=int, default=5000, help="loader: size of the image folder (5000)")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes: of the fast form (1000)")
+    parser.add_argument("--literal-episodes", type=int, default=10, help="episodes: of the slow form (10)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: as many as torch takes by itself")
+    parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
+
+
+def doctor(arguments: Namespace) -> Answer:
+    from infra.doctor import examine
+
+    rows = [check.row() for check in examine()]
+    answer = {"checks": rows}
+    return BadNews(answer) if any(row["state"] == "wrong" for row in rows) else answer
+
+
+def bench(arguments: Namespace) -> Answer:
+    import torch
+
+    from evaluation.environment import environment_record
+    from infra.benches import run_bench
+    from pipelines.files import write_json
+    from pipelines.records import DataError
+
+    for option in ("repeats", "pictures", "episodes", "literal_episodes"):
+        if getattr(arguments, option) < 1:
+            raise DataError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; give 1 or more")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    answer = {"bench": arguments.name, **run_bench(arguments)}
+    if arguments.record:
+        write_json(arguments.record, answer | {"environment": environment_record()})
+    return answer

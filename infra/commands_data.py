@@ -1,0 +1,72 @@
+"""`prepare` and `verify`: data sets."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from infra.command import Answer, BadNews, Parsers, add_command, progress_bar
+
+SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken")
+"""Of `prepare`: those that are given go to the source, which refuses what it does not know."""
+
+
+def add(parsers: Parsers) -> None:
+    _add_prepare(parsers)
+    example = "metagmvae verify data/omniglot"
+    parser = add_command(
+        parsers, "verify", verify, "name every missing, damaged or foreign file of a data set", example
+    )
+    parser.add_argument("uri", metavar="URI", help="folder, or s3://bucket/prefix, of a data set")
+
+
+def _add_prepare(parsers: Parsers) -> None:
+    example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
+    what = "write a data set as WebDataset shards with an index"
+    parser = add_command(parsers, "prepare", prepare, what, example)
+    parser.add_argument("name", choices=("folder", "glyphs", "omniglot"))
+    parser.add_argument("--source", help="folder with the archives (Omniglot is downloaded without), or your pictures")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--split", help="omniglot: 1200-100-323 (default) or vinyals")
+    parser.add_argument("--size", type=int, help="folder, omniglot: side of the images in pixels (28)")
+    parser.add_argument("--channels", type=int, help="folder: 1 (grey, default) or 3 (RGB)")
+    parser.add_argument(
+        "--invert", action="store_true", default=None, help="folder: strokes are dark on a bright ground"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_false", dest="classes", default=None, help="folder: folders are no classes"
+    )
+    parser.add_argument(
+        "--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="folder: split the classes"
+    )
+    parser.add_argument("--max-broken", type=float, help="folder: largest share of images that cannot be read (0.01)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+
+
+def prepare(arguments: Namespace) -> Answer:
+    from pipelines.shards import write_dataset
+    from pipelines.sources import open_source
+
+    given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
+    source = open_source(arguments.name, arguments.source, **options)
+    with progress_bar("shards", arguments.json) as on_progress:
+        manifest = write_dataset(source, arguments.out, seed=arguments.seed, on_progress=on_progress)
+    return {
+        "data": str(Path(arguments.out).absolute()),
+        "name": manifest["name"],
+        "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
+        "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
+        "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
+        "skipped": source.report.get("skipped", []),
+    }
+
+
+def verify(arguments: Namespace) -> Answer:
+    from pipelines.verify import verify_dataset
+
+    with progress_bar("files", arguments.json) as on_progress:
+        problems = verify_dataset(arguments.uri, on_progress)
+    rows = [{"kind": problem.kind, "file": problem.path, "detail": problem.detail} for problem in problems]
+    answer = {"data": str(arguments.uri), "problems": rows}
+    return BadNews(answer) if rows else answer

@@ -1,0 +1,162 @@
+"""`evaluate`, `classify`, `figure` and `table`: trained models and what they are worth."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.command import Answer, Parsers, add_command, progress_bar
+
+if TYPE_CHECKING:
+    from evaluation.benchmark import EpisodeResults
+    from evaluation.package import LoadedModel
+    from pipelines.dataset import Dataset
+
+MODEL_HELP = "run folder, checkpoint, package, or models:/name@alias"
+
+
+def add(parsers: Parsers) -> None:
+    _add_evaluate(parsers)
+    example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
+    what = "name the class of images from a few labelled ones"
+    parser = add_command(parsers, "classify", classify, what, example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--support", required=True, metavar="DIR", help="DIR/<class>/*.png, as many in each class")
+    parser.add_argument("--query", required=True, metavar="DIR", help="DIR/*.png")
+    parser.add_argument("--figure", metavar="FILE.png", help="draw what was recognised")
+
+    example = "metagmvae figure runs/first --data data/omniglot --out figures"
+    what = "draw curves, reconstructions, the modes of episodes and the latent map"
+    parser = add_command(parsers, "figure", figure, what, example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, metavar="URI", help="data set")
+    parser.add_argument("--split", default="validation", help="whose classes are shown (validation)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files")
+
+    example = "metagmvae table omniglot-cpu --results evaluation/results"
+    what = "recorded results beside the paper's, in Markdown"
+    parser = add_command(parsers, "table", table, what, example)
+    parser.add_argument("names", metavar="NAME", nargs="+", help="NAME-5way-1shot.json and so on")
+    parser.add_argument("--results", default="evaluation/results", metavar="DIR", help="where they lie")
+
+
+def _add_evaluate(parsers: Parsers) -> None:
+    example = "metagmvae evaluate models:/omniglot@champion --data data/omniglot --way 5 --shot 1"
+    parser = add_command(parsers, "evaluate", evaluate, "few-shot accuracy over seeded episodes", example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, metavar="URI", help="data set")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--way", type=int, default=5)
+    parser.add_argument("--ways", type=int, nargs="+", metavar="WAY", help="several ways from one model, in rows")
+    parser.add_argument("--shot", type=int, default=1)
+    parser.add_argument("--query", type=int, default=15)
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    parser.add_argument("--results", metavar="FILE.parquet", help="keep the accuracy of every episode")
+    parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
+
+
+def evaluate(arguments: Namespace) -> Answer:
+    from infra.model_uri import resolve_model
+    from pipelines.dataset import Dataset
+    from pipelines.files import write_json
+
+    dataset = Dataset.open(arguments.data)
+    dataset.split(arguments.split)
+    loaded = resolve_model(arguments.model, shot=arguments.shot)
+    results = _judge(arguments, dataset, loaded)
+    if arguments.results:
+        results[0].write_parquet(arguments.results)
+    about = {
+        "split": arguments.split,
+        "data": str(arguments.data),
+        "data_fingerprint": dataset.fingerprint,
+        "model": str(arguments.model),
+    }
+    if arguments.ways:
+        answer = {"rows": [result.summary() for result in results], **about}
+    else:
+        answer = results[0].summary() | about
+    made_with = _made_with(loaded, dataset)
+    if arguments.record:
+        write_json(arguments.record, answer | made_with)
+    if (Path(arguments.model) / "settings.json").is_file():
+        from infra.run_results import keep_results
+
+        answer["kept"] = keep_results(Path(arguments.model), arguments.split, results, about | made_with)
+    return answer
+
+
+def _judge(arguments: Namespace, dataset: Dataset, loaded: LoadedModel) -> list[EpisodeResults]:
+    """One result for each way, the images of the split encoded once for all."""
+    import torch
+
+    from evaluation.benchmark import evaluate_features
+    from evaluation.predict import encode_images
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = loaded.model.to(device)
+    h_nF = encode_images(model, dataset.images(arguments.split), device)
+    results = []
+    for way in arguments.ways or [arguments.way]:
+        with progress_bar(f"{way}-way episodes", arguments.json) as on_progress:
+            result = evaluate_features(
+                model,
+                loaded.settings.adapt,
+                h_nF,
+                dataset.labels(arguments.split),
+                way=way,
+                shot=arguments.shot,
+                query=arguments.query,
+                episodes=arguments.episodes,
+                seed=arguments.seed,
+                mode=arguments.mode,
+                on_progress=on_progress,
+            )
+        results.append(result)
+    return results
+
+
+def _made_with(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
+    from configs.load import fingerprint
+    from evaluation.environment import environment_record
+
+    return {
+        "settings": loaded.settings.model_dump(mode="json", include={"model", "adapt", "warmup", "train"}),
+        "settings_fingerprint": fingerprint(loaded.settings),
+        "trained": loaded.info,
+        "source_fingerprint": dataset.manifest["source_fingerprint"],
+        "environment": environment_record(),
+    }
+
+
+def classify(arguments: Namespace) -> Answer:
+    from infra.classify import classify_folders
+    from infra.model_uri import resolve_model
+
+    loaded = resolve_model(arguments.model)
+    picture = Path(arguments.figure) if arguments.figure else None
+    return classify_folders(loaded, Path(arguments.support), Path(arguments.query), picture)
+
+
+def figure(arguments: Namespace) -> Answer:
+    from evaluation.gallery import draw_gallery
+    from infra.model_uri import resolve_model
+    from infra.surroundings import METRICS, read_lines
+    from pipelines.dataset import Dataset
+
+    dataset = Dataset.open(arguments.data)
+    dataset.split(arguments.split)
+    loaded = resolve_model(arguments.model)
+    # A model by another name than its run folder has no curves.
+    lines = read_lines(Path(arguments.model) / METRICS)
+    files = draw_gallery(loaded, dataset, arguments.split, Path(arguments.out), lines)
+    return {"figures": [str(file) for file in files]}
+
+
+def table(arguments: Namespace) -> Answer:
+    from evaluation.report import results_table
+
+    return {"table": results_table(Path(arguments.results), arguments.names)}

@@ -1,0 +1,54 @@
+"""`train`, `track` and `demo`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from infra.command import Answer, Parsers, add_command
+
+
+def add(parsers: Parsers) -> None:
+    example = "metagmvae train omniglot-cpu --set data.uri=data/omniglot --set run.out=runs/first"
+    parser = add_command(parsers, "train", train, "meta-train; CONFIG is a TOML file or a preset", example)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
+    parser.add_argument("--quiet", action="store_true", help="no live line")
+
+    example = "metagmvae track runs/first"
+    parser = add_command(parsers, "track", track, "send a run to MLflow: what is not there yet", example)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+
+    parser = add_command(parsers, "demo", demo, "the whole way on generated glyphs", "metagmvae demo --out my-demo")
+    parser.add_argument("--out", default="metagmvae-demo", help="new folder for everything the demo makes")
+    parser.add_argument("--workers", type=int, default=2, help="Ray workers that train")
+
+
+def train(arguments: Namespace) -> Answer:
+    from configs.load import load_settings
+    from infra.surroundings import METRICS, read_lines
+    from infra.wiring import run_training
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    run_dir = run_training(settings, resume=arguments.resume, quiet=arguments.quiet or arguments.json)
+    last = read_lines(run_dir / METRICS)[-1]
+    answer: Answer = {"run": str(run_dir), "last": last}
+    if settings.tracking.enabled and settings.tracking.register_as:
+        from infra.registry import register
+
+        answer["registered"] = register(run_dir, settings.tracking).uri
+    return answer
+
+
+def track(arguments: Namespace) -> Answer:
+    from infra.tracking import track as send
+
+    report = send(arguments.run_dir)
+    return {"uri": report.uri, "run_id": report.run_id, "experiment": report.experiment, "status": report.status}
+
+
+def demo(arguments: Namespace) -> Answer:
+    from infra.demo import run_demo
+
+    return run_demo(Path(arguments.out), arguments.workers)

@@ -1,0 +1,158 @@
+"""`metagmvae verify`: everything that is wrong with a data set on disk, each file by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipelines.files import read_json, sha256_file
+from pipelines.index import read_index
+from pipelines.records import DataError
+from pipelines.shards import MANIFEST, PLAN, SCHEMA_VERSION, shard_blocks
+
+Kind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
+Progress = Callable[[int, int], None]
+
+INDEX = "index.parquet"
+SHARD_NAME = re.compile(r"shard-\d{6}\.tar")
+REMEDY = "write the data set again"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    kind: Kind
+    path: str
+    """Relative to the data set's folder."""
+    detail: str
+
+
+def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> list[Problem]:
+    """Compare every file of a data set with its manifest; an intact data set has no problems.
+
+    `missing`: the manifest names it. `truncated`: another size. `altered`: the same size and another
+    sha256. `foreign`: nobody wrote it. `unfinished`: the writer was stopped. `inconsistent`: manifest, index and
+    shards disagree though each is as it was written.
+
+    Args:
+        root: folder.
+        on_progress: told (files compared, files in all).
+
+    Raises:
+        DataError: there is no data set, or its manifest is not one of ours.
+    """
+    root = Path(root)
+    if not (root / MANIFEST).is_file():
+        if (root / PLAN).exists():
+            detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
+            return [Problem("unfinished", MANIFEST, detail)]
+        raise DataError(f"{root}: no {MANIFEST} there; name the folder of a data set")
+    splits = manifest_splits(root / MANIFEST)
+    total = sum(len(part["shards"]) + 1 for part in splits.values())
+    problems, done = list(_foreign(root, splits)), 0
+    for split, part in splits.items():
+        whole = True
+        for name, size, digest in _files(split, part):
+            found = _compare(root / name, name, size, digest)
+            problems += found
+            whole = whole and not found
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+        if whole:
+            problems += _inconsistent(root, split, part)
+    return problems
+
+
+def manifest_splits(path: Path) -> Mapping[str, Any]:
+    """Splits of a manifest whose names and types are what they must be; no name leads out of the folder.
+
+    Raises:
+        DataError: it is another schema version, damaged, or hostile.
+    """
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"{path}: not a data set of schema version {SCHEMA_VERSION}")
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict):
+        raise DataError(f"{path}: names no splits; {REMEDY}")
+    for split, part in splits.items():
+        if not re.fullmatch(r"[\w-]+", split) or not isinstance(part, dict):
+            raise DataError(f"{path}: split {split!r} is not one of ours; {REMEDY}")
+        shards, whole = part.get("shards"), (part.get("samples"), part.get("classes"))
+        if not isinstance(shards, list) or not all(type(n) is int and n >= 0 for n in whole):
+            raise DataError(f"{path}: split {split!r} is damaged; {REMEDY}")
+        _check_digest(path, f"{split}/{INDEX}", part.get("index_sha256"))
+        for shard in shards:
+            name = shard.get("name") if isinstance(shard, dict) else shard
+            if not isinstance(shard, dict) or not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+                raise DataError(f"{path}: {name!r} is not the name of a shard; {REMEDY}")
+            _check_digest(path, f"{split}/{name}", shard.get("sha256"))
+            if not all(type(shard.get(key)) is int for key in ("rows", "bytes")):
+                raise DataError(f"{path}: {split}/{name} has no size there; {REMEDY}")
+    return splits
+
+
+def _check_digest(path: Path, name: str, digest: Any) -> None:
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise DataError(f"{path}: {name} has no sha256 there; {REMEDY}")
+
+
+def _files(split: str, part: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:
+    """Name, size (unknown of an index) and sha256 of every file of a split."""
+    yield f"{split}/{INDEX}", None, part["index_sha256"]
+    for shard in part["shards"]:
+        yield f"{split}/{shard['name']}", shard["bytes"], shard["sha256"]
+
+
+def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Problem]:
+    if not path.is_file():
+        return [Problem("missing", name, REMEDY)]
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return [Problem("truncated", name, f"{found} bytes, not {size}; {REMEDY}")]
+    if sha256_file(path) != digest:
+        return [Problem("altered", name, f"its sha256 is not that of the manifest; {REMEDY}")]
+    return []
+
+
+def _foreign(root: Path, splits: Mapping[str, Any]) -> Iterator[Problem]:
+    known = {MANIFEST, *splits, *(name for split in splits for name, _, _ in _files(split, splits[split]))}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name not in known:
+            yield Problem("foreign", name, "does not belong to the data set; move it elsewhere")
+
+
+def _inconsistent(root: Path, split: str, part: Mapping[str, Any]) -> Iterator[Problem]:
+    """Whether index, shards and manifest of a split tell the same story: counts, owners and offsets."""
+    name = f"{split}/{INDEX}"
+    try:
+        index = read_index(root / split / INDEX)
+        owners, offsets = [], []
+        for shard in part["shards"]:
+            rows = 0
+            for offset, shape, dtype in shard_blocks(root / split / shard["name"]):
+                size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+                offsets += [offset + size * row for row in range(shape[0])]
+                rows += shape[0]
+            owners += [shard["name"]] * rows
+            if rows != shard["rows"]:
+                text = f"holds {rows} rows and the manifest says {shard['rows']}; {REMEDY}"
+                yield Problem("inconsistent", f"{split}/{shard['name']}", text)
+    except DataError as error:
+        yield Problem("inconsistent", name, str(error))
+        return
+    if index["shard"].to_pylist() != owners or index["offset"].to_pylist() != offsets:
+        yield Problem("inconsistent", name, f"its rows are not where the shards hold them; {REMEDY}")
+    if index.num_rows != part["samples"]:
+        yield Problem("inconsistent", name, f"{index.num_rows} rows, and the manifest says {part['samples']}; {REMEDY}")
+    classes = len(set(index["class_id"].to_pylist()))
+    if classes != part["classes"]:
+        yield Problem("inconsistent", name, f"{classes} classes, and the manifest says {part['classes']}; {REMEDY}")
