@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.command import Answer, BadNews, Parsers, add_command, progress_bar
+
+if TYPE_CHECKING:
+    from pipelines.records import MapTasks
 
 SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken")
 """Of `prepare`: those that are given go to the source, which refuses what it does not know."""
@@ -41,6 +46,8 @@ def _add_prepare(parsers: Parsers) -> None:
     )
     parser.add_argument("--max-broken", type=float, help="folder: largest share of images that cannot be read (0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    parser.add_argument("--workers", type=int, default=0, help="Ray tasks at once (0: in this process, without Ray)")
+    parser.add_argument("--address", default="", help="Ray cluster for --workers (a cluster of this machine)")
 
 
 def prepare(arguments: Namespace) -> Answer:
@@ -49,9 +56,13 @@ def prepare(arguments: Namespace) -> Answer:
 
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
-    source = open_source(arguments.name, arguments.source, **options)
-    with progress_bar("shards", arguments.json) as on_progress:
-        manifest = write_dataset(source, arguments.out, seed=arguments.seed, on_progress=on_progress)
+    # Absolute: Ray's workers have working directories of their own.
+    folder = str(Path(arguments.source).absolute()) if arguments.source else None
+    source = open_source(arguments.name, folder, **options)
+    with _map_tasks(arguments) as map_tasks, progress_bar("shards", arguments.json) as on_progress:
+        manifest = write_dataset(
+            source, Path(arguments.out).absolute(), seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress
+        )
     return {
         "data": str(Path(arguments.out).absolute()),
         "name": manifest["name"],
@@ -60,6 +71,14 @@ def prepare(arguments: Namespace) -> Answer:
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         "skipped": source.report.get("skipped", []),
     }
+
+
+def _map_tasks(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
+    if not arguments.workers:
+        return nullcontext()
+    from infra.ray_map import ray_map
+
+    return ray_map(arguments.workers, arguments.address)
 
 
 def verify(arguments: Namespace) -> Answer:

@@ -170,11 +170,12 @@ def _mlflow(name: str) -> Check:
 def _ray(name: str) -> Check:
     from configs.load import SettingsError
     from configs.schema import Settings
-    from infra.ray_train import cluster, cluster_address
+    from infra.ray_cluster import cluster
+    from infra.wiring import cluster_address
 
     settings = Settings()
     try:
-        with cluster(settings):
+        with cluster(cluster_address(settings), 1):
             import ray
 
             resources = ray.cluster_resources()

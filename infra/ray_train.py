@@ -9,11 +9,8 @@ is handed the checkpoint of the run folder, so nothing depends on what Ray kept 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,9 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from configs.load import SettingsError, settings_from_json, to_json
+from configs.load import settings_from_json, to_json
 from configs.schema import Settings
+from infra.ray_cluster import cluster
 from infra.surroundings import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
 from infra.wiring import cluster_address, train_here
 from pipelines.dataset import Dataset
@@ -35,7 +33,6 @@ from training.loop import NonFiniteLossError
 FOLDER = "ray"
 REPORT_S = 2.0
 """Seconds of training between reports that carry no checkpoint; Ray takes in about two a second."""
-POLL_S = "0.5"
 GROUP_TIMEOUT_S = 600
 
 
@@ -127,7 +124,7 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) 
         (run_dir / METRICS).unlink(missing_ok=True)
     # What Ray kept of an earlier start would be resumed silently; the run folder has all that is needed.
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    with cluster(settings):
+    with cluster(cluster_address(settings), settings.run.workers * settings.run.cpus_per_worker):
         trainer = TorchTrainer(
             worker,
             train_loop_config={"settings": to_json(settings), "data": data, "start": start},
@@ -163,47 +160,3 @@ def _cause(error: Exception) -> Exception:
             seen = getattr(seen, "cause", None) or seen.__cause__
     first = next(iter(failures.values()), error)
     return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; go on with --resume")
-
-
-@contextmanager
-def cluster(settings: Settings) -> Iterator[None]:
-    """Join the cluster of the settings, or start one on this machine and end it afterwards.
-
-    Raises:
-        SettingsError: the cluster cannot be reached.
-    """
-    environment = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
-    for key, value in environment.items():
-        os.environ.setdefault(key, value)
-    address = cluster_address(settings)
-    if ray.is_initialized():
-        yield
-        return
-    # The folder that holds the packages travels to the workers as their import path.
-    root = str(Path(__file__).parents[1])
-    runtime = {"env_vars": {**environment, "PYTHONPATH": root}}
-    try:
-        if address:
-            ray.init(address=address, runtime_env=runtime, log_to_driver=False, logging_level="ERROR")
-        else:
-            needed = settings.run.workers * settings.run.cpus_per_worker
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, needed),
-                object_store_memory=200 * 2**20,
-                include_dashboard=False,
-                runtime_env=runtime,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except ConnectionError as error:
-        text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
-        raise SettingsError(text) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

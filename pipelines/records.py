@@ -5,7 +5,7 @@ Notation: B episodes per step, M points per episode, K ways, S shots, Q queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,5 +51,5 @@ class Episode:
     """int64, (K, Q) rows."""
 
 
-MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Sequence[object]]
+MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Iterable[object]]
 """Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.ray_map`)."""

@@ -1,0 +1,84 @@
+"""The Ray cluster that work runs on: one that is there, or one of this machine for the time being."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from configs.load import SettingsError
+
+POLL_S = "0.5"
+PATIENCE_S = 5.0
+"""For a cluster to take a connection; Ray itself would try for minutes."""
+OBJECT_STORE = 200 * 2**20
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+"""Set where the user has not set them."""
+
+
+@contextmanager
+def cluster(address: str, cpus: int) -> Iterator[None]:
+    """Join a cluster, or start one on this machine and end it afterwards.
+
+    Args:
+        address: `host:port`, `ray://host:port` or `auto`; empty: a cluster of this machine.
+        cpus: that the work needs at once.
+
+    Raises:
+        SettingsError: no cluster answers there, or it has fewer CPUs in all.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if ray.is_initialized():
+        yield
+        return
+    # The folder that holds the packages travels to the workers as their import path.
+    runtime = {"env_vars": {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            _knock(address)
+            ray.init(address=address, runtime_env=runtime, **quiet)
+        else:
+            here = max(os.cpu_count() or 1, cpus)
+            store = {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
+            ray.init(num_cpus=here, runtime_env=runtime, **store, **quiet)
+    except ConnectionError as error:
+        text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
+        raise SettingsError(text) from error
+    try:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < cpus:
+            raise SettingsError(
+                f"{cpus} CPUs are needed at once (workers times CPUs per worker), and the cluster at {address!r} "
+                f"has {there}: lower them, or add nodes"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse at once an address where nothing listens.
+
+    Raises:
+        ConnectionError: it is not host:port, or nobody answers.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise SettingsError(f"run.address = {address!r}: give host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error

@@ -1,0 +1,105 @@
+"""Shards written by Ray tasks are those of one process, whatever happens to the workers."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from infra.cli import main
+from infra.ray_cluster import cluster
+from infra.ray_map import ray_map
+from pipelines.records import DataError
+from pipelines.shards import write_dataset, write_shard
+from pipelines.sources import open_source
+from pipelines.verify import verify_dataset
+
+pytestmark = pytest.mark.ray
+
+SMALL = {"block": 16, "shard_rows": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    with cluster("", 3):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return open_source("glyphs", classes=(12, 4, 4), drawings=10)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for row in range(60):
+        (folder / f"class{row % 6}").mkdir(exist_ok=True)
+        image = np.random.default_rng(row).integers(0, 256, (40, 30), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"class{row % 6}" / f"{row}.png")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_bytes_for_any_number_of_workers(glyphs, tmp_path, workers):
+    write_dataset(glyphs, tmp_path / "here", **SMALL)
+    told = []
+    with ray_map(workers) as map_tasks:
+        write_dataset(glyphs, tmp_path / "ray", map_tasks=map_tasks, on_progress=lambda *at: told.append(at), **SMALL)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+    shards = len(list((tmp_path / "ray").rglob("*.tar")))
+    assert shards > 6
+    assert told == [(done, shards) for done in range(1, shards + 1)]
+
+
+def test_the_command_reads_relative_folders_in_the_workers(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(pictures.parent)
+    request = ["prepare", "folder", "--source", pictures.name, "--size", "12", "--json"]
+    assert main([*request, "--out", "by-ray", "--workers", "2"]) == 0
+    assert main([*request, "--out", str(tmp_path / "here")]) == 0
+    assert contents(pictures.parent / "by-ray") == contents(tmp_path / "here")
+    assert verify_dataset(pictures.parent / "by-ray") == []
+    assert main([*request, "--out", str(tmp_path / "none"), "--workers", "-1"]) == 2
+    assert "--workers is -1" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_lost_worker_is_replaced(glyphs, tmp_path):
+    mark = tmp_path / "killed"
+
+    def once(source, split, rows, path, block):
+        if path.endswith("train/shard-000001.tar") and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_shard(source, split, rows, path, block)
+
+    with ray_map(2) as map_tasks:
+        write_dataset(glyphs, tmp_path / "ray", map_tasks=lambda _, tasks: map_tasks(once, tasks), **SMALL)
+    assert mark.exists()
+    write_dataset(glyphs, tmp_path / "here", **SMALL)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+
+
+def test_an_error_in_a_task_is_ours_again_and_the_rest_can_be_finished_later(glyphs, tmp_path):
+    def broken(source, split, rows, path, block):
+        if path.endswith("train/shard-000002.tar"):
+            raise DataError(f"{path}: no room; make some")
+        return write_shard(source, split, rows, path, block)
+
+    with ray_map(1) as map_tasks:
+        with pytest.raises(DataError, match=r"^/.*shard-000002\.tar: no room; make some$"):
+            write_dataset(glyphs, tmp_path / "ray", map_tasks=lambda _, tasks: map_tasks(broken, tasks), **SMALL)
+        assert len(list((tmp_path / "ray").rglob("*.tar"))) == 2
+        assert not (tmp_path / "ray" / "dataset.json").exists()
+        write_dataset(glyphs, tmp_path / "ray", map_tasks=map_tasks, **SMALL)
+    write_dataset(glyphs, tmp_path / "here", **SMALL)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
