@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +146,23 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) 
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
         except Exception as error:
             raise _cause(error) from error
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt: Ray's own handler, which it leaves behind, ends the process instead."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cause(error: Exception) -> Exception:
