@@ -92,18 +92,18 @@ def class_posterior(z: Array, means: Array, variances: Array) -> Array:
 
 
 def semi_supervised_em(
-    support: Array, query: Array, iterations: int, e_step: str = "diagonal", floor: float = 0.0
+    support: Array | list[Array], query: Array, iterations: int, e_step: str = "diagonal", floor: float = 0.0
 ) -> tuple[Array, Array]:
     """Eq. 10: (mu, sigma^2), (K, D) each.
 
-    support (K, T, D), query (P, D). `e_step` "identity" is the published code's E-step. `floor` is the
+    support: (T_k, D) for each class, query (P, D). `e_step` "identity" is the published code's E-step. `floor` is the
     smallest variance, which the paper does not have.
     """
-    classes, labelled, size = support.shape
+    classes, size = len(support), query.shape[1]
     means = np.zeros((classes, size))
     for k in range(classes):
-        for t in range(labelled):
-            means[k] += support[k, t] / labelled
+        for t in range(len(support[k])):
+            means[k] += support[k][t] / len(support[k])
     variances = np.ones((classes, size))
     for _ in range(iterations):
         used = variances if e_step == "diagonal" else np.ones((classes, size))
@@ -113,15 +113,15 @@ def semi_supervised_em(
         new_means, new_variances = np.zeros_like(means), np.zeros_like(variances)
         for k in range(classes):
             count = 0.0
-            for t in range(labelled):
-                new_means[k] += support[k, t]
+            for t in range(len(support[k])):
+                new_means[k] += support[k][t]
                 count += 1.0
             for p in range(len(query)):
                 new_means[k] += q[p, k] * query[p]
                 count += q[p, k]
             new_means[k] /= count
-            for t in range(labelled):
-                new_variances[k] += (support[k, t] - new_means[k]) ** 2
+            for t in range(len(support[k])):
+                new_variances[k] += (support[k][t] - new_means[k]) ** 2
             for p in range(len(query)):
                 new_variances[k] += q[p, k] * (query[p] - new_means[k]) ** 2
             for d in range(size):

@@ -135,6 +135,7 @@ def fit_semi_supervised(
     *,
     iterations: int,
     e_step: Covariance = "diagonal",
+    present_EKT: Tensor | None = None,
 ) -> ClassMixture:
     """Fit psi* of Eq. 10: labelled points stay with their class, unlabelled ones are shared out by EM.
 
@@ -145,16 +146,21 @@ def fit_semi_supervised(
         query_EPD: unlabelled points, (E, P, D); P may be 0 (then this is each class's mean and variance).
         iterations: number of E- and M-steps.
         e_step: `diagonal` uses sigma_k^2 in every E-step (Eq. 10), `identity` in none (published code).
+        present_EKT: 1 for a labelled point, 0 for padding, where classes have unequal numbers of them; at least one
+            in each class. None: all are points.
     """
     if iterations < 1:
         raise ValueError(f"iterations ({iterations}) must be at least 1")
-    centre_E1D = torch.cat([support_EKTD.flatten(1, 2), query_EPD], dim=1).mean(dim=1, keepdim=True)
-    support_EKTD = support_EKTD - centre_E1D[:, None]
+    present_EKT1 = (support_EKTD.new_ones(support_EKTD.shape[:3]) if present_EKT is None else present_EKT)[..., None]
+    # Any centre will do (see above); padding is kept out of it, so that it may hold anything finite.
+    all_EPD = torch.cat([(support_EKTD * present_EKT1).flatten(1, 2), query_EPD], dim=1)
+    count_E11 = present_EKT1.sum(dim=(1, 2))[:, None] + query_EPD.shape[1]
+    centre_E1D = all_EPD.sum(dim=1, keepdim=True) / count_E11
     moments_EPC = _with_squares(query_EPD - centre_E1D)
-    labelled_EKC = _with_squares(support_EKTD).sum(dim=2)
-    labelled = support_EKTD.shape[2]
+    labelled_EKC = (_with_squares(support_EKTD - centre_E1D[:, None]) * present_EKT1).sum(dim=2)
+    labelled = present_EKT1.sum(dim=2)
     size = support_EKTD.shape[3]
-    mean_EKD = support_EKTD.mean(dim=2)
+    mean_EKD = labelled_EKC[..., :size] / labelled
     variance_EKD = torch.ones_like(mean_EKD)
     for _ in range(iterations):
         used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
