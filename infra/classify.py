@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from evaluation.package import LoadedModel
-from evaluation.predict import encode_images, predict_episodes
+from evaluation.predict import encode_images
+from evaluation.support import predict_queries
 from pipelines.images import decode_image
 from pipelines.records import DataError
 
@@ -21,7 +22,7 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
 
     Args:
         loaded: the model.
-        support: `support/<class>/*.png`, equally many images in each of two or more classes.
+        support: `support/<class>/*.png`, two or more classes; shots may differ.
         query: `query/*.png`.
         picture: PNG file to draw the answer in.
 
@@ -32,28 +33,24 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
     if len(folders) < 2:
         raise DataError(f"{support}: holds {len(folders)} class folders; two or more are needed, SUPPORT/<class>/*.png")
     labelled = [_images(folder) for folder in folders]
-    counts = {folder.name: len(files) for folder, files in zip(folders, labelled, strict=True)}
-    if len(set(counts.values())) > 1:
-        raise DataError(f"{support}: classes differ in number of images ({counts}); give every class as many")
     queries = _images(query)
     files = [file for files in labelled for file in files] + queries
     images = np.stack([_read(file, loaded.image_shape) for file in files])
-    ways, shots = len(folders), len(labelled[0])
+    label_T = np.repeat(np.arange(len(folders)), [len(files) for files in labelled])
     h_nF = encode_images(loaded.model, images, torch.device("cpu"))
-    h_EKSF = h_nF[: ways * shots].reshape(1, ways, shots, -1)
-    h_EPF = h_nF[None, ways * shots :]
-    probabilities = predict_episodes(loaded.model, loaded.settings.adapt, h_EKSF, h_EPF, seed_by_episode=[0])[0]
+    h_TF, h_PF = h_nF[: len(label_T)], h_nF[len(label_T) :]
+    probabilities = predict_queries(loaded.model, loaded.settings.adapt, h_TF, label_T, h_PF)
     names = [folder.name for folder in folders]
     rows = [
         {"query": file.name, "class": names[int(row.argmax())], **dict(zip(names, row.tolist(), strict=True))}
         for file, row in zip(queries, probabilities, strict=True)
     ]
-    answer: dict[str, Any] = {"classes": names, "shot": shots, "queries": rows}
+    answer: dict[str, Any] = {"classes": names, "shots": np.bincount(label_T).tolist(), "queries": rows}
     if picture is not None:
         from evaluation.figures import predictions, save
 
-        labelled_images = list(images[: ways * shots].reshape(ways, shots, *loaded.image_shape))
-        save(predictions(labelled_images, names, images[ways * shots :], probabilities.numpy()), picture)
+        of_class = [images[: len(label_T)][label_T == k] for k in range(len(names))]
+        save(predictions(of_class, names, images[len(label_T) :], probabilities.numpy()), picture)
         answer["figure"] = str(picture)
     return answer
 

@@ -22,7 +22,7 @@ def add(parsers: Parsers) -> None:
     what = "name the class of images from a few labelled ones"
     parser = add_command(parsers, "classify", classify, what, example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--support", required=True, metavar="DIR", help="DIR/<class>/*.png, as many in each class")
+    parser.add_argument("--support", required=True, metavar="DIR", help="DIR/<class>/*.png")
     parser.add_argument("--query", required=True, metavar="DIR", help="DIR/*.png")
     parser.add_argument("--figure", metavar="FILE.png", help="draw what was recognised")
 

@@ -60,19 +60,17 @@ class Predictor:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
-        from evaluation.predict import encode_images, predict_episodes
+        from evaluation.predict import encode_images
+        from evaluation.support import predict_queries
 
         model, image_shape = self.loaded.model, self.loaded.image_shape
-        support, query = split_request(inputs, image_shape)
+        support, label_T, query = split_request(inputs, image_shape)
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapted(self.loaded.settings.adapt, params)
-        ways, shots = support.shape[:2]
-        images = np.concatenate([support.reshape(-1, *image_shape), query])
-        h_nF = encode_images(model, images, self.device)
-        h_EKSF = h_nF[: ways * shots].reshape(1, ways, shots, -1)
-        h_EPF = h_nF[ways * shots :].reshape(1, len(query), -1)
-        answer = predict_episodes(model, adapt, h_EKSF, h_EPF, mode=mode, seed_by_episode=[seed])
-        return answer[0].double().cpu().numpy()
+        h_nF = encode_images(model, np.concatenate([support, query]), self.device)
+        h_TF, h_PF = h_nF[: len(support)], h_nF[len(support) :]
+        answer = predict_queries(model, adapt, h_TF, label_T, h_PF, mode=mode, seed=seed)
+        return answer.double().cpu().numpy()
 
 
 class FewShotModel(Predictor, PythonModel):
@@ -89,8 +87,10 @@ def _mode(name: str) -> Mode:
     return modes[name]
 
 
-def split_request(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return support images (K, S, C, H, W), classes by rising label, and query images (n, C, H, W).
+def split_request(
+    inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return support images (T, C, H, W), their classes numbered by rising label (T,), and queries (n, C, H, W).
 
     Raises:
         DataError: what is wrong with the request, with counts.
@@ -105,20 +105,16 @@ def split_request(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int,
         raise DataError(f"{len(images)} images and {labels.size} labels; give one label to each image")
     if labels.size and labels.min() < QUERY:
         raise DataError(f"label {labels.min()}: labels are 0 and up, and -1 for a query")
-    classes, counts = np.unique(labels[labels != QUERY], return_counts=True)
+    classes, label_T = np.unique(labels[labels != QUERY], return_inverse=True)
     if len(classes) < 2 or not (labels == QUERY).any():
         raise DataError(
             f"{len(classes)} classes and {(labels == QUERY).sum()} queries (label -1); the model needs two "
             "classes and one query at least"
         )
-    if len(set(counts.tolist())) > 1:
-        given = ", ".join(f"{count} of label {k}" for k, count in zip(classes, counts, strict=True))
-        raise DataError(f"support images differ in number ({given}); give every class the same number")
     if images.max() <= 1:
         # JSON numbers between 0 and 1 were cut to 0 and 1 on their way into uint8.
         raise DataError(f"the largest pixel value is {images.max()}; pixels run from 0 to 255")
-    support = np.stack([images[labels == k] for k in classes])
-    return support, images[labels == QUERY]
+    return images[labels != QUERY], label_T, images[labels == QUERY]
 
 
 def adapted(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSettings:

@@ -88,8 +88,11 @@ def test_classify_names_images_on_disk(run, data, tmp_path, capsys):
     assert row["one"] + row["two"] == pytest.approx(1)
     assert row["class"] in ("one", "two")
     Image.fromarray(images[3][0]).save(tmp_path / "support" / "two" / "b.png")
-    assert main(request) == 2
-    assert "give every class as many" in capsys.readouterr().err
+    assert main([*request, "--figure", str(tmp_path / "seen.png"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["shots"] == [1, 2]
+    with Image.open(answer["figure"]) as picture:
+        assert picture.width > 200
 
 
 def test_prepare_takes_a_folder_of_pictures_and_lists_what_it_left_out(tmp_path, capsys):
