@@ -54,6 +54,7 @@ def _add_evaluate(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    parser.add_argument("--baselines", action="store_true", help="beside it, on the same features and episodes")
     parser.add_argument("--results", metavar="FILE.parquet", help="keep the accuracy of every episode")
     parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
 
@@ -66,7 +67,7 @@ def evaluate(arguments: Namespace) -> Answer:
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model, shot=arguments.shot)
-    results = _judge(arguments, dataset, loaded)
+    results, beside = _judge(arguments, dataset, loaded)
     if arguments.results:
         results[0].write_parquet(arguments.results)
     about = {
@@ -79,6 +80,8 @@ def evaluate(arguments: Namespace) -> Answer:
         answer = {"rows": [result.summary() for result in results], **about}
     else:
         answer = results[0].summary() | about
+    if beside:
+        answer["baselines"] = beside
     made_with = _made_with(loaded, dataset)
     if arguments.record:
         write_json(arguments.record, answer | made_with)
@@ -89,34 +92,28 @@ def evaluate(arguments: Namespace) -> Answer:
     return answer
 
 
-def _judge(arguments: Namespace, dataset: Dataset, loaded: LoadedModel) -> list[EpisodeResults]:
-    """One result for each way, the images of the split encoded once for all."""
+def _judge(
+    arguments: Namespace, dataset: Dataset, loaded: LoadedModel
+) -> tuple[list[EpisodeResults], list[dict[str, Any]]]:
+    """One result for each way, the images of the split encoded once for all; rows of baselines if asked for."""
     import torch
 
+    from evaluation.baselines import BASELINES
     from evaluation.benchmark import evaluate_features
     from evaluation.predict import encode_images
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.model.to(device)
+    model, labels = loaded.model.to(device), dataset.labels(arguments.split)
     h_nF = encode_images(model, dataset.images(arguments.split), device)
-    results = []
+    results, beside = [], []
     for way in arguments.ways or [arguments.way]:
+        task = {"way": way, **{key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}}
         with progress_bar(f"{way}-way episodes", arguments.json) as on_progress:
-            result = evaluate_features(
-                model,
-                loaded.settings.adapt,
-                h_nF,
-                dataset.labels(arguments.split),
-                way=way,
-                shot=arguments.shot,
-                query=arguments.query,
-                episodes=arguments.episodes,
-                seed=arguments.seed,
-                mode=arguments.mode,
-                on_progress=on_progress,
-            )
-        results.append(result)
-    return results
+            options = {"mode": arguments.mode, "on_progress": on_progress}
+            results.append(evaluate_features(model, loaded.settings.adapt, h_nF, labels, **task, **options))
+        for name, judge in BASELINES.items() if arguments.baselines else ():
+            beside.append({"baseline": name, **judge(h_nF, labels, **task).summary()})
+    return results, beside
 
 
 def _made_with(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:

@@ -74,6 +74,27 @@ def test_evaluate_prints_one_json_object_and_keeps_what_is_asked(run, data, tmp_
     assert (tmp_path / "r.parquet").exists()
 
 
+def test_several_ways_and_baselines_on_the_same_episodes(run, data, capsys):
+    capsys.readouterr()
+    size = ["--shot", "2", "--query", "3", "--episodes", "4", "--json"]
+    assert main(["evaluate", str(run), "--data", str(data), "--ways", "2", "6", "--baselines", *size]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["way"] for row in answer["rows"]] == [2, 6]
+    assert [row["way"] for row in answer["baselines"]] == [2, 2, 2, 6, 6, 6]
+    assert {row["baseline"] for row in answer["baselines"]} == {
+        "nearest class mean",
+        "logistic regression",
+        "soft k-means",
+    }
+    kept = {Path(file).name for file in answer["kept"]}
+    assert kept >= {"test-2way-2shot-transductive.json", "test-6way-2shot-transductive.parquet"}
+    assert {file.name for file in (run / "results").iterdir()} >= kept
+    line = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert line["test/6w2s/transductive"] == answer["rows"][1]["accuracy"]
+    assert main(["evaluate", str(run), "--data", str(data), "--ways", "2", "7"]) == 2
+    assert "7 ways were asked for and there are 6 classes" in capsys.readouterr().err
+
+
 def test_classify_names_images_on_disk(run, data, tmp_path, capsys):
     images = Dataset.open(data).images("test")
     for name in ("one", "two"):
