@@ -39,7 +39,7 @@ def draw_gallery(
         DataError: the images have another shape than the model's, or the split has too few classes or images.
     """
     if dataset.image_shape != loaded.image_shape:
-        raise DataError(f"{dataset.root}: images are {dataset.image_shape} and the model takes {loaded.image_shape}")
+        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the model takes {loaded.image_shape}")
     dataset.split(split)
     name = loaded.settings.name
     train_split = loaded.settings.data.train_split

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +34,7 @@ def _add_prepare(parsers: Parsers) -> None:
     parser = add_command(parsers, "prepare", prepare, what, example)
     parser.add_argument("name", choices=("folder", "glyphs", "omniglot"))
     parser.add_argument("--source", help="folder with the archives (Omniglot is downloaded without), or your pictures")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="folder, or s3://bucket/prefix, to write")
     parser.add_argument("--split", help="omniglot: 1200-100-323 (default) or vinyals")
     parser.add_argument("--size", type=int, help="folder, omniglot: side of the images in pixels (28)")
     parser.add_argument("--channels", type=int, help="folder: 1 (grey, default) or 3 (RGB)")
@@ -59,18 +62,38 @@ def prepare(arguments: Namespace) -> Answer:
     # Absolute: Ray's workers have working directories of their own.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
     source = open_source(arguments.name, folder, **options)
-    with _map_tasks(arguments) as map_tasks, progress_bar("shards", arguments.json) as on_progress:
-        manifest = write_dataset(
-            source, Path(arguments.out).absolute(), seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress
-        )
+    with (
+        _target(arguments.out) as (out, uri),
+        _map_tasks(arguments) as map_tasks,
+        progress_bar("shards", arguments.json) as on_progress,
+    ):
+        manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
     return {
-        "data": str(Path(arguments.out).absolute()),
+        "data": uri,
         "name": manifest["name"],
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         "skipped": source.report.get("skipped", []),
     }
+
+
+@contextmanager
+def _target(out: str) -> Iterator[tuple[Path, str]]:
+    """Where shards are written, and the name of the data set; for an object store they are published afterwards.
+
+    They wait in the cache folder: the same command finishes what a stopped one has left there.
+    """
+    from pipelines.storage import RemotePrefix, cache_root, is_remote, publish
+
+    if not is_remote(out):
+        yield Path(out).absolute(), str(Path(out).absolute())
+        return
+    RemotePrefix(out).sizes()  # a store that refuses says so before the work
+    folder = cache_root() / "writing" / hashlib.sha256(out.encode()).hexdigest()[:16]
+    yield folder, out
+    publish(folder, out)
+    shutil.rmtree(folder)
 
 
 def _map_tasks(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
@@ -82,10 +105,12 @@ def _map_tasks(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
 
 
 def verify(arguments: Namespace) -> Answer:
+    from pipelines.storage import is_remote, whole_copy
     from pipelines.verify import verify_dataset
 
-    with progress_bar("files", arguments.json) as on_progress:
-        problems = verify_dataset(arguments.uri, on_progress)
+    here = whole_copy(arguments.uri) if is_remote(arguments.uri) else nullcontext(arguments.uri)
+    with here as root, progress_bar("files", arguments.json) as on_progress:
+        problems = verify_dataset(root, on_progress)
     rows = [{"kind": problem.kind, "file": problem.path, "detail": problem.detail} for problem in problems]
     answer = {"data": str(arguments.uri), "problems": rows}
     return BadNews(answer) if rows else answer

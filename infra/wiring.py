@@ -48,7 +48,7 @@ def run_training(settings: Settings, *, resume: bool = False, quiet: bool = Fals
         if settings.run.engine == "ray":
             from infra.ray_train import train_on_ray
 
-            train_on_ray(settings, str(dataset.root.absolute()), run_dir, resume=resume)
+            train_on_ray(settings, dataset.uri, run_dir, resume=resume)
         else:
             train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
         if settings.run.figures:
@@ -110,7 +110,7 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
             raise SettingsError(f"{run_dir}: cannot resume with other settings ({'; '.join(changed)})")
         record = json.loads((run_dir / RECORD).read_text(encoding="utf-8")) if (run_dir / RECORD).exists() else {}
         if record.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
-            raise DataError(f"{run_dir}: was trained on other data than {dataset.root} holds now; start a new run")
+            raise DataError(f"{run_dir}: was trained on other data than {dataset.uri} holds now; start a new run")
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise DataError(f"{run_dir}: not a run folder (no {SETTINGS}); choose another one: --set run.out=…")
     try:
@@ -120,7 +120,7 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
     from evaluation.environment import environment_record
 
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
-    record = environment_record() | fingerprints | {"data": str(dataset.root), "engine": settings.run.engine}
+    record = environment_record() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine}
     write_json(known, json.loads(to_json(settings)))
     write_json(run_dir / RECORD, record)
 

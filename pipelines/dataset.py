@@ -14,8 +14,10 @@ import pyarrow as pa
 
 from pipelines.files import read_json, sha256_file
 from pipelines.index import read_index
+from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from pipelines.records import DataError
-from pipelines.shards import MANIFEST, PLAN, SCHEMA_VERSION, shard_blocks
+from pipelines.shards import PLAN, shard_blocks
+from pipelines.storage import RemotePrefix, is_remote, open_copy
 
 MIB = 2**20
 
@@ -46,8 +48,10 @@ class MappedImages:
 class Dataset:
     """An opened data set; see the contract in `pipelines.shards`."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, root: Path, manifest: dict[str, Any], remote: RemotePrefix | None = None) -> None:
         self.root = root
+        self.remote = remote
+        self.uri = remote.uri if remote else str(root.absolute())
         self.manifest = manifest
         self.name: str = manifest["name"]
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
@@ -56,11 +60,16 @@ class Dataset:
 
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:
-        """Open a data set by the folder that holds `dataset.json`.
+        """Open a data set by the folder or the prefix (`s3://bucket/prefix`) that holds `dataset.json`.
+
+        Of a prefix this node keeps a copy, each split from when it is asked for; see `pipelines.storage`.
 
         Raises:
             DataError: there is none, it was not finished, or it is of another schema version.
         """
+        if is_remote(uri):
+            folder, remote = open_copy(str(uri))
+            return cls(folder, read_json(folder / MANIFEST), remote)
         root = Path(str(uri).removeprefix("file://"))
         if not (root / MANIFEST).is_file():
             if (root / PLAN).exists():
@@ -109,7 +118,7 @@ class Dataset:
         return np.concatenate(blocks)
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
-        path = self.root / split / shard["name"]
+        path = self._here(f"{split}/{shard['name']}", shard["sha256"])
         remedy = "`metagmvae verify` lists all damage; write the data set again"
         if not path.is_file():
             raise DataError(f"{path}: shard is missing; {remedy}")
@@ -124,8 +133,15 @@ class Dataset:
 
     def index(self, split: str) -> pa.Table:
         """The index of a split, samples in stored order."""
-        self.split(split)
-        return read_index(self.root / split / "index.parquet")
+        part = self.split(split)
+        return read_index(self._here(f"{split}/{INDEX}", part["index_sha256"]))
+
+    def _here(self, name: str, digest: str) -> Path:
+        """A file of the data set on this node, fetched if need be."""
+        path = self.root / name
+        if self.remote is not None and not path.is_file():
+            self.remote.fetch(name, path, digest)
+        return path
 
     def labels(self, split: str) -> np.ndarray:
         """Class ids in stored order, int64 (n,)."""

@@ -17,11 +17,10 @@ import numpy as np
 
 from pipelines.files import atomic_file, read_json, sha256_file, sha256_json, write_json
 from pipelines.index import write_index
+from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from pipelines.records import DataError, ImageRecord, MapTasks
 from pipelines.streams import keyed_rng
 
-SCHEMA_VERSION = 1
-MANIFEST = "dataset.json"
 PLAN = ".writing.json"
 """What an unfinished folder is going to be; there while shards are written, gone when `dataset.json` stands."""
 
@@ -219,7 +218,7 @@ def _finish_split(source: ImageSource, out: Path, split: str, settings: dict[str
         rows = sum(shape[0] for _, shape, _ in blocks)
         shards.append({"name": path.name, "sha256": sha256_file(path), "rows": rows, "bytes": path.stat().st_size})
     write_index(
-        out / split / "index.parquet",
+        out / split / INDEX,
         [records[row] for row in order],
         shards=owners,
         offsets=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
@@ -227,7 +226,7 @@ def _finish_split(source: ImageSource, out: Path, split: str, settings: dict[str
         class_names=class_names,
         source_name=source.name,
     )
-    index = out / split / "index.parquet"
+    index = out / split / INDEX
     return {
         "samples": len(records),
         "classes": len(class_names),

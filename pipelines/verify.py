@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.files import read_json, sha256_file
+from pipelines.files import sha256_file
 from pipelines.index import read_index
+from pipelines.manifest import INDEX, MANIFEST, REMEDY, dataset_files, parse_manifest, split_files
 from pipelines.records import DataError
-from pipelines.shards import MANIFEST, PLAN, SCHEMA_VERSION, shard_blocks
+from pipelines.shards import PLAN, shard_blocks
 
 Kind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
 Progress = Callable[[int, int], None]
-
-INDEX = "index.parquet"
-SHARD_NAME = re.compile(r"shard-\d{6}\.tar")
-REMEDY = "write the data set again"
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,12 @@ def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> lis
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
         raise DataError(f"{root}: no {MANIFEST} there; name the folder of a data set")
-    splits = manifest_splits(root / MANIFEST)
+    splits = parse_manifest(root / MANIFEST)
     total = sum(len(part["shards"]) + 1 for part in splits.values())
     problems, done = list(_foreign(root, splits)), 0
     for split, part in splits.items():
         whole = True
-        for name, size, digest in _files(split, part):
+        for name, size, digest in split_files(split, part):
             found = _compare(root / name, name, size, digest)
             problems += found
             whole = whole and not found
@@ -68,47 +64,6 @@ def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> lis
         if whole:
             problems += _inconsistent(root, split, part)
     return problems
-
-
-def manifest_splits(path: Path) -> Mapping[str, Any]:
-    """Splits of a manifest whose names and types are what they must be; no name leads out of the folder.
-
-    Raises:
-        DataError: it is another schema version, damaged, or hostile.
-    """
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path}: not a data set of schema version {SCHEMA_VERSION}")
-    splits = manifest.get("splits")
-    if not isinstance(splits, dict):
-        raise DataError(f"{path}: names no splits; {REMEDY}")
-    for split, part in splits.items():
-        if not re.fullmatch(r"[\w-]+", split) or not isinstance(part, dict):
-            raise DataError(f"{path}: split {split!r} is not one of ours; {REMEDY}")
-        shards, whole = part.get("shards"), (part.get("samples"), part.get("classes"))
-        if not isinstance(shards, list) or not all(type(n) is int and n >= 0 for n in whole):
-            raise DataError(f"{path}: split {split!r} is damaged; {REMEDY}")
-        _check_digest(path, f"{split}/{INDEX}", part.get("index_sha256"))
-        for shard in shards:
-            name = shard.get("name") if isinstance(shard, dict) else shard
-            if not isinstance(shard, dict) or not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
-                raise DataError(f"{path}: {name!r} is not the name of a shard; {REMEDY}")
-            _check_digest(path, f"{split}/{name}", shard.get("sha256"))
-            if not all(type(shard.get(key)) is int for key in ("rows", "bytes")):
-                raise DataError(f"{path}: {split}/{name} has no size there; {REMEDY}")
-    return splits
-
-
-def _check_digest(path: Path, name: str, digest: Any) -> None:
-    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise DataError(f"{path}: {name} has no sha256 there; {REMEDY}")
-
-
-def _files(split: str, part: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:
-    """Name, size (unknown of an index) and sha256 of every file of a split."""
-    yield f"{split}/{INDEX}", None, part["index_sha256"]
-    for shard in part["shards"]:
-        yield f"{split}/{shard['name']}", shard["bytes"], shard["sha256"]
 
 
 def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Problem]:
@@ -123,7 +78,7 @@ def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Probl
 
 
 def _foreign(root: Path, splits: Mapping[str, Any]) -> Iterator[Problem]:
-    known = {MANIFEST, *splits, *(name for split in splits for name, _, _ in _files(split, splits[split]))}
+    known = {MANIFEST, *splits, *(name for name, _, _ in dataset_files(splits))}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name not in known:
