@@ -31,8 +31,11 @@ class DataSettings(Section):
     """Prefix (path) that holds `dataset.json`."""
     train_split: str = "train"
     validation_split: str = "validation"
-    reader: Literal["auto", "memory", "mmap"] = "auto"
-    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits."""
+    reader: Literal["auto", "memory", "mmap", "stream"] = "auto"
+    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits; `stream`: shard
+    after shard through a shuffle buffer, nothing kept, approximate (`pipelines.tar_stream`)."""
+    shuffle_buffer: Positive = 16_384
+    """Rows that `stream` shuffles among each other, in memory."""
     memory_limit_mb: Positive = 4096
     """Largest split (MiB, decoded) that `auto` keeps in memory."""
 
@@ -197,6 +200,15 @@ class Settings(Section):
         if self.model.reconstruct == "features" and not self.warmup.steps:
             raise ValueError(
                 'model.reconstruct ("features") needs an encoder that was warmed up: set warmup.steps above 0'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features_need_all_images(self) -> Self:
+        if self.model.reconstruct == "features" and self.data.reader == "stream":
+            raise ValueError(
+                'data.reader ("stream") reads images once, and model.reconstruct ("features") encodes them all '
+                "before meta-training: set data.reader to mmap"
             )
         return self
 

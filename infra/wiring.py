@@ -66,10 +66,17 @@ def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings)
 
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    images = dataset.images(settings.data.train_split, settings.data.reader, settings.data.memory_limit_mb)
+    images = _images(settings, dataset, settings.data.train_split)
     # On every rank: it is called on rank 0 only, but all ranks must know when the others wait for it.
     validate = _validation(settings, dataset, surroundings.device) if settings.validation.every else None
     train(settings, images, dataset.image_shape, dataset.fingerprint, surroundings, validate)
+
+
+def _images(settings: Settings, dataset: Dataset, split: str) -> Any:
+    data = settings.data
+    if data.reader == "stream":
+        return dataset.streamed(split, data.shuffle_buffer)
+    return dataset.images(split, data.reader, data.memory_limit_mb)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -141,7 +148,9 @@ def _validation(settings: Settings, dataset: Dataset, device: torch.device) -> V
 
     def validate(model: Any) -> Mapping[str, Mapping[str, float]]:
         split = settings.data.validation_split
-        images = dataset.images(split, settings.data.reader, settings.data.memory_limit_mb)
+        # Judging takes images by row: a split is read in place where training streams.
+        reader = "mmap" if settings.data.reader == "stream" else settings.data.reader
+        images = dataset.images(split, reader, settings.data.memory_limit_mb)
         labels = dataset.labels(split)
         h_nF = encode_images(model, images, device)
         scores = {}

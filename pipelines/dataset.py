@@ -1,13 +1,16 @@
 """A data set on disk: images by row for training, labels and index for judging.
 
-Two exact readers: `memory` decodes a split once into one array, `mmap` reads rows from the tars in place. Neither
+Two exact readers: `memory` decodes a split once into one array, `mmap` reads rows from the tars in place; and one
+for what fits nowhere, `stream` (`pipelines.tar_stream`). None
 needs the index, where the labels stand: what trains without labels cannot see them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from pipelines.records import DataError
 from pipelines.shards import PLAN, shard_blocks
 from pipelines.storage import RemotePrefix, is_remote, open_copy
+from pipelines.tar_stream import StreamedImages
 
 MIB = 2**20
 
@@ -135,6 +139,27 @@ class Dataset:
         """The index of a split, samples in stored order."""
         part = self.split(split)
         return read_index(self._here(f"{split}/{INDEX}", part["index_sha256"]))
+
+    def streamed(self, split: str, buffer: int) -> StreamedImages:
+        """Images of a split as a stream, read from where they lie; see `pipelines.tar_stream`."""
+        self.split(split)
+        return StreamedImages(self, split, buffer)
+
+    @contextmanager
+    def open_file(self, name: str) -> Iterator[IO[bytes]]:
+        """A file of the data set as a stream of bytes; nothing is kept on this node.
+
+        Raises:
+            DataError: it is missing.
+        """
+        if self.remote is not None:
+            with self.remote.open(name) as file:
+                yield file
+            return
+        if not (self.root / name).is_file():
+            raise DataError(f"{self.root / name}: shard is missing; `metagmvae verify` lists all damage")
+        with open(self.root / name, "rb") as file:
+            yield file
 
     def _here(self, name: str, digest: str) -> Path:
         """A file of the data set on this node, fetched if need be."""

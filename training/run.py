@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from configs.schema import Settings
-from pipelines.streams import ImageBatchStream, SetStream
+from pipelines.tar_stream import image_batches, unlabelled_sets
 from training import parallel
 from training.builders import build_model, build_optimizer, build_schedule, build_warmup_optimizer
 from training.checkpoint import random_state, restore_random_state
@@ -35,7 +35,7 @@ def train(
 
     Args:
         settings: of the whole run.
-        images: unlabelled training images by row, `images[rows] -> uint8 (n, C, H, W)`.
+        images: unlabelled training images by row, `images[rows] -> uint8 (n, C, H, W)`, or `StreamedImages`.
         image_shape: (C, H, W).
         data_fingerprint: kept in every checkpoint.
         surroundings: rank, device, checkpoints and metric lines.
@@ -144,14 +144,14 @@ class _Run:
             warm = settings.warmup
             step: torch.nn.Module = ContrastiveStep(self.model, settings.train, warm.temperature)
             optimizer = build_warmup_optimizer(self.model.encoder, warm)
-            stream: Any = ImageBatchStream(self.images, batch=warm.batch, **common, **position)
+            stream: Any = image_batches(self.images, batch=warm.batch, **common, **position)
             schedule, per_step = "one-cycle", warm.batch
         else:
             step = MetaStep(self.model, settings.train)
             optimizer = build_optimizer(self.model, settings.train)
             size = settings.train.set_size
             data = self._frozen_features(start) if settings.model.reconstruct == "features" else self.images
-            stream = SetStream(data, batch=settings.train.batch, set_size=size, **common, **position)
+            stream = unlabelled_sets(data, batch=settings.train.batch, set_size=size, **common, **position)
             schedule, per_step = settings.train.schedule, settings.train.batch * size
         return Stage(
             name=name,
