@@ -15,6 +15,7 @@ from evaluation.package import LoadedModel
 from evaluation.predict import encode_images
 from pipelines.dataset import Dataset
 from pipelines.episodes import EpisodeSampler
+from pipelines.files import write_json
 from pipelines.records import DataError
 
 POOL = 4096
@@ -55,13 +56,25 @@ def draw_gallery(
     drawn["modes-meta-training"] = figures.mode_grid(modes, title, kind)
     drawn["modes-meta-test"] = _episode(finder, loaded, images, labels, kind)
     drawn["latent-map"] = _latent_map(loaded, images, labels)
+    files = []
     if lines:
         drawn["curves"] = figures.curves(lines, name)
-    files = []
+        files.append(out / "curves.json")
+        write_json(files[-1], {"name": name, "validation": _validations(lines)})
     for stem, figure in drawn.items():
         files.append(out / f"{stem}.png")
         figures.save(figure, files[-1])
     return files
+
+
+def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What validation said, when: steps, seconds trained, accuracies."""
+    kept = ("global_step", "elapsed_s")
+    return [
+        {key: value for key, value in line.items() if key in kept or key.startswith("validation/")}
+        for line in lines
+        if any(key.startswith("validation/") for key in line)
+    ]
 
 
 def _reconstructions(finder: ModeFinder, images: Any, kind: str) -> Any:

@@ -58,12 +58,17 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
         truth = _write_images(out / "images", Dataset.open(out / "glyphs"))
         reference = f"models:/{version.name}@{version.alias}"
         loaded = resolve_model(reference, tracking_uri=store)
-        answer = classify_folders(loaded, out / "images" / "support", out / "images" / "query")
+        folders = (out / "images" / "support", out / "images" / "query")
+        answer = classify_folders(loaded, *folders, out / "recognised.png")
     right = sum(truth[row["query"]] == row["class"] for row in answer["queries"])
     found = {
         "accuracy on 5-way episodes": table,
         "classified": f"{right} of {len(truth)} images right, by {reference}",
+        "picture": answer["figure"],
+        "figures": str(run_dir / "figures"),
         "look": f"mlflow ui --backend-store-uri {store}",
+        "next": "metagmvae prepare folder --source PICTURES --out data/mine, then metagmvae train omniglot-cpu "
+        "--set data.uri=data/mine",
         "out": str(out),
     }
     write_json(out / "demo.json", found)
