@@ -120,7 +120,7 @@ def evaluate_features(
     """
     since = time.perf_counter()
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
-    at_once = episodes_at_once(way * (shot + query), adapt, model.latent)
+    at_once = episodes_at_once(way * (shot + query), adapt, model.latent, h_nF.device)
     truth_P = torch.arange(way, device=h_nF.device).repeat_interleave(query)
     correct = []
     for first in range(0, episodes, at_once):

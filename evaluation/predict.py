@@ -19,8 +19,9 @@ from training.steps import keyed_generator, to_device
 
 Mode = Literal["transductive", "inductive"]
 
-VALUES_AT_ONCE = 2**25
-"""Bound on latent values (points x samples x D) that a batch holds; about four arrays of this size live at once."""
+VALUES_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
+"""Bound on latent values (points x samples x D) that a batch holds; about four arrays of this size live at once. On a
+processor small batches are the fast ones (a quarter faster than 2^25, measured): they stay in its caches."""
 
 
 @torch.inference_mode()
@@ -75,7 +76,7 @@ def _inductive(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tens
     noise_PND = _noise(seed, K * S + P, adapt, model, h_PF.device)
     support_noise, query_noise = noise_PND[: K * S], noise_PND[K * S :]
     per_set = (K * S + 1) * adapt.samples * model.latent
-    chunk = max(1, VALUES_AT_ONCE // (4 * per_set))
+    chunk = max(1, VALUES_AT_ONCE[h_PF.device.type] // (4 * per_set))
     answers = []
     for first in range(0, P, chunk):
         queries, own = h_PF[first : first + chunk, None], query_noise[first : first + chunk, None]
@@ -108,6 +109,6 @@ def _classify(adapt: AdaptSettings, support_EKTD: Tensor, z_EPND: Tensor, *, fit
     return log_posterior.exp().view(E, P, N, -1).mean(dim=2)
 
 
-def episodes_at_once(points: int, adapt: AdaptSettings, latent: int) -> int:
+def episodes_at_once(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:
     """How many episodes of so many points (support and queries) one batch takes within the bound."""
-    return max(1, VALUES_AT_ONCE // (8 * points * adapt.samples * latent))
+    return max(1, VALUES_AT_ONCE[device.type] // (8 * points * adapt.samples * latent))
