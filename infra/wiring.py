@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from configs.load import SettingsError, differences, fingerprint, settings_from_json, to_json
 from configs.schema import Settings
 from infra.progress import LiveLine
+from infra.run_lock import LOCK, hold
 from infra.surroundings import LocalSurroundings
 from pipelines.dataset import Dataset
 from pipelines.files import write_json
@@ -44,18 +45,25 @@ def run_training(settings: Settings, *, resume: bool = False, quiet: bool = Fals
     run_dir = Path(settings.run.out).absolute()
     _claim(run_dir, settings, dataset, resume)
     total = settings.warmup.steps + settings.train.steps
-    with _tracker(run_dir, settings), LiveLine(run_dir, total, quiet=quiet):
-        if settings.run.engine == "ray":
-            from infra.ray_train import train_on_ray
-
-            train_on_ray(settings, dataset.uri, run_dir, resume=resume)
-        else:
-            train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
-        if settings.run.figures:
-            from infra.run_results import draw_figures
-
-            draw_figures(run_dir, settings, dataset)
+    with hold(run_dir):
+        _record(run_dir, settings, dataset)
+        with _tracker(run_dir, settings), LiveLine(run_dir, total, quiet=quiet):
+            _train(settings, dataset, run_dir, resume)
     return run_dir
+
+
+def _train(settings: Settings, dataset: Dataset, run_dir: Path, resume: bool) -> None:
+    """By the engine of the settings; then the figures."""
+    if settings.run.engine == "ray":
+        from infra.ray_train import train_on_ray
+
+        train_on_ray(settings, dataset.uri, run_dir, resume=resume)
+    else:
+        train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
+    if settings.run.figures:
+        from infra.run_results import draw_figures
+
+        draw_figures(run_dir, settings, dataset)
 
 
 def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings) -> None:
@@ -109,7 +117,7 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
     """Make the run folder ours, or check that it is the one to go on with."""
     known = run_dir / SETTINGS
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or any(path.name != LOCK for path in run_dir.iterdir())):
             raise DataError(f"{run_dir}: not empty; go on with --resume, or choose another folder: --set run.out=…")
     elif known.exists():
         changed = differences(settings, settings_from_json(known.read_text(encoding="utf-8")))
@@ -124,11 +132,15 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{run_dir}: cannot be made ({error.strerror}); set run.out to another folder") from error
+
+
+def _record(run_dir: Path, settings: Settings, dataset: Dataset) -> None:
+    """What is trained, on what, with what."""
     from evaluation.environment import environment_record
 
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
     record = environment_record() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine}
-    write_json(known, json.loads(to_json(settings)))
+    write_json(run_dir / SETTINGS, json.loads(to_json(settings)))
     write_json(run_dir / RECORD, record)
 
 
