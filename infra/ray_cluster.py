@@ -55,6 +55,10 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
     except ConnectionError as error:
         text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
         raise SettingsError(text) from error
+    except (PermissionError, NotADirectoryError) as error:
+        # Ray keeps the token by which its processes know each other in the home folder.
+        remedy = "set HOME to a folder that can be written, or RAY_AUTH_TOKEN to a secret of your own"
+        raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
     try:
         there = int(ray.cluster_resources().get("CPU", 0))
         if there < cpus:

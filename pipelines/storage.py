@@ -25,6 +25,7 @@ from pipelines.records import DataError
 
 CHUNK = 2**22
 CACHE = "METAGMVAE_CACHE"
+REMEDY = "look at credentials, region and endpoint"
 
 
 def is_remote(uri: str | Path) -> bool:
@@ -50,7 +51,9 @@ class RemotePrefix:
         self.uri = uri
         try:
             self.files, self.prefix = fs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
+        except OSError as error:
+            raise DataError(f"{uri}: {_first(error)}; {REMEDY}") from error
+        except (pa.ArrowInvalid, ValueError) as error:
             raise DataError(f"{uri}: not an address of an object store ({_first(error)}); give s3://…") from error
 
     def fetch(self, name: str, target: Path, digest: str | None = None) -> None:
@@ -106,7 +109,7 @@ class RemotePrefix:
             raise DataError(f"{self.uri}: no {name or 'such bucket or prefix'} there") from error
         except (OSError, pa.ArrowException) as error:
             what = f"{self.uri}{f' ({name})' if name else ''}"
-            raise DataError(f"{what}: {_first(error)}; look at credentials, region and endpoint") from error
+            raise DataError(f"{what}: {_first(error)}; {REMEDY}") from error
 
 
 def _first(error: Exception) -> str:
