@@ -34,6 +34,7 @@ from training.hooks import Line, State
 from training.loop import NonFiniteLossError
 
 FOLDER = "ray"
+REFUSED = "refused"
 REPORT_S = 2.0
 """Seconds of training between reports that carry no checkpoint; Ray takes in about two a second."""
 GROUP_TIMEOUT_S = 600
@@ -80,6 +81,10 @@ class RaySurroundings:
             save_state(Path(folder) / CHECKPOINT, state)
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
+    def refuse(self, error: NonFiniteLossError) -> None:
+        """Report a refused step, which all ranks refuse alike, as the last word of the run."""
+        ray.train.report({"lines": json.dumps(self._lines) if self.rank == 0 else "[]", REFUSED: str(error)})
+
 
 class Recorder(UserCallback):
     """In the controller: metric lines and the newest checkpoint into the run folder."""
@@ -101,6 +106,8 @@ class Recorder(UserCallback):
             # After a restart of the group steps come a second time: the later line stays.
             drop_lines_after(self.run_dir / METRICS, int(lines[0]["global_step"]) - 1)
             append_lines(self.run_dir / METRICS, lines)
+        if REFUSED in metrics[0]:
+            (self.run_dir / FOLDER / REFUSED).write_text(metrics[0][REFUSED], encoding="utf-8")
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -109,7 +116,11 @@ def worker(config: dict[str, Any]) -> None:
     surroundings = RaySurroundings(config["start"])
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
-    train_here(settings, Dataset.open(config["data"]), surroundings)
+    try:
+        train_here(settings, Dataset.open(config["data"]), surroundings)
+    except NonFiniteLossError as error:
+        # Raised here Ray would start the workers again, to end alike.
+        surroundings.refuse(error)
 
 
 def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) -> None:
@@ -150,7 +161,11 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) 
                 trainer.fit()
         except Exception as error:
             raise _cause(error) from error
+    refused = run_dir / FOLDER / REFUSED
+    reason = refused.read_text(encoding="utf-8") if refused.exists() else ""
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    if reason:
+        raise NonFiniteLossError(reason)
 
 
 @contextmanager
@@ -166,13 +181,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> Exception:
-    """A refused step as itself; anything else as one line with what the first failed worker said."""
+    """One line with what the first failed worker said."""
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, NonFiniteLossError):
-                return seen
-            seen = getattr(seen, "cause", None) or seen.__cause__
     first = next(iter(failures.values()), error)
     return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; go on with --resume")
