@@ -32,6 +32,7 @@ SHAPE = (1, 28, 28)
 VARIANTS: dict[str, dict[str, Any]] = {
     "literal": {"decode_samples": 32, "channels_last": False},
     "R=32": {"decode_samples": 32},
+    "R=4": {"decode_samples": 4},
     "R=1": {},
     "R=1, bfloat16": {"precision": "bfloat16"},
 }
