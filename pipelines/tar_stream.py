@@ -74,11 +74,11 @@ class StreamedImages:
             for block in self._blocks(shard):
                 for row in block:
                     if len(held) < self.buffer:
-                        held.append(row)
+                        held.append(row.copy())  # a view would keep its whole block in memory
                         continue
                     place = int(rng.integers(self.buffer))
                     yield held[place]
-                    held[place] = row
+                    held[place] = row.copy()
         for place in rng.permutation(len(held)):
             yield held[place]
 
