@@ -21,7 +21,7 @@ def ray_map(workers: int, address: str = "") -> Iterator[MapTasks]:
     """Run functions over argument tuples as Ray tasks, `workers` at once, on a cluster that is joined or started.
 
     What is the same object in all tuples (the source) travels once. A lost worker's task is run again by
-    another; an error that the function raises ends the rest and is raised here as it was.
+    another; an error that the function raises is raised here as it was, once the tasks in flight have ended.
 
     Raises:
         SettingsError: the cluster cannot be reached, or has fewer CPUs than workers.
@@ -47,15 +47,17 @@ def _results(function: Callable[..., object], tasks: Sequence[tuple[Any, ...]], 
                 number, arguments = waiting.pop()
                 running[remote.remote(*_put(arguments, shared))] = number
             (first, *_), _ = ray.wait(list(running), num_returns=1)
-            done[running.pop(first)] = ray.get(first)
+            number = running.pop(first)
+            done[number] = ray.get(first)
             while due in done:
                 yield done.pop(due)
                 due += 1
     except RayTaskError as error:
+        # The others end by themselves, a shard each. Cancelling a task that is just about to end can abort this very
+        # process (a race in Ray: "Tried to complete task that was not pending").
+        if running:
+            ray.wait(list(running), num_returns=len(running))
         raise error.cause if isinstance(error.cause, Exception) else error from error
-    finally:
-        for task in running:
-            ray.cancel(task, force=True)
 
 
 def _put(arguments: tuple[Any, ...], shared: dict[int, Any]) -> list[Any]:

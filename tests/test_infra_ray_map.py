@@ -89,6 +89,27 @@ def test_a_lost_worker_is_replaced(glyphs, tmp_path):
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
+def test_tasks_beside_one_that_failed_end_and_nothing_is_begun_after_it(tmp_path):
+    """Twenty times: what is given up must not be cancelled, which would abort this process now and then."""
+
+    def task(folder, number):
+        if number == 1:
+            raise DataError("the second one failed")
+        (Path(folder) / str(number)).touch()
+        return number
+
+    with ray_map(3) as map_tasks:
+        for attempt in range(20):
+            folder = tmp_path / str(attempt)
+            folder.mkdir()
+            with pytest.raises(DataError, match="the second one failed"):
+                list(map_tasks(task, [(str(folder), number) for number in range(50)]))
+            begun = {int(path.name) for path in folder.iterdir()}
+            assert 0 in begun
+            assert len(begun) < 20
+            assert begun == {int(path.name) for path in folder.iterdir()}
+
+
 def test_an_error_in_a_task_is_ours_again_and_the_rest_can_be_finished_later(glyphs, tmp_path):
     def broken(source, split, rows, path, block):
         if path.endswith("train/shard-000002.tar"):
