@@ -41,15 +41,26 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network q(z|x, D) and p(x|z): Tables 3 and 4."""
+    """The network q(z|x, D) and p(x|z): Tables 3, 4 and 6 to 8."""
 
+    encoder: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "conv4"
+    """`conv4` (Table 3), `conv5` (Table 6), or any classification network of torchvision by its name, without its
+    last layer. Where the data set holds features, the encoder is the one that made them."""
+    image_size: NonNegative = 0
+    """Side that images are resized to before the encoder; 0: as they are stored."""
     reconstruct: Literal["pixels", "features"] = "pixels"
-    """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen, warmed-up encoder
-    (Gaussian with calibrated variance; "Visual feature reconstruction", section 3.2, Table 8)."""
+    """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder
+    (Gaussian; "Visual feature reconstruction", section 3.2, Tables 7 and 8)."""
+    features: Literal["standard", "raw"] = "standard"
+    """Features that are reconstructed: centred, divided by their deviation and of one length, or as they are, which
+    ends the decoder in the ReLU of Table 8."""
+    variance: Literal["calibrated", "unit"] = "calibrated"
+    """Row 6: variance of p(x|z) over features: the best for each episode (Rybkin et al. 2020), or 1, that is half
+    the summed squared error."""
     latent: Positive = 64
     """D, the latent size."""
     channels: Positive = 64
-    """Channels of each Conv4 block and of the decoder."""
+    """Channels of each block of `conv4` and `conv5`, and of the decoder."""
     width: Positive = 256
     """d_model = d_ff of the set attention."""
     heads: Positive = 4
@@ -126,19 +137,32 @@ class TrainSettings(Section):
         return self
 
 
-class WarmupSettings(Section):
-    """Contrastive warm-up of the encoder (NT-Xent, Chen et al. 2020) before meta-training; 0 steps: none."""
+class PretrainSettings(Section):
+    """Contrastive training of the encoder (SimCLR, Chen et al. 2020): before meta-training, or alone by
+    `metagmvae pretrain`; 0 steps: none."""
 
     steps: NonNegative = 0
     batch: Annotated[int, Field(ge=2)] = 256
     """Images per step over all workers; each gives two views."""
+    views: Literal["auto", "strokes", "photographs"] = "auto"
+    """Distortions that make the views: of strokes (affine, elastic, thickness), of photographs (SimCLR's crops,
+    flips and colours); `auto` goes by the channels, 1 or 3."""
+    projector: tuple[Positive, ...] = ()
+    """Sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: PositiveFloat = 0.2
+    optimizer: Literal["adamw", "adam", "lars"] = "adamw"
     learning_rate: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled for AdamW, coupled for Adam and LARS."""
+    schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
+    """`published-code`: row 7, from epoch 10 on a cosine over the epochs, 75 down and 75 up."""
 
 
 class ValidationSettings(Section):
-    """Labelled episodes judged during training, on validation classes only."""
+    """Labelled episodes judged during training, on validation classes only.
+
+    An encoder alone is judged by the nearest class mean on its features, by its nearest neighbours, and by a linear
+    probe."""
 
     every: NonNegative = 1_000
     """Steps between validations; 0: never."""
@@ -189,19 +213,11 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     adapt: AdaptSettings = AdaptSettings()
-    warmup: WarmupSettings = WarmupSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
     validation: ValidationSettings = ValidationSettings()
     run: RunSettings = RunSettings()
     tracking: TrackingSettings = TrackingSettings()
-
-    @model_validator(mode="after")
-    def _features_need_a_warm_encoder(self) -> Self:
-        if self.model.reconstruct == "features" and not self.warmup.steps:
-            raise ValueError(
-                'model.reconstruct ("features") needs an encoder that was warmed up: set warmup.steps above 0'
-            )
-        return self
 
     @model_validator(mode="after")
     def _features_need_all_images(self) -> Self:
@@ -214,7 +230,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _workers_divide_batches(self) -> Self:
-        for key, batch in (("train.batch", self.train.batch), ("warmup.batch", self.warmup.batch)):
+        for key, batch in (("train.batch", self.train.batch), ("pretrain.batch", self.pretrain.batch)):
             if self.run.engine == "ray" and batch % self.run.workers:
                 raise ValueError(f"{key} ({batch}) must be a multiple of run.workers ({self.run.workers})")
         return self

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from configs.schema import AdaptSettings
-from evaluation.package import LoadedModel, load_model
+from evaluation.package import LoadedModel, load_model, meta_gmvae
 from evaluation.predict import Mode, encode_images
 from evaluation.support import classify_latents, predict_queries
 from pipelines.records import DataError
@@ -92,7 +92,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             support_T1D, queries_P1D = self._support[:, None], queries[:, None]
             answer = classify_latents(self._adapt, support_T1D, self._label_T, queries_P1D, fit_on_queries=transductive)
         else:
-            loaded, seed = self._loaded.model, self.random_state
+            loaded, seed = meta_gmvae(self._loaded, self.model), self.random_state
             answer = predict_queries(
                 loaded, self._adapt, self._support, self._label_T, queries, mode=self.mode, seed=seed
             )

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evaluation import figures
+from evaluation.features import features_of
 from evaluation.modes import ModeFinder
 from evaluation.package import LoadedModel
-from evaluation.predict import encode_images
 from pipelines.dataset import Dataset
 from pipelines.episodes import EpisodeSampler
 from pipelines.files import write_json
-from pipelines.records import DataError
+from training.meta_gmvae import MetaGMVAE
 
 POOL = 4096
 """Images that generated features are shown by, the nearest of them."""
@@ -29,6 +30,8 @@ def draw_gallery(
 ) -> list[Path]:
     """Write every figure that the model, the data and the metric lines allow; return the files.
 
+    Of an encoder alone there are curves; of features, which nobody can look at, curves and the latent map.
+
     Args:
         loaded: the model.
         dataset: its training split gives the unlabelled set, `split` the labelled episode.
@@ -39,24 +42,15 @@ def draw_gallery(
     Raises:
         DataError: the images have another shape than the model's, or the split has too few classes or images.
     """
-    if dataset.image_shape != loaded.image_shape:
-        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the model takes {loaded.image_shape}")
     dataset.split(split)
-    name = loaded.settings.name
-    train_split = loaded.settings.data.train_split
-    unlabelled = dataset.images(train_split if train_split in dataset.splits else split)
-    images, labels = dataset.images(split), dataset.labels(split)
-    finder = ModeFinder(loaded.model, np.asarray(unlabelled[: min(POOL, len(unlabelled))]))
-    kind = "nearest to decoded features" if loaded.model.reconstruct == "features" else "generated"
-    train = loaded.settings.train
-    drawn = {"reconstructions": _reconstructions(finder, images, kind)}
-    size = min(train.set_size, len(unlabelled))
-    modes = finder.training_modes(np.asarray(unlabelled[:size]), train)[: 2 * SHOWN_WAYS]
-    title = f"{name}: modes of an unlabelled training set (Eq. 7)"
-    drawn["modes-meta-training"] = figures.mode_grid(modes, title, kind)
-    drawn["modes-meta-test"] = _episode(finder, loaded, images, labels, kind)
-    drawn["latent-map"] = _latent_map(loaded, images, labels)
-    files = []
+    drawn: dict[str, Any] = {}
+    if isinstance(loaded.model, MetaGMVAE):
+        device = next(loaded.model.parameters()).device
+        h_nF = features_of(loaded.model, dataset, split, device)
+        if dataset.kind == "images":
+            drawn |= _modes(loaded, loaded.model, dataset, split)
+        drawn["latent-map"] = _latent_map(loaded.model, h_nF, dataset.labels(split), loaded.settings.name)
+    name, files = loaded.settings.name, []
     if lines:
         drawn["curves"] = figures.curves(lines, name)
         files.append(out / "curves.json")
@@ -65,6 +59,24 @@ def draw_gallery(
         files.append(out / f"{stem}.png")
         figures.save(figure, files[-1])
     return files
+
+
+def _modes(loaded: LoadedModel, model: MetaGMVAE, dataset: Dataset, split: str) -> dict[str, Any]:
+    """Reconstructions, and the modes of an unlabelled set and of an episode."""
+    name, train = loaded.settings.name, loaded.settings.train
+    train_split = loaded.settings.data.train_split
+    unlabelled = dataset.images(train_split if train_split in dataset.splits else split)
+    images, labels = dataset.images(split), dataset.labels(split)
+    finder = ModeFinder(model, np.asarray(unlabelled[: min(POOL, len(unlabelled))]))
+    kind = "nearest to decoded features" if model.reconstruct == "features" else "generated"
+    size = min(train.set_size, len(unlabelled))
+    modes = finder.training_modes(np.asarray(unlabelled[:size]), train)[: 2 * SHOWN_WAYS]
+    title = f"{name}: modes of an unlabelled training set (Eq. 7)"
+    return {
+        "reconstructions": _reconstructions(finder, images, kind),
+        "modes-meta-training": figures.mode_grid(modes, title, kind),
+        "modes-meta-test": _episode(finder, loaded, images, labels, kind),
+    }
 
 
 def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -95,20 +107,19 @@ def _ways(labels: np.ndarray) -> int:
     return min(SHOWN_WAYS, len(np.unique(labels)))
 
 
-def _latent_map(loaded: LoadedModel, images: Any, labels: np.ndarray) -> Any:
+def _latent_map(model: MetaGMVAE, h_nF: Tensor, labels: np.ndarray, name: str) -> Any:
     """The same classes with 1 and with 5 shots: posterior means given the whole episode, by t-SNE."""
     from sklearn.manifold import TSNE
 
-    device = next(loaded.model.parameters()).device
     panels = []
     for shot in (1, 5):
         episode = EpisodeSampler(labels, way=_ways(labels), shot=shot, query=QUERIES, seed=0).episode(0)
         rows = np.concatenate([episode.support.reshape(-1), episode.query.reshape(-1)])
         with torch.inference_mode():
-            h_1TF = encode_images(loaded.model, images[rows], device)[None]
-            mean_TD = loaded.model.posterior(h_1TF)[0][0].cpu().numpy()
+            h_1TF = h_nF[torch.as_tensor(rows, device=h_nF.device)][None]
+            mean_TD = model.posterior(h_1TF)[0][0].cpu().numpy()
         perplexity = min(15.0, (len(rows) - 1) / 3)
         xy = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(mean_TD)
         label = np.concatenate([np.repeat(np.arange(len(r)), r.shape[1]) for r in (episode.support, episode.query)])
         panels.append((f"{shot} shot", xy, label, np.arange(len(rows)) < episode.support.size))
-    return figures.latent_map(panels, f"{loaded.settings.name}: latents of an episode (stars: support)")
+    return figures.latent_map(panels, f"{name}: latents of an episode (stars: support)")

@@ -12,15 +12,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import AdaptSettings
 from training.meta_gmvae import MetaGMVAE
 from training.networks import ConvBlock, ConvEncoder
 
 
-def encode(encoder: ConvEncoder, x: Tensor) -> Tensor:
+def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     """Conv4 of Table 3, layer by layer: (n, C, H, W) in [0, 1] -> (n, F)."""
+    assert isinstance(encoder, ConvEncoder)
     for block in encoder.blocks:
         assert isinstance(block, ConvBlock)
         x = F.max_pool2d(F.relu(block.norm(block.conv(x))), 2, ceil_mode=True)

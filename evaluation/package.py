@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from configs.schema import Settings
 from pipelines.files import read_json, sha256_file
 from pipelines.records import DataError
-from training.builders import build_model
+from training.backbones import EncoderModel
+from training.builders import build_encoder_model, build_model
 from training.checkpoint import load_state
 from training.meta_gmvae import MetaGMVAE
 
-VERSION = 1
+VERSION = 2
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
 CHECKPOINT = "checkpoint.pt"
@@ -31,7 +32,8 @@ CHECKPOINT = "checkpoint.pt"
 class LoadedModel:
     """A model ready to predict, in evaluation mode, with what is known of it."""
 
-    model: MetaGMVAE
+    model: EncoderModel
+    """A `MetaGMVAE`, or an encoder alone."""
     settings: Settings
     image_shape: tuple[int, int, int]
     info: dict[str, Any]
@@ -57,6 +59,7 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
         save_file(weights, str(folder / WEIGHTS))
         card = {
             "version": VERSION,
+            "kind": "meta-gmvae" if isinstance(loaded.model, MetaGMVAE) else "encoder",
             "settings": json.loads(loaded.settings.model_dump_json()),
             "image_shape": list(loaded.image_shape),
             "weights_sha256": sha256_file(folder / WEIGHTS),
@@ -85,7 +88,8 @@ def load_package(path: str | Path) -> LoadedModel:
         if sha256_file(path / WEIGHTS) != card["weights_sha256"]:
             raise DataError(f"{path / WEIGHTS}: was altered after it was written (sha256 differs)")
         weights = load_file(str(path / WEIGHTS))
-        return _assemble(weights, json.dumps(card["settings"]), card["image_shape"], card["info"], path)
+        settings = json.dumps(card["settings"])
+        return _assemble(weights, card["kind"], settings, card["image_shape"], card["info"], path)
     except (OSError, KeyError, SafetensorError) as error:
         raise DataError(f"{path}: not a whole model package ({error!r})") from error
 
@@ -121,7 +125,21 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
             "selected_by": f"validation/{task}",
             "validation_accuracy": chosen["accuracy"],
         }
-    return _assemble(weights, state["settings"], state["image_shape"], info, path)
+    return _assemble(weights, state["kind"], state["settings"], state["image_shape"], info, path)
+
+
+def meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
+    """The model, where only a whole one will do.
+
+    Raises:
+        DataError: it is an encoder alone.
+    """
+    if not isinstance(loaded.model, MetaGMVAE):
+        raise DataError(
+            f"{name}: is an encoder alone, which classifies nothing; write features with it (metagmvae features), and "
+            "meta-train on them"
+        )
+    return loaded.model
 
 
 def _best(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
@@ -135,12 +153,13 @@ def _best(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]]
 
 
 def _assemble(
-    weights: dict[str, torch.Tensor], settings: str, image_shape: Any, info: dict[str, Any], path: Path
+    weights: dict[str, torch.Tensor], kind: str, settings: str, image_shape: Any, info: dict[str, Any], path: Path
 ) -> LoadedModel:
     try:
         parsed = Settings.model_validate_json(settings)
         channels, height, width = (int(size) for size in image_shape)
-        model = build_model(parsed.model, (channels, height, width), seed=0)
+        build = build_encoder_model if kind == "encoder" else build_model
+        model: EncoderModel = build(parsed.model, (channels, height, width), seed=0)
         model.load_state_dict(weights)
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]

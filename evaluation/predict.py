@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import AdaptSettings
+from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import class_log_posterior, fit_semi_supervised
 from training.steps import keyed_generator, to_device
@@ -25,7 +26,7 @@ processor small batches are the fast ones (a quarter faster than 2^25, measured)
 
 
 @torch.inference_mode()
-def encode_images(model: MetaGMVAE, images: Any, device: torch.device, batch: int = 512) -> Tensor:
+def encode_images(model: EncoderModel, images: Any, device: torch.device, batch: int = 512) -> Tensor:
     """Features of images, each encoded once in evaluation mode: uint8 (n, C, H, W) -> (n, F) on the device."""
     model.eval()
     pieces = []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.package import LoadedModel
+from evaluation.package import LoadedModel, meta_gmvae
 from evaluation.predict import encode_images
 from evaluation.support import predict_queries
 from pipelines.images import decode_image
@@ -37,9 +37,10 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
     files = [file for files in labelled for file in files] + queries
     images = np.stack([_read(file, loaded.image_shape) for file in files])
     label_T = np.repeat(np.arange(len(folders)), [len(files) for files in labelled])
-    h_nF = encode_images(loaded.model, images, torch.device("cpu"))
+    model = meta_gmvae(loaded, loaded.settings.name)
+    h_nF = encode_images(model, images, torch.device("cpu"))
     h_TF, h_PF = h_nF[: len(label_T)], h_nF[len(label_T) :]
-    probabilities = predict_queries(loaded.model, loaded.settings.adapt, h_TF, label_T, h_PF)
+    probabilities = predict_queries(model, loaded.settings.adapt, h_TF, label_T, h_PF)
     names = [folder.name for folder in folders]
     rows = [
         {"query": file.name, "class": names[int(row.argmax())], **dict(zip(names, row.tolist(), strict=True))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from infra.command import Answer, BadNews, Parsers, add_command, progress_bar
 if TYPE_CHECKING:
     from pipelines.records import MapTasks
 
-SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken")
+SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken", "allow_missing")
 """Of `prepare`: those that are given go to the source, which refuses what it does not know."""
 
 
@@ -32,11 +32,11 @@ def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     what = "write a data set as WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, what, example)
-    parser.add_argument("name", choices=("folder", "glyphs", "omniglot"))
+    parser.add_argument("name", choices=("folder", "glyphs", "mini-imagenet", "omniglot"))
     parser.add_argument("--source", help="folder with the archives (Omniglot is downloaded without), or your pictures")
     parser.add_argument("--out", required=True, help="folder, or s3://bucket/prefix, to write")
     parser.add_argument("--split", help="omniglot: 1200-100-323 (default) or vinyals")
-    parser.add_argument("--size", type=int, help="folder, omniglot: side of the images in pixels (28)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (28; mini-imagenet: 84)")
     parser.add_argument("--channels", type=int, help="folder: 1 (grey, default) or 3 (RGB)")
     parser.add_argument(
         "--invert", action="store_true", default=None, help="folder: strokes are dark on a bright ground"
@@ -48,7 +48,15 @@ def _add_prepare(parsers: Parsers) -> None:
         "--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="folder: split the classes"
     )
     parser.add_argument("--max-broken", type=float, help="folder: largest share of images that cannot be read (0.01)")
+    parser.add_argument(
+        "--allow-missing", action="store_true", default=None, help="mini-imagenet: take what is there of a part"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    add_workers(parser)
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    """Options of commands that write shards."""
     parser.add_argument("--workers", type=int, default=0, help="Ray tasks at once (0: in this process, without Ray)")
     parser.add_argument("--address", default="", help="Ray cluster for --workers (a cluster of this machine)")
 
@@ -63,8 +71,8 @@ def prepare(arguments: Namespace) -> Answer:
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
     source = open_source(arguments.name, folder, **options)
     with (
-        _target(arguments.out) as (out, uri),
-        _map_tasks(arguments) as map_tasks,
+        target(arguments.out) as (out, uri),
+        map_tasks_of(arguments) as map_tasks,
         progress_bar("shards", arguments.json) as on_progress,
     ):
         manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
@@ -79,7 +87,7 @@ def prepare(arguments: Namespace) -> Answer:
 
 
 @contextmanager
-def _target(out: str) -> Iterator[tuple[Path, str]]:
+def target(out: str) -> Iterator[tuple[Path, str]]:
     """Where shards are written, and the name of the data set; for an object store they are published afterwards.
 
     They wait in the cache folder: the same command finishes what a stopped one has left there.
@@ -96,7 +104,7 @@ def _target(out: str) -> Iterator[tuple[Path, str]]:
     shutil.rmtree(folder)
 
 
-def _map_tasks(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
+def map_tasks_of(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
     if not arguments.workers:
         return nullcontext()
     from infra.ray_map import ray_map

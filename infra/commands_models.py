@@ -100,11 +100,12 @@ def _judge(
 
     from evaluation.baselines import BASELINES
     from evaluation.benchmark import evaluate_features
-    from evaluation.predict import encode_images
+    from evaluation.features import features_of
+    from evaluation.package import meta_gmvae
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, labels = loaded.model.to(device), dataset.labels(arguments.split)
-    h_nF = encode_images(model, dataset.images(arguments.split), device)
+    model, labels = meta_gmvae(loaded, arguments.model).to(device), dataset.labels(arguments.split)
+    h_nF = features_of(model, dataset, arguments.split, device)
     results, beside = [], []
     for way in arguments.ways or [arguments.way]:
         task = {"way": way, **{key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}}
@@ -121,7 +122,7 @@ def _made_with(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     from evaluation.environment import environment_record
 
     return {
-        "settings": loaded.settings.model_dump(mode="json", include={"model", "adapt", "warmup", "train"}),
+        "settings": loaded.settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
         "settings_fingerprint": fingerprint(loaded.settings),
         "trained": loaded.info,
         "source_fingerprint": dataset.manifest["source_fingerprint"],

@@ -1,20 +1,23 @@
-"""`train`, `track` and `demo`."""
+"""`pretrain`, `train`, `track` and `demo`."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.command import Answer, Parsers, add_command
+
+if TYPE_CHECKING:
+    from training.run import Kind
 
 
 def add(parsers: Parsers) -> None:
     example = "metagmvae train omniglot-cpu --set data.uri=data/omniglot --set run.out=runs/first"
-    parser = add_command(parsers, "train", train, "meta-train; CONFIG is a TOML file or a preset", example)
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
-    parser.add_argument("--quiet", action="store_true", help="no live line")
+    _add_run(parsers, "train", train, "meta-train; CONFIG is a TOML file or a preset", example)
+    example = "metagmvae pretrain mini-imagenet-simclr --set data.uri=data/mini-imagenet --set run.out=runs/simclr"
+    _add_run(parsers, "pretrain", pretrain, "train an encoder alone by contrast (SimCLR)", example)
 
     example = "metagmvae track runs/first"
     parser = add_command(parsers, "track", track, "send a run to MLflow: what is not there yet", example)
@@ -25,13 +28,30 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--workers", type=int, default=2, help="Ray workers that train")
 
 
+def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], what: str, example: str) -> None:
+    parser = add_command(parsers, name, run, what, example)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
+    parser.add_argument("--quiet", action="store_true", help="no live line")
+
+
 def train(arguments: Namespace) -> Answer:
+    return _run(arguments, "meta-gmvae")
+
+
+def pretrain(arguments: Namespace) -> Answer:
+    return _run(arguments, "encoder")
+
+
+def _run(arguments: Namespace, kind: Kind) -> Answer:
     from configs.load import load_settings
     from infra.surroundings import METRICS, read_lines
     from infra.wiring import run_training
 
     settings = load_settings(arguments.config, arguments.overrides)
-    run_dir = run_training(settings, resume=arguments.resume, quiet=arguments.quiet or arguments.json)
+    quiet = arguments.quiet or arguments.json
+    run_dir = run_training(settings, kind=kind, resume=arguments.resume, quiet=quiet)
     last = read_lines(run_dir / METRICS)[-1]
     answer: Answer = {"run": str(run_dir), "last": last}
     if settings.tracking.enabled and settings.tracking.register_as:

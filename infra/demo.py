@@ -15,7 +15,7 @@ from configs.load import load_settings
 from configs.schema import Settings
 from evaluation.baselines import nearest_class_mean
 from evaluation.benchmark import evaluate_features
-from evaluation.package import LoadedModel, load_model
+from evaluation.package import LoadedModel, load_model, meta_gmvae
 from evaluation.predict import encode_images
 from infra.classify import classify_folders
 from infra.model_uri import resolve_model
@@ -88,7 +88,8 @@ def _judge(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list[di
     device = torch.device("cpu")
     images, labels = dataset.images("test"), dataset.labels("test")
     untrained = build_model(settings.model, dataset.image_shape, settings.train.seed)
-    trained_nF = encode_images(loaded.model, images, device)
+    model = meta_gmvae(loaded, settings.name)
+    trained_nF = encode_images(model, images, device)
     untrained_nF = encode_images(untrained, images, device)
     pixels = torch.as_tensor(images[:]).flatten(1)
     rows = []
@@ -97,7 +98,7 @@ def _judge(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list[di
         rows.append(
             {
                 "shot": shot,
-                "Meta-GMVAE": evaluate_features(loaded.model, settings.adapt, trained_nF, labels, **task).mean,
+                "Meta-GMVAE": evaluate_features(model, settings.adapt, trained_nF, labels, **task).mean,
                 "class means, trained Conv4": nearest_class_mean(trained_nF, labels, **task).mean,
                 "untrained Meta-GMVAE": evaluate_features(untrained, settings.adapt, untrained_nF, labels, **task).mean,
                 "class means, untrained Conv4": nearest_class_mean(untrained_nF, labels, **task).mean,

@@ -60,10 +60,11 @@ class Predictor:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
+        from evaluation.package import meta_gmvae
         from evaluation.predict import encode_images
         from evaluation.support import predict_queries
 
-        model, image_shape = self.loaded.model, self.loaded.image_shape
+        model, image_shape = meta_gmvae(self.loaded, PACKAGE), self.loaded.image_shape
         support, label_T, query = split_request(inputs, image_shape)
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapted(self.loaded.settings.adapt, params)

@@ -32,6 +32,7 @@ from pipelines.files import atomic_file
 from training.checkpoint import load_state, save_state
 from training.hooks import Line, State
 from training.loop import NonFiniteLossError
+from training.run import Kind
 
 FOLDER = "ray"
 REFUSED = "refused"
@@ -117,13 +118,13 @@ def worker(config: dict[str, Any]) -> None:
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
     try:
-        train_here(settings, Dataset.open(config["data"]), surroundings)
+        train_here(settings, Dataset.open(config["data"]), surroundings, config["kind"])
     except NonFiniteLossError as error:
         # Raised here Ray would start the workers again, to end alike.
         surroundings.refuse(error)
 
 
-def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) -> None:
+def train_on_ray(settings: Settings, data: str, run_dir: Path, *, kind: Kind, resume: bool) -> None:
     """Train with Ray Train until the end.
 
     Raises:
@@ -141,7 +142,7 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, resume: bool) 
     with cluster(cluster_address(settings), settings.run.workers * settings.run.cpus_per_worker):
         trainer = TorchTrainer(
             worker,
-            train_loop_config={"settings": to_json(settings), "data": data, "start": start},
+            train_loop_config={"settings": to_json(settings), "data": data, "kind": kind, "start": start},
             torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
             scaling_config=ScalingConfig(
                 num_workers=settings.run.workers,

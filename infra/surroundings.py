@@ -43,8 +43,8 @@ class LocalSurroundings:
 
 def global_step(state: State) -> int:
     """Steps done over all stages."""
-    warmup = json.loads(state["settings"])["warmup"]["steps"]
-    return state["step"] if state["stage"] == "warmup" else warmup + state["step"]
+    pretrain = json.loads(state["settings"])["pretrain"]["steps"]
+    return state["step"] if state["stage"] == "pretrain" else pretrain + state["step"]
 
 
 def append_lines(path: Path, lines: list[Line]) -> None:

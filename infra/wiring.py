@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     import torch
 
     from training.hooks import Surroundings, Validate
+    from training.run import Kind
 
+ENCODER_KEYS = ("encoder", "image_size", "channels")
+"""Keys of [model] that say what the encoder is."""
 SETTINGS = "settings.json"
 RECORD = "run.json"
 
 
-def run_training(settings: Settings, *, resume: bool = False, quiet: bool = False) -> Path:
+def run_training(settings: Settings, *, kind: Kind = "meta-gmvae", resume: bool = False, quiet: bool = False) -> Path:
     """Train in the run folder `settings.run.out`, tracked in MLflow if that is on; return the folder.
 
     Args:
         settings: of the run.
+        kind: what is trained, a whole model or an encoder alone.
         resume: go on from the checkpoint in the folder, if there is one.
         quiet: no live line.
 
@@ -40,33 +44,34 @@ def run_training(settings: Settings, *, resume: bool = False, quiet: bool = Fals
         NonFiniteLossError: training went wrong; the last checkpoint stays.
     """
     dataset = Dataset.open(settings.data.uri)
-    _check_data(settings, dataset)
+    settings = with_encoder_of(settings, dataset)
+    _check_data(settings, dataset, kind)
     device_of(settings)
     run_dir = Path(settings.run.out).absolute()
     _claim(run_dir, settings, dataset, resume)
-    total = settings.warmup.steps + settings.train.steps
+    total = settings.pretrain.steps + (settings.train.steps if kind == "meta-gmvae" else 0)
     with hold(run_dir):
-        _record(run_dir, settings, dataset)
+        _record(run_dir, settings, dataset, kind)
         with _tracker(run_dir, settings), LiveLine(run_dir, total, quiet=quiet):
-            _train(settings, dataset, run_dir, resume)
+            _train(settings, dataset, run_dir, kind, resume)
     return run_dir
 
 
-def _train(settings: Settings, dataset: Dataset, run_dir: Path, resume: bool) -> None:
+def _train(settings: Settings, dataset: Dataset, run_dir: Path, kind: Kind, resume: bool) -> None:
     """By the engine of the settings; then the figures."""
     if settings.run.engine == "ray":
         from infra.ray_train import train_on_ray
 
-        train_on_ray(settings, dataset.uri, run_dir, resume=resume)
+        train_on_ray(settings, dataset.uri, run_dir, kind=kind, resume=resume)
     else:
-        train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume))
+        train_here(settings, dataset, LocalSurroundings(run_dir, device_of(settings), resume=resume), kind)
     if settings.run.figures:
         from infra.run_results import draw_figures
 
         draw_figures(run_dir, settings, dataset)
 
 
-def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings) -> None:
+def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings, kind: Kind) -> None:
     """Train in this process, as the only one or as one of several ranks."""
     import torch
 
@@ -74,17 +79,24 @@ def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings)
 
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    images = _images(settings, dataset, settings.data.train_split)
+    data = _images(settings, dataset, settings.data.train_split)
     # On every rank: it is called on rank 0 only, but all ranks must know when the others wait for it.
-    validate = _validation(settings, dataset, surroundings.device) if settings.validation.every else None
-    train(settings, images, dataset.image_shape, dataset.fingerprint, surroundings, validate)
+    validate = validation(settings, dataset, surroundings.device) if settings.validation.every else None
+    image_shape, encoder = dataset.image_shape, None
+    if dataset.kind == "features":
+        from evaluation.features import encoder_of
+
+        carried = encoder_of(dataset)
+        image_shape, encoder = carried.image_shape, carried.model.encoder.state_dict()
+    fingerprint = dataset.fingerprint
+    train(settings, data, image_shape, fingerprint, surroundings, validate, kind=kind, encoder=encoder)
 
 
 def _images(settings: Settings, dataset: Dataset, split: str) -> Any:
     data = settings.data
     if data.reader == "stream":
         return dataset.streamed(split, data.shuffle_buffer)
-    return dataset.images(split, data.reader, data.memory_limit_mb)
+    return dataset.rows(split, data.reader, data.memory_limit_mb)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -101,9 +113,32 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check_data(settings: Settings, dataset: Dataset) -> None:
-    """Refuse before any work what would fail after an hour of it: splits, way and shot of validation."""
+def with_encoder_of(settings: Settings, dataset: Dataset) -> Settings:
+    """Settings with the encoder that made the features of the data set, where it holds features.
+
+    Raises:
+        SettingsError: the settings ask for another encoder.
+    """
+    if dataset.kind != "features":
+        return settings
+    from evaluation.features import encoder_of
+
+    made_by = encoder_of(dataset).settings.model
+    for key in ENCODER_KEYS:
+        wanted, found = getattr(settings.model, key), getattr(made_by, key)
+        if wanted not in (found, type(settings.model).model_fields[key].default):
+            raise SettingsError(
+                f"model.{key} is {wanted!r}, and the features of {dataset.uri} were made with {found!r}: leave it out, "
+                "or write features with another encoder"
+            )
+    update = {key: getattr(made_by, key) for key in ENCODER_KEYS}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=update)})
+
+
+def _check_data(settings: Settings, dataset: Dataset, kind: Kind) -> None:
+    """Refuse before any work what would fail after an hour of it: splits, encoder, way and shot of validation."""
     dataset.split(settings.data.train_split)
+    _check_encoder(settings, dataset, kind)
     if settings.validation.every:
         from pipelines.episodes import EpisodeSampler
 
@@ -111,6 +146,28 @@ def _check_data(settings: Settings, dataset: Dataset) -> None:
         wanted = settings.validation
         for shot in wanted.shots:
             EpisodeSampler(labels, way=wanted.way, shot=shot, query=wanted.query, seed=wanted.seed)
+
+
+def _check_encoder(settings: Settings, dataset: Dataset, kind: Kind) -> None:
+    on_features = settings.model.reconstruct == "features"
+    if kind == "encoder" and dataset.kind == "features":
+        raise SettingsError(f"data.uri: {dataset.uri} holds features; an encoder is trained on images")
+    if kind == "encoder" and not settings.pretrain.steps:
+        raise SettingsError("pretrain.steps is 0: set it to the steps that the encoder is trained for")
+    if kind == "encoder":
+        return
+    if dataset.kind == "features" and not on_features:
+        raise SettingsError(f'model.reconstruct is "pixels", and {dataset.uri} holds features: set it to "features"')
+    if dataset.kind == "features" and settings.pretrain.steps:
+        raise SettingsError(
+            f"pretrain.steps is {settings.pretrain.steps}, and {dataset.uri} holds features of a trained encoder: set "
+            "it to 0"
+        )
+    if dataset.kind == "images" and on_features and not settings.pretrain.steps:
+        raise SettingsError(
+            f'model.reconstruct ("features") needs a trained encoder, and {dataset.uri} holds images: set '
+            "pretrain.steps above 0, or train on what `metagmvae features` writes"
+        )
 
 
 def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) -> None:
@@ -134,12 +191,12 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
         raise DataError(f"{run_dir}: cannot be made ({error.strerror}); set run.out to another folder") from error
 
 
-def _record(run_dir: Path, settings: Settings, dataset: Dataset) -> None:
+def _record(run_dir: Path, settings: Settings, dataset: Dataset, kind: Kind) -> None:
     """What is trained, on what, with what."""
     from evaluation.environment import environment_record
 
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
-    record = environment_record() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine}
+    record = environment_record() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine, "kind": kind}
     write_json(run_dir / SETTINGS, json.loads(to_json(settings)))
     write_json(run_dir / RECORD, record)
 
@@ -151,35 +208,18 @@ def _tracker(run_dir: Path, settings: Settings) -> Any:
     return Tracker(run_dir, settings.tracking)
 
 
-def _validation(settings: Settings, dataset: Dataset, device: torch.device) -> Validate:
+def validation(settings: Settings, dataset: Dataset, device: torch.device) -> Validate:
     """Judge a model on validation episodes: every image encoded once, then every shot."""
-    from evaluation.benchmark import evaluate_features
-    from evaluation.predict import encode_images
+    from evaluation.features import features_of
+    from evaluation.validate import judge
 
-    wanted = settings.validation
+    split = settings.data.validation_split
+    # Judging takes images by row: a split is read in place where training streams.
+    reader = "mmap" if settings.data.reader == "stream" else settings.data.reader
 
     def validate(model: Any) -> Mapping[str, Mapping[str, float]]:
-        split = settings.data.validation_split
-        # Judging takes images by row: a split is read in place where training streams.
-        reader = "mmap" if settings.data.reader == "stream" else settings.data.reader
-        images = dataset.images(split, reader, settings.data.memory_limit_mb)
-        labels = dataset.labels(split)
-        h_nF = encode_images(model, images, device)
-        scores = {}
-        for shot in wanted.shots:
-            result = evaluate_features(
-                model,
-                settings.adapt,
-                h_nF,
-                labels,
-                way=wanted.way,
-                shot=shot,
-                query=wanted.query,
-                episodes=wanted.episodes,
-                seed=wanted.seed,
-            )
-            scores[f"{wanted.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
-        return scores
+        h_nF = features_of(model, dataset, split, device, reader, settings.data.memory_limit_mb)
+        return judge(model, settings, h_nF, dataset.labels(split))
 
     return validate
 

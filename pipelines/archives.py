@@ -1,8 +1,8 @@
-"""Files by name from a folder or from a zip that is never unpacked, behind the same two functions.
+"""Files by name from a folder, zip or tar that is never unpacked, behind the same two functions.
 
-A zip comes from elsewhere: names that leave it, links, encrypted, doubled or absurdly compressed members are
+Archives come from elsewhere: names that leave them, links, encrypted, doubled or absurdly compressed members are
 refused before anything is read, and no member is unpacked beyond the size it states. The same files give the
-same entries, zipped or not.
+same entries, archived or not. Tars are read by `pipelines.tars`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from pipelines.members import (
+    MAX_RATIO,
+    MAX_TOTAL_BYTES,
+    RATIO_FREE_BYTES,
+    Entry,
+    check_name,
+    check_size,
+)
 from pipelines.records import DataError
+from pipelines.tars import TAR_SUFFIXES, is_tar, read_member, tar_entries
 
-MAX_MEMBER_BYTES = 256 * 2**20
-MAX_TOTAL_BYTES = 256 * 2**30
-MAX_RATIO = 200
-"""Unpacked over packed bytes, of a member or of the whole: images do not compress like this."""
-RATIO_FREE_BYTES = 2**20
-"""Smaller members may: a blank picture does."""
+ARCHIVES = (".zip", *TAR_SUFFIXES)
 CHUNK_BYTES = 2**20
 DAMAGE = (
     zipfile.BadZipFile,
@@ -39,17 +42,8 @@ DAMAGE = (
 """What `zipfile` and its decompressors raise on damaged bytes, or on methods that they do not know."""
 
 
-@dataclass(frozen=True, order=True)
-class Entry:
-    """One file: its name with `/`, relative to the root, and its content's CRC-32 and size in bytes."""
-
-    name: str
-    crc: int
-    size: int
-
-
 def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
-    """Files with one of the suffixes (lower case) under a folder or in a zip, sorted by name.
+    """Files with one of the suffixes (lower case) under a folder or in an archive, sorted by name.
 
     Hidden files and `__MACOSX` are left out. Links are followed.
 
@@ -59,6 +53,8 @@ def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
     root = Path(root)
     if root.is_dir():
         entries = list(_folder_entries(root, suffixes))
+    elif root.is_file() and is_tar(root):
+        entries = [entry for entry in tar_entries(root) if _wanted(entry.name, suffixes)]
     elif root.is_file():
         infos = [info for info in _checked_members(str(root), *_identity(root)) if not info.is_dir()]
         entries = [Entry(info.filename, info.CRC, info.file_size) for info in infos if _wanted(info.filename, suffixes)]
@@ -80,6 +76,8 @@ def read_entry(root: str | Path, name: str) -> bytes:
     try:
         if path.is_dir():
             return (path / name).read_bytes()
+        if is_tar(path):
+            return read_member(path, name)
         archive = _open_zip(str(path), *_identity(path), os.getpid())
         info = archive.getinfo(name)
         check_member(info, str(path))
@@ -113,17 +111,12 @@ def check_member(info: zipfile.ZipInfo, archive: str) -> None:
         DataError: naming the archive and the member.
     """
     name = info.filename
-    parts = name.replace("\\", "/").split("/")
-    if not parts[0] or ":" in parts[0] or ".." in parts:
-        raise DataError(f"{archive}: member {name!r} leads out of the archive; refused")
-    if "\\" in name:
-        raise DataError(f"{archive}: member {name!r} has no folders, but backslashes; pack it again with /")
+    check_name(name, archive)
     if stat.S_ISLNK(info.external_attr >> 16):
         raise DataError(f"{archive}: member {name!r} is a link; refused")
     if info.flag_bits & 1:
         raise DataError(f"{archive}: member {name!r} is encrypted; pack it without a password")
-    if info.file_size > MAX_MEMBER_BYTES:
-        raise DataError(f"{archive}: member {name!r} unpacks to {info.file_size} bytes; refused")
+    check_size(name, info.file_size, archive)
     if info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
         raise DataError(
             f"{archive}: member {name!r} unpacks to {info.file_size} bytes from {info.compress_size}; refused"

@@ -17,17 +17,18 @@ import pyarrow as pa
 
 from pipelines.files import read_json, sha256_file
 from pipelines.index import read_index
-from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
+from pipelines.manifest import INDEX, MANIFEST, parse_manifest
 from pipelines.records import DataError
 from pipelines.shards import PLAN, shard_blocks
 from pipelines.storage import RemotePrefix, is_remote, open_copy
 from pipelines.tar_stream import StreamedImages
 
 MIB = 2**20
+Reader = Literal["auto", "memory", "mmap"]
 
 
-class MappedImages:
-    """Images of a split read in place from its tars: `images[rows] -> uint8 (n, C, H, W)`."""
+class MappedRows:
+    """Rows of a split read in place from its tars: `rows[numbers] -> (n, C, H, W) or (n, F)`."""
 
     def __init__(self, blocks: list[np.ndarray]) -> None:
         self.blocks = blocks
@@ -58,7 +59,12 @@ class Dataset:
         self.uri = remote.uri if remote else str(root.absolute())
         self.manifest = manifest
         self.name: str = manifest["name"]
+        self.kind: Literal["images", "features"] = manifest["kind"]
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
+        """Of the images, or of those that the features were made of."""
+        features = self.kind == "features"
+        self.row_shape: tuple[int, ...] = (manifest["feature_size"],) if features else self.image_shape
+        self.dtype = np.dtype(manifest["dtype"])
         self.splits: list[str] = list(manifest["splits"])
         self.fingerprint = sha256_file(root / MANIFEST)
 
@@ -79,10 +85,8 @@ class Dataset:
             if (root / PLAN).exists():
                 raise DataError(f"{root}: was not finished; run the same `metagmvae prepare` again to finish it")
             raise DataError(f"{root}: no {MANIFEST} there; write a data set with `metagmvae prepare`")
-        manifest = read_json(root / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"{root / MANIFEST}: not a data set of schema version {SCHEMA_VERSION}")
-        return cls(root, manifest)
+        parse_manifest(root / MANIFEST)
+        return cls(root, read_json(root / MANIFEST))
 
     def split(self, name: str) -> dict[str, Any]:
         """Manifest part of a split.
@@ -94,19 +98,19 @@ class Dataset:
             raise DataError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
         return self.manifest["splits"][name]
 
-    def images(
+    def rows(
         self,
         split: str,
-        reader: Literal["auto", "memory", "mmap"] = "auto",
+        reader: Reader = "auto",
         memory_limit_mb: int = 4096,
         check: bool = True,
-    ) -> np.ndarray | MappedImages:
-        """Images of a split in stored order: uint8, (n, C, H, W), indexable by arrays of rows.
+    ) -> np.ndarray | MappedRows:
+        """Images or features of a split in stored order, (n, C, H, W) or (n, F), indexable by arrays of rows.
 
         Args:
             split: its name.
             reader: `memory`, `mmap`, or `auto`: memory up to the limit.
-            memory_limit_mb: in MiB, of decoded images.
+            memory_limit_mb: in MiB, of decoded rows.
             check: compare every shard with its sha256 (a shard of another size is refused always).
 
         Raises:
@@ -115,10 +119,10 @@ class Dataset:
         part = self.split(split)
         blocks = [block for shard in part["shards"] for block in self._blocks(split, shard, check)]
         if not blocks:
-            return np.empty((0, *self.image_shape), np.uint8)
-        size = part["samples"] * int(np.prod(self.image_shape))
+            return np.empty((0, *self.row_shape), self.dtype)
+        size = part["samples"] * int(np.prod(self.row_shape)) * self.dtype.itemsize
         if reader == "mmap" or (reader == "auto" and size > memory_limit_mb * MIB):
-            return MappedImages(blocks)
+            return MappedRows(blocks)
         return np.concatenate(blocks)
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
@@ -130,10 +134,41 @@ class Dataset:
             raise DataError(f"{path}: shard has {path.stat().st_size} bytes, not {shard['bytes']}; {remedy}")
         if check and sha256_file(path) != shard["sha256"]:
             raise DataError(f"{path}: shard was altered after it was written (sha256 differs); {remedy}")
+        blocks = shard_blocks(path)
+        for _, shape, dtype in blocks:
+            if shape[1:] != self.row_shape or np.dtype(dtype) != self.dtype:
+                raise DataError(
+                    f"{path}: holds rows {dtype} {shape[1:]}, and the manifest says {self.dtype.str} {self.row_shape}; "
+                    f"{remedy}"
+                )
         return [
             np.memmap(path, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
-            for offset, shape, dtype in shard_blocks(path)
+            for offset, shape, dtype in blocks
         ]
+
+    def images(self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096) -> np.ndarray | MappedRows:
+        """Images of a split; see `rows`.
+
+        Raises:
+            DataError: the data set holds features, or a shard is damaged.
+        """
+        if self.kind != "images":
+            raise DataError(f"{self.uri}: holds features, and images are needed here; name the data set of the images")
+        return self.rows(split, reader, memory_limit_mb)
+
+    def attachment(self, name: str) -> Path:
+        """A file that goes with the data set, whole and on this node.
+
+        Raises:
+            DataError: there is none, or it was altered.
+        """
+        known = self.manifest.get("attachments", {})
+        if name not in known:
+            raise DataError(f"{self.uri}: has no {name}; write the data set again")
+        path = self._here(name, known[name]["sha256"])
+        if not path.is_file() or sha256_file(path) != known[name]["sha256"]:
+            raise DataError(f"{path}: is missing or was altered (sha256 differs); write the data set again")
+        return path
 
     def index(self, split: str) -> pa.Table:
         """The index of a split, samples in stored order."""

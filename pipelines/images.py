@@ -75,6 +75,12 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 
+def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Pixels that are decoded already to a centred square: uint8 (H, W, 3) -> (3, size, size)."""
+    square = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """By the camera's note of how it was held. `ImageOps.exif_transpose` also writes the rest of EXIF anew, and fails
     on pictures whose only damage is there."""

@@ -14,11 +14,13 @@ SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 INDEX = "index.parquet"
 SHARD_NAME = re.compile(r"shard-\d{6}\.tar")
+ATTACHED_NAME = re.compile(r"encoder/[\w-]+(\.[\w-]+)+")
+DTYPES = {"images": ("uint8",), "features": ("float16", "float32")}
 REMEDY = "write the data set again"
 
 
 def parse_manifest(path: Path) -> Mapping[str, Any]:
-    """Splits of a manifest whose names and types are what they must be; no name leads out of the folder.
+    """A manifest whose names and types are what they must be; no name leads out of the folder.
 
     Raises:
         DataError: it is another schema version, damaged, or hostile.
@@ -26,6 +28,14 @@ def parse_manifest(path: Path) -> Mapping[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(f"{path}: not a data set of schema version {SCHEMA_VERSION}")
+    _check_rows(path, manifest)
+    attached = manifest.get("attachments", {})
+    if not isinstance(attached, dict):
+        raise DataError(f"{path}: its attachments are damaged; {REMEDY}")
+    for name, file in attached.items():
+        if not ATTACHED_NAME.fullmatch(name) or not isinstance(file, dict) or type(file.get("bytes")) is not int:
+            raise DataError(f"{path}: {name!r} is not the name of a file of ours; {REMEDY}")
+        _check_digest(path, name, file.get("sha256"))
     splits = manifest.get("splits")
     if not isinstance(splits, dict):
         raise DataError(f"{path}: names no splits; {REMEDY}")
@@ -38,7 +48,18 @@ def parse_manifest(path: Path) -> Mapping[str, Any]:
         _check_digest(path, f"{split}/{INDEX}", part.get("index_sha256"))
         for shard in shards:
             _check_shard(path, split, shard)
-    return splits
+    return manifest
+
+
+def _check_rows(path: Path, manifest: Mapping[str, Any]) -> None:
+    """What a row is."""
+    shape, kind, size = (manifest.get(key) for key in ("image_shape", "kind", "feature_size"))
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise DataError(f"{path}: image_shape is {shape!r}, and must be three positive numbers; {REMEDY}")
+    if kind not in DTYPES or manifest.get("dtype") not in DTYPES[kind]:
+        raise DataError(f"{path}: rows of {kind!r} in {manifest.get('dtype')!r} are unknown; {REMEDY}")
+    if kind == "features" and not (type(size) is int and size > 0):
+        raise DataError(f"{path}: feature_size is {size!r}, and must be a positive number; {REMEDY}")
 
 
 def _check_shard(path: Path, split: str, shard: Any) -> None:
@@ -55,9 +76,11 @@ def _check_digest(path: Path, name: str, digest: Any) -> None:
         raise DataError(f"{path}: {name} has no sha256 there; {REMEDY}")
 
 
-def dataset_files(splits: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:
+def dataset_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:
     """Name, size (unknown of an index) and sha256 of every file but the manifest."""
-    for split, part in splits.items():
+    for name, file in manifest.get("attachments", {}).items():
+        yield name, file["bytes"], file["sha256"]
+    for split, part in manifest["splits"].items():
         yield from split_files(split, part)
 
 

@@ -1,4 +1,4 @@
-"""Source -> WebDataset tars of image blocks, a Parquet index per split, and `dataset.json`, written last.
+"""Source -> WebDataset tars of blocks of rows, a Parquet index per split, and `dataset.json`, written last.
 
 The same source and settings give the same bytes, whatever the number of workers: rows stand in one global
 seeded permutation, a shard is a pure function of its rows, and nothing of the clock or the machine goes
@@ -8,6 +8,7 @@ into it. M consecutive samples are therefore a random unlabelled set. Class labe
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +26,30 @@ PLAN = ".writing.json"
 """What an unfinished folder is going to be; there while shards are written, gone when `dataset.json` stands."""
 
 
-class ImageSource(Protocol):
-    """What the writer needs of a source; it travels to workers, so it must be picklable."""
+class RowSource(Protocol):
+    """What the writer needs of a source of images or features; it travels to workers, so it must be picklable."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def image_shape(self) -> tuple[int, int, int]: ...
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one row: (C, H, W) or (F,)."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What else stands in the manifest: `kind` and `image_shape` at least."""
+
+    @property
+    def attachments(self) -> dict[str, Path]:
+        """Files that go with the data set, by their name in it."""
+
+    @property
+    def permuted(self) -> bool:
+        """Rows stand in a random order already, which is kept."""
 
     @property
     def splits(self) -> dict[str, list[ImageRecord]]: ...
@@ -41,11 +58,11 @@ class ImageSource(Protocol):
     def fingerprint(self) -> str: ...
 
     def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
-        """Decode rows of a split: uint8 (n, C, H, W)."""
+        """Rows of a split: (n, *row_shape)."""
 
 
 def write_dataset(
-    source: ImageSource,
+    source: RowSource,
     out: str | Path,
     *,
     seed: int = 0,
@@ -60,7 +77,7 @@ def write_dataset(
     was killed is finished, and ends up as if it had not been. Finished shards are not written again.
 
     Args:
-        source: images by split.
+        source: images or features by split.
         out: folder.
         seed: of the permutation.
         block: rows per `.npy` member.
@@ -75,7 +92,7 @@ def write_dataset(
     settings = {"seed": seed, "block": block, "shard_rows": shard_rows}
     plan = {"source": source.fingerprint, "settings": settings, "schema_version": SCHEMA_VERSION}
     if not any(source.splits.values()):
-        raise DataError(f"source {source.name!r} holds no images: nothing was written to {out}")
+        raise DataError(f"source {source.name!r} holds nothing: no file was written to {out}")
     finished = _claim(out, plan)
     if finished is not None:
         return finished
@@ -90,12 +107,12 @@ def write_dataset(
     manifest = {
         "name": source.name,
         "schema_version": SCHEMA_VERSION,
-        "kind": "images",
-        "image_shape": list(source.image_shape),
-        "dtype": "uint8",
+        **source.about,
+        "dtype": source.dtype,
         "source_fingerprint": source.fingerprint,
         "settings": settings,
         "settings_fingerprint": sha256_json(settings),
+        **({"attachments": _attach(source, out)} if source.attachments else {}),
         "splits": {split: _finish_split(source, out, split, settings) for split in source.splits},
     }
     write_json(out / MANIFEST, manifest)
@@ -131,15 +148,26 @@ def _in_process(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) 
     return (function(*task) for task in tasks)
 
 
-def permuted_rows(split: str, count: int, seed: int) -> np.ndarray:
+def stored_rows(source: RowSource, split: str, seed: int) -> np.ndarray:
     """The order in which a split is stored: a permutation of its source rows."""
-    return keyed_rng("shards", seed, split).permutation(count)
+    count = len(source.splits[split])
+    return np.arange(count) if source.permuted else keyed_rng("shards", seed, split).permutation(count)
+
+
+def _attach(source: RowSource, out: Path) -> dict[str, Any]:
+    """Copy the files that go with a data set; return their part of the manifest."""
+    part = {}
+    for name, path in source.attachments.items():
+        with atomic_file(out / name) as file, open(path, "rb") as content:
+            shutil.copyfileobj(content, file)
+        part[name] = {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size}
+    return part
 
 
 def _split_tasks(
-    source: ImageSource, out: Path, split: str, settings: dict[str, int]
-) -> list[tuple[ImageSource, str, np.ndarray, str, int]]:
-    order = permuted_rows(split, len(source.splits[split]), settings["seed"])
+    source: RowSource, out: Path, split: str, settings: dict[str, int]
+) -> list[tuple[RowSource, str, np.ndarray, str, int]]:
+    order = stored_rows(source, split, settings["seed"])
     size = settings["shard_rows"]
     chunks = [order[first : first + size] for first in range(0, len(order), size)]
     return [
@@ -152,7 +180,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_shard(source: ImageSource, split: str, rows: np.ndarray, path: str, block: int) -> str:
+def write_shard(source: RowSource, split: str, rows: np.ndarray, path: str, block: int) -> str:
     """One task: write the given source rows as blocks into one tar; return its path."""
     import webdataset as wds
 
@@ -160,12 +188,12 @@ def write_shard(source: ImageSource, split: str, rows: np.ndarray, path: str, bl
     with atomic_file(path) as file:
         writer = wds.TarWriter(file, encoder=False, mtime=0, user="metagmvae", group="metagmvae", mode=0o644)
         for number, first in enumerate(range(0, len(rows), block)):
-            images = source.load_block(split, rows[first : first + block].tolist())
-            expected = (len(rows[first : first + block]), *source.image_shape)
-            if images.dtype != np.uint8 or images.shape != expected:
-                raise DataError(f"{path}: the source gave {images.dtype} {images.shape}, not uint8 {expected}")
-            header = f'{{"split": "{split}", "block": {number}, "rows": {len(images)}}}'
-            writer.write({"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(images)})
+            values = source.load_block(split, rows[first : first + block].tolist())
+            expected = (len(rows[first : first + block]), *source.row_shape)
+            if values.dtype != np.dtype(source.dtype) or values.shape != expected:
+                raise DataError(f"{path}: the source gave {values.dtype} {values.shape}, not {source.dtype} {expected}")
+            header = f'{{"split": "{split}", "block": {number}, "rows": {len(values)}}}'
+            writer.write({"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(values)})
         writer.close()
     return path
 
@@ -203,10 +231,10 @@ def shard_blocks(path: str | Path) -> list[tuple[int, tuple[int, ...], str]]:
     return blocks
 
 
-def _finish_split(source: ImageSource, out: Path, split: str, settings: dict[str, int]) -> dict[str, Any]:
+def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, int]) -> dict[str, Any]:
     """Write the index of a split from its finished shards; return its part of the manifest."""
     records = source.splits[split]
-    order = permuted_rows(split, len(records), settings["seed"])
+    order = stored_rows(source, split, settings["seed"])
     class_names = sorted({record.class_name for record in records})
     shards, offsets, owners = [], [], []
     for path in sorted((out / split).glob("shard-*.tar")):
@@ -222,7 +250,7 @@ def _finish_split(source: ImageSource, out: Path, split: str, settings: dict[str
         [records[row] for row in order],
         shards=owners,
         offsets=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
-        sample_bytes=int(np.prod(source.image_shape)),
+        sample_bytes=int(np.prod(source.row_shape)) * np.dtype(source.dtype).itemsize,
         class_names=class_names,
         source_name=source.name,
     )

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipelines.records import DataError, ImageRecord
 OPENERS = {
     "folder": "pipelines.folder:open_folder",
     "glyphs": "pipelines.glyphs:open_glyphs",
+    "mini-imagenet": "pipelines.mini_imagenet:open_mini_imagenet",
     "omniglot": "pipelines.omniglot:open_omniglot",
 }
 """Name -> module and function, imported when asked for."""
@@ -34,6 +36,21 @@ class Source:
     """sha256 over the identity of the content and the options: the same where the images are the same."""
     report: dict[str, Any] = field(default_factory=dict)
     """What was found, what is missing and what was left out."""
+
+    permuted = False
+    dtype = "uint8"
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "images", "image_shape": list(self.image_shape)}
+
+    @property
+    def attachments(self) -> dict[str, Path]:
+        return {}
 
     def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
         """Decode rows of a split: uint8 (n, C, H, W).

@@ -157,7 +157,7 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
         DataError: the prefix holds another data set, or the store refuses.
     """
     manifest = read_json(folder / MANIFEST)
-    splits = parse_manifest(folder / MANIFEST)
+    parse_manifest(folder / MANIFEST)
     remote = RemotePrefix(uri)
     there = remote.sizes()
     if MANIFEST in there:
@@ -165,7 +165,7 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
             if file.read() == (folder / MANIFEST).read_bytes():
                 return manifest
         raise DataError(f"{uri}: holds another data set; choose another prefix")
-    for name, _, _ in dataset_files(splits):
+    for name, _, _ in dataset_files(manifest):
         if there.get(name) != (folder / name).stat().st_size:
             remote.put(folder / name, name)
     remote.put(folder / MANIFEST, MANIFEST)

@@ -144,7 +144,7 @@ class ImageBatchStream(Stream):
         super().__init__(images, batch=batch, **position)
         self.per_epoch = len(images) // batch
         if not self.per_epoch:
-            raise DataError(f"{len(images)} images do not make one batch of {batch}: lower warmup.batch")
+            raise DataError(f"{len(images)} images do not make one batch of {batch}: lower pretrain.batch")
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 

@@ -38,7 +38,7 @@ class StreamedImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.dataset.image_shape)
+        return (len(self), *self.dataset.row_shape)
 
     def rows(self, seed: int, rank: int, world: int, skip: int) -> Iterator[np.ndarray]:
         """Images of this rank for ever, epoch after epoch, from number `skip` on: uint8 (C, H, W) each.

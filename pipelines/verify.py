@@ -49,10 +49,13 @@ def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> lis
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
         raise DataError(f"{root}: no {MANIFEST} there; name the folder of a data set")
-    splits = parse_manifest(root / MANIFEST)
-    total = sum(len(part["shards"]) + 1 for part in splits.values())
-    problems, done = list(_foreign(root, splits)), 0
-    for split, part in splits.items():
+    manifest = parse_manifest(root / MANIFEST)
+    total = sum(1 for _ in dataset_files(manifest))
+    problems, done = list(_foreign(root, manifest)), 0
+    for name, file in manifest.get("attachments", {}).items():
+        problems += _compare(root / name, name, file["bytes"], file["sha256"])
+        done += 1
+    for split, part in manifest["splits"].items():
         whole = True
         for name, size, digest in split_files(split, part):
             found = _compare(root / name, name, size, digest)
@@ -77,8 +80,9 @@ def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Probl
     return []
 
 
-def _foreign(root: Path, splits: Mapping[str, Any]) -> Iterator[Problem]:
-    known = {MANIFEST, *splits, *(name for name, _, _ in dataset_files(splits))}
+def _foreign(root: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    files = [name for name, _, _ in dataset_files(manifest)]
+    known = {MANIFEST, *manifest["splits"], *files, *(name.partition("/")[0] for name in files)}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name not in known:

@@ -47,6 +47,8 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = ()) -> Path:
     score = {"accuracy": 0.5, "ci95": 0.1, "step": 1}
     state = {
         "settings": settings.model_dump_json(),
+        "kind": "meta-gmvae",
+        "projector": {},
         "image_shape": list(IMAGE_SHAPE),
         "data_fingerprint": DATA_FINGERPRINT,
         "stage": "meta",

@@ -138,7 +138,7 @@ def test_a_package_comes_back_bit_for_bit_and_damage_is_named(model, tmp_path):
         load_model(path)
     card = json.loads((path / "model.json").read_text())
     (path / "model.json").write_text(json.dumps(card | {"version": 99}))
-    with pytest.raises(DataError, match="not a model package of version 1"):
+    with pytest.raises(DataError, match="not a model package of version 2"):
         load_model(path)
 
 
@@ -150,6 +150,8 @@ def test_a_run_gives_its_best_model_of_each_shot_where_it_selects(tmp_path):
         for number, shot in enumerate((1, 5))
     }
     state = {
+        "kind": "meta-gmvae",
+        "projector": {},
         "settings": settings.model_dump_json(),
         "image_shape": list(SHAPE),
         "data_fingerprint": "d",

@@ -36,7 +36,8 @@ def test_test_modes_put_each_query_once_and_with_its_kind(reconstruct):
     if reconstruct == "features":
         with torch.no_grad():
             model.eval()
-            model.scale.set_statistics(model.encoder(model.scale_images(torch.as_tensor(images))))
+            h = model.encoder(model.scale_images(torch.as_tensor(images)))
+            model.scale.set_statistics(h.mean(dim=0), h.std(dim=0))
     support, query = images[:3, None], images[3:]
     finder = ModeFinder(model, images, shown=30)
     modes = finder.test_modes(support, query, AdaptSettings(samples=4, iterations=3, e_step="identity"))
@@ -87,7 +88,7 @@ def test_a_mosaic_shows_each_image_where_it_belongs(tmp_path):
 
 def test_curves_show_the_lines_of_the_run():
     lines = [
-        {"stage": "warmup", "global_step": 1, "loss": 5.0},
+        {"stage": "pretrain", "global_step": 1, "loss": 5.0},
         {"stage": "meta", "global_step": 2, "loss": 3.0},
         {"stage": "meta", "global_step": 3, "loss": 2.0, "validation/5w1s": 0.5, "validation/5w1s_ci95": 0.1},
     ]

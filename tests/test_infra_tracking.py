@@ -159,10 +159,10 @@ def test_chunks_hold_whole_lines_and_keep_to_the_limit(run):
 
 def test_the_warm_up_has_its_own_curves(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(line(1, stage="warmup") + line(2))
+    path.write_text(line(1, stage="pretrain") + line(2))
     (chunk,) = unsent_chunks(path, {}, 0, 1000)
     keys = {point.key for point in chunk.points}
-    assert {"warmup/loss", "loss"} <= keys
+    assert {"pretrain/loss", "loss"} <= keys
 
 
 def test_a_broken_line_is_named(run, store):

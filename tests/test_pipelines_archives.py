@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from pipelines import archives
+from pipelines import members
 from pipelines.archives import Entry, list_entries, read_entry
 from pipelines.records import DataError
 
@@ -87,7 +87,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     refused(lambda: read_entry(path, "a.png"), "unpacks to 4194304 bytes from")
     path = make_zip(tmp_path / "many.zip", [(f"{number}.png", bytes(2**20)) for number in range(300)])
     refused(lambda: list_entries(path, (".png",)), "bytes that unpack to 314572800 in all")
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(members, "MAX_MEMBER_BYTES", 10)
     path = make_zip(tmp_path / "large.zip", [("a.png", b"0123456789a")])
     refused(lambda: list_entries(path, (".png",)), "unpacks to 11 bytes")
 

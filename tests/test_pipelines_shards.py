@@ -4,6 +4,7 @@ import gc
 import shutil
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,18 @@ class Fake:
     name: str = "fake"
     image_shape: tuple[int, int, int] = SHAPE
     fingerprint: str = "f" * 64
+    dtype: str = "uint8"
+    permuted: bool = False
+    attachments: dict[str, Path] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"train": 50, "validation": 12, "test": 0})
+
+    @property
+    def row_shape(self):
+        return self.image_shape
+
+    @property
+    def about(self):
+        return {"kind": "images", "image_shape": list(self.image_shape)}
 
     @property
     def splits(self):
@@ -97,7 +109,7 @@ def test_a_finished_data_set_is_left_alone_and_another_is_refused(tmp_path, monk
     (tmp_path / "other" / "thesis.tex").write_text("dear reader")
     with pytest.raises(DataError, match="not empty"):
         write(tmp_path / "other")
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="holds nothing"):
         write_dataset(Fake(counts={"train": 0}), tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
 

@@ -11,7 +11,7 @@ from pipelines.sources import OPENERS, check_whole, open_source, source_fingerpr
 
 
 def test_unknown_names_and_options_are_refused_with_what_there_is():
-    with pytest.raises(DataError, match="unknown source 'omniglott'; known: folder, glyphs, omniglot"):
+    with pytest.raises(DataError, match="unknown source 'omniglott'; known: folder, glyphs, mini-imagenet, omniglot"):
         open_source("omniglott")
     with pytest.raises(DataError, match="'glyphs' has no option 'size'; it has: classes, drawings, seed"):
         open_source("glyphs", size=3)

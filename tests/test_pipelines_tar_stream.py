@@ -114,7 +114,7 @@ def test_more_ranks_than_shards(images):
 def test_training_by_stream_and_the_setting_it_cannot_serve(folder, tmp_path, capsys):
     small = {"model.channels": 8, "model.width": 32, "train.steps": 4, "train.set_size": 10, "train.samples": 4}
     off = {"validation.every": 0, "tracking.enabled": "false", "run.figures": "false", "train.checkpoint_every": 2}
-    settings = small | off | {"data.uri": folder, "data.reader": "stream", "warmup.steps": 2, "warmup.batch": 6}
+    settings = small | off | {"data.uri": folder, "data.reader": "stream", "pretrain.steps": 2, "pretrain.batch": 6}
 
     def train(out, *more: str) -> dict:
         options = [f"--set={key}={value}" for key, value in (settings | {"run.out": tmp_path / out}).items()]

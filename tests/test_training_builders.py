@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import ModelSettings, TrainSettings, WarmupSettings
-from training.builders import build_model, build_optimizer, build_schedule, build_warmup_optimizer
+from configs.schema import ModelSettings, PretrainSettings, TrainSettings
+from training.builders import build_model, build_optimizer, build_pretrain_optimizer, build_schedule
 from training.networks import ConvDecoder, FeatureDecoder
 
 SHAPE = (1, 12, 12)
@@ -47,6 +47,13 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"attention_activation": "relu"}, lambda m: m.attention.blocks[0].activation is nn.functional.relu),
         ({"posterior": "isotropic"}, lambda m: m.head.out_features == 4),
         ({"posterior": "diagonal"}, lambda m: m.head.out_features == 6),
+        ({"encoder": "conv5", "image_size": 32}, lambda m: len(m.encoder.net.blocks) == 5),
+        ({"encoder": "resnet18"}, lambda m: type(m.encoder.net).__name__ == "ResNet" and m.inlet.in_features == 512),
+        ({"image_size": 20}, lambda m: m.encoder.side == 20),
+        ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.scale, nn.Identity)),
+        ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.decoder.mlp[-1], nn.ReLU)),
+        ({"reconstruct": "features", "features": "standard"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
+        ({"variance": "unit"}, lambda m: m.variance == "unit"),
         ({"reconstruct": "pixels"}, lambda m: isinstance(m.decoder, ConvDecoder)),
         ({"reconstruct": "features"}, lambda m: isinstance(m.decoder, FeatureDecoder)),
     ],
@@ -82,7 +89,7 @@ def test_meta_training_has_adam_with_coupled_decay() -> None:
 def test_warm_up_has_adamw_with_decoupled_decay() -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 4.0)
-    optimizer = build_warmup_optimizer(module, WarmupSettings(learning_rate=0.1, weight_decay=0.5))
+    optimizer = build_pretrain_optimizer([module], PretrainSettings(learning_rate=0.1, weight_decay=0.5))
     assert one_step(optimizer, module.weight, -1.0) == pytest.approx(4.0 * (1 - 0.1 * 0.5) + 0.1)
 
 

@@ -29,6 +29,8 @@ def state(step: int = 3) -> dict[str, Any]:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return {
+        "kind": "meta-gmvae",
+        "projector": {},
         "settings": '{"name": "x"}',
         "image_shape": [1, 28, 28],
         "data_fingerprint": "abc",

@@ -113,6 +113,8 @@ class Run:
 
     def state(self, step: int) -> State:
         return {
+            "kind": "toy",
+            "projector": {},
             "settings": "{}",
             "image_shape": [1],
             "data_fingerprint": "",

@@ -186,7 +186,7 @@ def test_feature_scale_centres_divides_and_sets_the_length() -> None:
     h = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 10
     h[:, 2] = 3.0  # a dimension that never varies
     scale = FeatureScale(6).double()
-    scale.set_statistics(h)
+    scale.set_statistics(h.mean(dim=0), h.std(dim=0))
     scaled = scale(h)
     deviation = h.numpy().std(axis=0, ddof=1)
     deviation[2] = 1.0

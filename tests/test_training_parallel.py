@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import training.steps
-from configs.schema import TrainSettings
+from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
 from training import parallel
 from training.builders import build_schedule
@@ -159,14 +158,14 @@ def contrast() -> dict[str, Tensor]:
 def contrastive_step() -> dict[str, Tensor]:
     """The whole step with frozen statistics; the views are made plain, for they are keyed by rank."""
     drawn = iter([lambda x: x, lambda x: x.flip(-1)])
-    saved, training.steps.view = training.steps.view, lambda x, generator: next(drawn)(x)  # type: ignore[assignment]
     torch.manual_seed(0)
     net = MetaGMVAE(SHAPE, latent=2, channels=8, width=8, heads=2, layers=1)
     images = np.random.default_rng(3).integers(0, 256, (8, *SHAPE), dtype=np.uint8)
-    step = parallel.wrap(ContrastiveStep(net, SETTINGS, 0.2), CPU).eval()
+    alone = ContrastiveStep(net, nn.Linear(net.features, 4), SETTINGS, PretrainSettings(temperature=0.2))
+    alone.view = lambda x, generator: next(drawn)(x)  # type: ignore[assignment]
+    step = parallel.wrap(alone, CPU).eval()
     loss, _ = step(np.array_split(images, parallel.world_size())[parallel.rank()], 1)
     loss.backward()
-    training.steps.view = saved
     return {"loss": parallel.mean_over_ranks(loss), "gradient": gradient(net.encoder)}
 
 

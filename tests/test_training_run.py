@@ -33,7 +33,7 @@ def settings(reconstruct: str = "pixels", **changes: dict[str, Any]) -> Settings
             "heads": 2,
             "layers": 1,
         },
-        "warmup": {"steps": 6, "batch": 8},
+        "pretrain": {"steps": 6, "batch": 8},
         "train": {
             "steps": 9,
             "batch": 2,
@@ -138,9 +138,9 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
         run(killed, settings(reconstruct))
-    last = killed.saved[-1] if killed.saved else ("warmup", 0)
-    expected = {2: ("warmup", 0), 6: ("warmup", 4), 15: ("meta", 8)}
-    assert last == expected.get(killed_at, ("meta", 4) if killed_at > 10 else ("warmup", 6))
+    last = killed.saved[-1] if killed.saved else ("pretrain", 0)
+    expected = {2: ("pretrain", 0), 6: ("pretrain", 4), 15: ("meta", 8)}
+    assert last == expected.get(killed_at, ("meta", 4) if killed_at > 10 else ("pretrain", 6))
     if not killed.saved:
         torch.manual_seed(1)
     else:
@@ -149,7 +149,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(
     resumed = Folder(tmp_path)
     run(resumed, settings(reconstruct))
     same(whole.load(), resumed.load())
-    reached = last[1] if last[0] == "warmup" else 6 + last[1]
+    reached = last[1] if last[0] == "pretrain" else 6 + last[1]
     kept = [line for line in killed.lines if int(line["global_step"]) <= reached]
     assert numbers(whole.lines) == numbers(kept) + numbers(resumed.lines)
 
@@ -182,7 +182,7 @@ def test_a_process_that_is_really_killed_goes_on_to_the_bit(
 def test_lines_hold_what_the_tracking_and_the_curves_need(tmp_path_factory: pytest.TempPathFactory) -> None:
     lines = uninterrupted("pixels", tmp_path_factory).lines
     assert [(line["stage"], line["step"], line["global_step"]) for line in lines] == [
-        *[("warmup", step, step) for step in (2, 4, 6)],
+        *[("pretrain", step, step) for step in (2, 4, 6)],
         *[("meta", step, 6 + step) for step in (2, 3, 4, 6, 8, 9)],
     ]
     always = {"loss", "steps", "images_per_s", "waiting_share", "elapsed_s", "learning_rate", "gradient_norm"}
@@ -241,7 +241,7 @@ def test_a_run_that_is_done_returns_at_once(tmp_path: Path, tmp_path_factory: py
 
 def test_no_warm_up_starts_with_the_meta_stage(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    state = run(folder, settings(warmup={"steps": 0}))
+    state = run(folder, settings(pretrain={"steps": 0}))
     assert {line["stage"] for line in folder.lines} == {"meta"}
     assert (state["stage"], state["step"]) == ("meta", 9)
     assert [line["global_step"] for line in folder.lines][-1] == 9
@@ -269,7 +269,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path: 
     folder = Folder(tmp_path)
     wild = {"learning_rate": 1e30, "checkpoint_every": 1, "clip_norm": 0.0, "schedule": "constant"}
     with pytest.raises(NonFiniteLossError, match="last checkpoint stays"):
-        run(folder, settings(train=wild, warmup={"steps": 0}, validation={"every": 0}))
+        run(folder, settings(train=wild, pretrain={"steps": 0}, validation={"every": 0}))
     saved = load_state(folder.path)
     assert saved["step"] == folder.saved[-1][1] >= 1
     assert all(torch.isfinite(value.float()).all() for value in saved["optimizer"]["state"][0].values())

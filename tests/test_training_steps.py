@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import training.steps
-from configs.schema import TrainSettings
+from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
 from training.contrastive import nt_xent
 from training.meta_gmvae import MetaGMVAE
@@ -200,7 +200,7 @@ def test_keyed_generators_differ_by_every_part_of_the_key() -> None:
 def test_contrastive_step_is_nt_xent_of_two_views() -> None:
     net = model(torch.float32)
     images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
-    step = ContrastiveStep(net, settings(seed=3), temperature=0.3).eval()
+    step = ContrastiveStep(net, nn.Identity(), settings(seed=3), PretrainSettings(temperature=0.3)).eval()
     seen: list[Tensor] = []
     net.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     loss, terms = step(images, 8)
@@ -217,7 +217,7 @@ def test_contrastive_step_is_nt_xent_of_two_views() -> None:
 def test_contrastive_step_trains_the_encoder_and_nothing_else() -> None:
     net = model(torch.float32)
     images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
-    ContrastiveStep(net, settings(), temperature=0.3).train()(images, 1)[0].backward()
+    ContrastiveStep(net, nn.Identity(), settings(), PretrainSettings(temperature=0.3)).train()(images, 1)[0].backward()
     trained = {name for name, p in net.named_parameters() if p.grad is not None}
     assert trained == {f"encoder.{name}" for name, _ in net.encoder.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Views for the contrastive warm-up: random affine, smooth elastic field, thicker or thinner strokes.
+"""Views of strokes for contrastive training: random affine, smooth elastic field, thicker or thinner strokes.
 
 On whole batches, on the batch's device. All randomness comes from the generator that is passed in.
 """
@@ -19,7 +19,7 @@ ELASTIC = 0.12
 CONTROL_POINTS = 4
 
 
-def view(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def stroke_view(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> the same shape and range.
 
     `strength` scales every distortion; at 0 the images come back as they are. Strokes grow or thin for
@@ -30,14 +30,14 @@ def view(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> T
     return _strokes(warped, generator, strength) if images.shape[1] == 1 else warped
 
 
-def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in [-1, 1], drawn on the generator's device."""
     return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1).to(like.device)
 
 
 def _affine_grid(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     n = images.shape[0]
-    draw = _uniform((n, 6), images, generator) * strength
+    draw = uniform((n, 6), images, generator) * strength
     angle = draw[:, 0] * ROTATION
     cos, sin = torch.cos(angle), torch.sin(angle)
     scale_x, scale_y = torch.exp(draw[:, 1] * LOG_SCALE), torch.exp(draw[:, 2] * LOG_SCALE)
@@ -53,14 +53,14 @@ def _affine_grid(images: Tensor, generator: torch.Generator, strength: float) ->
 def _elastic_field(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """A smooth displacement from 4x4 control points: (n, H, W, 2), in half widths."""
     n, _, height, width = images.shape
-    control = _uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * (ELASTIC * strength)
+    control = uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * (ELASTIC * strength)
     field = F.interpolate(control, size=(height, width), mode="bicubic", align_corners=True)
     return field.permute(0, 2, 3, 1)
 
 
 def _strokes(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Blend towards a dilation (positive draw) or a softened erosion (negative draw)."""
-    amount = _uniform((images.shape[0], 1, 1, 1), images, generator) * strength
+    amount = uniform((images.shape[0], 1, 1, 1), images, generator) * strength
     dilated = F.max_pool2d(images, 3, stride=1, padding=1)
     eroded = 0.5 * (images - F.max_pool2d(-images, 3, stride=1, padding=1))
     grow, thin = amount.clamp_min(0), (-amount).clamp_min(0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from configs.schema import ModelSettings, TrainSettings, WarmupSettings
+from configs.schema import ModelSettings, PretrainSettings, TrainSettings
+from training.backbones import EncoderModel, build_encoder
+from training.lars import Lars
 from training.meta_gmvae import MetaGMVAE
 
 
@@ -18,7 +21,11 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
         torch.manual_seed(seed)
         return MetaGMVAE(
             image_shape,
+            encoder=settings.encoder,
+            image_size=settings.image_size,
             reconstruct=settings.reconstruct,
+            features=settings.features,
+            variance=settings.variance,
             latent=settings.latent,
             channels=settings.channels,
             width=settings.width,
@@ -37,12 +44,34 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Op
     return torch.optim.Adam(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def build_warmup_optimizer(model: nn.Module, settings: WarmupSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> EncoderModel:
+    """A freshly initialised encoder by itself: the one that `build_model` would begin with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(settings.encoder, image_shape, settings.channels, settings.image_size)
+        return EncoderModel(encoder, image_shape)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int) -> LambdaLR:
-    """`constant`, `cosine` to zero, or `one-cycle` (up for 30% of the steps, down for the rest)."""
+def build_pretrain_optimizer(modules: Sequence[nn.Module], settings: PretrainSettings) -> torch.optim.Optimizer:
+    """AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches) over encoder and projector."""
+    parameters = [p for module in modules for p in module.parameters()]
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "lars": Lars}
+    kind = kinds[settings.optimizer]
+    return kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, per_epoch: int = 1) -> LambdaLR:
+    """Factors on the learning rate by step.
+
+    `constant`; `cosine` to zero; `one-cycle`, up for 30% of the steps and down for the rest; `published-code`, constant
+    for 10 epochs, then a cosine over the epochs, down to zero within 75 and up again in the next 75 (row 7).
+
+    Args:
+        optimizer: whose rates are changed.
+        kind: see above.
+        steps: of the stage.
+        per_epoch: steps of an epoch.
+    """
 
     def factor(step: int) -> float:
         done = min(step / max(steps, 1), 1.0)
@@ -50,6 +79,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int) -> L
             return 1.0
         if kind == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
+        if kind == "published-code":
+            return 0.5 * (1 + math.cos(math.pi * max(step // per_epoch - 10, 0) / 75))
         rising = 0.3
         if done < rising:
             return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / rising))

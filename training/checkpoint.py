@@ -14,9 +14,9 @@ from zipfile import BadZipFile
 
 import torch
 
-VERSION = 1
+VERSION = 2
 POSITION = {"stage", "step", "optimizer", "schedule", "rng", "elapsed"}
-KEYS = POSITION | {"version", "settings", "image_shape", "data_fingerprint", "model", "best"}
+KEYS = POSITION | {"version", "kind", "projector", "settings", "image_shape", "data_fingerprint", "model", "best"}
 
 
 READ_ERRORS = (

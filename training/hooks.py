@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from training.meta_gmvae import MetaGMVAE
+from training.backbones import EncoderModel
 
 Line = dict[str, float | int | str]
 """One metric line: plain numbers and strings only."""
@@ -15,7 +15,7 @@ Line = dict[str, float | int | str]
 State = dict[str, Any]
 """A checkpoint's content: tensors and plain values, loadable with `weights_only`."""
 
-Validate = Callable[[MetaGMVAE], Mapping[str, Mapping[str, float]]]
+Validate = Callable[[EncoderModel], Mapping[str, Mapping[str, float]]]
 """Judge the model on validation episodes: {"5w1s": {"accuracy": ..., "ci95": ...}}; called on rank 0 only."""
 
 

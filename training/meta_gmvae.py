@@ -10,18 +10,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.networks import ConvDecoder, ConvEncoder, FeatureDecoder, FeatureScale, at_least_float32
+from training.backbones import EncoderModel, build_encoder
+from training.networks import ConvDecoder, FeatureDecoder, FeatureScale, at_least_float32
 from training.set_attention import SetAttention
 
 
-class MetaGMVAE(nn.Module):
+class MetaGMVAE(EncoderModel):
     """Set-conditioned VAE. It knows no prior: the mixture is fitted to each episode outside of it."""
 
     def __init__(
         self,
         image_shape: tuple[int, int, int],
         *,
+        encoder: str = "conv4",
+        image_size: int = 0,
         reconstruct: Literal["pixels", "features"] = "pixels",
+        features: Literal["standard", "raw"] = "standard",
+        variance: Literal["calibrated", "unit"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
         width: int = 256,
@@ -32,34 +37,32 @@ class MetaGMVAE(nn.Module):
         attention_activation: Literal["elu", "relu"] = "elu",
         posterior: Literal["isotropic", "diagonal"] = "diagonal",
     ) -> None:
-        super().__init__()
-        self.image_shape = image_shape
+        super().__init__(build_encoder(encoder, image_shape, channels, image_size), image_shape)
         self.latent = latent
-        self.encoder = ConvEncoder(image_shape, channels)
-        features = self.encoder.features
         # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
-        self.inlet = nn.Identity() if features == width else nn.Linear(features, width)
+        self.inlet = nn.Identity() if self.features == width else nn.Linear(self.features, width)
         self.attention = SetAttention(width, heads, layers, attention_scale, attention_block, attention_activation)
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
-        self.scale: nn.Module = FeatureScale(features) if reconstruct == "features" else nn.Identity()
+        self.variance = variance
+        scaled = reconstruct == "features" and features == "standard"
+        self.scale: nn.Module = FeatureScale(self.features) if scaled else nn.Identity()
         self.decoder: nn.Module = (
-            FeatureDecoder(features, latent)
+            FeatureDecoder(self.features, latent, rectified=features == "raw")
             if reconstruct == "features"
             else ConvDecoder(image_shape, channels, latent, width)
         )
-
-    @staticmethod
-    def scale_images(images: Tensor) -> Tensor:
-        """uint8 (..., C, H, W) -> float32 in [0, 1]."""
-        return images.float() / 255
 
     def encode_images(self, x: Tensor) -> Tensor:
         """f of Eq. 5, each image by itself: (n, C, H, W) in [0, 1] -> (n, F).
 
         Where features are reconstructed they are the data of the model, brought to one scale.
         """
-        return self.scale(self.encoder(x))
+        return self.scale_features(self.encoder(x))
+
+    def scale_features(self, h: Tensor) -> Tensor:
+        """Features as the encoder gives them, (n, F), to those that the model works on."""
+        return self.scale(h)
 
     def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 LEVELS = 4
 
 
-def pooled_sizes(size: int) -> list[int]:
+def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:
     """Side lengths from the image down to the last feature map: 28 -> [28, 14, 7, 4, 2]."""
     sizes = [size]
-    for _ in range(LEVELS):
-        sizes.append((sizes[-1] + 1) // 2)
+    for _ in range(levels):
+        sizes.append((sizes[-1] + round_up) // 2)
     return sizes
 
 
@@ -38,15 +38,16 @@ class ConvBlock(nn.Module):
     statistics are then constants of the input, so this is done only where no gradient goes to the input.
     """
 
-    def __init__(self, inputs: int, channels: int) -> None:
+    def __init__(self, inputs: int, channels: int, round_up: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.fold = inputs <= 4
+        self.round_up = round_up
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._folded(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
-        return F.relu(F.max_pool2d(x, 2, ceil_mode=True))
+        return F.relu(F.max_pool2d(x, 2, ceil_mode=self.round_up))
 
     def _folded(self, x: Tensor) -> Tensor:
         mean, variance = self._statistics(x)
@@ -81,14 +82,26 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Conv4: (n, C, H, W) in [0, 1] -> (n, features), features = channels * h * w of the last map."""
+    """Conv4 or Conv5: (n, C, H, W) in [0, 1] -> (n, features), features = channels * h * w of the last map.
 
-    def __init__(self, image_shape: tuple[int, int, int], channels: int) -> None:
+    Conv4 of Table 3 pools rounding up (28 -> 14 -> 7 -> 4 -> 2), Conv5 of Table 6 rounding down (84 -> 42 -> 21 ->
+    10 -> 5 -> 2).
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], channels: int, levels: int = LEVELS, round_up: bool = True
+    ) -> None:
         super().__init__()
-        inputs, height, width = image_shape
-        blocks = [ConvBlock(inputs if level == 0 else channels, channels) for level in range(LEVELS)]
+        inputs, *sides = image_shape
+        last = [pooled_sizes(side, levels, round_up)[-1] for side in sides]
+        if not all(last):
+            raise ValueError(
+                f"images of {sides[0]} x {sides[1]} pixels are too small for {levels} poolings; use conv4, or set "
+                "model.image_size"
+            )
+        blocks = [ConvBlock(inputs if level == 0 else channels, channels, round_up) for level in range(levels)]
         self.blocks = nn.Sequential(*blocks)
-        self.features = channels * pooled_sizes(height)[-1] * pooled_sizes(width)[-1]
+        self.features = channels * math.prod(last)
 
     def forward(self, x: Tensor) -> Tensor:
         # contiguous() first: channels_last must not change the order of the flattened features.
@@ -134,10 +147,11 @@ class ConvDecoder(nn.Module):
 class FeatureDecoder(nn.Module):
     """Table 8: latents (n, D) -> means of the features, (n, F).
 
-    Without the last ReLU of the table: our features are centred, those of the paper end in a ReLU.
+    The last ReLU of the table belongs to features as they come out of Conv5 (`rectified`); centred features have
+    negative values.
     """
 
-    def __init__(self, features: int, latent: int, hidden: int = 512) -> None:
+    def __init__(self, features: int, latent: int, hidden: int = 512, rectified: bool = False) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(latent, hidden),
@@ -145,6 +159,7 @@ class FeatureDecoder(nn.Module):
             nn.Linear(hidden, hidden),
             nn.ReLU(),
             nn.Linear(hidden, features),
+            *([nn.ReLU()] if rectified else []),
         )
 
     def forward(self, z: Tensor) -> Tensor:
@@ -168,10 +183,9 @@ class FeatureScale(nn.Module):
         self.register_buffer("deviation", torch.ones(features))
 
     @torch.no_grad()
-    def set_statistics(self, h: Tensor) -> None:
-        """Take mean and deviation over raw features (n, F); a dimension that never varies stays as it is."""
-        self.mean.copy_(h.mean(dim=0))
-        deviation = h.std(dim=0)
+    def set_statistics(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take mean and deviation of raw features, (F,) each; a dimension that never varies stays as it is."""
+        self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def forward(self, h: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ CALIBRATION_FLOOR = 1e-6
 """Smallest calibrated variance: a perfect reconstruction would otherwise have infinite likelihood."""
 
 
+Likelihood = Literal["bernoulli", "calibrated", "unit"]
+"""Of pixels; of features with the variance that is best for the episode; of features with variance 1."""
+
+
 class Terms(NamedTuple):
     """Terms of the lower bound of each point, averaged over its samples, in nats: (B, M) each.
 
@@ -54,6 +58,11 @@ def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
     return -0.5 * (error / variance + variance.log() + math.log(2 * math.pi)).sum(dim=2)
 
 
+def unit_log_prob(x: Tensor, mean: Tensor) -> Tensor:
+    """log N(x; mean, I) up to its constant: half the summed squared error (row 6), (B, P, F) twice -> (B, P)."""
+    return -0.5 * (x - at_least_float32(mean)).square().sum(dim=2)
+
+
 def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
     """log N(z; mu, sigma^2) at z = mu + sigma * noise, in terms of the noise: (..., D) -> (...)."""
     return -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(dim=-1)
@@ -66,7 +75,7 @@ def lower_bound(
     noise_BMND: Tensor,
     log_variance_BMD: Tensor,
     mixture: Mixture,
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+    likelihood: Likelihood = "bernoulli",
 ) -> Terms:
     """The bound of Eq. 3 for every point of every episode.
 
@@ -81,15 +90,16 @@ def lower_bound(
         z_BMND: samples; noise_BMND: the standard normal draws behind them.
         log_variance_BMD: of q(z | x, D).
         mixture: psi*, constant for the gradient.
-        likelihood: Bernoulli pixels, or Gaussian features with calibrated variance.
+        likelihood: see `Likelihood`.
     """
     B, M, _, _ = z_BMND.shape
     decoded = logits.shape[0] // (B * M)
     target = x if decoded == 1 else x.repeat_interleave(decoded, dim=0)
-    if likelihood == "gaussian":
-        log_likelihood = calibrated_log_prob(target.unflatten(0, (B, -1)), logits.unflatten(0, (B, -1)))
-    else:
+    if likelihood == "bernoulli":
         log_likelihood = bernoulli_log_prob(target, logits)
+    else:
+        log_prob = calibrated_log_prob if likelihood == "calibrated" else unit_log_prob
+        log_likelihood = log_prob(target.unflatten(0, (B, -1)), logits.unflatten(0, (B, -1)))
     reconstruction = log_likelihood.view(B, M, decoded).mean(dim=2)
     prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
     log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)

@@ -1,107 +1,137 @@
-"""A whole training run as one function, the same under every engine: contrastive warm-up, meta-training."""
+"""A whole training run as one function, the same under every engine: contrastive training, meta-training."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
+from torch import nn
 
 from configs.schema import Settings
 from pipelines.tar_stream import image_batches, unlabelled_sets
 from training import parallel
-from training.builders import build_model, build_optimizer, build_schedule, build_warmup_optimizer
+from training.backbones import EncoderModel, build_projector
+from training.builders import (
+    build_encoder_model,
+    build_model,
+    build_optimizer,
+    build_pretrain_optimizer,
+    build_schedule,
+)
 from training.checkpoint import random_state, restore_random_state
+from training.frozen import ScaledRows, encode_all, set_scale
 from training.hooks import Line, State, Surroundings, Validate
 from training.loop import Hooks, Stage, fit
 from training.meta_gmvae import MetaGMVAE
-from training.networks import FeatureScale
-from training.steps import ContrastiveStep, MetaStep, to_device
+from training.steps import ContrastiveStep, MetaStep
 
-STAGES = ("warmup", "meta")
-ENCODE_ROWS = 1024
+Kind = Literal["meta-gmvae", "encoder"]
+"""What a run trains: the whole model, or an encoder alone."""
+
+STAGES: dict[Kind, tuple[str, ...]] = {"meta-gmvae": ("pretrain", "meta"), "encoder": ("pretrain",)}
 
 
 def train(
     settings: Settings,
-    images: Any,
+    data: Any,
     image_shape: tuple[int, int, int],
     data_fingerprint: str,
     surroundings: Surroundings,
     validate: Validate | None = None,
+    *,
+    kind: Kind = "meta-gmvae",
+    encoder: State | None = None,
 ) -> State:
     """Train from the newest checkpoint, or from the start, to the end; return the final state.
 
     Args:
         settings: of the whole run.
-        images: unlabelled training images by row, `images[rows] -> uint8 (n, C, H, W)`, or `StreamedImages`.
-        image_shape: (C, H, W).
+        data: unlabelled training images by row, `data[rows] -> uint8 (n, C, H, W)`, or `StreamedImages`; with
+            `encoder` its features of them, float (n, F).
+        image_shape: (C, H, W) of the images.
         data_fingerprint: kept in every checkpoint.
         surroundings: rank, device, checkpoints and metric lines.
         validate: judges the model on validation episodes; given on every rank, called on rank 0.
+        kind: what is trained.
+        encoder: weights of the encoder that made the features, which the model then carries; None: data are images.
 
     Raises:
         NonFiniteLossError: training went wrong; the last checkpoint stays.
     """
-    return _Run(settings, images, image_shape, data_fingerprint, surroundings, validate).to_the_end()
+    return _Run(settings, data, image_shape, data_fingerprint, surroundings, validate, kind, encoder).to_the_end()
 
 
 class _Run:
     def __init__(
         self,
         settings: Settings,
-        images: Any,
+        data: Any,
         image_shape: tuple[int, int, int],
         data_fingerprint: str,
         surroundings: Surroundings,
         validate: Validate | None,
+        kind: Kind,
+        encoder: State | None,
     ) -> None:
         self.settings = settings
-        self.images = images
+        self.data = data
+        self.on_feature_shards = encoder is not None
+        self.stages = STAGES[kind]
         self.surroundings = surroundings
         self.validate = validate
         self.fixed: State = {
+            "kind": kind,
             "settings": settings.model_dump_json(),
             "image_shape": list(image_shape),
             "data_fingerprint": data_fingerprint,
         }
-        self.model = self._placed(build_model(settings.model, image_shape, settings.train.seed))
+        build = build_model if kind == "meta-gmvae" else build_encoder_model
+        model: EncoderModel = build(settings.model, image_shape, settings.train.seed)
+        if encoder is not None:
+            model.encoder.load_state_dict(encoder)
+        self.model = self._placed(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.train.seed)
+            self.projector = build_projector(model.features, settings.pretrain.projector).to(surroundings.device)
         self.best: dict[str, dict[str, Any]] = {}
         self.elapsed = 0.0
 
-    def _placed(self, model: MetaGMVAE) -> MetaGMVAE:
+    def _placed(self, model: EncoderModel) -> EncoderModel:
         model = model.to(self.surroundings.device)
         if self.settings.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if self.settings.train.compile:
             model.encoder.compile()
-            model.attention.compile()
-            model.decoder.compile()
+            if isinstance(model, MetaGMVAE):
+                model.attention.compile()
+                model.decoder.compile()
         return model
 
     def to_the_end(self) -> State:
         saved = self.surroundings.load()
         if saved is not None:
             self.model.load_state_dict(saved["model"])
+            self.projector.load_state_dict(saved["projector"])
             self.best = saved["best"]
             self.elapsed = saved["elapsed"]
-        at = STAGES.index(saved["stage"]) if saved is not None else 0
-        final = self.settings.train.steps
+        at = self.stages.index(saved["stage"]) if saved is not None else 0
+        last = self.stages[-1]
         state = saved
-        for position in range(at, len(STAGES)):
-            name = STAGES[position]
+        for position in range(at, len(self.stages)):
+            name = self.stages[position]
             resumed = saved if saved is not None and position == at else None
             if resumed is not None and resumed["step"] == self._steps(name):
                 restore_random_state(resumed["rng"])
-            elif self._steps(name) or name == "meta":
+            elif self._steps(name) or name == last:
                 state = self._stage(name, resumed)
-        if state is None or (state["stage"], state["step"]) != ("meta", final):
+        if state is None or (state["stage"], state["step"]) != (last, self._steps(last)):
             raise AssertionError("a run ends with the last step of its last stage")
         return state
 
     def _steps(self, name: str) -> int:
-        return self.settings.warmup.steps if name == "warmup" else self.settings.train.steps
+        return self.settings.pretrain.steps if name == "pretrain" else self.settings.train.steps
 
     def _stage(self, name: str, saved: State | None) -> State:
         start = saved["step"] if saved is not None else 0
@@ -118,6 +148,7 @@ class _Run:
                 "stage": name,
                 "step": step,
                 "model": self.model.state_dict(),
+                "projector": self.projector.state_dict(),
                 "optimizer": stage.optimizer.state_dict(),
                 "schedule": _plain(stage.schedule.state_dict()),
                 "rng": random_state(),
@@ -130,7 +161,7 @@ class _Run:
             after_step=lambda step: self._after_step(name, step),
             log_every=self.settings.train.log_every,
             checkpoint_every=self.settings.train.checkpoint_every,
-            validate_every=self.settings.validation.every if name == "meta" and self.validate else 0,
+            validate_every=self.settings.validation.every if name == self.stages[-1] and self.validate else 0,
         )
         self.elapsed = fit(stage, hooks, self.surroundings, start=start, elapsed=self.elapsed)
         return state(stage.steps)
@@ -140,17 +171,18 @@ class _Run:
         steps = self._steps(name)
         common = {"seed": settings.train.seed, "split": settings.data.train_split}
         position = {"rank": rank, "world": world, "start_step": start, "steps": steps}
-        if name == "warmup":
-            warm = settings.warmup
-            step: torch.nn.Module = ContrastiveStep(self.model, settings.train, warm.temperature)
-            optimizer = build_warmup_optimizer(self.model.encoder, warm)
-            stream: Any = image_batches(self.images, batch=warm.batch, **common, **position)
-            schedule, per_step = "one-cycle", warm.batch
+        if name == "pretrain":
+            contrast = settings.pretrain
+            step: nn.Module = ContrastiveStep(self.model, self.projector, settings.train, contrast)
+            optimizer = build_pretrain_optimizer([self.model.encoder, self.projector], contrast)
+            stream: Any = image_batches(self.data, batch=contrast.batch, **common, **position)
+            schedule, per_step = contrast.schedule, contrast.batch
         else:
+            assert isinstance(self.model, MetaGMVAE)
             step = MetaStep(self.model, settings.train)
             optimizer = build_optimizer(self.model, settings.train)
             size = settings.train.set_size
-            data = self._frozen_features(start) if settings.model.reconstruct == "features" else self.images
+            data = self._frozen_features(start) if self.model.reconstruct == "features" else self.data
             stream = unlabelled_sets(data, batch=settings.train.batch, set_size=size, **common, **position)
             schedule, per_step = settings.train.schedule, settings.train.batch * size
         return Stage(
@@ -158,44 +190,29 @@ class _Run:
             steps=steps,
             module=parallel.wrap(step, self.surroundings.device),
             optimizer=optimizer,
-            schedule=build_schedule(optimizer, schedule, steps),
+            schedule=build_schedule(optimizer, schedule, steps, max(1, len(self.data) // per_step)),
             stream=_Arguments(stream),
             images_per_step=per_step,
             clip_norm=settings.train.clip_norm if name == "meta" else 0.0,
         )
 
-    @torch.no_grad()
-    def _frozen_features(self, start: int) -> np.ndarray:
-        """Features of all training images, each encoded once: (n, F) float32, at one scale.
-
-        Every rank encodes all of them by the same weights and buffers, so all ranks have the same statistics
-        without a word between them.
-        """
-        self.model.eval()
-        pieces = []
-        for first in range(0, len(self.images), ENCODE_ROWS):
-            rows = np.arange(first, min(first + ENCODE_ROWS, len(self.images)))
-            x = self.model.scale_images(to_device(self.images[rows], self.surroundings.device))
-            if self.settings.train.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            pieces.append(self.model.encoder(x).cpu())
-        raw = torch.cat(pieces)
-        scale = self.model.scale
-        assert isinstance(scale, FeatureScale)
-        scale.cpu()
+    def _frozen_features(self, start: int) -> ScaledRows:
+        """Training features at the scale of the model, which is set when the stage begins."""
+        assert isinstance(self.model, MetaGMVAE)
+        raw = self.data
+        if not self.on_feature_shards:
+            raw = encode_all(self.model, self.data, self.surroundings.device, self.settings.train.channels_last)
         if start == 0:
-            scale.set_statistics(raw)
-        features = torch.cat([scale(piece) for piece in raw.split(ENCODE_ROWS)]).numpy()
-        scale.to(self.surroundings.device)
-        return features
+            set_scale(self.model, raw)
+        return ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
 
     def _after_step(self, name: str, step: int) -> Line:
         """global_step always; validation results where they are due, the best model kept for each shot."""
-        warm = self.settings.warmup.steps
-        line: Line = {"global_step": step if name == "warmup" else warm + step}
+        before = self.stages[: self.stages.index(name)]
+        line: Line = {"global_step": sum(map(self._steps, before)) + step}
         every = self.settings.validation.every
-        due = every and (step % every == 0 or step == self.settings.train.steps)
-        if name != "meta" or not due or self.validate is None:
+        due = every and (step % every == 0 or step == self._steps(name))
+        if name != self.stages[-1] or not due or self.validate is None:
             return line
         if self.surroundings.rank == 0:
             self.model.eval()
@@ -204,6 +221,8 @@ class _Run:
             for task, judged in scores.items():
                 score = {name: float(value) for name, value in judged.items()}  # no numpy in a checkpoint
                 line[f"validation/{task}"] = score["accuracy"]
+                if "ci95" not in score:
+                    continue  # a probe, which no model is chosen by
                 line[f"validation/{task}_ci95"] = score["ci95"]
                 if task not in self.best or score["accuracy"] > self.best[task]["accuracy"]:
                     weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}

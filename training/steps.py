@@ -8,19 +8,21 @@ are keyed by step and rank: with another world size they are other views.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from configs.schema import TrainSettings
+from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
 from training import parallel
-from training.augment import view
+from training.augment import stroke_view
+from training.backbones import EncoderModel
 from training.contrastive import nt_xent
 from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import fit_mixture, initial_rows
-from training.objective import lower_bound, objective
+from training.objective import Likelihood, lower_bound, objective
+from training.photographs import photograph_view
 
 Terms = dict[str, Tensor]
 
@@ -72,7 +74,7 @@ class MetaStep(nn.Module):
         mixture = fit_mixture(points_BPD, rows, settings.em_iterations)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
-        likelihood: Literal["gaussian", "bernoulli"] = "gaussian" if self.on_features else "bernoulli"
+        likelihood: Likelihood = model.variance if self.on_features else "bernoulli"
         terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
         per_point = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale)
@@ -94,23 +96,39 @@ class MetaStep(nn.Module):
 
 
 class ContrastiveStep(nn.Module):
-    """NT-Xent on two views of each image of this rank, negatives from all ranks."""
+    """NT-Xent on two views of each image of this rank, negatives from all ranks.
 
-    def __init__(self, model: MetaGMVAE, settings: TrainSettings, temperature: float) -> None:
+    Batch normalisation sees the views of this rank only: with W ranks its statistics are those of a W-th of the
+    batch, as in SimCLR without "global BN"; loss and gradient are otherwise those of one process.
+
+    Args:
+        model: whose encoder is trained.
+        projector: head between features and loss; the identity for none.
+        settings: seed, precision and memory format.
+        pretrain: temperature and kind of views.
+    """
+
+    def __init__(
+        self, model: EncoderModel, projector: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
+    ) -> None:
         super().__init__()
         self.encoder = model.encoder
+        self.projector = projector
         self.settings = settings
-        self.temperature = temperature
+        self.temperature = pretrain.temperature
+        of_strokes = model.image_shape[0] == 1 if pretrain.views == "auto" else pretrain.views == "strokes"
+        side = getattr(model.encoder, "side", 0) or model.image_shape[-1]
+        self.view = stroke_view if of_strokes else partial(photograph_view, size=side)
 
     def forward(self, images: object, step: int) -> tuple[Tensor, Terms]:
         device = next(self.encoder.parameters()).device
-        x = MetaGMVAE.scale_images(to_device(images, device))
+        x = EncoderModel.scale_images(to_device(images, device))
         generator = keyed_generator(device, self.settings.seed, "views", step, parallel.rank())
-        views = torch.cat([view(x, generator), view(x, generator)])
+        views = torch.cat([self.view(x, generator), self.view(x, generator)])
         if self.settings.channels_last:
             views = views.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            h = self.encoder(views)
+            h = self.projector(self.encoder(views))
         first, second = h.chunk(2)
         loss = nt_xent(first, second, self.temperature, parallel.gather, parallel.rank())
         return loss, {}

@@ -1,0 +1,130 @@
+"""The `mini-imagenet-cache-*.pkl` files, read by an unpickler that can build arrays, strings and numbers only.
+
+Every name that a pickle asks for is looked up in a table of ours and in nothing else, and what stands there makes
+plain values: nothing of the file can run, and NumPy's own unpickling, which allocates what it is told to, is not used.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipelines.records import DataError
+
+READ_ERRORS = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OSError)
+DTYPES = {"u1": np.uint8, "i8": np.int64, "i4": np.int32}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One split: images, and the rows of each class."""
+
+    images: np.ndarray
+    """uint8, (n, H, W, 3)."""
+    classes: dict[str, list[int]]
+
+    def checksum(self, row: int) -> int:
+        """CRC-32 of the pixels of an image."""
+        return zlib.crc32(self.images[row].tobytes())
+
+
+@lru_cache(maxsize=1)
+def read_cache(path: str) -> Cache:
+    """Read `{"image_data": uint8 (n, H, W, 3), "class_dict": {class: rows}}`.
+
+    Raises:
+        DataError: it is missing, truncated, asks for anything but arrays and plain values, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _Reader(file, encoding="latin1").load()
+    except READ_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: refused or not readable as a cache of Mini-ImageNet ({reason})") from error
+    images = content.get("image_data") if isinstance(content, dict) else None
+    classes = content.get("class_dict") if isinstance(content, dict) else None
+    images = images.value() if isinstance(images, _Array) else None
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(f"{path}: image_data is no uint8 array (n, H, W, 3); fetch the file again")
+    if not isinstance(classes, dict):
+        raise DataError(f"{path}: class_dict is no table of classes; fetch the file again")
+    return Cache(images, {_name(path, name): _rows(path, name, rows, len(images)) for name, rows in classes.items()})
+
+
+def _name(path: str, name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DataError(f"{path}: {name!r} is no name of a class; fetch the file again")
+    return name
+
+
+def _rows(path: str, name: str, rows: Any, count: int) -> list[int]:
+    rows = rows.value().tolist() if isinstance(rows, _Array) else rows
+    if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < count for row in rows):
+        raise DataError(f"{path}: rows of class {name} are no numbers below {count}; fetch the file again")
+    return rows
+
+
+class _DType:
+    """A dtype as a pickle spells it; its byte order comes as state."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if name not in DTYPES:
+            raise pickle.UnpicklingError(f"arrays of {name!r} are refused")
+        self.dtype = np.dtype(DTYPES[name])
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
+
+
+class _Array:
+    """An array as a pickle spells it: made empty, then given (version, shape, dtype, Fortran order, bytes)."""
+
+    def __init__(self, *_: Any) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def value(self) -> np.ndarray:
+        _, shape, dtype, fortran, content = self.state
+        content = content.encode("latin1") if isinstance(content, str) else content
+        size = math.prod(shape) * dtype.dtype.itemsize
+        if fortran or not isinstance(content, bytes) or len(content) != size:
+            raise DataError(f"an array of shape {shape} with {len(content)} bytes; fetch the file again")
+        return np.frombuffer(content, dtype.dtype).reshape(shape)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """`_codecs.encode`, by which older protocols spell bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {encoding!r} is refused")
+    return text.encode("latin1")
+
+
+class _ArrayType:
+    """`numpy.ndarray` as an argument; nothing can be made of it."""
+
+
+KNOWN = {
+    ("numpy", "ndarray"): _ArrayType,
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("_codecs", "encode"): _bytes,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return KNOWN[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError(f"it asks for an object from outside ({pid!r})")

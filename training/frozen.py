@@ -1,0 +1,60 @@
+"""Features of a frozen encoder as the data of meta-training: encoded once, or read from feature shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.backbones import EncoderModel
+from training.meta_gmvae import MetaGMVAE
+from training.networks import FeatureScale
+from training.steps import to_device
+
+ROWS = 1024
+"""Rows that are worked on at once."""
+
+
+class ScaledRows:
+    """Features by row at the scale that the model works on: `rows[numbers] -> float32 (n, F)`, on the CPU."""
+
+    def __init__(self, raw: Any, scale: nn.Module) -> None:
+        self.raw = raw
+        self.shape = tuple(raw.shape)
+        self._scale = scale
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.no_grad()
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self._scale(torch.from_numpy(np.asarray(self.raw[rows], dtype=np.float32))).numpy()
+
+
+@torch.inference_mode()
+def encode_all(model: EncoderModel, images: Any, device: torch.device, channels_last: bool) -> np.ndarray:
+    """Features of all images as the encoder gives them, each encoded once: (n, F) float32.
+
+    Every rank encodes all of them by the same weights and buffers, so all ranks have the same without a word.
+    """
+    model.eval()
+    pieces = []
+    for first in range(0, len(images), ROWS):
+        rows = np.arange(first, min(first + ROWS, len(images)))
+        x = model.scale_images(to_device(images[rows], device))
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        pieces.append(model.encoder(x).float().cpu())
+    return torch.cat(pieces).numpy()
+
+
+def set_scale(model: MetaGMVAE, raw: Any) -> None:
+    """Give the model mean and deviation of the training features, (n, F), read once in pieces of rows."""
+    if isinstance(model.scale, FeatureScale):
+        count = len(raw)
+        pieces = [np.arange(first, min(first + ROWS, count)) for first in range(0, count, ROWS)]
+        mean = sum(np.asarray(raw[rows], dtype=np.float64).sum(axis=0) for rows in pieces) / count
+        squares = sum(np.square(np.asarray(raw[rows], dtype=np.float64) - mean).sum(axis=0) for rows in pieces)
+        model.scale.set_statistics(torch.as_tensor(mean), torch.as_tensor(np.sqrt(squares / max(count - 1, 1))))
