@@ -147,6 +147,8 @@ class PretrainSettings(Section):
     views: Literal["auto", "strokes", "photographs"] = "auto"
     """Distortions that make the views: of strokes (affine, elastic, thickness), of photographs (SimCLR's crops,
     flips and colours); `auto` goes by the channels, 1 or 3."""
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest share of a photograph that a view of it shows."""
     projector: tuple[Positive, ...] = ()
     """Sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: PositiveFloat = 0.2
@@ -202,7 +204,7 @@ class TrackingSettings(Section):
     """Folder of the default SQLite store and its artifacts."""
     experiment: str = "metagmvae"
     register_as: str = ""
-    """Registered model name; empty: do not register."""
+    """Registered model name; empty: do not register. An encoder alone is registered as `NAME-encoder`."""
     alias: str = "champion"
 
 

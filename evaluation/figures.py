@@ -49,7 +49,7 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
         rows = [line for line in lines if task in line]
         steps = [row["global_step"] for row in rows]
         accuracy = 100 * np.array([row[task] for row in rows])
-        ci95 = 100 * np.array([row[f"{task}_ci95"] for row in rows])
+        ci95 = 100 * np.array([row.get(f"{task}_ci95", 0.0) for row in rows])  # a probe has no interval
         name = task.removeprefix("validation/")
         panels[-1].plot(steps, accuracy, marker="o", markersize=3, label=name, color=colour)
         panels[-1].fill_between(steps, accuracy - ci95, accuracy + ci95, alpha=0.2, color=colour, linewidth=0)

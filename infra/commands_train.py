@@ -57,7 +57,8 @@ def _run(arguments: Namespace, kind: Kind) -> Answer:
     if settings.tracking.enabled and settings.tracking.register_as:
         from infra.registry import register
 
-        answer["registered"] = register(run_dir, settings.tracking).uri
+        name = settings.tracking.register_as + ("-encoder" if kind == "encoder" else "")
+        answer["registered"] = register(run_dir, settings.tracking, name).uri
     return answer
 
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from configs.schema import AdaptSettings
+from evaluation.package import LoadedModel, load_package, meta_gmvae
 from infra.mlflow_store import ignore_warnings
 from pipelines.records import DataError
+from training.meta_gmvae import MetaGMVAE
 
 ignore_warnings()  # before the imports that give them
 from mlflow import MlflowException  # noqa: E402
@@ -34,8 +36,6 @@ class Predictor:
         """Load the package that was logged with the model; on a GPU where there is one."""
         import torch
 
-        from evaluation.package import load_package
-
         self.loaded = load_package(context.artifacts[PACKAGE])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.loaded.model.to(self.device).eval()
@@ -44,23 +44,32 @@ class Predictor:
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return class probabilities of the queries, (queries, K) float64, in the order they were given.
 
-        Column k belongs to the k-th smallest label among the support images.
+        Column k belongs to the k-th smallest label among the support images. An encoder alone returns the features of
+        all images, (n, F) float64.
 
         Args:
             context: not used; the model was loaded before.
-            model_input: `images` uint8 (n, C, H, W), values 0 to 255; `label` int64 (n,), -1 for a query.
-            params: `mode`, `iterations`, `samples`, `seed`, as in the signature.
+            model_input: `images` uint8 (n, C, H, W), values 0 to 255; `label` int64 (n,), -1 for a query (an encoder
+                takes none).
+            params: `mode`, `iterations`, `samples`, `seed`, as in the signature (an encoder takes none).
 
         Raises:
             MlflowException: the request is wrong; a server answers 400 with the reason.
         """
         try:
-            return self._probabilities(model_input, dict(params or {}))
+            if isinstance(self.loaded.model, MetaGMVAE):
+                return self._probabilities(model_input, dict(params or {}))
+            return self._features(model_input)
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
+    def _features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        from evaluation.predict import encode_images
+
+        images = check_images(inputs, self.loaded.image_shape)
+        return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
+
     def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
-        from evaluation.package import meta_gmvae
         from evaluation.predict import encode_images
         from evaluation.support import predict_queries
 
@@ -88,6 +97,21 @@ def _mode(name: str) -> Mode:
     return modes[name]
 
 
+def check_images(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the images of a request, uint8 (n, C, H, W).
+
+    Raises:
+        DataError: they have another type or shape.
+    """
+    images = np.asarray(inputs["images"])
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
+        raise DataError(
+            f"images are {images.dtype} {images.shape}; the model takes uint8 (n, "
+            f"{', '.join(map(str, image_shape))}), values 0 to 255"
+        )
+    return images
+
+
 def split_request(
     inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,12 +120,7 @@ def split_request(
     Raises:
         DataError: what is wrong with the request, with counts.
     """
-    images, labels = np.asarray(inputs["images"]), np.asarray(inputs["label"])
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
-        raise DataError(
-            f"images are {images.dtype} {images.shape}; the model takes uint8 (n, "
-            f"{', '.join(map(str, image_shape))}), values 0 to 255"
-        )
+    images, labels = check_images(inputs, image_shape), np.asarray(inputs["label"])
     if labels.shape != images.shape[:1]:
         raise DataError(f"{len(images)} images and {labels.size} labels; give one label to each image")
     if labels.size and labels.min() < QUERY:
@@ -130,18 +149,20 @@ def adapted(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSettings:
     return adapt.model_copy(update={key: int(value) for key, value in params.items()})
 
 
-def example(image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+def example(loaded: LoadedModel) -> dict[str, np.ndarray]:
     """A request that the model answers: two classes with an image each, and a query. The images are noise."""
-    images = np.random.default_rng(0).integers(0, 256, (3, *image_shape), dtype=np.uint8)
-    return {"images": images, "label": np.array([0, 1, QUERY])}
+    images = np.random.default_rng(0).integers(0, 256, (3, *loaded.image_shape), dtype=np.uint8)
+    labels = {"label": np.array([0, 1, QUERY])} if isinstance(loaded.model, MetaGMVAE) else {}
+    return {"images": images, **labels}
 
 
-def signature(image_shape: tuple[int, int, int], adapt: AdaptSettings) -> ModelSignature:
-    """The signature of a model for images of this shape; parameters default to its own settings."""
-    inputs = [
-        TensorSpec(np.dtype("uint8"), (-1, *image_shape), "images"),
-        TensorSpec(np.dtype("int64"), (-1,), "label"),
-    ]
+def signature(loaded: LoadedModel) -> ModelSignature:
+    """The signature of a model; parameters default to its own settings."""
+    adapt = loaded.settings.adapt
+    inputs = [TensorSpec(np.dtype("uint8"), (-1, *loaded.image_shape), "images")]
+    if not isinstance(loaded.model, MetaGMVAE):
+        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.features))]))
+    inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
     params = [
         ParamSpec("mode", "string", "transductive"),
         ParamSpec("iterations", "long", adapt.iterations),

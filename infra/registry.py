@@ -96,7 +96,7 @@ def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]
 
     client = store.client
     experiment = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(experiment, name, run_id, tags, model_type="few-shot classifier")
+    model = client.create_logged_model(experiment, name, run_id, tags, model_type=_model_type(loaded))
     try:
         with tempfile.TemporaryDirectory() as folder:
             package, logged = Path(folder) / "package", Path(folder) / "model"
@@ -111,6 +111,12 @@ def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]
     return model.artifact_location, model.model_id
 
 
+def _model_type(loaded: Any) -> str:
+    from training.meta_gmvae import MetaGMVAE
+
+    return "few-shot classifier" if isinstance(loaded.model, MetaGMVAE) else "encoder"
+
+
 def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) -> None:
     mlflow = import_mlflow()
     from infra.pyfunc_model import PACKAGE, example, signature
@@ -120,8 +126,8 @@ def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) ->
             str(path),
             python_model=str(ENTRY),
             artifacts={PACKAGE: str(package)},
-            signature=signature(loaded.image_shape, loaded.settings.adapt),
-            input_example=example(loaded.image_shape),
+            signature=signature(loaded),
+            input_example=example(loaded),
             pip_requirements=[_pinned(name) for name in REQUIREMENTS],
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
         )

@@ -139,6 +139,8 @@ def _check_data(settings: Settings, dataset: Dataset, kind: Kind) -> None:
     """Refuse before any work what would fail after an hour of it: splits, encoder, way and shot of validation."""
     dataset.split(settings.data.train_split)
     _check_encoder(settings, dataset, kind)
+    if settings.data.reader != "stream":
+        dataset.rows(settings.data.train_split, "mmap", check=False)
     if settings.validation.every:
         from pipelines.episodes import EpisodeSampler
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training.networks import ConvEncoder, at_least_float32
 
+OURS = ("conv4", "conv5")
 HEADS = ("fc", "classifier", "head", "heads")
 """What torchvision's networks call their last layers."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +78,7 @@ class TorchvisionEncoder(nn.Module):
 
         known = list_models(module=torchvision.models)
         if name not in known:
-            raise ValueError(f"no such encoder; known: conv4, conv5, {', '.join(known)}")
+            raise ValueError(f"no such encoder; known: {', '.join([*OURS, *known])}")
         self.net = get_model(name, weights=None)
         self.features = _without_head(self.net)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
@@ -147,9 +148,10 @@ def published_encoder(name: str, image_shape: tuple[int, int, int]) -> EncoderMo
     """
     from torchvision.models import get_model_weights
 
-    encoder = build_encoder(name, image_shape, channels=0)
-    if not isinstance(encoder, TorchvisionEncoder):
+    if name in OURS:
         raise BackboneError(f"{name}: torchvision publishes no weights of it; train it with `metagmvae pretrain`")
+    encoder = build_encoder(name, image_shape, channels=0)
+    assert isinstance(encoder, TorchvisionEncoder)
     try:
         weights = get_model_weights(name).DEFAULT.get_state_dict(check_hash=True, weights_only=True, progress=False)
     except (OSError, RuntimeError) as error:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from training.augment import uniform
 
-CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 BRIGHTNESS = CONTRAST = SATURATION = 0.8
 HUE = 0.2
@@ -26,12 +25,13 @@ GREYED = 0.2
 LUMA = (0.2989, 0.587, 0.114)
 
 
-def photograph_view(images: Tensor, generator: torch.Generator, size: int) -> Tensor:
+def photograph_view(images: Tensor, generator: torch.Generator, size: int, least: float = 0.08) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> (n, C, size, size) in [0, 1].
 
-    Colours change for three channels only; grey photographs change in brightness and contrast.
+    Colours change for three channels only; grey photographs change in brightness and contrast. A view shows between
+    `least` and all of the image's area.
     """
-    x = _crop(images, generator, size)
+    x = _crop(images, generator, size, least)
     draw = uniform((len(x), 6), x, generator)
     jittered = draw[:, 4] < 2 * JITTERED - 1
     factors = torch.where(jittered[:, None], draw[:, :4], 0.0)
@@ -48,11 +48,11 @@ def photograph_view(images: Tensor, generator: torch.Generator, size: int) -> Te
     return torch.where(greyed[:, None, None, None], grey(x), x)
 
 
-def _crop(images: Tensor, generator: torch.Generator, size: int) -> Tensor:
+def _crop(images: Tensor, generator: torch.Generator, size: int, least: float) -> Tensor:
     """A random rectangle of each image, mirrored or not, at one size."""
     n = len(images)
     draw = (uniform((n, 5), images, generator) + 1) / 2
-    area = CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * draw[:, 0]
+    area = least + (1 - least) * draw[:, 0]
     low, high = (math.log(ratio) for ratio in CROP_RATIO)
     ratio = torch.exp(low + (high - low) * draw[:, 1])
     # Where a rectangle would stick out it is cut to the image, where torchvision draws again.
