@@ -173,6 +173,8 @@ class ValidationSettings(Section):
     shots: tuple[Positive, ...] = (1, 5)
     query: Positive = 15
     seed: NonNegative = 1
+    probes: bool = True
+    """Of an encoder alone: nearest neighbours (they need faiss) and a linear classifier."""
 
 
 class RunSettings(Section):

@@ -40,7 +40,7 @@ def judge(
             centred = h_nF - h_nF.mean(dim=0)
             result = nearest_class_mean(centred, labels, episodes=wanted.episodes, **task)
         scores[f"{wanted.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
-    if not isinstance(model, MetaGMVAE):
+    if wanted.probes and not isinstance(model, MetaGMVAE):
         scores["neighbours"] = {"accuracy": neighbour_probe(h_nF, labels)}
         scores["linear"] = {"accuracy": linear_probe(h_nF, labels)}
     return scores

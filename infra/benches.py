@@ -21,6 +21,17 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         from evaluation.bench_step import bench_step
 
         return bench_step(request.repeats, torch.get_num_threads())
+    if request.name == "features":
+        from evaluation.bench_features import bench_features
+
+        return bench_features(request.rows)
+    if request.name == "prepare":
+        from evaluation.bench_prepare import bench_prepare
+        from infra.ray_map import ray_map
+
+        if not request.source:
+            raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
+        return bench_prepare(request.kind, request.source, request.workers, ray_map)
     if not request.data:
         raise DataError(f"bench {request.name} reads a data set: name it with --data")
     dataset = Dataset.open(request.data)
@@ -30,6 +41,10 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         from evaluation.bench_loader import bench_loader
 
         return about | bench_loader(dataset, request.split, request.pictures, request.repeats)
+    if request.name == "simclr":
+        from evaluation.bench_simclr import bench_simclr
+
+        return about | bench_simclr(dataset, request.split, request.repeats)
     from configs.schema import AdaptSettings, ModelSettings
     from evaluation.bench_episodes import bench_episodes
     from training.builders import build_model

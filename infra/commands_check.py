@@ -12,15 +12,19 @@ def add(parsers: Parsers) -> None:
     add_command(parsers, "doctor", doctor, what, "metagmvae doctor")
 
     example = "metagmvae bench step --record bench-step.json"
-    what = "time the training step, the loader or the evaluation, beside the slow form, in one run"
+    what = "time a stage, beside the slow or usual form of it, in one run"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=("step", "loader", "episodes"))
-    parser.add_argument("--data", metavar="URI", help="loader, episodes: data set folder")
-    parser.add_argument("--split", default="validation", help="loader, episodes: split (validation)")
-    parser.add_argument("--repeats", type=int, default=3, help="step, loader: timed rounds; the median counts (3)")
+    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare"))
+    parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
+    parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts (3)")
     parser.add_argument("--pictures", type=int, default=5000, help="loader: size of the image folder (5000)")
     parser.add_argument("--episodes", type=int, default=1000, help="episodes: of the fast form (1000)")
     parser.add_argument("--literal-episodes", type=int, default=10, help="episodes: of the slow form (10)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="features: rows that are written (1,000,000)")
+    parser.add_argument("--source", help="prepare: folder or archive of raw images")
+    parser.add_argument("--from", dest="kind", default="mini-imagenet", help="prepare: which source (mini-imagenet)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: as many as torch takes by itself")
     parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
 
@@ -41,7 +45,7 @@ def bench(arguments: Namespace) -> Answer:
     from pipelines.files import write_json
     from pipelines.records import DataError
 
-    for option in ("repeats", "pictures", "episodes", "literal_episodes"):
+    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows"):
         if getattr(arguments, option) < 1:
             raise DataError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; give 1 or more")
     if arguments.threads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,11 @@ def _check_encoder(settings: Settings, dataset: Dataset, kind: Kind) -> None:
     if kind == "encoder" and not settings.pretrain.steps:
         raise SettingsError("pretrain.steps is 0: set it to the steps that the encoder is trained for")
     if kind == "encoder":
+        if settings.validation.every and settings.validation.probes and find_spec("faiss") is None:
+            raise SettingsError(
+                "validation.probes need faiss: pip install 'metagmvae[cpu]' ([gpu] where there is a GPU), or set "
+                "validation.probes to false"
+            )
         return
     if dataset.kind == "features" and not on_features:
         raise SettingsError(f'model.reconstruct is "pixels", and {dataset.uri} holds features: set it to "features"')

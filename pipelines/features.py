@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.dataset import Dataset, MappedRows
 from pipelines.files import sha256_json
@@ -27,7 +28,7 @@ class FeatureSource:
 
     uri: str
     """Of the data set of images."""
-    splits: dict[str, list[ImageRecord]]
+    splits: dict[str, Sequence[ImageRecord]]
     encode: Callable[[np.ndarray], np.ndarray]
     """uint8 images (n, C, H, W) -> float32 features (n, F); picklable."""
     feature_size: int
@@ -74,6 +75,20 @@ class FeatureSource:
         return stored
 
 
+class IndexedRecords(Sequence[ImageRecord]):
+    """Records made from the rows of an index when they are asked for: a column of text, not a million objects."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, number: Any) -> Any:
+        key = self.table["key"][number].as_py()
+        return ImageRecord(key, self.table["class_name"][number].as_py(), partial(_encoded_in_blocks, key))
+
+
 @lru_cache(maxsize=8)
 def _images(uri: str, split: str) -> np.ndarray | MappedRows:
     """Opened once per process: a worker reads many blocks."""
@@ -106,11 +121,9 @@ def open_features(
         raise DataError(f"{dataset.uri}: holds features already; name the data set of the images")
     if dtype not in DTYPES:
         raise DataError(f"dtype is {dtype!r}; it is {' or '.join(DTYPES)}")
-    splits = {}
+    splits: dict[str, Sequence[ImageRecord]] = {}
     for split in dataset.splits:
-        table = dataset.index(split).select(["key", "class_name"])
-        pairs = zip(table["key"].to_pylist(), table["class_name"].to_pylist(), strict=True)
-        splits[split] = [ImageRecord(key, name, partial(_encoded_in_blocks, key)) for key, name in pairs]
+        splits[split] = IndexedRecords(dataset.index(split).select(["key", "class_name"]).combine_chunks())
     made_of = {"images": dataset.fingerprint, "encoder": encoder["sha256"], "dtype": dtype}
     return FeatureSource(
         dataset.uri,

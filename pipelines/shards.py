@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ class RowSource(Protocol):
         """Rows stand in a random order already, which is kept."""
 
     @property
-    def splits(self) -> dict[str, list[ImageRecord]]: ...
+    def splits(self) -> Mapping[str, Sequence[ImageRecord]]: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -236,21 +236,20 @@ def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, 
     records = source.splits[split]
     order = stored_rows(source, split, settings["seed"])
     class_names = sorted({record.class_name for record in records})
-    shards, offsets, owners = [], [], []
+    size = int(np.prod(source.row_shape)) * np.dtype(source.dtype).itemsize
+    shards, places = [], []
     for path in sorted((out / split).glob("shard-*.tar")):
         blocks = shard_blocks(path)
-        for offset, shape, dtype in blocks:
-            size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-            offsets.append(offset + size * np.arange(shape[0], dtype=np.int64))
-            owners.extend([path.name] * shape[0])
+        starts = [offset + size * np.arange(shape[0], dtype=np.int64) for offset, shape, _ in blocks]
+        places.append((path.name, np.concatenate(starts)))
         rows = sum(shape[0] for _, shape, _ in blocks)
         shards.append({"name": path.name, "sha256": sha256_file(path), "rows": rows, "bytes": path.stat().st_size})
     write_index(
         out / split / INDEX,
-        [records[row] for row in order],
-        shards=owners,
-        offsets=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
-        sample_bytes=int(np.prod(source.row_shape)) * np.dtype(source.dtype).itemsize,
+        records,
+        order=order,
+        shards=places,
+        sample_bytes=size,
         class_names=class_names,
         source_name=source.name,
     )

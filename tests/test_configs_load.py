@@ -23,6 +23,28 @@ def test_every_preset_loads_and_survives_json_and_toml(name, tmp_path):
     assert load_settings(tmp_path / "same.toml") == settings
 
 
+def changed(ours, theirs):
+    return {line.split(":")[0] for line in differences(load_settings(ours), load_settings(theirs))}
+
+
+def test_the_presets_of_mini_imagenet_differ_in_the_named_rows_and_nowhere_else():
+    assert changed("mini-imagenet-simclr-paper", "mini-imagenet-simclr-published-code") == {
+        "pretrain.learning_rate",
+        "pretrain.schedule",
+    }
+    assert changed("mini-imagenet-paper", "mini-imagenet-published-code") == {
+        "adapt.e_step",
+        "model.attention_scale",
+        "model.attention_block",
+        "model.posterior",
+        "model.latent",
+        "model.variance",
+        "train.weight_decay",
+        "train.objective_scale",
+        "train.selection",
+    }
+
+
 @pytest.mark.parametrize("way", [5, 20])
 def test_paper_and_published_code_differ_in_the_named_rows_and_nowhere_else(way):
     ours, theirs = (load_settings(f"omniglot-{way}way-{kind}") for kind in ("paper", "published-code"))
