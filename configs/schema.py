@@ -31,9 +31,10 @@ class DataSettings(Section):
     """Prefix (path) that holds `dataset.json`."""
     train_split: str = "train"
     validation_split: str = "validation"
-    reader: Literal["auto", "memory", "mmap", "stream"] = "auto"
-    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits; `stream`: shard
-    after shard through a shuffle buffer, nothing kept, approximate (`pipelines.tar_stream`)."""
+    reader: Literal["auto", "memory", "mmap", "device", "stream"] = "auto"
+    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits; `device`: on the
+    training device (a GPU's memory), sampled there; `stream`: shard after shard through a shuffle buffer, nothing
+    kept, approximate (`pipelines.tar_stream`)."""
     shuffle_buffer: Positive = 16_384
     """Rows that `stream` shuffles among each other, in memory."""
     memory_limit_mb: Positive = 4096

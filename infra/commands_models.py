@@ -89,6 +89,10 @@ def evaluate(arguments: Namespace) -> Answer:
         from infra.run_results import keep_results
 
         answer["kept"] = keep_results(Path(arguments.model), arguments.split, results, about | made_with)
+    if str(arguments.model).startswith("models:"):
+        from infra.version_results import keep_on_version
+
+        answer["kept"] = keep_on_version(arguments.model, arguments.split, results, about | made_with)
     return answer
 
 

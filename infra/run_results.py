@@ -38,7 +38,7 @@ def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         files += [run_dir / "results" / f"{stem}.json", run_dir / "results" / f"{stem}.parquet"]
         write_json(files[-2], result.summary() | made_with)
         result.write_parquet(files[-1])
-        key = f"{split}/{result.way}w{result.shot}s/{result.mode}"
+        key = result_key(split, result)
         line |= {key: result.mean, f"{key}_ci95": result.ci95}
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -48,6 +48,11 @@ def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         except TrackingError as error:
             print(f"{error}; send the results later: metagmvae track {run_dir}", file=sys.stderr)
     return [str(file) for file in files]
+
+
+def result_key(split: str, result: EpisodeResults) -> str:
+    """Name of a result as a metric: `test/5w1s/transductive`."""
+    return f"{split}/{result.way}w{result.shot}s/{result.mode}"
 
 
 def draw_figures(run_dir: Path, settings: Settings, dataset: Dataset) -> None:

@@ -14,7 +14,7 @@ from configs.schema import Settings
 from infra.progress import LiveLine
 from infra.run_lock import LOCK, hold
 from infra.surroundings import LocalSurroundings
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, Reader
 from pipelines.files import write_json
 from pipelines.records import DataError
 
@@ -97,7 +97,13 @@ def _images(settings: Settings, dataset: Dataset, split: str) -> Any:
     data = settings.data
     if data.reader == "stream":
         return dataset.streamed(split, data.shuffle_buffer)
-    return dataset.rows(split, data.reader, data.memory_limit_mb)
+    return dataset.rows(split, _by_row(settings), data.memory_limit_mb)
+
+
+def _by_row(settings: Settings) -> Reader:
+    """The reader where rows are asked for by number on the host: judging, and what goes to the device at once."""
+    reader = settings.data.reader
+    return "mmap" if reader == "stream" or reader == "device" else reader
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -222,11 +228,9 @@ def validation(settings: Settings, dataset: Dataset, device: torch.device) -> Va
     from evaluation.validate import judge
 
     split = settings.data.validation_split
-    # Judging takes images by row: a split is read in place where training streams.
-    reader = "mmap" if settings.data.reader == "stream" else settings.data.reader
 
     def validate(model: Any) -> Mapping[str, Mapping[str, float]]:
-        h_nF = features_of(model, dataset, split, device, reader, settings.data.memory_limit_mb)
+        h_nF = features_of(model, dataset, split, device, _by_row(settings), settings.data.memory_limit_mb)
         return judge(model, settings, h_nF, dataset.labels(split))
 
     return validate

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,8 @@ class ImageRecord:
 class SetBatch:
     """Unlabelled sets for one training step on one rank."""
 
-    images: np.ndarray
-    """uint8, (b, M, C, H, W), b = B / world size."""
+    images: Any
+    """uint8 images, (b, M, C, H, W), or float features, (b, M, F), b = B / world size; on the host or on a device."""
     episodes: np.ndarray
     """int64, (b,): global episode indices; all randomness of the step derives from them."""
     step: int

@@ -125,7 +125,7 @@ class SetStream(Stream):
     def at(self, step: int) -> SetBatch:
         episodes = np.arange(self.rank, self.batch, self.world, dtype=np.int64) + step * self.batch
         rows = np.concatenate([self.rows(int(episode)) for episode in episodes])
-        images = np.asarray(self.images[rows])
+        images = self.images[rows]
         return SetBatch(images.reshape(len(episodes), self.set_size, *images.shape[1:]), episodes, step)
 
     def rows(self, episode: int) -> np.ndarray:
@@ -154,4 +154,4 @@ class ImageBatchStream(Stream):
             self._order = keyed_rng("epoch", self.seed, self.split, epoch).permutation(len(self.images))
             self._epoch = epoch
         rows = self._order[position * self.batch : (position + 1) * self.batch]
-        return np.asarray(self.images[rows[self.rank :: self.world]]), step
+        return self.images[rows[self.rank :: self.world]], step

@@ -75,3 +75,23 @@ def test_what_cannot_be_drawn_is_said_and_the_run_stays(data, tmp_path, capsys):
     assert error.startswith("no figures were drawn: 1 shots and 10 queries need 11 images of a class")
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_results_of_a_registered_version_go_to_its_tags_and_its_run(data, tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    registered = {"tracking.store": store.store, "tracking.register_as": "glyphs"}
+    assert train(data, tmp_path / "run", **registered) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
+    capsys.readouterr()
+    words = ["evaluate", "models:/glyphs@champion", "--data", str(data), "--episodes", "3", "--json"]
+    assert main(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["kept"] == "models:/glyphs/1"
+    client = connect(store).client
+    version = client.get_model_version("glyphs", "1")
+    assert float(version.tags["results.test.5w1s.transductive"]) == pytest.approx(answer["accuracy"], abs=1e-6)
+    assert float(version.tags["results.test.5w1s.transductive_ci95"]) == pytest.approx(answer["ci95"], abs=1e-6)
+    metrics = client.get_run(version.run_id).data.metrics
+    assert metrics["test/5w1s/transductive"] == answer["accuracy"]
+    names = {item.path for item in client.list_artifacts(version.run_id, "results")}
+    assert names == {f"results/test-5w1s-transductive.{kind}" for kind in ("json", "parquet")}

@@ -49,6 +49,7 @@ def settings(reconstruct: str = "pixels", **changes: dict[str, Any]) -> Settings
             "checkpoint_every": 4,
         },
         "validation": {"every": 3},
+        "data": {},
     }
     return Settings.model_validate({name: part | changes.get(name, {}) for name, part in sections.items()})
 
@@ -293,3 +294,19 @@ def test_no_thread_is_left_behind(tmp_path: Path) -> None:
     run(Folder(tmp_path / "b"), settings())
     run(Folder(tmp_path / "b"), settings())
     assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("reconstruct", ["pixels", "features"])
+def test_data_on_the_device_give_the_same_run_to_the_bit(
+    reconstruct: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = uninterrupted(reconstruct, tmp_path_factory)
+    there, chosen = Folder(tmp_path), settings(reconstruct, data={"reader": "device"})
+    assert chosen.data.reader == "device"
+    torch.manual_seed(1)
+    run(there, chosen)
+    left, right = whole.load(), there.load()
+    assert left is not None
+    assert right is not None
+    assert flat(left["model"]) == flat(right["model"])
+    assert numbers(whole.lines) == numbers(there.lines)

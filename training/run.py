@@ -25,6 +25,7 @@ from training.frozen import ScaledRows, encode_all, set_scale
 from training.hooks import Line, State, Surroundings, Validate
 from training.loop import Hooks, Stage, fit
 from training.meta_gmvae import MetaGMVAE
+from training.resident import ResidentRows
 from training.steps import ContrastiveStep, MetaStep
 
 Kind = Literal["meta-gmvae", "encoder"]
@@ -76,8 +77,11 @@ class _Run:
         encoder: State | None,
     ) -> None:
         self.settings = settings
-        self.data = data
         self.on_feature_shards = encoder is not None
+        self.resident = settings.data.reader == "device"
+        # Features go there at the scale of the model, which is not known yet.
+        early = self.resident and not self.on_feature_shards
+        self.data = ResidentRows(data, surroundings.device) if early else data
         self.stages = STAGES[kind]
         self.surroundings = surroundings
         self.validate = validate
@@ -196,7 +200,7 @@ class _Run:
             clip_norm=settings.train.clip_norm if name == "meta" else 0.0,
         )
 
-    def _frozen_features(self, start: int) -> ScaledRows:
+    def _frozen_features(self, start: int) -> ScaledRows | ResidentRows:
         """Training features at the scale of the model, which is set when the stage begins."""
         assert isinstance(self.model, MetaGMVAE)
         raw = self.data
@@ -204,7 +208,8 @@ class _Run:
             raw = encode_all(self.model, self.data, self.surroundings.device, self.settings.train.channels_last)
         if start == 0:
             set_scale(self.model, raw)
-        return ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
+        scaled = ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
+        return ResidentRows(scaled, self.surroundings.device) if self.resident else scaled
 
     def _after_step(self, name: str, step: int) -> Line:
         """global_step always; validation results where they are due, the best model kept for each shot."""

@@ -1,0 +1,48 @@
+"""What `evaluate models:/…` finds out goes back to the registered version, and to the run that it came from."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import TrackingSettings
+from infra.mlflow_store import TrackingError, connect, one_line
+from infra.model_uri import find_version
+from infra.run_results import result_key
+from pipelines.files import write_json
+
+if TYPE_CHECKING:
+    from evaluation.benchmark import EpisodeResults
+
+
+def keep_on_version(ref: str, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> str:
+    """Tags `results.…` of the version; metrics and files (JSON, and accuracies by episode) of its run.
+
+    A store that cannot be reached any more, or may not be written, is named on stderr: the results stand in the
+    answer all the same.
+
+    Returns:
+        `models:/name/version`; empty where nothing could be kept.
+    """
+    try:
+        store = connect(TrackingSettings(), create=False)
+        with one_line(store.uri), tempfile.TemporaryDirectory() as folder:
+            version = find_version(store, ref)
+            for result in results:
+                key = result_key(split, result)
+                numbers = {key: result.mean, f"{key}_ci95": result.ci95}
+                for name, value in numbers.items():
+                    tag = f"results.{name.replace('/', '.')}"
+                    store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
+                    store.client.log_metric(version.run_id, name, value)
+                stem = Path(folder) / key.replace("/", "-")
+                write_json(stem.with_suffix(".json"), result.summary() | made_with)
+                result.write_parquet(stem.with_suffix(".parquet"))
+            store.client.log_artifacts(version.run_id, folder, "results")
+    except TrackingError as error:
+        print(f"{error}; the results were not kept with the registered version", file=sys.stderr)
+        return ""
+    return f"models:/{version.name}/{version.version}"
