@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from evaluation.benchmark import EpisodeResults
 from evaluation.predict import Mode
 from pipelines.episodes import EpisodeSampler
+from training.mixture import class_log_posterior, fit_semi_supervised
 
 Guess = Callable[[Tensor, Tensor], Tensor]
 """Support (K, S, F) and queries (P, F) of an episode -> class of each query, (P,)."""
@@ -70,6 +72,24 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
     return _judge(guess, "inductive", x_nF, labels, **task)
 
 
+def plain_em(
+    e_step: Literal["identity", "diagonal"], x_nF: Tensor, labels: np.ndarray, *, iterations: int = 10, **task: Any
+) -> EpisodeResults:
+    """The model's semi-supervised EM (Eq. 10 and 11) on the features themselves: no posterior, no latents, no training.
+
+    Args:
+        e_step: covariance, in the E-steps and in the final posterior.
+        iterations: of EM; the rest as in `nearest_class_mean`, all queries together.
+    """
+
+    def guess(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
+        unlabelled_1PF = query_PF[None]
+        mixture = fit_semi_supervised(support_KSF[None], unlabelled_1PF, iterations=iterations, e_step=e_step)
+        return class_log_posterior(mixture, unlabelled_1PF, e_step)[0].argmax(dim=1)
+
+    return _judge(guess, "transductive", x_nF, labels, **task)
+
+
 def refined_posterior(support_KSF: Tensor, query_PF: Tensor, temperature: float, iterations: int) -> Tensor:
     """Soft assignments of the queries after so many refinements of the class means: (P, K)."""
     centre_F = torch.cat([support_KSF.flatten(0, 1), query_PF]).mean(dim=0)
@@ -117,5 +137,7 @@ BASELINES: dict[str, Callable[..., EpisodeResults]] = {
     "nearest class mean": nearest_class_mean,
     "logistic regression": logistic_regression,
     "soft k-means": soft_k_means,
+    "EM on features, identity": partial(plain_em, "identity"),
+    "EM on features, diagonal": partial(plain_em, "diagonal"),
 }
 """By the name that tables show."""

@@ -5,38 +5,70 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.files import read_json
 from pipelines.records import DataError
 
-TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))
 
-PUBLISHED = {
-    "paper: Meta-GMVAE (transductive)": (94.92, 97.09, 82.21, 90.61),
-    "paper: supervised ProtoNets": (98.35, 99.58, 95.31, 98.81),
-}
-"""Omniglot, Table 1 of Lee et al., ICLR 2021; their own draw of the 1200-100-323 split."""
+@dataclass(frozen=True)
+class Columns:
+    """A data set: the tasks that its table shows, and the paper's rows."""
+
+    title: str
+    tasks: tuple[tuple[int, int], ...]
+    """(way, shot)."""
+    published: dict[str, tuple[float, ...]]
+
+
+OMNIGLOT = Columns(
+    "Omniglot",
+    ((5, 1), (5, 5), (20, 1), (20, 5)),
+    {
+        "paper: Meta-GMVAE (transductive)": (94.92, 97.09, 82.21, 90.61),
+        "paper: supervised ProtoNets": (98.35, 99.58, 95.31, 98.81),
+    },
+)
+"""Table 1 of Lee et al., ICLR 2021; their own draw of the 1200-100-323 split."""
+
+MINI_IMAGENET = Columns(
+    "Mini-ImageNet",
+    ((5, 1), (5, 5), (5, 20), (5, 50)),
+    {
+        "paper: Meta-GMVAE (transductive), Conv5, 400 epochs of SimCLR": (42.82, 55.73, 63.14, 68.26),
+        "paper: UMTRA on the same features": (40.85, 51.47, 61.03, 67.30),
+    },
+)
+"""Tables 1 and 10 of Lee et al., ICLR 2021; the split of Ravi & Larochelle."""
 
 
 def results_table(results: Path, names: Sequence[str]) -> str:
     """Markdown: one row per name, the paper's below them; accuracy in percent with its 95% interval.
 
-    A name stands for the files `NAME-5way-1shot.json` and so on. Where there are several trainings,
-    `NAME-seed0-5way-1shot.json` and so on, the cell is their mean and the standard deviation between them.
+    A name stands for the files `NAME-5way-1shot.json` and so on; names that begin with `mini-imagenet` make a table of
+    that data set. Where there are several trainings, `NAME-seed0-5way-1shot.json` and so on, the cell is their mean and
+    the standard deviation between them. `NAME+` adds a row for each baseline in the files, on the same episodes.
 
     Raises:
         DataError: a name has no result at all.
     """
-    head = [f"({way},{shot})" for way, shot in TASKS]
-    rows = [["Omniglot (way,shot)", *head], ["---"] * 5]
-    for name in names:
-        found = [_results(results, name, way, shot) for way, shot in TASKS]
+    of = {name.startswith("mini-imagenet") for name in names}
+    if len(of) != 1:
+        raise DataError(f"{', '.join(names)}: a table is of one data set; name the runs of each apart")
+    columns = MINI_IMAGENET if of.pop() else OMNIGLOT
+    head = [f"({way},{shot})" for way, shot in columns.tasks]
+    rows = [[f"{columns.title} (way,shot)", *head], ["---"] * (1 + len(head))]
+    for asked in names:
+        name = asked.removesuffix("+")
+        found = [_results(results, name, way, shot) for way, shot in columns.tasks]
         if not any(found):
             raise DataError(f"{results}: no result of {name!r} there ({name}-5way-1shot.json and so on)")
         rows.append([f"**`{name}`**{_about(found)}", *map(_cell, found)])
-    rows += [[label, *(f"{value:.2f}" for value in values)] for label, values in PUBLISHED.items()]
+        if asked != name:
+            rows += [[f"{label}{_about(cells)}", *map(_cell, cells)] for label, cells in _baselines(found).items()]
+    rows += [[label, *(f"{value:.2f}" for value in values)] for label, values in columns.published.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -44,6 +76,18 @@ def _results(results: Path, name: str, way: int, shot: int) -> list[dict[str, An
     single = results / f"{name}-{way}way-{shot}shot.json"
     files = [single] if single.exists() else sorted(results.glob(f"{name}-seed*-{way}way-{shot}shot.json"))
     return [read_json(file) for file in files]
+
+
+def _baselines(found: list[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """What stands beside the results in their files, by its name."""
+    labels = dict.fromkeys(row["baseline"] for some in found for result in some for row in result.get("baselines", []))
+    return {
+        label: [
+            [row for result in some for row in result.get("baselines", []) if row["baseline"] == label]
+            for some in found
+        ]
+        for label in labels
+    }
 
 
 def _about(found: list[list[dict[str, Any]]]) -> str:

@@ -69,13 +69,13 @@ def prepare(arguments: Namespace) -> Answer:
     options = {name: value for name, value in given.items() if value is not None}
     # Absolute: Ray's workers have working directories of their own.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
-    source = open_source(arguments.name, folder, **options)
-    with (
-        target(arguments.out) as (out, uri),
-        map_tasks_of(arguments) as map_tasks,
-        progress_bar("shards", arguments.json) as on_progress,
-    ):
-        manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
+    with map_tasks_of(arguments) as map_tasks:
+        source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
+        with (
+            target(arguments.out) as (out, uri),
+            progress_bar("shards", arguments.json) as on_progress,
+        ):
+            manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
     return {
         "data": uri,
         "name": manifest["name"],
@@ -104,12 +104,13 @@ def target(out: str) -> Iterator[tuple[Path, str]]:
     shutil.rmtree(folder)
 
 
-def map_tasks_of(arguments: Namespace) -> AbstractContextManager[MapTasks | None]:
+def map_tasks_of(arguments: Namespace, gpus: int = 0) -> AbstractContextManager[MapTasks | None]:
+    """What runs tasks, by --workers and --address; each has so many GPUs to itself."""
     if not arguments.workers:
         return nullcontext()
     from infra.ray_map import ray_map
 
-    return ray_map(arguments.workers, arguments.address)
+    return ray_map(arguments.workers, arguments.address, gpus)
 
 
 def verify(arguments: Namespace) -> Answer:

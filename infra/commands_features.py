@@ -28,6 +28,8 @@ def add(parsers: Parsers) -> None:
 
 
 def features(arguments: Namespace) -> Answer:
+    import torch
+
     from evaluation.features import feature_source
     from infra.model_uri import resolve_model
     from pipelines.dataset import Dataset
@@ -43,7 +45,7 @@ def features(arguments: Namespace) -> Answer:
     with (
         feature_source(loaded, dataset, arguments.dtype) as source,
         target(arguments.out) as (out, uri),
-        map_tasks_of(arguments) as map_tasks,
+        map_tasks_of(arguments, gpus=int(torch.cuda.is_available())) as map_tasks,
         progress_bar("shards", arguments.json) as on_progress,
     ):
         manifest = write_dataset(source, out, map_tasks=map_tasks, on_progress=on_progress)

@@ -17,8 +17,10 @@ RETRIES = 3
 
 
 @contextmanager
-def ray_map(workers: int, address: str = "") -> Iterator[MapTasks]:
+def ray_map(workers: int, address: str = "", gpus: int = 0) -> Iterator[MapTasks]:
     """Run functions over argument tuples as Ray tasks, `workers` at once, on a cluster that is joined or started.
+
+    Each task has one CPU, and `gpus` GPUs, to itself.
 
     What is the same object in all tuples (the source) travels once. A lost worker's task is run again by
     another; an error that the function raises is raised here as it was, once the tasks in flight have ended.
@@ -30,12 +32,14 @@ def ray_map(workers: int, address: str = "") -> Iterator[MapTasks]:
     if workers < 1:
         raise DataError(f"--workers is {workers}; give 1 or more")
     with cluster(address, workers):
-        yield lambda function, tasks: _results(function, tasks, workers)
+        yield lambda function, tasks: _results(function, tasks, workers, gpus)
 
 
-def _results(function: Callable[..., object], tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[object]:
+def _results(
+    function: Callable[..., object], tasks: Sequence[tuple[Any, ...]], workers: int, gpus: int
+) -> Iterator[object]:
     """Results in the order of the tasks; never more than `workers` tasks in flight."""
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
     shared: dict[int, Any] = {}
     waiting = list(enumerate(tasks))[::-1]
     running: dict[Any, int] = {}

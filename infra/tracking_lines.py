@@ -45,7 +45,7 @@ def training_points(line: Mapping[str, Any], started_ms: int) -> list[Point]:
     """Points of a line of metrics.jsonl, at its `global_step`.
 
     The time is the start of the run plus the seconds trained, so a resumed run has no gap. Keys of the
-    warm-up get the prefix `pretrain/`: its loss is another loss.
+    contrastive stage get the prefix `pretrain/`: its loss is another loss.
     """
     stage = str(line.get("stage", "meta"))
     prefix = "" if stage == "meta" else f"{stage}/"

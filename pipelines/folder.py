@@ -9,19 +9,20 @@ What the folders mean is read off the tree, and refused where it can be read in 
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from pipelines.archives import Entry, list_entries, read_entry
 from pipelines.images import MODES, SUFFIXES, decode_image
-from pipelines.records import DataError, ImageRecord
+from pipelines.records import DataError, ImageRecord, MapTasks
 from pipelines.sources import Source, check_whole, source_fingerprint
 from pipelines.streams import keyed_rng
 
@@ -33,6 +34,8 @@ SPLIT_FOLDERS = {
     "valid": "validation",
     "test": "test",
 }
+AT_ONCE = 512
+"""Images that one task decodes."""
 SHOWN = 3
 """Broken images that a message names before it counts the rest."""
 
@@ -59,6 +62,7 @@ def open_folder(
     fractions: Sequence[float] | None = None,
     seed: int = 0,
     max_broken: float = 0.01,
+    map_tasks: MapTasks | None = None,
 ) -> Source:
     """Images under a folder or in a zip, cut to a centred square, (channels, size, size).
 
@@ -74,6 +78,7 @@ def open_folder(
         fractions: of the classes for train, validation and test; None leaves all in train.
         seed: of the draw of classes.
         max_broken: largest share of images that may be left out.
+        map_tasks: decodes them elsewhere (Ray tasks, say); in this process when None.
 
     Raises:
         DataError: an option is not possible, there are no images, too many are broken, two classes have one
@@ -89,7 +94,7 @@ def open_folder(
     class_of = _classes(source, pictures) if classes else {}
     split_of = _drawn(source, pictures, class_of, fractions, seed) if fractions is not None else {}
     load = partial(load_picture, str(source), size=size, channels=channels, invert=invert)
-    kept, skipped = _readable(source, pictures, load, max_broken)
+    kept, skipped = _readable(source, pictures, load, max_broken, map_tasks)
     splits: dict[str, list[ImageRecord]] = {}
     content = []
     for picture in kept:
@@ -113,6 +118,17 @@ def open_folder(
 def load_picture(root: str, name: str, *, size: int, channels: int, invert: bool) -> np.ndarray:
     """Decode one file of a folder or zip: uint8, (channels, size, size)."""
     return decode_image(read_entry(root, name), f"{root}: {name}", size=size, channels=channels, invert=invert)
+
+
+def broken(load: Callable[[str], np.ndarray], names: Sequence[str]) -> list[tuple[str, str]]:
+    """One task: names of images that do not decode, with the reason of each."""
+    found = []
+    for name in names:
+        try:
+            load(name)
+        except DataError as error:
+            found.append((name, str(error)))
+    return found
 
 
 def _check_options(
@@ -211,17 +227,19 @@ def _drawn(
 
 
 def _readable(
-    source: str, pictures: Sequence[Picture], load: partial[np.ndarray], max_broken: float
+    source: str,
+    pictures: Sequence[Picture],
+    load: partial[np.ndarray],
+    max_broken: float,
+    map_tasks: MapTasks | None,
 ) -> tuple[list[Picture], list[dict[str, str]]]:
     """Those that decode, and the names and reasons of the others."""
-    kept, skipped = [], []
-    for picture in pictures:
-        try:
-            load(picture.file.name)
-        except DataError as error:
-            skipped.append({"name": picture.file.name, "reason": str(error)})
-        else:
-            kept.append(picture)
+    names = [picture.file.name for picture in pictures]
+    tasks = [(load, names[first : first + AT_ONCE]) for first in range(0, len(names), AT_ONCE)]
+    results = map_tasks(broken, tasks) if map_tasks else itertools.starmap(broken, tasks)
+    reasons = {name: reason for found in results for name, reason in cast(list[tuple[str, str]], found)}
+    kept = [picture for picture in pictures if picture.file.name not in reasons]
+    skipped = [{"name": name, "reason": reason} for name, reason in reasons.items()]
     if not kept or len(skipped) > max_broken * len(pictures):
         more = f", and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         raise DataError(

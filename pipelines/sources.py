@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.archives import Entry
 from pipelines.files import sha256_json
-from pipelines.records import DataError, ImageRecord
+from pipelines.records import DataError, ImageRecord, MapTasks
 
 OPENERS = {
     "folder": "pipelines.folder:open_folder",
@@ -65,12 +65,13 @@ class Source:
         return block
 
 
-def open_source(name: str, source: str | None = None, **options: Any) -> Source:
+def open_source(name: str, source: str | None = None, *, map_tasks: MapTasks | None = None, **options: Any) -> Source:
     """Open a source of images.
 
     Args:
         name: one of `OPENERS`.
         source: folder or archive that holds it, for the sources that need one.
+        map_tasks: does what there is to be done image by image (Ray tasks, say); in this process when None.
         options: of that source; see its module.
 
     Raises:
@@ -80,11 +81,12 @@ def open_source(name: str, source: str | None = None, **options: Any) -> Source:
         raise DataError(f"unknown source {name!r}; known: {', '.join(OPENERS)}")
     module, function = OPENERS[name].split(":")
     opener: Callable[..., Source] = getattr(import_module(module), function)
-    known = [option for option in inspect.signature(opener).parameters if option != "source"]
+    parameters = inspect.signature(opener).parameters
+    known = [option for option in parameters if option not in ("source", "map_tasks")]
     for option in options:
         if option not in known:
             raise DataError(f"source {name!r} has no option {option!r}; it has: {', '.join(known)}")
-    return opener(source, **options)
+    return opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
 
 
 def check_whole(option: str, value: Any, least: int) -> None:

@@ -1,6 +1,8 @@
 """Shards written by Ray tasks are those of one process, whatever happens to the workers."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -72,6 +74,24 @@ def test_the_command_reads_relative_folders_in_the_workers(pictures, tmp_path, m
     assert main([*request, "--out", str(tmp_path / "none"), "--workers", "-1"]) == 2
     assert "--workers is -1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_broken_pictures_are_found_by_the_workers_too(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.folder.AT_ONCE", 7)
+    there = shutil.copytree(pictures, tmp_path / "pictures")
+    files = sorted(path for path in there.rglob("*") if path.is_file())
+    for path in (files[3], files[-1]):
+        path.write_bytes(b"not a picture")
+    request = ["prepare", "folder", "--source", str(there), "--size", "12", "--max-broken", "0.5", "--json"]
+    answers = []
+    for name, more in (("by-ray", ["--workers", "2"]), ("here", [])):
+        assert main([*request, "--out", str(tmp_path / name), *more]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [each["name"] for each in answers[0]["skipped"]] == [
+        p.relative_to(there).as_posix() for p in (files[3], files[-1])
+    ]
+    assert answers[0]["skipped"] == answers[1]["skipped"]
+    assert contents(tmp_path / "by-ray") == contents(tmp_path / "here")
 
 
 def test_a_lost_worker_is_replaced(glyphs, tmp_path):
