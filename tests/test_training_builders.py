@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from configs.schema import ModelSettings, PretrainSettings, TrainSettings
-from training.builders import build_model, build_optimizer, build_pretrain_optimizer, build_schedule
+from training.builders import (
+    build_encoder_model,
+    build_model,
+    build_optimizer,
+    build_pretrain_optimizer,
+    build_schedule,
+)
+from training.lars import Lars
 from training.networks import ConvDecoder, FeatureDecoder
 
 SHAPE = (1, 12, 12)
@@ -93,6 +100,22 @@ def test_warm_up_has_adamw_with_decoupled_decay() -> None:
     assert one_step(optimizer, module.weight, -1.0) == pytest.approx(4.0 * (1 - 0.1 * 0.5) + 0.1)
 
 
+def test_an_encoder_may_have_adam_or_lars_and_its_projector_is_trained_with_it() -> None:
+    modules = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    for name, kind in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("lars", Lars)):
+        optimizer = build_pretrain_optimizer(modules, PretrainSettings(optimizer=name, weight_decay=0.3))
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0]["weight_decay"] == 0.3
+        assert len(optimizer.param_groups[0]["params"]) == 4
+
+
+def test_an_encoder_alone_is_the_one_that_the_model_begins_with() -> None:
+    settings = ModelSettings(**TINY)
+    alone, whole = build_encoder_model(settings, SHAPE, 3), build_model(settings, SHAPE, 3)
+    ours, theirs = alone.encoder.state_dict(), whole.encoder.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_what_is_frozen_is_not_optimised() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)
@@ -123,6 +146,23 @@ def test_schedules_in_closed_form() -> None:
     assert cycle[100] == pytest.approx(0.0, abs=1e-12)
     assert cycle[:31] == sorted(cycle[:31])
     assert cycle[30:] == sorted(cycle[30:], reverse=True)
+
+
+def test_the_schedule_of_the_published_code_goes_by_epochs() -> None:
+    """Ten epochs as they are, then a cosine that is at zero 75 epochs later and up again after 75 more."""
+    parameter = nn.Parameter(torch.zeros(1))
+    schedule = build_schedule(torch.optim.SGD([parameter], lr=1.0), "published-code", 600, per_epoch=3)
+    factor = schedule.lr_lambdas[0]
+    assert [factor(step) for step in range(33)] == [1.0] * 33
+    assert factor(33) == factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 75)))
+    assert factor(3 * 85) == pytest.approx(0.0, abs=1e-12)
+    assert factor(3 * 160) == pytest.approx(1.0)
+    other = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=75)
+    for epoch in range(10, 200):
+        assert factor(3 * epoch) == pytest.approx(other.param_groups[0]["lr"], abs=1e-9)
+        other.step()
+        theirs.step()
 
 
 def test_a_schedule_of_no_steps_can_be_built() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.meta_gmvae import sample_latents
 from training.mixture import Mixture, fit_mixture
-from training.objective import bernoulli_log_prob, gaussian_log_prob, lower_bound, objective
+from training.objective import bernoulli_log_prob, gaussian_log_prob, lower_bound, objective, unit_log_prob
 
 B, M, N, K, D = 2, 5, 4, 3, 2
 ROWS = torch.tensor([[0, 7, 13], [19, 4, 10]])  # of the M * N samples
@@ -199,3 +199,18 @@ def test_one_component_standard_prior_and_posterior_cancel() -> None:
 def test_sum_is_m_times_the_mean() -> None:
     problem = Problem(6)
     assert float(problem.loss(1, "sum").detach()) == pytest.approx(M * float(problem.loss(1, "mean").detach()))
+
+
+def test_unit_variance_is_half_the_squared_error() -> None:
+    """Row 6: what the published code minimises; the density of N(x; mean, I) but for its constant."""
+    x, mean = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 5).double()
+    ours = unit_log_prob(x, mean)
+    for b in range(2):
+        for p in range(3):
+            density = reference.gaussian_log_density(x[b, p].numpy(), mean[b, p].numpy(), np.ones(5))
+            assert float(ours[b, p]) == pytest.approx(density + 2.5 * np.log(2 * np.pi), rel=1e-12)
+    z, noise = torch.randn(2, 3, 4, 2).double(), torch.randn(2, 3, 4, 2).double()
+    mixture = Mixture(torch.zeros(2, 1, 2).double(), torch.zeros(2, 1).double())
+    decoded = mean.repeat_interleave(2, dim=1)
+    terms = lower_bound(x.flatten(0, 1), decoded.flatten(0, 1), z, noise, torch.zeros(2, 3, 2), mixture, "unit")
+    assert torch.allclose(terms.reconstruction, ours)

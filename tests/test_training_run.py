@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from configs.schema import Settings
+from training.backbones import EncoderModel
 from training.builders import build_model
 from training.checkpoint import load_state, save_state
 from training.hooks import Line, State
@@ -294,6 +295,44 @@ def test_no_thread_is_left_behind(tmp_path: Path) -> None:
     run(Folder(tmp_path / "b"), settings())
     run(Folder(tmp_path / "b"), settings())
     assert set(threading.enumerate()) == before
+
+
+def encoder_run(folder: Folder) -> State:
+    chosen = settings(pretrain={"steps": 9, "projector": (6, 4), "optimizer": "lars"})
+    return train(chosen, pictures(), SHAPE, "fingerprint", folder, encoder_judge, kind="encoder")
+
+
+def encoder_judge(model: EncoderModel) -> dict[str, dict[str, float]]:
+    assert not isinstance(model, MetaGMVAE)
+    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    return {"5w1s": {"accuracy": total % 1.0, "ci95": 0.1}, "linear": {"accuracy": 0.5}}
+
+
+@pytest.mark.parametrize("killed_at", [2, 6, 9])
+def test_an_encoder_alone_goes_on_to_the_bit_with_its_projector(killed_at: int, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = Folder(tmp_path / "whole")
+    torch.manual_seed(1)
+    state = encoder_run(whole)
+    killed = Folder(tmp_path / "killed", killed_at)
+    torch.manual_seed(1)
+    with pytest.raises(InterruptedError):
+        encoder_run(killed)
+    if killed.saved:
+        torch.manual_seed(5)
+    else:
+        torch.manual_seed(1)
+    resumed = Folder(tmp_path / "killed")
+    encoder_run(resumed)
+    same(whole.load(), resumed.load())
+    assert state["kind"] == "encoder"
+    assert set(state["projector"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert all(name.startswith("encoder.") for name in state["model"])
+    judged = [line for line in whole.lines if "validation/5w1s" in line]
+    assert [line["step"] for line in judged] == [3, 6, 9]
+    assert all(line["validation/linear"] == 0.5 and "validation/linear_ci95" not in line for line in judged)
+    assert set(state["best"]) == {"5w1s"}
 
 
 @pytest.mark.parametrize("reconstruct", ["pixels", "features"])

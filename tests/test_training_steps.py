@@ -214,6 +214,37 @@ def test_contrastive_step_is_nt_xent_of_two_views() -> None:
     assert not torch.equal(seen[0][:5], seen[0][5:])
 
 
+def test_views_go_by_the_channels_or_by_the_setting_at_the_size_of_the_encoder() -> None:
+    for channels, views, size, kind in [
+        (1, "auto", 0, "stroke_view"),
+        (3, "auto", 0, "photograph_view"),
+        (3, "strokes", 0, "stroke_view"),
+        (1, "photographs", 20, "photograph_view"),
+    ]:
+        net = MetaGMVAE((channels, 28, 28), channels=4, width=8, heads=2, layers=1, image_size=size)
+        step = ContrastiveStep(net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3))
+        name = getattr(step.view, "__name__", "") or step.view.func.__name__  # type: ignore[union-attr]
+        assert name == kind
+        if kind == "photograph_view":
+            assert step.view.keywords == {"size": size or 28, "least": 0.3}  # type: ignore[union-attr]
+        images = np.random.default_rng(0).integers(0, 256, (5, channels, 28, 28), dtype=np.uint8)
+        loss, _ = step.train()(images, 1)
+        loss.backward()
+        assert torch.isfinite(loss)
+
+
+def test_the_projector_stands_between_features_and_loss() -> None:
+    net, head = model(torch.float32), nn.Linear(model().features, 3)
+    images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
+    step = ContrastiveStep(net, head, settings(), PretrainSettings(temperature=0.3)).eval()
+    seen: list[Tensor] = []
+    net.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loss, _ = step(images, 8)
+    assert torch.equal(loss, nt_xent(*head(net.encoder(seen[0])).chunk(2), 0.3))
+    loss.backward()
+    assert head.weight.grad is not None
+
+
 def test_contrastive_step_trains_the_encoder_and_nothing_else() -> None:
     net = model(torch.float32)
     images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
