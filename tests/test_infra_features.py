@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +247,24 @@ def test_features_that_are_not_numbers_are_refused_and_can_be_finished(data: Pat
         assert not list((tmp_path / "out").rglob("*.tar*"))
     write_dataset(source(2.0), tmp_path / "out")
     assert (Dataset.open(tmp_path / "out").rows("test") == [1, 1, 2, 1]).all()
+
+
+def typed(words: list[str]) -> None:
+    """In a process of its own: Ray Train warns of its own deprecations."""
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-m", "infra.cli", *words], cwd=root, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.ray
+def test_an_encoder_is_trained_on_ray_by_two_workers_and_goes_on_after_a_stop(data: Path, tmp_path: Path) -> None:
+    settings = TINY | {"data.uri": data, "run.out": tmp_path / "run", "run.engine": "ray", "run.workers": 2}
+    words = command("pretrain", "omniglot-cpu", "--json", **settings | {"pretrain.steps": 6})
+    typed(words)
+    loaded = load_model(tmp_path / "run")
+    assert type(loaded.model).__name__ == "EncoderModel"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["global_step"] for line in lines] == [2, 4, 6]
+    assert {"validation/5w1s", "validation/linear"} <= lines[-1].keys()
+    typed([*words, "--resume"])
+    again = load_model(tmp_path / "run").model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in loaded.model.state_dict().items())
