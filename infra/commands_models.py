@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.command import Answer, Parsers, add_command, progress_bar
+from infra.command import Answer, Parsers, add_command
 
 if TYPE_CHECKING:
     from evaluation.benchmark import EpisodeResults
@@ -99,25 +99,24 @@ def evaluate(arguments: Namespace) -> Answer:
 def _judge(
     arguments: Namespace, dataset: Dataset, loaded: LoadedModel
 ) -> tuple[list[EpisodeResults], list[dict[str, Any]]]:
-    """One result for each way, the images of the split encoded once for all; rows of baselines if asked for."""
-    import torch
+    """One result for each way; rows of baselines if asked for."""
+    from infra.judging import judge_tasks
 
-    from evaluation.baselines import BASELINES
-    from evaluation.benchmark import evaluate_features
-    from evaluation.features import features_of
-    from evaluation.package import meta_gmvae
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, labels = meta_gmvae(loaded, arguments.model).to(device), dataset.labels(arguments.split)
-    h_nF = features_of(model, dataset, arguments.split, device)
+    same = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
+    tasks = [{"way": way, **same} for way in arguments.ways or [arguments.way]]
     results, beside = [], []
-    for way in arguments.ways or [arguments.way]:
-        task = {"way": way, **{key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}}
-        with progress_bar(f"{way}-way episodes", arguments.json) as on_progress:
-            options = {"mode": arguments.mode, "on_progress": on_progress}
-            results.append(evaluate_features(model, loaded.settings.adapt, h_nF, labels, **task, **options))
-        for name, judge in BASELINES.items() if arguments.baselines else ():
-            beside.append({"baseline": name, **judge(h_nF, labels, **task).summary()})
+    for result, rows in judge_tasks(
+        loaded,
+        arguments.model,
+        dataset,
+        arguments.split,
+        tasks,
+        mode=arguments.mode,
+        baselines=arguments.baselines,
+        quiet=arguments.json,
+    ):
+        results.append(result)
+        beside += rows
     return results, beside
 
 

@@ -1,0 +1,58 @@
+"""A model by any reference, judged on seeded episodes of a data set: the images of the split encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from infra.command import progress_bar
+
+if TYPE_CHECKING:
+    from evaluation.benchmark import EpisodeResults
+    from evaluation.package import LoadedModel
+    from pipelines.dataset import Dataset
+
+
+def judge_tasks(
+    loaded: LoadedModel,
+    name: str,
+    dataset: Dataset,
+    split: str,
+    tasks: Sequence[dict[str, Any]],
+    *,
+    mode: str = "transductive",
+    baselines: bool = False,
+    quiet: bool = True,
+) -> Iterator[tuple[EpisodeResults, list[dict[str, Any]]]]:
+    """Yield the result of each task, and rows of what stands beside it on the same features and episodes.
+
+    Args:
+        loaded: a Meta-GMVAE.
+        name: what to call it in errors.
+        dataset: images, or features of the model's encoder.
+        split: whose classes.
+        tasks: way, shot, query, episodes and seed of each. Equal tasks are equal episodes for every model.
+        mode: transductive or inductive.
+        baselines: also judge the baselines, in their own modes.
+        quiet: no progress bar.
+
+    Raises:
+        DataError: the model is an encoder alone, the features are of another encoder, or the split has too few classes
+            or images for a task.
+    """
+    import torch
+
+    from evaluation.baselines import BASELINES
+    from evaluation.benchmark import evaluate_features
+    from evaluation.features import features_of
+    from evaluation.package import meta_gmvae
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, labels = meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    h_nF = features_of(model, dataset, split, device)
+    for task in tasks:
+        with progress_bar(f"{task['way']}-way {task['shot']}-shot episodes", quiet) as on_progress:
+            options: dict[str, Any] = {"mode": mode, "on_progress": on_progress}
+            result = evaluate_features(model, loaded.settings.adapt, h_nF, labels, **task, **options)
+        beside = BASELINES.items() if baselines else ()
+        yield result, [{"baseline": name, **judge(h_nF, labels, **task).summary()} for name, judge in beside]
