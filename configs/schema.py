@@ -120,8 +120,9 @@ class TrainSettings(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the networks; EM and the densities are float32 always."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Autocast of the networks; EM and the densities are float32 always. `auto`: bfloat16 where the device computes it
+    by instructions of its own, else float32 (elsewhere bfloat16 is emulated, many times slower)."""
     channels_last: bool = True
     compile: bool = False
     selection: Literal["last", "best"] = "last"

@@ -137,7 +137,7 @@ def _folder_rate(folder: Path) -> float:
 
 def waiting_share(dataset: Dataset, split: str, reader: Any) -> float:
     """Share of the wall time of a training that its loop waited for the next batch, after the first one."""
-    settings = TrainSettings(batch=BATCH, set_size=SET_SIZE, precision="bfloat16")
+    settings = TrainSettings(batch=BATCH, set_size=SET_SIZE, precision="auto")
     model = build_model(ModelSettings(), dataset.image_shape, 0).to(memory_format=torch.channels_last)
     module, optimizer = MetaStep(model, settings), build_optimizer(model, settings)
     images = dataset.images(split, reader)

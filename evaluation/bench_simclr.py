@@ -25,6 +25,7 @@ from training.backbones import EncoderModel
 from training.builders import build_encoder_model, build_pretrain_optimizer
 from training.contrastive import nt_xent
 from training.photographs import photograph_view
+from training.precision import autocast
 from training.steps import keyed_generator
 
 BATCH = 256
@@ -82,7 +83,7 @@ def _rate(views: Iterator[tuple[Tensor, Tensor]], model: EncoderModel | None = N
 
 
 class _Trained:
-    """One optimiser step on two views, in bfloat16."""
+    """One optimiser step on two views, in bfloat16 where the processor has it."""
 
     def __init__(self, model: EncoderModel) -> None:
         settings = PretrainSettings()
@@ -92,7 +93,7 @@ class _Trained:
 
     def __call__(self, first: Tensor, second: Tensor) -> None:
         views = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(views.device, "auto"):
             h = self.encoder(views)
         self.optimizer.zero_grad(set_to_none=True)
         of_first, of_second = h.chunk(2)

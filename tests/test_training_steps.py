@@ -10,6 +10,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
+import training.precision
 import training.steps
 from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
@@ -169,6 +170,24 @@ def test_em_and_densities_are_float32_under_bfloat16(monkeypatch: pytest.MonkeyP
     assert {value.dtype for value in terms.values()} == {torch.float32}
     exact = MetaStep(net, settings()).eval()(batch())[0]
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_only_where_the_device_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(training.precision, "bfloat16_is_fast", lambda device_type: fast)
+    net = model(torch.float32)
+    kinds = ("auto", "bfloat16", "float32")
+    loss = {kind: MetaStep(net, settings(precision=kind)).eval()(batch())[0] for kind in kinds}
+    assert loss["auto"] == loss["bfloat16" if fast else "float32"]
+    assert loss["bfloat16"] != loss["float32"]
+
+
+def test_what_the_processor_says_of_itself_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False), ({}, False)):
+        training.precision.bfloat16_is_fast.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert training.precision.bfloat16_is_fast("cpu") is fast
+    training.precision.bfloat16_is_fast.cache_clear()
 
 
 def test_more_components_than_distinct_samples_is_a_clear_error() -> None:

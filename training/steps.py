@@ -23,6 +23,7 @@ from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import fit_mixture, initial_rows
 from training.objective import Likelihood, lower_bound, objective
 from training.photographs import photograph_view
+from training.precision import autocast
 
 Terms = dict[str, Tensor]
 
@@ -91,8 +92,7 @@ class MetaStep(nn.Module):
             return x, self.model.encode_images(x).unflatten(0, data.shape[:2])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        enabled = self.settings.precision == "bfloat16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        return autocast(device, self.settings.precision)
 
 
 class ContrastiveStep(nn.Module):
@@ -127,7 +127,7 @@ class ContrastiveStep(nn.Module):
         views = torch.cat([self.view(x, generator), self.view(x, generator)])
         if self.settings.channels_last:
             views = views.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+        with autocast(device, self.settings.precision):
             h = self.projector(self.encoder(views))
         first, second = h.chunk(2)
         loss = nt_xent(first, second, self.temperature, parallel.gather, parallel.rank())
