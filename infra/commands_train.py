@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add(parsers: Parsers) -> None:
     example = "metagmvae train omniglot-cpu --set data.uri=data/omniglot --set run.out=runs/first"
     _add_run(parsers, "train", train, "meta-train; CONFIG is a TOML file or a preset", example)
-    example = "metagmvae pretrain mini-imagenet-simclr --set data.uri=data/mini-imagenet --set run.out=runs/simclr"
+    example = "metagmvae pretrain mini-imagenet-cpu --set data.uri=data/mini-imagenet --set run.out=runs/simclr"
     _add_run(parsers, "pretrain", pretrain, "train an encoder alone by contrast (SimCLR)", example)
 
     example = "metagmvae track runs/first"

@@ -80,12 +80,18 @@ def test_several_ways_and_baselines_on_the_same_episodes(run, data, capsys):
     assert main(["evaluate", str(run), "--data", str(data), "--ways", "2", "6", "--baselines", *size]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [row["way"] for row in answer["rows"]] == [2, 6]
-    assert [row["way"] for row in answer["baselines"]] == [2, 2, 2, 6, 6, 6]
-    assert {row["baseline"] for row in answer["baselines"]} == {
-        "nearest class mean",
-        "logistic regression",
-        "soft k-means",
-    }
+    expected = [
+        (way, name)
+        for way in (2, 6)
+        for name in (
+            "nearest class mean",
+            "logistic regression",
+            "soft k-means",
+            "EM on features, identity",
+            "EM on features, diagonal",
+        )
+    ]
+    assert [(row["way"], row["baseline"]) for row in answer["baselines"]] == expected
     kept = {Path(file).name for file in answer["kept"]}
     assert kept >= {"test-2way-2shot-transductive.json", "test-6way-2shot-transductive.parquet"}
     assert {file.name for file in (run / "results").iterdir()} >= kept
