@@ -12,7 +12,6 @@ import mlflow_template
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from configs.schema import TrackingSettings
 from infra import promotion
@@ -38,15 +37,14 @@ def data(tmp_path_factory):
 
 
 def new_run(folder: Path, data: Path, *, blind: bool = False, step: int = 1) -> Path:
-    """A run on this data; a blind model sees the same in every image."""
+    """A run on this data that never trained: its latents follow random features, or are the same for every image."""
     mlflow_template.new_run(folder)
     state = load_state(folder / "checkpoint.pt")
     state |= {"data_fingerprint": Dataset.open(data).fingerprint, "step": step}
-    if blind:
-        state["model"] = {
-            key: torch.zeros_like(value) if key.startswith("encoder.") else value
-            for key, value in state["model"].items()
-        }
+    weights = state["model"]
+    weights["inlet.weight"] *= 0 if blind else 30
+    weights["head.weight"][8:] = 0  # of the log variance
+    weights["head.bias"][8:] = -6
     save_state(folder / "checkpoint.pt", state)
     (folder / "run.json").write_text(json.dumps({"data": str(data)}))
     return folder
