@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import TrackingSettings
+from evaluation.environment import environment_record
 from evaluation.package import LoadedModel, load_model
 from evaluation.promotion import MARGIN, Decision, decide
 from infra.alias_history import holder, last_move, move_alias, read_history
@@ -76,7 +77,7 @@ def promote(wish: Wish, course: Course) -> dict[str, Any]:
         given = Path(wish.challenger)
         version = register(given, entrant.tracking, entrant.name, alias="", shot=shot).version
         entrant = replace(entrant, version=version)
-    evidence = Evidence(entrant.ref, over, wish.alias, course, outcome, decision)
+    evidence = Evidence(entrant.ref, over, wish.alias, course, outcome, decision, environment_record())
     if wish.dry_run:
         return evidence.answer("would be promoted" if decision.promoted else "would be refused")
     if not decision.promoted:

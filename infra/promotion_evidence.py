@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Settings
-from evaluation.environment import environment_record
 from evaluation.promotion import Decision, write_pairs
 from infra.contest import Course, Outcome
 from infra.mlflow_store import Store, one_line, shown
@@ -36,6 +35,8 @@ class Evidence:
     course: Course
     outcome: Outcome
     decision: Decision
+    record: dict[str, Any]
+    """Versions, machine, commit and time, as `environment_record` gives them."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each task: accuracies of both as shares, difference, its interval, p, verdict."""
@@ -88,13 +89,11 @@ def keep_files(store: Store, version: Any, evidence: Evidence, settings: Setting
     Raises:
         TrackingError: the store cannot be reached.
     """
-    now = datetime.now(UTC)
-    place = f"{FOLDER}/{now:%Y%m%dT%H%M%SZ}-{evidence.alias}-{result}-{uuid.uuid4().hex[:6]}"
+    place = f"{FOLDER}/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{evidence.alias}-{result}-{uuid.uuid4().hex[:6]}"
     content = evidence.answer(result, reason) | {
         "by": whoami(),
-        "time": now.isoformat(timespec="seconds"),
         "settings": settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
-        "environment": environment_record(),
+        "environment": evidence.record,
     }
     with tempfile.TemporaryDirectory() as folder, one_line(store.uri):
         write_json(Path(folder) / "decision.json", content)
@@ -109,7 +108,6 @@ def keep_tags(store: Store, version: Any, evidence: Evidence, result: Result, re
     Raises:
         TrackingError: the store cannot be reached.
     """
-    record = environment_record()
     answer = evidence.answer(result, reason)
     by_task = {row.pop("task"): row for row in answer.pop("tasks")}
     del answer["challenger"]
@@ -117,9 +115,9 @@ def keep_tags(store: Store, version: Any, evidence: Evidence, result: Result, re
         "tasks": list(by_task),
         "warnings": "; ".join(answer.get("warnings", [])) or None,
         "by": whoami(),
-        "time": record["time"],
-        "commit": record["commit"],
-        "package": record["versions"]["metagmvae"],
+        "time": evidence.record["time"],
+        "commit": evidence.record["commit"],
+        "package": evidence.record["versions"]["metagmvae"],
         "evidence": where,
     }
     tags = flatten({PREFIX.rstrip("."): answer | by_task})
