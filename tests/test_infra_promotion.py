@@ -295,7 +295,8 @@ def test_classes_that_should_not_choose_are_named(store, ask):
 def rounds(uri: str, data: Path, folder: Path, count: int, processes: int) -> list[list[dict]]:
     """What came of each round in which real processes promote at the same time."""
     script = Path(__file__).with_name("promotion_rounds.py")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    more = {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **more}
     running = []
     for place in range(processes):
         words = [sys.executable, str(script), uri, "glyphs", str(data), str(folder), str(count), str(place)]
@@ -306,11 +307,15 @@ def rounds(uri: str, data: Path, folder: Path, count: int, processes: int) -> li
             assert all(process.poll() in (None, 0) for process in running)
             time.sleep(0.01)
 
-    for number in range(count):
-        wait(f"ready-{number}")
-        (folder / f"go-{number}").touch()
-        wait(f"done-{number}")
-    lines = [[json.loads(line) for line in process.communicate()[0].splitlines()] for process in running]
+    try:
+        for number in range(count):
+            wait(f"ready-{number}")
+            (folder / f"go-{number}").touch()
+            wait(f"done-{number}")
+        lines = [[json.loads(line) for line in process.communicate()[0].splitlines()] for process in running]
+    finally:
+        for process in running:
+            process.kill()  # of no effect on those that are done
     return [list(of_all) for of_all in zip(*lines, strict=True)]
 
 
@@ -328,11 +333,13 @@ def one_wins_each_round(found: list[list[dict]], store: Store) -> None:
     assert champion(store) == moves[-1].version
 
 
+@pytest.mark.timeout(900)  # several processes import all of it
 def test_of_three_processes_that_promote_at_once_one_wins(store, data, tmp_path):
     register(new_run(tmp_path / "fourth", data), TrackingSettings(uri=store.uri), "glyphs", "")
     one_wins_each_round(rounds(store.uri, data, tmp_path, count=3, processes=3), store)
 
 
+@pytest.mark.timeout(900)  # several processes import all of it
 def test_of_two_processes_that_promote_at_once_through_a_server_one_wins(data, tmp_path):
     with mlflow_template.running_server(tmp_path / "server", workers=2) as uri:
         tracking = TrackingSettings(uri=uri)

@@ -46,10 +46,10 @@ def make(store, number: int, **tags: str) -> str:
 def test_processes_that_count_lose_no_number(store):
     store.client.create_registered_model("counted")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", COUNT, store.uri, "5"]
-    running = [subprocess.Popen(command, env=environment) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    assert store.client.get_registered_model("counted").tags["count"] == "15"
+    command = [sys.executable, "-c", COUNT, store.uri, "8"]
+    running = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert store.client.get_registered_model("counted").tags["count"] == "16"
     assert {stage for _, stage in links(store)} == {"deleted"}
 
 
