@@ -292,6 +292,23 @@ def test_classes_that_should_not_choose_are_named(store, ask):
     assert all("was trained on the split 'train'" in warning for warning in both)
 
 
+def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask, data, tmp_path):
+    runs = []
+    for name, factor in (("sharp", 1.0), ("blunt", 0.0)):
+        runs.append(new_run(tmp_path / name, data))
+        state = load_state(runs[-1] / "checkpoint.pt")
+        weights = {key: value * factor for key, value in state["model"].items() if key.startswith("encoder.")}
+        save_state(runs[-1] / "checkpoint.pt", state | {"kind": "encoder", "model": weights})
+    sharp, blunt = (str(run) for run in runs)
+    first = ask(blunt, "--name", "eyes")
+    assert (first["rule"], first["mode"]) == ("first", "inductive")
+    won = ask(sharp, "--name", "eyes")
+    assert (won["decision"], won["tasks"][0]["verdict"]) == ("promoted", "better")
+    assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
+    error = ask(sharp, "--name", "glyphs", code=2)["error"]
+    assert f"{sharp} and models:/glyphs/1: one is an encoder alone, the other a whole model" in error
+
+
 def rounds(uri: str, data: Path, folder: Path, count: int, processes: int) -> list[list[dict]]:
     """What came of each round in which real processes promote at the same time."""
     script = Path(__file__).with_name("promotion_rounds.py")
