@@ -90,8 +90,10 @@ def evaluate(arguments: Namespace) -> Answer:
 
         answer["kept"] = keep_results(Path(arguments.model), arguments.split, results, about | made_with)
     if str(arguments.model).startswith("models:"):
+        from infra.mlflow_store import shown
         from infra.version_results import keep_on_version
 
+        about["data"] = shown(dataset.uri)  # found from everywhere, unlike a relative path
         answer["kept"] = keep_on_version(arguments.model, arguments.split, results, about | made_with)
     return answer
 

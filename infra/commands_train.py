@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,14 @@ def _run(arguments: Namespace, kind: Kind) -> Answer:
         from infra.registry import register
 
         name = settings.tracking.register_as + ("-encoder" if kind == "encoder" else "")
-        answer["registered"] = register(run_dir, settings.tracking, name).uri
+        version = register(run_dir, settings.tracking, name)
+        answer["registered"] = version.uri
+        if version.alias:
+            answer["alias"] = f"models:/{version.name}@{version.alias}"
+        elif settings.tracking.alias:
+            data, alias = shlex.quote(settings.data.uri), settings.tracking.alias
+            answer["alias"] = f"models:/{version.name}@{alias} stays where it is"
+            answer["next"] = f"metagmvae promote {version.uri} --alias {alias} --data {data}"
     return answer
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,17 @@ def experiment_id(store: Store, name: str) -> str:
             f"MLflow at {shown(store.uri)}: experiment {name!r} is deleted; restore it, or set tracking.experiment"
         )
     return found.experiment_id
+
+
+def every(search: Callable[..., Any], **request: Any) -> Iterator[Any]:
+    """All that a `search_…` of the client finds, page after page."""
+    token = None
+    while True:
+        page = search(page_token=token, **request)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 @contextmanager

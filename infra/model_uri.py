@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import TrackingSettings
-from infra.mlflow_store import Store, connect, import_mlflow, one_line, shown
+from infra.mlflow_store import Store, connect, every, import_mlflow, one_line, shown
 from pipelines.records import DataError
 
 if TYPE_CHECKING:
@@ -43,11 +44,17 @@ def resolve_model(ref: str | Path, shot: int | None = None, tracking_uri: str | 
         if not Path(ref).exists():
             raise DataError(f"{text}: no such model; give {FORMS}")
         return load_model(ref, shot=shot)
-    store = connect(TrackingSettings(uri=tracking_uri or ""), create=False)
+    return load_from(connect(TrackingSettings(uri=tracking_uri or ""), create=False), text, shot)
+
+
+def load_from(store: Store, ref: str, shot: int | None = None) -> LoadedModel:
+    """Load `models:/…` or `runs:/…` of an open store; see `resolve_model`."""
+    from evaluation.package import load_model
+
     with tempfile.TemporaryDirectory() as folder:
         with one_line(store.uri):
-            fetch = _fetch_version if text.startswith("models:") else _fetch_from_run
-            path = fetch(store, text, folder)
+            fetch = _fetch_version if ref.startswith("models:") else _fetch_from_run
+            path = fetch(store, ref, folder)
         return load_model(path, shot=None if path.is_dir() else shot)
 
 
@@ -72,13 +79,18 @@ def find_version(store: Store, ref: str) -> Any:
 
 
 def _what_there_is(store: Store, name: str) -> str:
-    models = {model.name: model for model in store.client.search_registered_models()}
+    models = {model.name: model for model in every(store.client.search_registered_models)}
     if name not in models:
-        names = ", ".join(sorted(models)) or "none"
-        return f"no registered model {name!r} in {shown(store.uri)}; there: {names}"
-    versions = sorted(int(v.version) for v in store.client.search_model_versions(f"name = '{name}'"))
+        return no_such_name(store, name, models)
+    found = every(store.client.search_model_versions, filter_string=f"name = '{name}'")
+    versions = sorted(int(version.version) for version in found)
     aliases = ", ".join(f"{alias} -> {v}" for alias, v in sorted(models[name].aliases.items())) or "none"
     return f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
+
+
+def no_such_name(store: Store, name: str, there: Iterable[str]) -> str:
+    """One line about a registered model that does not exist."""
+    return f"no registered model {name!r} in {shown(store.uri)}; there: {', '.join(sorted(there)) or 'none'}"
 
 
 def _fetch_version(store: Store, ref: str, folder: str) -> Path:

@@ -4,6 +4,7 @@ tags."""
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import Any
 
 from configs.load import fingerprint
 from configs.schema import TrackingSettings
-from infra.mlflow_store import Store, connect, import_mlflow, one_line
+from infra.alias_history import claim
+from infra.mlflow_store import Store, connect, import_mlflow, one_line, shown
 from infra.tracking_lines import flatten
 from infra.tracking_mirror import mirror
+from infra.wiring import RECORD
+from pipelines.files import read_json
 from pipelines.records import DataError
 
 ENTRY = Path(__file__).with_name("pyfunc_entry.py")
@@ -32,7 +36,7 @@ class RegisteredVersion:
     uri: str
     """`models:/name/version`."""
     alias: str
-    """Alias that points here now; empty if none was asked for."""
+    """Alias that points here now; empty if none was asked for, or another version has it."""
 
 
 def register(
@@ -49,7 +53,8 @@ def register(
         run_dir: run folder with a checkpoint.
         tracking: which store; `register_as` and `alias` are the defaults of the next two.
         name: registered model, made where there is none.
-        alias: moved to this version; empty: no alias.
+        alias: moved to this version, whatever had it; empty: no alias; None: `tracking.alias` where no version of that
+            name has it yet (a champion is replaced by `metagmvae promote`, not by a training).
         shot: which best model, where the run keeps one for each shot.
         results: evidence (accuracy, ci95 and so on) that is kept as tags `results.…` of the version.
 
@@ -59,13 +64,11 @@ def register(
     """
     from evaluation.package import load_model
 
-    name, alias = name or tracking.register_as, tracking.alias if alias is None else alias
-    if not name:
-        raise DataError("no name for the registered model: set tracking.register_as, or give --name")
+    name = checked_name(name or tracking.register_as)
     loaded = load_model(run_dir, shot=shot)
     report = mirror(run_dir, tracking)
     store = connect(tracking)
-    evidence = _evidence(loaded, report.run_id, shot, results or {})
+    evidence = _evidence(loaded, report.run_id, shot, results or {}) | _data_of(Path(run_dir))
     with one_line(store.uri):
         source, model_id = _log(store, report.run_id, name, loaded, evidence)
         _make_name(store, name)
@@ -74,7 +77,23 @@ def register(
         ).version
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
+    if alias is None:
+        default = tracking.alias
+        alias = default if default and claim(store, name, default, str(version)) else ""
     return RegisteredVersion(name, str(version), f"models:/{name}/{version}", alias)
+
+
+def checked_name(name: str) -> str:
+    """A name for a registered model by which a reference can call it.
+
+    Raises:
+        DataError: there is none, or it holds one of /:@'\".
+    """
+    if not name:
+        raise DataError("no name for the registered model: set tracking.register_as, or give --name")
+    if re.search(r"[/:@'\"]", name):
+        raise DataError(f"{name!r}: no name for a registered model; leave out / : @ and quotes")
+    return name
 
 
 def _evidence(loaded: Any, run_id: str, shot: int | None, results: Mapping[str, Any]) -> dict[str, str]:
@@ -82,11 +101,18 @@ def _evidence(loaded: Any, run_id: str, shot: int | None, results: Mapping[str, 
     tags = {
         "run_id": run_id,
         "settings_fingerprint": fingerprint(loaded.settings),
+        "kind": _model_type(loaded),
         "shot": "" if shot is None else str(shot),
         **flatten(loaded.info),
         **flatten({"results": results}),
     }
     return {key: value for key, value in tags.items() if value and len(value) < 5000}
+
+
+def _data_of(run_dir: Path) -> dict[str, str]:
+    """Where the data lay that the run was trained on, which its checkpoint does not say."""
+    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
+    return {"data": shown(record["data"])} if record.get("data") else {}
 
 
 def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]) -> tuple[str, str]:

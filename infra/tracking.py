@@ -140,12 +140,22 @@ def track(run_dir: str | Path, uri: str = "") -> MirrorReport:
         DataError: not a run folder.
         TrackingError: the store cannot be reached.
     """
+    tracking = tracking_of(run_dir)
+    return mirror(run_dir, tracking.model_copy(update={"uri": uri or tracking.uri}))
+
+
+def tracking_of(run_dir: str | Path) -> TrackingSettings:
+    """Where a run belongs: where its settings or MLFLOW_TRACKING_URI say, else where it went before.
+
+    Raises:
+        DataError: not a run folder.
+    """
     path = Path(run_dir) / "settings.json"
     if not path.is_file():
         raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     tracking = Settings.model_validate_json(path.read_text()).tracking
     known = "" if os.environ.get("MLFLOW_TRACKING_URI") else last_uri(run_dir)
-    return mirror(run_dir, tracking.model_copy(update={"uri": uri or tracking.uri or known}))
+    return tracking.model_copy(update={"uri": tracking.uri or known})
 
 
 def _count_lines(path: Path) -> int:

@@ -38,6 +38,9 @@ def keep_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                     tag = f"results.{name.replace('/', '.')}"
                     store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
                     store.client.log_metric(version.run_id, name, value)
+                for what in ("data", "data_fingerprint"):  # so that `metagmvae models` can look whether it is there
+                    tag = f"results.{key.replace('/', '.')}_{what}"
+                    store.client.set_model_version_tag(version.name, version.version, tag, made_with[what])
                 stem = Path(folder) / key.replace("/", "-")
                 write_json(stem.with_suffix(".json"), result.summary() | made_with)
                 result.write_parquet(stem.with_suffix(".parquet"))

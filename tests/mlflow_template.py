@@ -1,9 +1,17 @@
 """For tests of tracking and registry: an empty MLflow store, and a run folder with a small model."""
 
 import atexit
+import contextlib
 import functools
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +71,36 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = ()) -> Path:
     save_state(folder / "checkpoint.pt", state)
     (folder / "settings.json").write_text(settings.model_dump_json())
     return folder
+
+
+@contextlib.contextmanager
+def running_server(folder: Path, workers: int = 1) -> Iterator[str]:
+    """A real `mlflow server` on loopback over a fresh store in `folder`; yields its URI."""
+    new_store(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
+    command = [sys.executable, "-m", "mlflow", "server", *place, "--port", str(port), "--workers", str(workers)]
+    # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
+    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": search, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while True:
+            assert server.poll() is None, (folder / "log").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+        server.wait()

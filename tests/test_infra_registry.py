@@ -18,6 +18,7 @@ import torch
 
 from configs.schema import Settings
 from evaluation.predict import encode_images, predict_episodes
+from infra.alias_history import read_history
 from infra.mlflow_store import connect, import_mlflow
 from infra.model_uri import resolve_model
 from infra.registry import register
@@ -122,6 +123,25 @@ def test_registering_again_makes_the_next_version_and_moves_the_alias(run, tmp_p
     client = connect(own).client
     assert str(client.get_model_version_by_alias("x", "champion").version) == "2"
     assert len(client.search_runs(["1"])) == 1
+
+
+def test_a_training_gives_the_alias_to_the_first_version_only(run, tmp_path):
+    own = mlflow_template.new_store(tmp_path / "own").model_copy(update={"register_as": "x"})
+    assert register(run, own).alias == "champion"
+    assert register(run, own).alias == ""
+    assert register(run, own.model_copy(update={"alias": ""}), "y").alias == ""
+    client = connect(own).client
+    assert str(client.get_model_version_by_alias("x", "champion").version) == "1"
+    (move,) = read_history(connect(own), "x")
+    assert (move.action, move.version, move.former) == ("registered", "1", None)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", "it's", 'a"b'])
+def test_names_that_no_reference_can_call_are_refused_before_anything_is_sent(run, tmp_path, name):
+    own = mlflow_template.new_store(tmp_path / "own")
+    with pytest.raises(DataError, match="no name for a registered model"):
+        register(run, own, name)
+    assert not connect(own).client.search_experiments(filter_string="name = 'metagmvae'")
 
 
 def test_registering_without_a_name_or_a_model(run, store, tmp_path):

@@ -81,8 +81,8 @@ def test_results_of_a_registered_version_go_to_its_tags_and_its_run(data, tmp_pa
     store = mlflow_template.new_store(tmp_path / "mlflow")
     registered = {"tracking.store": store.store, "tracking.register_as": "glyphs"}
     assert train(data, tmp_path / "run", **registered) == 0
+    assert "alias: models:/glyphs@champion\n" in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
-    capsys.readouterr()
     words = ["evaluate", "models:/glyphs@champion", "--data", str(data), "--episodes", "3", "--json"]
     assert main(words) == 0
     answer = json.loads(capsys.readouterr().out)

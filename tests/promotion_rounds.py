@@ -1,0 +1,41 @@
+"""A process that promotes in rounds, together with others: `promotion_rounds.py URI NAME DATA FOLDER ROUNDS PLACE`.
+
+In each round it waits until the test lets all of them go, and then promotes the PLACE-th version that is not champion
+over the champion. What came of it is a line of JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from infra.alias_history import holder
+from infra.command import text
+from infra.contest import open_course
+from infra.mlflow_store import connect
+from infra.promotion import Wish, promote
+
+
+def main(uri: str, name: str, data: str, folder: str, rounds: str, place: str) -> None:
+    from configs.schema import TrackingSettings
+
+    task = {"way": 5, "shot": 1, "query": 3, "episodes": 30, "seed": 0}
+    course = open_course(data, "validation", [task], other_data=True)
+    store = connect(TrackingSettings(uri=uri))
+    for number in range(int(rounds)):
+        champion = holder(store, name, "champion")
+        versions = sorted(str(v.version) for v in store.client.search_model_versions(f"name = '{name}'"))
+        mine = [version for version in versions if version != champion][int(place)]
+        (Path(folder) / f"ready-{number}-{place}").touch()
+        while not (Path(folder) / f"go-{number}").exists():
+            time.sleep(0.001)
+        # Any difference will do here: all of them would win if the others did not.
+        wish = Wish(f"models:/{name}/{mine}", allow_equal=True, margin=0.999)
+        answer = promote(wish, course)
+        assert text(answer)
+        print(json.dumps({"round": number, "before": champion, "mine": mine, **answer}), flush=True)
+        (Path(folder) / f"done-{number}-{place}").touch()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
