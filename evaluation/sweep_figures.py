@@ -54,9 +54,9 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
     for place, axis in enumerate(sweep.axes):
         _upright(axes, place, axis.short, *axis.ticks())
     last, (bottom, top) = len(sweep.axes), ((end - low) / (high - low) for end in (scale.vmin, scale.vmax))
-    place = (last, last + 0.04, bottom, top)
+    around = (last, last + 0.04, bottom, top)
     strip = np.linspace(0, 1, 256)[:, None]
-    axes.imshow(strip, cmap="viridis_r", aspect="auto", origin="lower", extent=place, zorder=6)
+    axes.imshow(strip, cmap="viridis_r", aspect="auto", origin="lower", extent=around, zorder=6)
     axes.set(xlim=(-0.25, last + 0.3), ylim=(-0.04, 1.04))
     ticks = _round_ticks(low, high)
     _upright(axes, last, "accuracy, %", [(tick - low) / (high - low) for tick in ticks], _texts(ticks))

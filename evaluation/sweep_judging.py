@@ -8,7 +8,7 @@ nobody had been stopped: at the largest step that nearly all trials have reached
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,19 +88,15 @@ def _at(trial: Trial, step: int) -> tuple[float, float]:
     return float(np.interp(step, steps, accuracy)), float(np.interp(step, steps, ci95))
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
+def best_trial(trials: Iterable[Trial]) -> Trial | None:
     """The best of those that trained to the end by their newest accuracy; of all others where none did.
 
     A trial that was stopped early is not compared with finished ones: it had another budget. The first of equals
     counts. None: no trial has an accuracy.
     """
-    judged = [trial for trial in trials if trial.last is not None]
-    pool = (
-        [trial for trial in judged if trial.status == "finished"]
-        or [trial for trial in judged if trial.status == "stopped"]
-        or judged
-    )
-    return max(pool, key=lambda trial: (trial.curve[-1].accuracy, -trial.number), default=None)
+    judged = [trial for trial in trials if trial.curve]
+    pool = [trial for trial in judged if trial.status == "finished"] or judged
+    return max(pool, key=lambda trial: trial.curve[-1].accuracy, default=None)
 
 
 def agreement(judged: Judged) -> tuple[float | None, int]:

@@ -177,8 +177,8 @@ def _about_agreement(judged: Judged) -> str:
     if rank is None:
         return ""
     return (
-        f"What is good there need not be good in the end: among the {count} trials that trained to the end, ranks at "
-        f"that step and at the end agree with ρ = {rank:.2f} (Spearman). "
+        f"What is good there need not be good in the end: among the {count} trials that trained to the end, the ranks "
+        f"at that step and at the end have a correlation of {rank:.2f} (Spearman). "
     )
 
 

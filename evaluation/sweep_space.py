@@ -144,16 +144,28 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / SWEEP
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        name, task, space = str(about["name"]), str(about["task"]), about["space"].items()
+        name, task, space = str(about["name"]), str(about["task"]), dict(about["space"].items())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name the folder that `metagmvae tune` wrote") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a sweep ({type(error).__name__}: {error})") from error
-    axes = tuple(_axis(path, setting, about) for setting, about in space)
+    try:
+        axes = axes_of(space)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     return Sweep(name, task, axes, tuple(read_trials(folder / TRIALS)))
 
 
-def _axis(path: Path, name: str, about: Mapping[str, Any]) -> Axis:
+def axes_of(space: Mapping[str, Mapping[str, Any]]) -> tuple[Axis, ...]:
+    """The settings of a space, as `sweep.json` describes them.
+
+    Raises:
+        DataError: one of them is not a setting that can be varied.
+    """
+    return tuple(_axis(name, about) for name, about in space.items())
+
+
+def _axis(name: str, about: Mapping[str, Any]) -> Axis:
     try:
         kind = about["kind"]
         if kind == "choice":
@@ -161,11 +173,11 @@ def _axis(path: Path, name: str, about: Mapping[str, Any]) -> Axis:
             if not levels:
                 raise ValueError("no values")
             return Axis(name, kind, levels)
-        low, high = about["low"], about["high"]
-        if kind not in KINDS or not low < high or (kind == "loguniform" and low <= 0):
-            raise ValueError(f"{kind} from {low} to {high}")
+        low, high, step = float(about["low"]), float(about["high"]), int(about.get("step", 1))
+        if kind not in KINDS or not low < high or (kind == "loguniform" and low <= 0) or step < 1:
+            raise ValueError(f"{kind} from {low:g} to {high:g}")
         if kind == "int":
-            return Axis(name, kind, range(low, high + 1), low, high)
-        return Axis(name, kind, (), float(low), float(high))
+            return Axis(name, kind, range(int(low), int(high) + 1, step))
+        return Axis(name, kind, (), low, high)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: space of {name}: {error}; kinds are {', '.join(KINDS)}") from error
+        raise DataError(f"space of {name}: {error}; kinds are {', '.join(KINDS)}") from error
