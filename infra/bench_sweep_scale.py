@@ -6,6 +6,7 @@ would need (arithmetic from stated sizes), and from both the parts in the order 
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
     """
     from evaluation.bench_sweep_files import bench_files
 
+    load = os.getloadavg()[0]  # a busy machine is a slower one, and the record shall say so
     with tempfile.TemporaryDirectory() as folder:
         tracking = [TrackingSettings(store=folder), *[TrackingSettings(uri=uri) for uri in stores]]
         # The stores first: one that cannot be reached shall be known at once.
@@ -51,6 +53,7 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
         "trials_at_once": NODES * AT_ONCE_PER_NODE,
         "trial_s": TRIAL_S,
         "trials_per_s_needed": needed,
+        "load_average_before": load,
         "files": files,
         "mlflow": mlflow,
         "checkpoints": checkpoint_traffic(),
@@ -61,7 +64,7 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
 def limits(files: dict[str, Any], mlflow: Sequence[dict[str, Any]], needed: float) -> list[dict[str, Any]]:
     """Parts of the driver by how many trials a second each bears, the first to give out first."""
     bears = {
-        f"TPE's suggestion after {files['trials']:,} trials": 1000 / files["suggest_ms"],
+        f"TPE's suggestion after {files['trials']:,} trials": 1000 / files["suggest_cpu_ms"],
         "a line in trials.jsonl": 1000 / files["append_ms"],
     }
     for row in mlflow:
@@ -99,7 +102,9 @@ def bench_store(tracking: TrackingSettings, runs: int) -> dict[str, Any]:
     trials, few = simulated_trials(runs), simulated_trials(max(2, runs // 20))
     with _experiment(store) as experiment, one_line(store.uri):
         parent = store.client.create_run(experiment).info.run_id
+        busy = time.process_time()
         seconds = [_timed(_batched, store, experiment, parent, trial) for trial in trials]
+        busy = time.process_time() - busy
         singly = [_timed(_value_by_value, store, experiment, parent, trial) for trial in few]
         together = _together(tracking, experiment, parent, runs)
         since = time.perf_counter()
@@ -111,6 +116,7 @@ def bench_store(tracking: TrackingSettings, runs: int) -> dict[str, Any]:
         "trials": runs,
         "points_a_trial": 4 * len(trials[0].curve),
         "batched_per_s": runs / sum(seconds),
+        "client_cpu_ms": 1000 * busy / runs,
         "second_half_over_first": sum(seconds[half:]) / sum(seconds[: 2 * half - half]),
         "value_by_value_per_s": len(few) / sum(singly),
         "together_per_s": together,
