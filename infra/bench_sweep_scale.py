@@ -20,6 +20,7 @@ from configs.schema import Settings, TrackingSettings
 from evaluation.trials import Trial
 from infra.mlflow_store import Store, connect, experiment_id, one_line, shown
 from infra.tracking_lines import parameters
+from pipelines.records import DataError
 
 NODES, AT_ONCE_PER_NODE, TRIAL_S, CHECKPOINTS = 100, 8, 300.0, 9
 """The cluster on paper: nodes, trials at once on each (one a GPU), seconds and checkpoints of a trial."""
@@ -34,17 +35,25 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
     Args:
         counts: numbers of simulated trials in files, rising.
         runs: trials that are written into each MLflow store.
-        stores: URIs of MLflow stores beside a new SQLite file: a server's, or a database's.
+        stores: URIs of MLflow stores beside a new SQLite file: a server's, or a database's. Who writes is not part of
+            them (PGUSER and PGPASSWORD, or a password file, say that of PostgreSQL).
 
     Raises:
+        DataError: a URI holds a name or a password.
         TrackingError: a store cannot be reached.
     """
     from evaluation.bench_sweep_files import bench_files
 
+    for uri in stores:
+        if shown(uri) != uri:
+            raise DataError("--stores: a URI must not hold a name or a password; set PGUSER and PGPASSWORD instead")
     load = os.getloadavg()[0]  # a busy machine is a slower one, and the record shall say so
     with tempfile.TemporaryDirectory() as folder:
         tracking = [TrackingSettings(store=folder), *[TrackingSettings(uri=uri) for uri in stores]]
-        # The stores first: one that cannot be reached shall be known at once.
+        for one in tracking:  # one that cannot be reached shall be known at once, not after minutes
+            store = connect(one)
+            with one_line(store.uri):
+                store.client.search_experiments(max_results=1)
         mlflow = [bench_store(one, runs) for one in tracking]
     files = bench_files(counts)
     needed = NODES * AT_ONCE_PER_NODE / TRIAL_S
