@@ -37,6 +37,11 @@ def run_bench(request: Namespace) -> dict[str, Any]:
 
         counts = [count for count in (100, 1000, 10_000) if count < request.trials]
         return bench_sweep_scale([*counts, request.trials], request.runs, request.stores)
+    return _on_data(request)
+
+
+def _on_data(request: Namespace) -> dict[str, Any]:
+    """The benchmarks of a data set."""
     if not request.data:
         raise DataError(f"bench {request.name} reads a data set: name it with --data")
     dataset = Dataset.open(request.data)
