@@ -59,11 +59,15 @@ class Trial(BaseModel):
 def read_trials(path: Path) -> list[Trial]:
     """Trials of a sweep in the order in which they ended; the last line of each number counts.
 
+    A last line without its end is still being written, or was cut off by a kill, and is left out.
+
     Raises:
         DataError: a line is not a trial.
     """
     found: dict[int, Trial] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+    # Not splitlines(): a reason may hold characters that it takes for the end of a line.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             trial = Trial.model_validate_json(line)
         except ValidationError as error:

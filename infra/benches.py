@@ -32,6 +32,16 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         if not request.source:
             raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
         return bench_prepare(request.kind, request.source, request.workers, ray_map)
+    if request.name == "sweep-scale":
+        from infra.bench_sweep_scale import bench_sweep_scale
+
+        counts = [count for count in (100, 1000, 10_000) if count < request.trials]
+        return bench_sweep_scale([*counts, request.trials], request.runs, request.stores)
+    return _on_data(request)
+
+
+def _on_data(request: Namespace) -> dict[str, Any]:
+    """The benchmarks of a data set."""
     if not request.data:
         raise DataError(f"bench {request.name} reads a data set: name it with --data")
     dataset = Dataset.open(request.data)

@@ -14,7 +14,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae bench step --record bench-step.json"
     what = "time a stage, beside the slow or usual form of it, in one run"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare"))
+    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare", "sweep-scale"))
     parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
     parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts (3)")
@@ -25,6 +25,11 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--source", help="prepare: folder or archive of raw images")
     parser.add_argument("--from", dest="kind", default="mini-imagenet", help="prepare: which source (mini-imagenet)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
+    parser.add_argument("--trials", type=int, default=10_000, help="sweep-scale: simulated trials in files (10,000)")
+    parser.add_argument("--runs", type=int, default=200, help="sweep-scale: trials written into each store (200)")
+    parser.add_argument(
+        "--stores", nargs="*", default=[], metavar="URI", help="sweep-scale: MLflow stores beside SQLite"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: as many as torch takes by itself")
     parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
 
@@ -45,7 +50,7 @@ def bench(arguments: Namespace) -> Answer:
     from pipelines.files import write_json
     from pipelines.records import DataError
 
-    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows"):
+    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials", "runs"):
         if getattr(arguments, option) < 1:
             raise DataError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; give 1 or more")
     if arguments.threads:

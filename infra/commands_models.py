@@ -27,10 +27,10 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--figure", metavar="FILE.png", help="draw what was recognised")
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
-    what = "draw curves, reconstructions, the modes of episodes and the latent map"
+    what = "draw curves, reconstructions, the modes of episodes and the latent map; or what a sweep says"
     parser = add_command(parsers, "figure", figure, what, example)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="URI", help="data set")
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or folder of a sweep")
+    parser.add_argument("--data", metavar="URI", help="data set; a sweep needs none")
     parser.add_argument("--split", default="validation", help="whose classes are shown (validation)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files")
 
@@ -146,10 +146,16 @@ def classify(arguments: Namespace) -> Answer:
 
 def figure(arguments: Namespace) -> Answer:
     from evaluation.gallery import draw_gallery
+    from evaluation.sweep_space import is_sweep
     from infra.model_uri import resolve_model
     from infra.surroundings import METRICS, read_lines
     from pipelines.dataset import Dataset
+    from pipelines.records import DataError
 
+    if is_sweep(Path(arguments.model)):
+        return _sweep_figures(Path(arguments.model), Path(arguments.out))
+    if not arguments.data:
+        raise DataError(f"figures of {arguments.model} show images of a data set: name it with --data")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model)
@@ -157,6 +163,15 @@ def figure(arguments: Namespace) -> Answer:
     lines = read_lines(Path(arguments.model) / METRICS)
     files = draw_gallery(loaded, dataset, arguments.split, Path(arguments.out), lines)
     return {"figures": [str(file) for file in files]}
+
+
+def _sweep_figures(folder: Path, out: Path) -> Answer:
+    from evaluation.sweep_report import REPORT, write_report
+
+    summary = write_report(folder, out)
+    best = summary["best"] and {key: summary["best"][key] for key in ("number", "accuracy", "ci95", "step", "settings")}
+    figures = [str(out / name) for name in summary["figures"]]
+    return {"figures": figures, "report": str(out / REPORT), "trials": summary["by_status"], "best": best}
 
 
 def table(arguments: Namespace) -> Answer:
