@@ -48,8 +48,6 @@ class Reliability:
             "confidence": self.mean_confidence,
             "bins": [
                 {"queries": int(n), "confidence": float(total / n), "accuracy": float(right / n)}
-                for n, total, right in zip(
-                    self.count[filled], self.confidence[filled], self.right[filled], strict=True
-                )
+                for n, total, right in zip(self.count[filled], self.confidence[filled], self.right[filled], strict=True)
             ],
         }

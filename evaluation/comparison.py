@@ -22,6 +22,8 @@ Task = tuple[int, int]
 Kind = Literal["run", "results", "model", "version", "trial", "published", "trainings"]
 COMPARED = ("model.", "adapt.", "pretrain.", "train.", "trained_on")
 """Beginnings of the settings that decide how good a model is; result files keep these alone."""
+IDLE = ("train.checkpoint_every", "train.log_every")
+"""Settings among them that do not."""
 SEED = "train.seed"
 
 
@@ -95,7 +97,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}".startswith(COMPARED):
+        elif f"{prefix}{key}".startswith(COMPARED) and f"{prefix}{key}" not in IDLE:
             found[f"{prefix}{key}"] = value
     return found
 
@@ -152,10 +154,16 @@ def check_comparable(rows: Sequence[Row]) -> None:
             )
 
 
+def models_of(rows: Sequence[Row]) -> list[Row]:
+    """Rows of known settings, one for each model; a mean stands for its trainings."""
+    members = {id(member) for row in rows for member in row.members}
+    known = [row for row in rows if row.settings and id(row) not in members]
+    return list({(row.name, repr(row.settings)): row for row in reversed(known)}.values())[::-1]
+
+
 def differing_settings(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Settings of which two rows are known to differ, with the value of each row; None: not recorded."""
-    known = [row for row in rows if row.settings]
-    names = sorted({name for row in known for name in row.settings})
+    names = sorted({name for row in rows for name in row.settings})
     values = {name: [row.settings.get(name) for row in rows] for name in names}
     return {name: row for name, row in values.items() if len({repr(v) for v in row if v is not None}) > 1}
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison import Row, Score, Task, differing_settings, mark_rows, short, tasks_of, with_trainings
+from evaluation.comparison import (
+    Row,
+    Score,
+    Task,
+    differing_settings,
+    mark_rows,
+    models_of,
+    short,
+    tasks_of,
+    with_trainings,
+)
 from evaluation.contest import Contest, contests
 from pipelines.files import atomic_file
 
@@ -17,6 +27,9 @@ INTERVALS = (
     "± is the half width of a 95% interval: over episodes, and over trainings (Student's t) where a row is the mean of "
     "several"
 )
+
+UNKNOWN = "\N{EN DASH}"
+"""In a cell of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +41,10 @@ class Comparison:
     """One for each row; empty where it was judged as the first row of ours was."""
     meaning: Mapping[str, str]
     """What each mark stands for."""
+    models: tuple[Row, ...]
+    """Those of the rows that the settings are of, one for each model."""
     settings: Mapping[str, Sequence[Any]]
-    """Settings that differ, with the value of each row; None: not recorded."""
+    """Settings that differ, with the value of each model; None: not recorded."""
     contests: tuple[Contest, ...]
     notes: tuple[str, ...]
 
@@ -38,7 +53,10 @@ class Comparison:
         return {
             "rows": [_plain_row(row, mark) for row, mark in zip(self.rows, self.marks, strict=True)],
             "marks": dict(self.meaning),
-            "settings": {name: list(values) for name, values in self.settings.items()},
+            "settings": [
+                {"setting": name, "values": dict(zip([row.name for row in self.models], values, strict=True))}
+                for name, values in self.settings.items()
+            ],
             "paired": [one.summary() for one in self.contests],
             "notes": list(self.notes),
         }
@@ -48,8 +66,15 @@ def compare(rows: Sequence[Row]) -> Comparison:
     """Put means over trainings in, mark what is not comparable, find what differs, and pair what can be paired."""
     every, notes = with_trainings(rows)
     marks, meaning = mark_rows(every)
+    models = models_of(every)
     return Comparison(
-        tuple(every), tuple(marks), meaning, differing_settings(every), tuple(contests(every)), tuple(notes)
+        tuple(every),
+        tuple(marks),
+        meaning,
+        tuple(models),
+        differing_settings(models),
+        tuple(contests(every)),
+        tuple(notes),
     )
 
 
@@ -72,8 +97,8 @@ def percent(score: Score | None) -> str:
 
 
 def signed(value: float) -> str:
-    """Percentage points with their sign; a minus that is one."""
-    return f"{100 * value:+.2f}".replace("-", "−")
+    """Percentage points with their sign."""
+    return f"{100 * value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def p_value(p: float) -> str:
@@ -87,7 +112,7 @@ def task_name(task: Task) -> str:
 def told(value: object) -> str:
     """What is known, in short; a dash where nothing is."""
     if value is None:
-        return "–"
+        return UNKNOWN
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 10 else f"{value:.4g}"
     return short(str(value))
@@ -108,15 +133,9 @@ def for_people(comparison: Comparison) -> dict[str, Any]:
     if comparison.contests:
         answer["differences on the same episodes, percentage points"] = [_contest(one) for one in comparison.contests]
     if comparison.settings:
-        names = [row.name for row in comparison.rows if row.settings]
+        names = [row.name for row in comparison.models]
         answer["settings that differ"] = [
-            {"setting": setting}
-            | {
-                name: setting_value(value)
-                for name, value in zip(
-                    names, [v for v, row in zip(values, comparison.rows, strict=True) if row.settings], strict=True
-                )
-            }
+            {"setting": setting} | dict(zip(names, map(setting_value, values), strict=True))
             for setting, values in comparison.settings.items()
         ]
     answer |= {f"note {number}": note for number, note in enumerate((INTERVALS, *comparison.notes), start=1)}
@@ -125,7 +144,7 @@ def for_people(comparison: Comparison) -> dict[str, Any]:
 
 def setting_value(value: object) -> str:
     """A setting as it was given; a dash where it was not recorded."""
-    return "–" if value is None else short(str(value))
+    return UNKNOWN if value is None else short(str(value))
 
 
 def _contest(one: Contest) -> dict[str, str]:
@@ -140,7 +159,7 @@ def _contest(one: Contest) -> dict[str, str]:
         "t-test p": p_value(paired.t_test),
         "Wilcoxon p": p_value(paired.wilcoxon),
         "verdict": paired.verdict,
-        "over trainings": f"{signed(over[0])} ± {100 * over[1]:.2f} ({one.trainings})" if over else "–",
+        "over trainings": f"{signed(over[0])} ± {100 * over[1]:.2f} ({one.trainings})" if over else UNKNOWN,
     }
 
 

@@ -52,10 +52,9 @@ def contests(rows: Sequence[Row]) -> list[Contest]:
     found = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         known = [row for row in rows if row.protocol == protocol and any(s.each for s in row.scores.values())]
-        first, *others = _contestants(known) or [None]
-        if first is not None:
-            tasks = dict.fromkeys(task for row in others for task in row.scores)
-            found += [one for task in tasks for row in others for one in _contest(row, first, task, protocol)]
+        together = _contestants(known)
+        tasks = dict.fromkeys(task for row in together[1:] for task in row.scores)
+        found += [one for task in tasks for row in together[1:] for one in _contest(row, together[0], task, protocol)]
     return found
 
 

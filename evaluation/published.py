@@ -95,9 +95,9 @@ def _rows() -> list[Published]:
     for key, (name, percent) in _TABLE_10.items():
         rows.append(_row("mini-imagenet", key, name, "Table 10", TASKS["mini-imagenet"], percent))
     ways = [(way, 1) for way in _TABLE_2_WAYS]
-    for trained, percent in _TABLE_2.items():
+    for trained, by_way in _TABLE_2.items():
         name = f"Meta-GMVAE trained for {trained.replace('-', ' ')}"
-        rows.append(_row("omniglot", f"meta-gmvae-{trained}", name, "Table 2", ways, percent))
+        rows.append(_row("omniglot", f"meta-gmvae-{trained}", name, "Table 2", ways, by_way))
     return rows
 
 

@@ -50,6 +50,14 @@ class Recorded(BaseModel):
         return str(self.environment.get("time", ""))
 
     @property
+    def state(self) -> str:
+        """Equal for results of one state of one run, which may keep another best model for each shot."""
+        trained = self.trained
+        if "selected_by" in trained:
+            trained = {k: v for k, v in trained.items() if k not in ("step", "selected_by", "validation_accuracy")}
+        return f"{self.settings_fingerprint} {sorted(trained.items())}"
+
+    @property
     def protocol(self) -> Protocol:
         return Protocol(self.mode, self.split, self.data_fingerprint, self.query, self.episodes, self.seed)
 
@@ -78,13 +86,13 @@ def read_recorded(path: Path) -> list[Found]:
         raise DataError(f"{path}: not a result of `metagmvae evaluate --record`")
     rows = content["rows"] if isinstance(content.get("rows"), list) else [{}]
     try:
-        tasks = [Recorded.model_validate(content | row) for row in rows]
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("rows",), "msg": "no rows"}
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{path}: not a result of `metagmvae evaluate --record` ({key}: {first['msg'].lower()})"
-        ) from error
+        tasks = [Recorded.model_validate(content | dict(row)) for row in rows]
+    except (ValidationError, TypeError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise DataError(f"{path}: not a result of `metagmvae evaluate --record` ({reason})") from error
     episodes = path.with_suffix(".parquet")
     if len(tasks) > 1 or not episodes.is_file():
         return [Found(task, None) for task in tasks]
@@ -108,7 +116,9 @@ def read_episodes(path: Path, recorded: Recorded) -> EpisodeResults:
     )
     numbered = np.array_equal(columns["episode"], np.arange(len(accuracies)))
     if not (same and numbered and abs(accuracies.mean() - recorded.accuracy) < 1e-9):
-        raise DataError(f"{path}: holds other episodes than {path.with_suffix('.json')} tells of; judge the model again")
+        raise DataError(
+            f"{path}: holds other episodes than {path.with_suffix('.json')} tells of; judge the model again"
+        )
     way, shot, query, seed = recorded.way, recorded.shot, recorded.query, recorded.seed
     return EpisodeResults(way, shot, query, seed, recorded.mode, accuracies, 0.0)
 
@@ -121,8 +131,7 @@ def rows_of(name: str, kind: Kind, source: str, found: Iterable[Found]) -> list[
     """
     groups: dict[tuple[Protocol, str], list[Found]] = {}
     for one in found:
-        state = f"{one.recorded.settings_fingerprint} {sorted(one.recorded.trained.items())}"
-        groups.setdefault((one.recorded.protocol, state), []).append(one)
+        groups.setdefault((one.recorded.protocol, one.recorded.state), []).append(one)
     return [_row(name, kind, source, protocol, some) for (protocol, _), some in groups.items()]
 
 
@@ -135,8 +144,8 @@ def _row(name: str, kind: Kind, source: str, protocol: Protocol, found: Sequence
             raise DataError(f"{name}: two results of {task[0]}-way {task[1]}-shot, {source}; name one of them")
         scores[task] = score
     first = found[0].recorded
-    seconds, steps = first.trained.get("elapsed_s"), first.trained.get("step")
-    return Row(name, kind, source, protocol, scores, seconds, steps, first.compared_settings())
+    steps = max((one.recorded.trained["step"] for one in found if "step" in one.recorded.trained), default=None)
+    return Row(name, kind, source, protocol, scores, first.trained.get("elapsed_s"), steps, first.compared_settings())
 
 
 def recorded_name(path: Path) -> str:

@@ -102,7 +102,9 @@ def _check_rows(sources: list[Source]) -> None:
 
     for source in sources:
         if not source.rows:
-            raise DataError(f"{source.ref}: was not judged yet; judge it here with --data URI, or by metagmvae evaluate")
+            raise DataError(
+                f"{source.ref}: was not judged yet; judge it here with --data URI, or by metagmvae evaluate"
+            )
 
 
 def _calibration(judged: list[Judged]) -> dict[str, Any]:

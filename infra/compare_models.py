@@ -87,9 +87,7 @@ def _row(
     scores = {task: Score(result.mean, result.ci95, result) for task, result in results.items()}
     info: dict[str, Any] = loaded.info
     compared = compared_settings(loaded.settings, info.get("data_fingerprint"))
-    return Row(
-        source.name, kind, source.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), compared
-    )
+    return Row(source.name, kind, source.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), compared)
 
 
 def _stored(ref: str, loaded: LoadedModel, protocol: Protocol, task: tuple[int, int]) -> EpisodeResults | None:

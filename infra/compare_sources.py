@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.load import settings_from_json
 from configs.schema import Settings
-from evaluation.comparison import Kind, Protocol, Row, Score, flat
+from evaluation.comparison import Protocol, Row, Score, flat
 from evaluation.package import CARD
 from evaluation.published import DATA, Published, published_rows
 from evaluation.recorded import Found, read_recorded, recorded_name, rows_of
