@@ -214,7 +214,9 @@ def _mean(name: str, members: list[Row]) -> Row:
             )
         scores[task] = Score(mean, ci95, each)
     seconds = [row.seconds for row in members if row.seconds is not None]
-    settings = {key: value for key, value in members[0].settings.items() if key != SEED}
+    settings = dict(members[0].settings)
+    if SEED in settings:
+        settings[SEED] = ", ".join(str(row.settings[SEED]) for row in members)
     return replace(
         members[0],
         name=f"{name} ({len(members)} trainings)",

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from evaluation.comparison import Row, Task, short, tasks_of
+from evaluation.comparison import Protocol, Row, Task, tasks_of
 from evaluation.comparison_figures import COLOURS, Curve, ModelPictures, draw_curves
 from evaluation.comparison_table import (
     INTERVALS,
@@ -107,11 +107,15 @@ def _sentences(comparison: Comparison) -> list[str]:
 
 
 def _best(comparison: Comparison, task: Task) -> Row | None:
-    """The most accurate of the rows that may be compared; None where there is nothing to be better than."""
+    """The most accurate of the rows that may be compared; None where there is nothing to be better than.
+
+    A mean stands for its trainings: the luckiest of them would be no fair rival.
+    """
+    members = {id(member) for row in comparison.rows for member in row.members}
     rivals = [
         row
         for row, mark in zip(comparison.rows, comparison.marks, strict=True)
-        if not mark and task in row.scores and row.kind != "published"
+        if not mark and task in row.scores and row.kind != "published" and id(row) not in members
     ]
     return max(rivals, key=lambda row: row.scores[task].accuracy) if len(rivals) > 1 else None
 
@@ -124,22 +128,28 @@ def _rows(comparison: Comparison, tasks: Sequence[Task]) -> list[dict[str, Any]]
         protocol = row.protocol
         cells = [(percent(row.scores.get(task)), best[task] is row) for task in tasks]
         style = "member" if id(row) in members else row.kind
-        data = told(protocol.data)
         answer.append(
             {
                 "name": row.name,
                 "mark": mark,
                 "style": style,
-                "source": row.source,
+                "source": row.source if row.source != row.name and row.kind != "trainings" else "",
                 "cells": cells,
-                "protocol": [protocol.mode or "not said", protocol.split or UNKNOWN, told(protocol.query)],
-                "episodes": told(protocol.episodes),
-                "data": data,
+                "judged_on": f"{protocol.split or UNKNOWN} of {told(protocol.data)}",
+                "how": _how(protocol),
                 "cost": [told(row.seconds), told(row.steps)],
-                "trained_on": short(str(row.settings.get("trained_on", UNKNOWN))),
             }
         )
     return answer
+
+
+def _how(protocol: Protocol) -> str:
+    """The protocol in words; what nobody has said is left out."""
+    parts = [protocol.mode or "mode not said"]
+    for value, unit in ((protocol.query, "queries"), (protocol.episodes, "episodes")):
+        if value is not None:
+            parts.append(f"{value:,} {unit}")
+    return ", ".join([*parts, *([f"seed {protocol.seed}"] if protocol.seed is not None else [])])
 
 
 def _forest(contests: Sequence[Contest]) -> dict[str, Any]:

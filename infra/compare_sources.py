@@ -102,7 +102,7 @@ def _read(ref: str, top: int) -> list[Source]:
 
 
 def _results(source: Source, name: str, files: list[tuple[str, list[Found]]]) -> Source:
-    refs = ", ".join(ref for ref, _ in files)
+    refs = files[0][0] if len(files) == 1 else f"{Path(files[0][0]).parent}/{name}-*.json, {len(files)} files"
     return replace(source, rows=tuple(rows_of(name, "results", refs, [one for _, found in files for one in found])))
 
 
