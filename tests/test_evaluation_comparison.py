@@ -46,7 +46,7 @@ def test_rows_judged_otherwise_are_marked_and_what_differs_is_said():
     assert meaning["b"] == "mode inductive, not transductive; split validation, not test"
     assert meaning["c"] == "data eeeeeeee, not ffffffff"
     check_comparable([paper, row("a"), row("b")])
-    with pytest.raises(ComparisonError, match="c was not judged as a was.*split validation, not test"):
+    with pytest.raises(ComparisonError, match=r"c was not judged as a was.*split validation, not test"):
         check_comparable(rows)
 
 
