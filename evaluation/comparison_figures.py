@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -29,6 +29,9 @@ COLOURS = [*figures.COLOURS[:6], "#999933", "#882255"]
 THEMES = {"light": ("#1c1e21", "#d5d8dc"), "dark": ("#e6e8eb", "#4a4f57")}
 """Of each theme the colours of text and of lines behind the data; the ground is the page's."""
 
+SQUARES = 2.2
+"""Width over height of two square panels with a title."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -38,6 +41,8 @@ class Picture:
     light: str
     """Data URI."""
     dark: str
+    columns: Literal[1, 2, 3] = 1
+    """How much of the width of a wide page it takes."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,9 @@ def draw_models(pages: Sequence[ModelPage], dataset: Dataset, split: str) -> lis
         known = {task: result.reliability for task, result in page.results.items() if result.reliability is not None}
         pictures = [draw_reliability(known)] if known else []
         nameless = replace(page.loaded, settings=page.loaded.settings.model_copy(update={"name": "model"}))
-        for caption, figure in episode_figures(nameless, dataset, split).items():
-            pictures.append(_on_white(caption, figure))
+        # The latent map fits beside the reliability diagram, the grid of an episode takes a row.
+        drawn = sorted(episode_figures(nameless, dataset, split).items(), key=lambda item: _aspect(item[1]))
+        pictures += [_on_white(caption, figure) for caption, figure in drawn]
         answer.append(ModelPictures(page.name, tuple(pictures), {task: one.error for task, one in known.items()}))
     return answer
 
@@ -169,7 +175,8 @@ def _themed(caption: str, draw: Callable[[], Figure]) -> Picture:
             buffer = io.BytesIO()
             FigureCanvasSVG(draw()).print_svg(buffer, metadata={"Date": None})
         uris.append(_uri("svg+xml", buffer.getvalue()))
-    return Picture(caption, *uris)
+    light, dark = uris
+    return Picture(caption, light, dark)
 
 
 def _on_white(caption: str, figure: Figure) -> Picture:
@@ -177,7 +184,13 @@ def _on_white(caption: str, figure: Figure) -> Picture:
     buffer = io.BytesIO()
     figures.write_png(figure, buffer)
     uri = _uri("png", buffer.getvalue())
-    return Picture(caption, uri, uri)
+    return Picture(caption, uri, uri, 2 if _aspect(figure) <= SQUARES else 3)
+
+
+def _aspect(figure: Figure) -> float:
+    """Width over height."""
+    width, height = figure.get_size_inches()
+    return float(width / height)
 
 
 def _uri(kind: str, content: bytes) -> str:
