@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import AdaptSettings
+from evaluation.calibration import Reliability
 from evaluation.metrics import mean_ci95
 from evaluation.predict import Mode, encode_images, episodes_at_once, predict_episodes
 from pipelines.episodes import EpisodeSampler
@@ -36,6 +37,8 @@ class EpisodeResults:
     accuracies: np.ndarray
     """Share of queries that were right, (episodes,)."""
     seconds: float
+    reliability: Reliability | None = None
+    """Of the probabilities, over all queries; None where there are none."""
 
     @property
     def mean(self) -> float:
@@ -122,7 +125,7 @@ def evaluate_features(
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
     at_once = episodes_at_once(way * (shot + query), adapt, model.latent, h_nF.device)
     truth_P = torch.arange(way, device=h_nF.device).repeat_interleave(query)
-    correct = []
+    correct, reliability = [], Reliability()
     for first in range(0, episodes, at_once):
         count = min(at_once, episodes - first)
         support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
@@ -134,11 +137,12 @@ def evaluate_features(
             mode=mode,
             seed_by_episode=range(first, first + count),
         )
+        reliability.add(probabilities.flatten(0, 1).cpu().numpy(), truth_P.repeat(count).cpu().numpy())
         correct.append((probabilities.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
         if on_progress is not None:
             on_progress(first + count, episodes)
     seconds = time.perf_counter() - since
-    return EpisodeResults(way, shot, query, seed, mode, torch.cat(correct).numpy(), seconds)
+    return EpisodeResults(way, shot, query, seed, mode, torch.cat(correct).numpy(), seconds, reliability)
 
 
 def cross_way(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,9 +26,14 @@ GAP = 2
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    FigureCanvasAgg(figure)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
+        write_png(figure, file)
+
+
+def write_png(figure: Figure, file: IO[bytes]) -> None:
+    """Write a figure as PNG into an open file."""
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
 
 
 def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluation import figures
 from evaluation.features import features_of
 from evaluation.modes import ModeFinder
-from evaluation.package import LoadedModel
+from evaluation.package import LoadedModel, meta_gmvae
 from pipelines.dataset import Dataset
 from pipelines.episodes import EpisodeSampler
 from pipelines.files import write_json
@@ -59,6 +59,28 @@ def draw_gallery(
         files.append(out / f"{stem}.png")
         figures.save(figure, files[-1])
     return files
+
+
+def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[str, Any]:
+    """By what they show: the modes of an episode and the latent map of the same classes, as far as the data allow.
+
+    Raises:
+        DataError: as `draw_gallery`.
+    """
+    model = meta_gmvae(loaded, dataset.uri)
+    labels, drawn = dataset.labels(split), {}
+    if dataset.kind == "images":
+        images = dataset.images(split)
+        finder = ModeFinder(model, np.asarray(images[: min(POOL, len(images))]))
+        kind = "nearest to decoded features" if model.reconstruct == "features" else "generated"
+        drawn["An episode: support, images that EM puts into each mode, and generated ones"] = _episode(
+            finder, loaded, images, labels, kind
+        )
+    h_nF = features_of(model, dataset, split, next(model.parameters()).device)
+    drawn["Latents of an episode by t-SNE; stars are the support"] = _latent_map(
+        model, h_nF, labels, loaded.settings.name
+    )
+    return drawn
 
 
 def _modes(loaded: LoadedModel, model: MetaGMVAE, dataset: Dataset, split: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.published import BY_REF, TASKS, DatasetName
 from pipelines.files import read_json
 from pipelines.records import DataError
 
@@ -23,22 +24,26 @@ class Columns:
     published: dict[str, tuple[float, ...]]
 
 
-OMNIGLOT = Columns(
+def _columns(title: str, dataset: DatasetName, published: dict[str, str]) -> Columns:
+    """Columns of Table 1, and rows of the paper by the label that they have here."""
+    tasks = TASKS[dataset]
+    rows = {label: BY_REF[f"paper:{dataset}/{key}"].values(tasks) for label, key in published.items()}
+    return Columns(title, tasks, rows)
+
+
+OMNIGLOT = _columns(
     "Omniglot",
-    ((5, 1), (5, 5), (20, 1), (20, 5)),
-    {
-        "paper: Meta-GMVAE (transductive)": (94.92, 97.09, 82.21, 90.61),
-        "paper: supervised ProtoNets": (98.35, 99.58, 95.31, 98.81),
-    },
+    "omniglot",
+    {"paper: Meta-GMVAE (transductive)": "meta-gmvae", "paper: supervised ProtoNets": "protonets"},
 )
 """Table 1 of Lee et al., ICLR 2021; their own draw of the 1200-100-323 split."""
 
-MINI_IMAGENET = Columns(
+MINI_IMAGENET = _columns(
     "Mini-ImageNet",
-    ((5, 1), (5, 5), (5, 20), (5, 50)),
+    "mini-imagenet",
     {
-        "paper: Meta-GMVAE (transductive), Conv5, 400 epochs of SimCLR": (42.82, 55.73, 63.14, 68.26),
-        "paper: UMTRA on the same features": (40.85, 51.47, 61.03, 67.30),
+        "paper: Meta-GMVAE (transductive), Conv5, 400 epochs of SimCLR": "meta-gmvae",
+        "paper: UMTRA on the same features": "umtra-simclr",
     },
 )
 """Tables 1 and 10 of Lee et al., ICLR 2021; the split of Ravi & Larochelle."""

@@ -6,7 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 
-from infra import commands_check, commands_data, commands_features, commands_models, commands_registry, commands_train
+from infra import (
+    commands_check,
+    commands_compare,
+    commands_data,
+    commands_features,
+    commands_models,
+    commands_registry,
+    commands_train,
+)
 from infra.command import BadNews, Parser, text
 
 OURS = ("configs", "pipelines", "training", "evaluation", "infra")
@@ -33,7 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (commands_data, commands_features, commands_train, commands_models, commands_registry, commands_check):
+    for group in (
+        commands_data,
+        commands_features,
+        commands_train,
+        commands_models,
+        commands_compare,
+        commands_registry,
+        commands_check,
+    ):
         group.add(parsers)
     return parser
 

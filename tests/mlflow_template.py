@@ -40,13 +40,13 @@ def new_store(folder: Path) -> TrackingSettings:
     return TrackingSettings(store=str(folder))
 
 
-def new_run(folder: Path, best_by_shot: tuple[int, ...] = ()) -> Path:
+def new_run(folder: Path, best_by_shot: tuple[int, ...] = (), seed: int = 0) -> Path:
     """A run folder with the checkpoint of a model as it was initialised; the best of each shot are other ones."""
     folder.mkdir(parents=True)
     settings = Settings(
         model=ModelSettings(latent=8, channels=8, width=16, heads=2, layers=1),
         adapt=AdaptSettings(iterations=3, samples=4),
-        train=TrainSettings(steps=1, selection="best" if best_by_shot else "last"),
+        train=TrainSettings(steps=1, seed=seed, selection="best" if best_by_shot else "last"),
     )
 
     def weights(seed: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = ()) -> Path:
         "data_fingerprint": DATA_FINGERPRINT,
         "stage": "meta",
         "step": 1,
-        "model": weights(0),
+        "model": weights(seed),
         "optimizer": {},
         "schedule": {},
         "rng": {},

@@ -1,0 +1,134 @@
+"""`compare`: runs, results, sweeps, registered versions and the paper in one table, and on the same episodes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from infra.command import Answer, Parsers, add_command
+
+if TYPE_CHECKING:
+    from evaluation.comparison_table import Comparison
+    from infra.compare_models import Judged, Request
+    from infra.compare_sources import Source
+    from pipelines.dataset import Dataset
+
+
+def add(parsers: Parsers) -> None:
+    example = "metagmvae compare runs/first models:/omniglot@champion paper:omniglot --data data/omniglot --html c.html"
+    what = "compare models, runs, sweeps and the paper: a table, paired differences, a report"
+    parser = add_command(parsers, "compare", compare, what, example)
+    parser.add_argument(
+        "refs",
+        metavar="WHAT",
+        nargs="+",
+        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], paper:DATASET[/ROW]; the first one "
+        "is what the others are held against",
+    )
+    parser.add_argument("--data", metavar="URI", help="judge every model afresh on episodes of this data set")
+    parser.add_argument("--split", default="test", help="with --data: whose classes (test)")
+    parser.add_argument("--way", type=int, nargs="+", default=[5], help="with --data (5)")
+    parser.add_argument("--shot", type=int, nargs="+", default=[1], help="with --data (1)")
+    parser.add_argument("--query", type=int, default=15, help="with --data (15)")
+    parser.add_argument("--episodes", type=int, default=1000, help="with --data (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="with --data (0)")
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    parser.add_argument("--top", type=int, default=1, help="trials of each sweep, the best first (1)")
+    parser.add_argument("--strict", action="store_true", help="refuse rows that were judged differently")
+    parser.add_argument("--csv", metavar="FILE", help="one line for each row and task")
+    parser.add_argument("--html", metavar="FILE", help="one page with everything, pictures too")
+
+
+def compare(arguments: Namespace) -> Answer:
+    from evaluation.comparison import check_comparable
+    from evaluation.comparison_table import compare as compare_rows
+    from evaluation.comparison_table import for_people, write_csv
+    from infra.compare_sources import read_sources
+    from pipelines.records import DataError
+
+    if arguments.top < 1:
+        raise DataError(f"--top is {arguments.top}; give 1 or more")
+    sources = read_sources(arguments.refs, arguments.top)
+    judged: list[Judged] = []
+    dataset = None
+    if arguments.data:
+        dataset, request = _request(arguments)
+        sources, judged = _judge(arguments, sources, dataset, request)
+    _check_rows(sources)
+    rows = [row for source in sources for row in source.rows]
+    if arguments.strict:
+        check_comparable(rows)
+    comparison = compare_rows(rows)
+    files: dict[str, Any] = {}
+    if arguments.csv:
+        write_csv(arguments.csv, comparison)
+        files["csv"] = arguments.csv
+    if arguments.html:
+        _write_html(arguments, comparison, sources, judged, dataset)
+        files["html"] = arguments.html
+    return (comparison.summary() if arguments.json else for_people(comparison)) | _calibration(judged) | files
+
+
+def _request(arguments: Namespace) -> tuple[Dataset, Request]:
+    from infra.compare_models import Request
+    from pipelines.dataset import Dataset
+    from pipelines.records import DataError
+
+    if arguments.episodes < 2:
+        raise DataError(f"--episodes is {arguments.episodes}; an interval needs two at least")
+    dataset = Dataset.open(arguments.data)
+    dataset.split(arguments.split)
+    tasks = dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot)
+    return dataset, Request(
+        arguments.split, tuple(tasks), arguments.query, arguments.episodes, arguments.seed, arguments.mode
+    )
+
+
+def _judge(
+    arguments: Namespace, sources: list[Source], dataset: Dataset, request: Request
+) -> tuple[list[Source], list[Judged]]:
+    from infra.compare_models import judge_all
+    from pipelines.records import DataError
+
+    if not any(source.judgeable for source in sources):
+        raise DataError("--data: there is no model to judge among what is compared; leave it out")
+    # Probabilities are not stored, and a page shows how far they can be believed.
+    return judge_all(sources, dataset, request, afresh=bool(arguments.html), quiet=arguments.json)
+
+
+def _check_rows(sources: list[Source]) -> None:
+    """Refuse what nothing is known of."""
+    from pipelines.records import DataError
+
+    for source in sources:
+        if not source.rows:
+            raise DataError(
+                f"{source.ref}: was not judged yet; judge it here with --data URI, or by metagmvae evaluate"
+            )
+
+
+def _calibration(judged: list[Judged]) -> dict[str, Any]:
+    rows = [
+        {"name": one.source.name, "way": way, "shot": shot, "ece": result.reliability.error}
+        for one in judged
+        for (way, shot), result in one.results.items()
+        if result.reliability is not None
+    ]
+    return {"calibration": rows} if rows else {}
+
+
+def _write_html(
+    arguments: Namespace,
+    comparison: Comparison,
+    sources: list[Source],
+    judged: list[Judged],
+    dataset: Dataset | None,
+) -> None:
+    from evaluation.comparison_figures import Curve, ModelPage, draw_models
+    from evaluation.environment import environment_record
+    from evaluation.html_report import write_report
+
+    curves = [Curve(source.name, source.lines) for source in sources if source.lines]
+    pages = [ModelPage(one.source.name, one.loaded, one.results) for one in judged]
+    pictures = draw_models(pages, dataset, arguments.split) if dataset is not None else []
+    write_report(arguments.html, comparison, curves, pictures, environment_record())
