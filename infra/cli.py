@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from infra import commands_check, commands_data, commands_features, commands_models, commands_train
+from infra import commands_check, commands_data, commands_features, commands_models, commands_train, commands_tune
 from infra.command import BadNews, Parser, text
 
 OURS = ("configs", "pipelines", "training", "evaluation", "infra")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (commands_data, commands_features, commands_train, commands_models, commands_check):
+    for group in (commands_data, commands_features, commands_train, commands_tune, commands_models, commands_check):
         group.add(parsers)
     return parser
 
