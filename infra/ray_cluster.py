@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Tune loses a trial without a word where a busy worker has not cleared up after 2 s, its default.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 """Set where the user has not set them."""
 

@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # The newer reporter prints on standard output, however little it is asked for.
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     # Its state is written again and again, larger with each trial, and nobody ever reads it.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
@@ -65,11 +67,27 @@ def run_sweep(sweep: Sweep, at_once: int, gpus: float | None, progress: Callable
     # A trial that only waits takes a hundredth of a CPU, so there must be a whole one more.
     wanted = each * max(at_once, 1) + int(distributed)
     with cluster(cluster_address(sweep.plan.base), wanted, dashboard=distributed):
-        course = Course(sweep, progress)
-        _tuner(sweep, course, _resources(run, gpus), at_once or _limit(run)).fit()
+        _to_the_end(sweep, Course(sweep, progress), _resources(run, gpus), at_once or _limit(run))
     shutil.rmtree(state, ignore_errors=True)
-    if course.error is not None:
-        raise course.error
+
+
+def _to_the_end(sweep: Sweep, course: Course, resources: dict[str, float], at_once: int | None) -> None:
+    """Run Tune until every trial has ended: it can drop one without telling its callbacks (a worker that could not be
+    used again), which then goes on in another run of Tune, from its checkpoint.
+
+    Raises:
+        RuntimeError: a whole run of Tune ended no trial.
+    """
+    while True:
+        before = len(sweep.ended)
+        _tuner(sweep, course, resources, at_once).fit()
+        if course.error is not None:
+            raise course.error
+        if not sweep.running:
+            return
+        if len(sweep.ended) == before:
+            raise RuntimeError(f"Ray Tune ended no trial and dropped {sorted(sweep.running)}; go on with --resume")
+        sweep.take_back()
 
 
 def _tuner(sweep: Sweep, course: Course, resources: dict[str, float], at_once: int | None) -> Any:

@@ -100,6 +100,13 @@ class Sweep:
         self.running[number] = time.monotonic()
         return number
 
+    def take_back(self) -> None:
+        """Trials that were handed out and dropped: to go on with."""
+        for number, began in self.running.items():
+            self._before[number] = self._before.get(number, 0.0) + time.monotonic() - began
+        self.waiting = sorted([*self.waiting, *self.running])
+        self.running.clear()
+
     def is_late(self) -> bool:
         """Whether the hours are up."""
         return time.monotonic() >= self.until
