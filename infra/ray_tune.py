@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +45,30 @@ DRIVER_CPUS = 0.01
 """Of a trial that only waits for its workers."""
 
 
+@contextmanager
+def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
+    """The cluster that a sweep runs on, joined or started.
+
+    Args:
+        base: settings that trials have in common.
+        at_once: trials; 0: as many as there are CPUs and GPUs for.
+
+    Raises:
+        SettingsError: it cannot be reached, is too small, or lacks what trials on several workers need.
+    """
+    run = base.run
+    distributed = run.engine == "ray"
+    each = run.cpus_per_worker * (run.workers if distributed else 1)
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # A trial that only waits for its workers takes a hundredth of a CPU, so there must be a whole one more.
+    wanted = each * max(at_once, 1) + int(distributed)
+    with cluster(cluster_address(base), wanted, dashboard=distributed):
+        yield
+
+
 def run_sweep(sweep: Sweep, at_once: int, gpus: float | None, progress: Callable[[], None]) -> None:
-    """Run a sweep to its end.
+    """Run a sweep to its end, on the cluster of `sweep_cluster`.
 
     Args:
         sweep: what to try.
@@ -54,20 +77,12 @@ def run_sweep(sweep: Sweep, at_once: int, gpus: float | None, progress: Callable
         progress: called whenever a trial has ended.
 
     Raises:
-        SettingsError: the cluster cannot be reached, or is too small.
         DataError: the sweep's folder cannot be written any more.
+        RuntimeError: Tune does not get on.
     """
-    run = sweep.plan.base.run
-    distributed = run.engine == "ray"
-    each = run.cpus_per_worker * (run.workers if distributed else 1)
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    state = sweep.folder.root / FOLDER
+    run, state = sweep.plan.base.run, sweep.folder.root / FOLDER
     shutil.rmtree(state, ignore_errors=True)
-    # A trial that only waits takes a hundredth of a CPU, so there must be a whole one more.
-    wanted = each * max(at_once, 1) + int(distributed)
-    with cluster(cluster_address(sweep.plan.base), wanted, dashboard=distributed):
-        _to_the_end(sweep, Course(sweep, progress), _resources(run, gpus), at_once or _limit(run))
+    _to_the_end(sweep, Course(sweep, progress), _resources(run, gpus), at_once or _limit(run))
     shutil.rmtree(state, ignore_errors=True)
 
 

@@ -54,7 +54,7 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
         SettingsError: something in the request is wrong, or another sweep is to be resumed than is there.
         DataError: the data or the folder cannot be used.
     """
-    from infra.ray_tune import run_sweep
+    from infra.ray_tune import run_sweep, sweep_cluster
 
     dataset = Dataset.open(request.base.data.uri)
     plan = _plan(request, dataset)
@@ -65,7 +65,7 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
         trials = request.trials or (None if request.search == "grid" else TRIALS)
         sweep = Sweep(plan, folder, dataset, trials, request.hours, request.keep_all)
         total = trials or Grid(request.space, request.seed).size
-        with SweepTracker(sweep, request.base.tracking) as tracker:
+        with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
             run_sweep(sweep, request.at_once, request.gpus, _counting(sweep, total, progress))
             return finish(sweep, tracker)
 
