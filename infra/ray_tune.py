@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,8 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
         os.environ.setdefault(key, value)
     # A trial that only waits for its workers takes a hundredth of a CPU, so there must be a whole one more.
     wanted = each * max(at_once, 1) + int(distributed)
-    with cluster(cluster_address(base), wanted, dashboard=distributed):
+    # Ray tells of lost workers on standard output, where the answer stands.
+    with redirect_stdout(sys.stderr), cluster(cluster_address(base), wanted, dashboard=distributed):
         yield
 
 
