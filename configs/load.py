@@ -30,7 +30,7 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
     Raises:
         SettingsError: the file, a key or a value is wrong.
     """
-    tree = _read_toml(_locate(config))
+    tree = read_toml(_locate(config))
     for override in overrides:
         _apply(tree, override)
     return _validate(tree)
@@ -77,7 +77,7 @@ def fingerprint(settings: Settings) -> str:
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:
     """Dotted keys that decide the outcome and differ, as `key: ours, theirs`."""
-    flat_ours, flat_theirs = (dict(_flat(json.loads(s.model_dump_json()))) for s in (ours, theirs))
+    flat_ours, flat_theirs = (dict(flat(json.loads(s.model_dump_json()))) for s in (ours, theirs))
     free = ("name", "run.", "tracking.")
     return [
         f"{key}: {value!r}, {flat_theirs[key]!r}"
@@ -86,10 +86,11 @@ def differences(ours: Settings, theirs: Settings) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -108,10 +109,15 @@ def _locate(config: str | Path) -> Any:
     if name in presets():
         return resources.files("configs").joinpath(f"{name}.toml")
     known = ", ".join(presets())
-    raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{_nearest(name, presets())}")
+    raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{nearest(name, presets())}")
 
 
-def _read_toml(file: Any) -> dict[str, Any]:
+def read_toml(file: Any) -> dict[str, Any]:
+    """Content of a TOML file, or of one that is bundled.
+
+    Raises:
+        SettingsError: it cannot be read, or is not TOML.
+    """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -149,7 +155,7 @@ def _one_line(error: ValidationError) -> str:
     first, *more = error.errors()
     key = ".".join(str(part) for part in first["loc"]) or "settings"
     if first["type"] == "extra_forbidden":
-        text = f"{key}: no such key{_nearest(str(first['loc'][-1]), _keys(first['loc'][:-1]))}"
+        text = f"{key}: no such key{nearest(str(first['loc'][-1]), _keys(first['loc'][:-1]))}"
     elif first["type"] == "value_error":
         text = f"{key}: {first['ctx']['error']}"
     else:
@@ -167,7 +173,8 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a message: the known word that was meant, or else all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"

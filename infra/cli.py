@@ -14,6 +14,7 @@ from infra import (
     commands_models,
     commands_registry,
     commands_train,
+    commands_tune,
 )
 from infra.command import BadNews, Parser, text
 
@@ -45,6 +46,7 @@ def _parser() -> Parser:
         commands_data,
         commands_features,
         commands_train,
+        commands_tune,
         commands_models,
         commands_compare,
         commands_registry,

@@ -21,7 +21,7 @@ def add(parsers: Parsers) -> None:
     _add_run(parsers, "pretrain", pretrain, "train an encoder alone by contrast (SimCLR)", example)
 
     example = "metagmvae track runs/first"
-    parser = add_command(parsers, "track", track, "send a run to MLflow: what is not there yet", example)
+    parser = add_command(parsers, "track", track, "send a run or a sweep to MLflow: what is not there yet", example)
     parser.add_argument("run_dir", metavar="RUN_DIR")
 
     parser = add_command(parsers, "demo", demo, "the whole way on generated glyphs", "metagmvae demo --out my-demo")
@@ -72,8 +72,10 @@ def _run(arguments: Namespace, kind: Kind) -> Answer:
 
 def track(arguments: Namespace) -> Answer:
     from infra.tracking import track as send
+    from infra.tune_folder import SWEEP
+    from infra.tune_mirror import track_sweep
 
-    report = send(arguments.run_dir)
+    report = (track_sweep if (Path(arguments.run_dir) / SWEEP).is_file() else send)(arguments.run_dir)
     return {"uri": report.uri, "run_id": report.run_id, "experiment": report.experiment, "status": report.status}
 
 

@@ -21,20 +21,24 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Tune loses a trial without a word where a busy worker has not cleared up after 2 s, its default.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 """Set where the user has not set them."""
 
 
 @contextmanager
-def cluster(address: str, cpus: int) -> Iterator[None]:
+def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[None]:
     """Join a cluster, or start one on this machine and end it afterwards.
 
     Args:
         address: `host:port`, `ray://host:port` or `auto`; empty: a cluster of this machine.
         cpus: that the work needs at once.
+        dashboard: whether the work needs Ray's dashboard: a trial that trains on several workers does, as Ray frees
+            the workers of a stopped one only by asking it (without it they wait for each other for ever).
 
     Raises:
-        SettingsError: no cluster answers there, or it has fewer CPUs in all.
+        SettingsError: no cluster answers there, it has fewer CPUs in all, or no dashboard.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -47,11 +51,11 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
     try:
         if address:
             _knock(address)
-            ray.init(address=address, runtime_env=runtime, **quiet)
+            context = ray.init(address=address, runtime_env=runtime, **quiet)
         else:
             here = max(os.cpu_count() or 1, cpus)
-            store = {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
-            ray.init(num_cpus=here, runtime_env=runtime, **store, **quiet)
+            store = {"object_store_memory": OBJECT_STORE, "include_dashboard": dashboard}
+            context = ray.init(num_cpus=here, runtime_env=runtime, **store, **quiet)
     except ConnectionError as error:
         text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
         raise SettingsError(text) from error
@@ -60,6 +64,11 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
         remedy = "set HOME to a folder that can be written, or RAY_AUTH_TOKEN to a secret of your own"
         raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
     try:
+        if dashboard and not context.dashboard_url:
+            raise SettingsError(
+                "Ray runs without its dashboard, which a sweep of trials with several workers needs: pip install "
+                "'ray[default]', and start the cluster with --include-dashboard=true"
+            )
         there = int(ray.cluster_resources().get("CPU", 0))
         if there < cpus:
             raise SettingsError(

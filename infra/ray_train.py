@@ -12,7 +12,8 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,24 @@ def worker(config: dict[str, Any]) -> None:
         surroundings.refuse(error)
 
 
-def train_on_ray(settings: Settings, data: str, run_dir: Path, *, kind: Kind, resume: bool) -> None:
+def train_on_ray(
+    settings: Settings,
+    data: str,
+    run_dir: Path,
+    *,
+    kind: Kind,
+    resume: bool,
+    callbacks: Sequence[UserCallback] = (),
+) -> None:
     """Train with Ray Train until the end.
+
+    Args:
+        settings: of the run.
+        data: URI of the data set.
+        run_dir: run folder, on this node.
+        kind: what is trained.
+        resume: go on from the checkpoint in the folder, if there is one.
+        callbacks: that hear of each report after the run folder has it.
 
     Raises:
         NonFiniteLossError: a step was refused; not tried again, it would end alike.
@@ -154,7 +171,7 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, kind: Kind, re
                 storage_path=str(run_dir),
                 failure_config=FailureConfig(max_failures=settings.run.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                callbacks=[Recorder(str(run_dir))],
+                callbacks=[Recorder(str(run_dir)), *callbacks],
             ),
         )
         try:
@@ -172,6 +189,9 @@ def train_on_ray(settings: Settings, data: str, run_dir: Path, *, kind: Kind, re
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C as KeyboardInterrupt: Ray's own handler, which it leaves behind, ends the process instead."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a trial of a sweep: signals go to the main thread, which is Ray's
+        return
     before = signal.getsignal(signal.SIGINT)
     try:
         yield

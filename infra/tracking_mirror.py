@@ -60,18 +60,28 @@ def mirror(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bool =
         raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     with locked(run_dir):
         store = connect(tracking)
-        sender = _Sender(run_dir, store, tracking.experiment, settings)
+        sender = RunSender(run_dir, store, tracking.experiment, settings)
         with one_line(store.uri):
             return sender.send(artifacts)
 
 
-class _Sender:
+class RunSender:
+    """Sends what one store does not have of a run folder."""
+
     def __init__(self, run_dir: Path, store: Store, experiment: str, settings: Mapping[str, Any]) -> None:
         self.run_dir, self.store, self.client = run_dir, store, store.client
         self.experiment, self.settings = experiment, settings
-        self.status, self.started_ms, self.ended_ms = read_status(run_dir)
+        self.refresh()
         self.cursor = Cursor(run_dir, shown(store.uri))
         self.entry = self.cursor.entry
+
+    def refresh(self) -> None:
+        """Read again whether the run goes on."""
+        self.status, self.started_ms, self.ended_ms = read_status(self.run_dir)
+
+    def record(self) -> Mapping[str, Any]:
+        """What becomes tags of the run, besides settings."""
+        return read_json(self.run_dir / "run.json") or {}
 
     def send(self, artifacts: bool) -> MirrorReport:
         self._open()
@@ -128,7 +138,7 @@ class _Sender:
         from mlflow.entities import Param, RunTag
 
         run_id = self.entry["run_id"]
-        wanted = tags(self.settings, read_json(self.run_dir / "run.json") or {})
+        wanted = tags(self.settings, self.record())
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         if not self.entry.get("parameters_sent"):
             params = [Param(key, value) for key, value in parameters(self.settings).items()]

@@ -46,7 +46,7 @@ def run_training(settings: Settings, *, kind: Kind = "meta-gmvae", resume: bool 
     """
     dataset = Dataset.open(settings.data.uri)
     settings = with_encoder_of(settings, dataset)
-    _check_data(settings, dataset, kind)
+    check_data(settings, dataset, kind)
     device_of(settings)
     run_dir = Path(settings.run.out).absolute()
     _claim(run_dir, settings, dataset, resume)
@@ -142,10 +142,10 @@ def with_encoder_of(settings: Settings, dataset: Dataset) -> Settings:
     return settings.model_copy(update={"model": settings.model.model_copy(update=update)})
 
 
-def _check_data(settings: Settings, dataset: Dataset, kind: Kind) -> None:
+def check_data(settings: Settings, dataset: Dataset, kind: Kind) -> None:
     """Refuse before any work what would fail after an hour of it: splits, encoder, way and shot of validation."""
     dataset.split(settings.data.train_split)
-    _check_encoder(settings, dataset, kind)
+    check_encoder(settings, dataset, kind)
     if settings.data.reader != "stream":
         dataset.rows(settings.data.train_split, "mmap", check=False)
     if settings.validation.every:
@@ -157,7 +157,12 @@ def _check_data(settings: Settings, dataset: Dataset, kind: Kind) -> None:
             EpisodeSampler(labels, way=wanted.way, shot=shot, query=wanted.query, seed=wanted.seed)
 
 
-def _check_encoder(settings: Settings, dataset: Dataset, kind: Kind) -> None:
+def check_encoder(settings: Settings, dataset: Dataset, kind: Kind) -> None:
+    """Refuse settings whose encoder does not go with the data or with what is trained.
+
+    Raises:
+        SettingsError: naming the key.
+    """
     on_features = settings.model.reconstruct == "features"
     if kind == "encoder" and dataset.kind == "features":
         raise SettingsError(f"data.uri: {dataset.uri} holds features; an encoder is trained on images")

@@ -1,0 +1,191 @@
+"""A sweep's folder, which is the truth about the sweep: Ray's own state and MLflow can be lost at any moment.
+
+    sweep.json        the plan: space, base settings, search, seed, fingerprints of code and data
+    trials.jsonl      a line for each trial that has ended (`evaluation.trials`)
+    trials/00012/     run folder of a trial, made when it is proposed: settings, metric lines, checkpoint
+    best.toml         at the end: the best settings, for `metagmvae train`
+
+So a trial is in one of three places: a line in the table (ended), a folder without a line (to go on with, from its
+checkpoint), or neither (not proposed yet).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.load import SettingsError, differences, settings_from_json, to_json
+from configs.schema import Settings
+from configs.space import Space
+from evaluation.trials import TRIALS, Point, Trial, lines_of, read_trials
+from infra.run_lock import LOCK
+from infra.surroundings import METRICS, read_lines
+from infra.tune_code import changed, code_fingerprint
+from infra.wiring import SETTINGS
+from pipelines.dataset import Dataset
+from pipelines.files import atomic_file, read_json, write_json
+from pipelines.records import DataError
+
+SWEEP = "sweep.json"
+FOLDERS = "trials"
+REASON = "failed.txt"
+"""In a trial's folder: one line, why its training failed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes a sweep the sweep that it is; a resumed one must have the same."""
+
+    name: str
+    base: Settings
+    space: Space
+    search: str
+    scheduler: str
+    seed: int
+    task: str
+    """By whose validation accuracy trials are judged: "5w1s"."""
+
+    def record(self, dataset: Dataset) -> dict[str, Any]:
+        """As `sweep.json` keeps it."""
+        return {
+            "version": 1,
+            "name": self.name,
+            "task": self.task,
+            "search": self.search,
+            "scheduler": self.scheduler,
+            "seed": self.seed,
+            "space": self.space.described(),
+            "base": json.loads(to_json(self.base)),
+            "data": dataset.uri,
+            "data_fingerprint": dataset.fingerprint,
+            "code": code_fingerprint(),
+        }
+
+
+class SweepFolder:
+    """Reads and writes the folder; one process at a time, which holds it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.table = root / TRIALS
+
+    def make(self, resume: bool) -> None:
+        """Make the folder, or refuse one that is something else.
+
+        Raises:
+            DataError: it is not empty, not a sweep's, or cannot be made.
+        """
+        there = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+        if set(there) - {LOCK} and not resume:
+            raise DataError(f"{self.root}: not empty; go on with --resume, or choose another folder: --out DIR")
+        if set(there) - {LOCK} and SWEEP not in there:
+            raise DataError(f"{self.root}: not a sweep's folder (no {SWEEP}); choose another one: --out DIR")
+        try:
+            (self.root / FOLDERS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.root}: cannot be made ({error.strerror}); choose another one: --out DIR") from error
+
+    def keep(self, plan: Plan, dataset: Dataset) -> None:
+        """Keep the plan of a new sweep, or compare it with the one that is there.
+
+        Raises:
+            SettingsError: something that decides the outcome has changed since, naming what.
+        """
+        from evaluation.environment import environment_record
+
+        new, path = plan.record(dataset), self.root / SWEEP
+        if not path.exists():
+            write_json(path, new | {"environment": environment_record()})
+            return
+        found = _changes(read_json(path), new)
+        if found:
+            raise SettingsError(f"{self.root}: cannot resume, this is another sweep now ({'; '.join(found)})")
+
+    def folder(self, number: int) -> Path:
+        """Run folder of a trial."""
+        return self.root / FOLDERS / f"{number:05d}"
+
+    def open_trial(self, number: int, settings: Settings) -> None:
+        """Make the run folder of a trial that is going to take a slot."""
+        folder = self.folder(number)
+        folder.mkdir()
+        write_json(folder / SETTINGS, json.loads(to_json(settings)))
+
+    def settings(self, number: int) -> Settings:
+        return settings_from_json((self.folder(number) / SETTINGS).read_text(encoding="utf-8"))
+
+    def unfinished(self, ended: Iterable[int]) -> list[int]:
+        """Trials that were proposed and have not ended, in order; a folder without settings is no trial yet."""
+        numbers = []
+        for folder in sorted((self.root / FOLDERS).iterdir()):
+            if (folder / SETTINGS).is_file():
+                numbers.append(int(folder.name))
+            elif folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return sorted(set(numbers) - set(ended))
+
+    def curve(self, number: int, task: str) -> tuple[Point, ...]:
+        """Validations of a trial, from its metric lines."""
+        key = f"validation/{task}"
+        return tuple(
+            Point(
+                step=int(line["step"]),
+                accuracy=float(line[key]),
+                ci95=float(line[f"{key}_ci95"]),
+                seconds=float(line["elapsed_s"]),
+            )
+            for line in read_lines(self.folder(number) / METRICS)
+            if key in line
+        )
+
+    def trained(self, number: int) -> tuple[int, float]:
+        """Steps of meta-training and seconds that a trial has behind it."""
+        lines = read_lines(self.folder(number) / METRICS)
+        if not lines:
+            return 0, 0.0
+        return (int(lines[-1]["step"]) if lines[-1]["stage"] == "meta" else 0), float(lines[-1]["elapsed_s"])
+
+    def trials(self) -> list[Trial]:
+        """Trials that have ended; a last line that was cut off by a crash of the machine goes."""
+        content = self.table.read_bytes() if self.table.exists() else b""
+        if not content.endswith(b"\n") and content:
+            with atomic_file(self.table) as file:
+                file.write(content[: content.rfind(b"\n") + 1])
+        return read_trials(self.table)
+
+    def record(self, trial: Trial) -> None:
+        """Add the line of a trial that has ended; it is on disk when this returns.
+
+        Raises:
+            DataError: the disk is full, or the folder cannot be written.
+        """
+        try:
+            with open(self.table, "a", encoding="utf-8") as file:
+                file.write(lines_of([trial]))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"{self.table}: cannot be written ({error.strerror}); go on with --resume") from error
+
+    def rewrite(self, trials: Iterable[Trial]) -> None:
+        """Replace the table."""
+        with atomic_file(self.table) as file:
+            file.write(lines_of(trials).encode())
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two plans, as `what: new, old`."""
+    found = [f"{k}: {new[k]!r}, {old[k]!r}" for k in ("task", "search", "scheduler", "seed") if new[k] != old[k]]
+    for key in sorted(old["space"].keys() | new["space"].keys()):
+        ours, theirs = (json.dumps(plan["space"].get(key, "not varied")) for plan in (new, old))
+        if ours != theirs:
+            found.append(f"space {key}: {ours}, {theirs}")
+    found += differences(*(settings_from_json(json.dumps(plan["base"])) for plan in (new, old)))
+    if new["data_fingerprint"] != old["data_fingerprint"]:
+        found.append(f"data: {new['data']} holds other data than {old['data']} did")
+    code = changed(new["code"], old["code"])
+    return found + ([f"code: {', '.join(code)}"] if code else [])

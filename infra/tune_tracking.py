@@ -1,0 +1,104 @@
+"""Live tracking of a sweep: a background thread of the driver mirrors its folder into MLflow.
+
+Trials never wait for MLflow. A store that cannot be reached is named once on stderr and tried again at every
+interval; what it has not got at the end is sent by `metagmvae track SWEEP_DIR`, or by the next resume.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from configs.schema import TrackingSettings
+from evaluation.trials import Trial
+from infra.mlflow_store import TrackingError, connect
+from infra.tracking_cursor import CURSOR, read_json, write_status
+from pipelines.records import DataError
+
+if TYPE_CHECKING:
+    from infra.tune_mirror import SweepSender
+    from infra.tune_sweep import Sweep
+
+INTERVAL_S = 5.0
+PATIENCE_S = 120.0
+"""Longest wait at the end for a store that answers."""
+PATIENCE_DOWN_S = 5.0
+"""Longest wait at the end for a store that did not answer the last time."""
+
+
+class SweepTracker:
+    """Mirrors a sweep while a `with` block runs it, and once more at its end, which is the sweep's."""
+
+    def __init__(self, sweep: Sweep, tracking: TrackingSettings, *, interval_s: float = INTERVAL_S) -> None:
+        self.sweep, self.tracking, self.interval_s = sweep, tracking, interval_s
+        self.root = sweep.folder.root
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._said = self._failing = self._closed = False
+
+    def __enter__(self) -> SweepTracker:
+        write_status(self.root, "RUNNING")
+        if self.tracking.enabled:
+            self._thread = threading.Thread(target=self._work, name="mlflow-sweep", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._closed:
+            self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Note how the sweep ended and mirror a last time, for a bounded while."""
+        self._closed = True
+        write_status(self.root, status)
+        if self._thread is None:
+            return
+        self._ending.set()
+        self._thread.join(PATIENCE_DOWN_S if self._failing else PATIENCE_S)
+        if self._thread.is_alive():
+            self._say(TrackingError("MLflow is slow: not all of the sweep is there yet"))
+
+    def with_runs(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Trials with the runs that MLflow has of them."""
+        content = read_json(self.root / CURSOR) or {}
+        known = content.get("stores", {}).get(content.get("uri"), {}).get("trials", {})
+        runs = {int(number): entry["run_id"] for number, entry in known.items()}
+        return [trial.model_copy(update={"run_id": runs.get(trial.number, trial.run_id)}) for trial in trials]
+
+    def _work(self) -> None:
+        sender: SweepSender | None = None
+        last = False
+        while not last:
+            try:
+                # Opening the store takes seconds, and much more where it is away: here, not in the sweep's thread.
+                sender = sender or self._sender()
+                last = self._ending.is_set()
+                ended, running = list(self.sweep.ended.values()), list(self.sweep.running)
+                sender.send_sweep(ended, running, artifacts=last)
+                self._failing = False
+            except Exception as error:  # whatever MLflow raises must not end the mirror of a sweep that goes on
+                self._failing, sender = True, None
+                self._say(error)
+                last = self._ending.is_set()
+            if not last:
+                self._ending.wait(self.interval_s)
+
+    def _sender(self) -> SweepSender:
+        from infra.tune_mirror import SweepSender
+
+        return SweepSender(self.sweep.folder, connect(self.tracking), self.tracking.experiment)
+
+    def _say(self, error: Exception) -> None:
+        """Say once what is wrong; it is tried again all the same."""
+        if self._said:
+            return
+        self._said = True
+        known = isinstance(error, TrackingError | DataError)
+        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
+        line = " ".join(f"{what}; the sweep goes on. Send it later: metagmvae track {self.root}".split())
+        print(line, file=sys.stderr, flush=True)

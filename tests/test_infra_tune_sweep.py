@@ -1,0 +1,260 @@
+"""The course of a sweep, without Ray: refusals, ends of every kind, resumes, what is best."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.load import SettingsError, load_settings
+from configs.space import load_space
+from evaluation.trials import read_trials
+from infra.run_lock import hold
+from infra.surroundings import CHECKPOINT, METRICS
+from infra.tune_folder import REASON, Plan, SweepFolder
+from infra.tune_sweep import BEST, OUT_OF_TIME, Sweep
+from pipelines.dataset import Dataset
+from pipelines.records import DataError
+from pipelines.shards import write_dataset
+from pipelines.sources import open_source
+
+SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntrain.em_iterations = {choice=[1, 2]}"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(8, 6, 3), drawings=20), folder)
+    return Dataset.open(folder)
+
+
+@pytest.fixture
+def plan(dataset, tmp_path):
+    (tmp_path / "mine.toml").write_text(SPACE)
+    pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
+    base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
+    return Plan("mine", base, load_space(tmp_path / "mine.toml"), "random", "none", 0, "5w1s")
+
+
+def open_sweep(plan, dataset, root, trials=6, *, resume=False, **more):
+    folder = SweepFolder(root)
+    folder.make(resume)
+    folder.keep(plan, dataset)
+    return Sweep(plan, folder, dataset, trials, **more)
+
+
+def train(sweep, number, accuracies):
+    """What a trial leaves: lines at every tenth step, and a checkpoint."""
+    folder = sweep.folder.folder(number)
+    with open(folder / METRICS, "a") as file:
+        for index, accuracy in enumerate(accuracies):
+            score = {"validation/5w1s": accuracy, "validation/5w1s_ci95": 0.01}
+            line = {"stage": "meta", "step": 10 * (index + 1), "elapsed_s": index + 1.0, "checkpoint": 1}
+            file.write(json.dumps(line | score) + "\n")
+    (folder / CHECKPOINT).write_bytes(b"state")
+
+
+def test_impossible_ones_are_refused_without_a_slot_and_the_table_says_why(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    numbers = []
+    while (number := sweep.next()) is not None:
+        numbers.append(number)
+        train(sweep, number, [0.3, 0.4])
+        assert sweep.has_ended(number).status == "finished"
+    assert len(numbers) == 6
+    trials = read_trials(tmp_path / "sweep" / "trials.jsonl")
+    refused = [trial for trial in trials if trial.status == "refused"]
+    assert refused
+    for trial in refused:
+        assert trial.settings["train.components"] > trial.settings["train.set_size"]
+        assert "exceeds set_size" in trial.reason
+        assert not sweep.folder.folder(trial.number).exists()
+    finished = [trial for trial in trials if trial.status == "finished"]
+    assert {trial.number for trial in finished} == set(numbers)
+    assert len({json.dumps(trial.settings) for trial in trials}) == len(trials)
+
+
+def test_each_way_that_a_trial_ends(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    numbers = [sweep.next() for _ in range(5)]
+    whole, stopped, failed, lost, late = numbers
+    train(sweep, whole, [0.3, 0.5])
+    train(sweep, stopped, [0.2])
+    (sweep.folder.folder(failed) / REASON).write_text("meta step 3: loss nan\n")
+    train(sweep, lost, [0.2])
+    train(sweep, late, [0.2])
+    sweep.late.add(late)
+    ends = [sweep.has_ended(number) for number in (whole, stopped, failed)]
+    ends += [sweep.has_ended(lost, 2, "OutOfMemoryError"), sweep.has_ended(late)]
+    assert [(trial.status, trial.reason) for trial in ends] == [
+        ("finished", ""),
+        ("stopped", ""),
+        ("failed", "meta step 3: loss nan"),
+        ("failed", "its process was lost 2 times: OutOfMemoryError"),
+        ("stopped", OUT_OF_TIME),
+    ]
+    assert [point.accuracy for point in ends[0].curve] == [0.3, 0.5]
+    assert read_trials(tmp_path / "sweep" / "trials.jsonl")[-5:] == ends
+
+
+def test_only_the_best_trial_keeps_its_checkpoint(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    for accuracy in (0.3, 0.6, 0.4, 0.7):
+        number = sweep.next()
+        train(sweep, number, [0.2, accuracy])
+        sweep.has_ended(number)
+    kept = [path.parent.name for path in (tmp_path / "sweep").rglob(CHECKPOINT)]
+    assert kept == [f"{number:05d}"]
+    best = sweep.write_best()
+    assert best.number == number
+    settings = load_settings(tmp_path / "sweep" / BEST)
+    assert plan.space.chosen(settings) == best.settings
+    assert settings.train.steps == 20
+    assert settings.name == "mine-best"
+    assert "70.00 ± 1.00%" in (tmp_path / "sweep" / BEST).read_text()
+
+
+def test_a_stopped_trial_is_never_better_than_one_that_was_trained_to_the_end(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    first, second = sweep.next(), sweep.next()
+    train(sweep, first, [0.9])
+    sweep.has_ended(first)
+    assert sweep.write_best().number == first
+    train(sweep, second, [0.3, 0.4])
+    sweep.has_ended(second)
+    assert sweep.write_best().number == second
+
+
+def test_a_resumed_sweep_goes_on_where_it_was(plan, dataset, tmp_path):
+    root = tmp_path / "sweep"
+    undisturbed = open_sweep(plan, dataset, tmp_path / "whole")
+    expected = [undisturbed.next() for _ in range(6)]
+    sweep = open_sweep(plan, dataset, root)
+    first, second, third, fourth = (sweep.next() for _ in range(4))
+    train(sweep, first, [0.3, 0.5])
+    sweep.has_ended(first)
+    train(sweep, second, [0.3, 0.4])  # came to its end in the moment of the kill
+    train(sweep, third, [0.3])
+    with open(root / "trials.jsonl", "a") as file:
+        file.write('{"number": 99, "sett')  # the machine crashed in the middle of a line
+    again = open_sweep(plan, dataset, root, resume=True)
+    assert {number: trial.status for number, trial in again.ended.items() if trial.status != "refused"} == {
+        first: "finished",
+        second: "finished",
+    }
+    assert [again.next(), again.next()] == [third, fourth]
+    assert [first, second, third, fourth, again.next(), again.next()] == expected
+    assert again.next() is None
+    for number in expected:
+        assert again.folder.settings(number).train == undisturbed.folder.settings(number).train
+
+
+def test_more_trials_may_be_asked_for_at_a_resume(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep", 1)
+    number = sweep.next()
+    train(sweep, number, [0.3, 0.5])
+    sweep.has_ended(number)
+    assert sweep.next() is None
+    again = open_sweep(plan, dataset, tmp_path / "sweep", 2, resume=True)
+    assert again.next() > number
+    assert again.next() is None
+
+
+def test_the_hours_cut_trials_off_and_a_resume_goes_on_with_them(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    first = sweep.next()
+    train(sweep, first, [0.3])
+    sweep.late.add(first)
+    sweep.has_ended(first)
+    assert (sweep.folder.folder(first) / CHECKPOINT).exists()
+    assert open_sweep(plan, dataset, tmp_path / "sweep", resume=True, hours=1e-12).next() is None
+    again = open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
+    assert again.next() == first
+    train(again, first, [0.3, 0.6])
+    again.has_ended(first)
+    (trial,) = [trial for trial in read_trials(tmp_path / "sweep" / "trials.jsonl") if trial.number == first]
+    assert trial.status == "finished"
+
+
+def test_a_small_space_ends_when_all_of_it_was_tried(plan, dataset, tmp_path):
+    (tmp_path / "two.toml").write_text("train.em_iterations = {choice=[1, 2]}")
+    small = Plan("two", plan.base, load_space(tmp_path / "two.toml"), "random", "none", 0, "5w1s")
+    sweep = open_sweep(small, dataset, tmp_path / "sweep", 50)
+    assert [sweep.next() is None for _ in range(3)] == [False, False, True]
+
+
+def test_a_space_in_which_nothing_is_possible(plan, dataset, tmp_path):
+    (tmp_path / "none.toml").write_text("train.components = {range=[201, 2000]}")
+    nothing = Plan("none", plan.base, load_space(tmp_path / "none.toml"), "random", "none", 0, "5w1s")
+    with pytest.raises(SettingsError, match="none is possible; the last one: train: components K"):
+        open_sweep(nothing, dataset, tmp_path / "sweep").next()
+
+
+def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
+    root = tmp_path / "sweep"
+    open_sweep(plan, dataset, root)
+    with pytest.raises(DataError, match="not empty; go on with --resume"):
+        open_sweep(plan, dataset, root)
+    base = load_settings("omniglot-5way", ["train.steps=30", "validation.every=10", f"data.uri={dataset.uri}"])
+    other = Plan("mine", base, plan.space, "tpe", "none", 1, "5w5s")
+    with pytest.raises(SettingsError) as error:
+        open_sweep(other, dataset, root, resume=True)
+    for part in ("search: 'tpe', 'random'", "seed: 1, 0", "task: '5w5s', '5w1s'", "train.steps: 30, 20"):
+        assert part in str(error.value)
+    (tmp_path / "space.toml").write_text("train.components = {range=[2, 5]}")
+    wider = Plan("mine", plan.base, load_space(tmp_path / "space.toml"), "random", "none", 0, "5w1s")
+    with pytest.raises(SettingsError, match=r'space train\.components: .*"high": 5.*, .*"high": 9'):
+        open_sweep(wider, dataset, root, resume=True)
+    open_sweep(Plan("mine", plan.base, plan.space, "random", "none", 0, "5w1s"), dataset, root, resume=True)
+
+
+@pytest.mark.parametrize("what", ["code", "torch", "data"])
+def test_changed_code_or_data_is_found_out(plan, dataset, tmp_path, what):
+    root = tmp_path / "sweep"
+    open_sweep(plan, dataset, root)
+    kept = json.loads((root / "sweep.json").read_text())
+    if what == "data":
+        kept["data_fingerprint"] = "0" * 64
+    else:
+        kept["code"]["torch" if what == "torch" else "training/objective.py"] = "1.0"
+    (root / "sweep.json").write_text(json.dumps(kept))
+    reasons = {"code": r"code: training/objective\.py", "torch": r"code: torch: .*, 1\.0", "data": "holds other data"}
+    with pytest.raises(SettingsError, match=reasons[what]):
+        open_sweep(plan, dataset, root, resume=True)
+
+
+def test_a_folder_of_something_else(plan, dataset, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(DataError, match="mine: not"):
+            open_sweep(plan, dataset, tmp_path / "mine", resume=resume)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be made"):
+        open_sweep(plan, dataset, tmp_path / "file" / "sweep")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from infra.run_lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_sweeps_in_one_folder(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    root = str(Path(__file__).parents[1])
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, text=True, **pipes)
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(DataError, match=r"another process trains there.*--out DIR"),
+        hold(tmp_path, setting="--out DIR"),
+    ):
+        pass
+    other.kill()
+    with hold(tmp_path, patience_s=60):
+        other.communicate()

@@ -1,0 +1,170 @@
+"""A trial is the training of `train`, and trials share the rows of a node."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from configs.load import load_settings, to_json
+from infra import tune_trial
+from infra.surroundings import METRICS, LocalSurroundings, read_lines
+from infra.tune_folder import REASON
+from infra.tune_trial import one_line, run_trial, shared_dataset
+from infra.wiring import SETTINGS, train_here
+from pipelines.dataset import Dataset
+from pipelines.shards import write_dataset
+from pipelines.sources import open_source
+from training.checkpoint import load_state
+
+SMALL = {
+    "model.channels": 8,
+    "model.width": 32,
+    "model.latent": 8,
+    "train.steps": 6,
+    "train.set_size": 20,
+    "train.samples": 4,
+    "train.checkpoint_every": 2,
+    "train.log_every": 2,
+    "train.precision": "float32",
+    "validation.every": 3,
+    "validation.episodes": 5,
+    "adapt.samples": 4,
+    "tracking.enabled": "false",
+    "run.figures": "false",
+    "run.threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(200, 6, 3), drawings=20), folder)
+    return folder
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the trial reports, without a Ray to report to."""
+    reports = []
+    monkeypatch.setattr(tune_trial.tune, "report", reports.append)
+    return reports
+
+
+def new_trial(data, folder, **more):
+    folder.mkdir(parents=True)
+    pairs = SMALL | {"data.uri": data, "run.out": folder} | more
+    settings = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
+    (folder / SETTINGS).write_text(to_json(settings))
+    return {"number": 0, "folder": str(folder), "data": str(data), "task": "5w1s"}, settings
+
+
+def assert_same_lines(ours, theirs):
+    clocks = {"elapsed_s", "images_per_s", "waiting_share"}
+    for line, other in zip(read_lines(ours / METRICS), read_lines(theirs / METRICS), strict=True):
+        assert {k: v for k, v in line.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
+
+
+def test_a_trial_is_bit_for_bit_the_training_of_train(data, tmp_path, told):
+    config, settings = new_trial(data, tmp_path / "trial")
+    run_trial(config)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    train_here(settings, Dataset.open(data), LocalSurroundings(alone, torch.device("cpu"), resume=False), "meta-gmvae")
+    assert_same_lines(tmp_path / "trial", alone)
+    ours, theirs = (load_state(folder / "checkpoint.pt") for folder in (tmp_path / "trial", alone))
+    for key, value in theirs["model"].items():
+        assert torch.equal(ours["model"][key], value), key
+    lines = [line for line in read_lines(alone / METRICS) if "validation/5w1s" in line]
+    assert [report["step"] for report in told] == [3, 6]
+    assert [report["accuracy"] for report in told] == [line["validation/5w1s"] for line in lines]
+    assert all(report["ci95"] > 0 for report in told)
+    assert not (tmp_path / "trial" / REASON).exists()
+
+
+def test_a_trial_that_was_cut_off_goes_on_and_tells_again_what_it_had_reached(data, tmp_path, told, monkeypatch):
+    class Cut(BaseException):
+        """As the process ends."""
+
+    def cut(report):
+        told.append(report)
+        raise Cut
+
+    config, _ = new_trial(data, tmp_path / "trial")
+    whole, _ = new_trial(data, tmp_path / "whole")
+    run_trial(whole)
+    reports = told.copy()
+    told.clear()
+    monkeypatch.setattr(tune_trial.tune, "report", cut)
+    with pytest.raises(Cut):
+        run_trial(config)
+    assert load_state(tmp_path / "trial" / "checkpoint.pt")["step"] == 2
+    monkeypatch.setattr(tune_trial.tune, "report", told.append)
+    run_trial(config)
+    assert_same_lines(tmp_path / "trial", tmp_path / "whole")
+    assert [r["accuracy"] for r in told] == [r["accuracy"] for r in (reports[0], *reports)]
+    told.clear()
+    run_trial(config)  # killed between its end and its line in the table: nothing is trained again
+    assert [r["accuracy"] for r in told] == [r["accuracy"] for r in reports]
+    assert_same_lines(tmp_path / "trial", tmp_path / "whole")
+
+
+def test_what_ends_a_training_is_kept_as_one_line(data, tmp_path, told):
+    config, _ = new_trial(data, tmp_path / "diverges", **{"train.learning_rate": 1e30})
+    run_trial(config)
+    reason = (tmp_path / "diverges" / REASON).read_text()
+    assert reason.count("\n") == 1
+    assert "the update was refused" in reason
+    assert one_line(MemoryError("cannot allocate\n 8 GiB")) == "MemoryError: cannot allocate 8 GiB"
+    config, _ = new_trial(data, tmp_path / "unknown", **{"model.encoder": "resnet999"})
+    run_trial(config)
+    assert "resnet999" in (tmp_path / "unknown" / REASON).read_text()
+
+
+def test_a_node_that_does_not_see_the_folder(data, tmp_path):
+    with pytest.raises(ValueError, match="this node does not see it; give --out a folder that all nodes share"):
+        run_trial({"folder": str(tmp_path / "elsewhere"), "data": str(data), "task": "5w1s"})
+
+
+def test_rows_are_opened_once_a_process_whatever_reader_is_asked_for(data):
+    dataset = shared_dataset(str(data))
+    assert shared_dataset(str(data)) is dataset
+    rows = dataset.rows("train", "memory")
+    assert dataset.images("train", "auto") is rows
+    numbers = np.arange(0, len(rows), 7)
+    assert np.array_equal(rows[numbers], Dataset.open(data).rows("train", "memory")[numbers])
+    assert np.array_equal(dataset.labels("train"), Dataset.open(data).labels("train"))
+
+
+READ = """
+import sys
+import numpy as np
+from infra.tune_trial import shared_dataset
+rows = shared_dataset(sys.argv[1]).rows("train", "memory")
+total = sum(int(rows[np.arange(first, min(first + 256, len(rows)))].sum()) for first in range(0, len(rows), 256))
+print(total, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_trials_of_a_node_hold_the_shards_in_memory_once(data):
+    """Of two processes that read all rows, no page of a shard belongs to one alone."""
+    root = str(Path(__file__).parents[1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    trials = [subprocess.Popen([sys.executable, "-c", READ, str(data)], cwd=root, text=True, **pipes) for _ in range(2)]
+    try:
+        expected = int(Dataset.open(data).rows("train", "memory").sum(dtype=np.int64))
+        assert [int(trial.stdout.readline()) for trial in trials] == [expected] * 2
+        size = sum(shard.stat().st_size for shard in (data / "train").glob("*.tar"))
+        for trial in trials:
+            maps = [m for m in psutil.Process(trial.pid).memory_maps() if "/train/shard-" in m.path]
+            assert sum(m.rss for m in maps) > 0.9 * size  # all of it was read, and is seen by this process
+            assert sum(m.private_dirty for m in maps) == 0  # no copy
+            assert sum(m.pss for m in maps) < 0.6 * sum(m.rss for m in maps)  # counted by halves: both have it
+    finally:
+        for trial in trials:
+            trial.kill()
+            trial.communicate()
