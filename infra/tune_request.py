@@ -71,8 +71,11 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def finish(sweep: Sweep, tracker: SweepTracker) -> dict[str, Any]:
-    """The end of a sweep: best settings, what MLflow calls the trials, the answer."""
+    """The end of a sweep: best settings, what it says, what MLflow calls the trials, the answer."""
+    from evaluation.sweep_report import REPORT, write_report
+
     best = sweep.write_best()
+    write_report(sweep.folder.root)
     tracker.close()
     sweep.folder.rewrite(tracker.with_runs(list(sweep.ended.values())))
     counts = Counter(trial.status for trial in sweep.ended.values())
@@ -80,7 +83,9 @@ def finish(sweep: Sweep, tracker: SweepTracker) -> dict[str, Any]:
     if best is None or best.last is None:
         return answer | {"best": None, "why": _last_reason(sweep)}
     found = {"number": best.number, "accuracy": best.last.accuracy, "ci95": best.last.ci95, "task": sweep.plan.task}
-    return answer | {"best": found, "settings": best.settings, "train": f"metagmvae train {sweep.folder.root / BEST}"}
+    root = sweep.folder.root
+    next_ = {"train": f"metagmvae train {root / BEST}", "report": str(root / REPORT)}
+    return answer | {"best": found, "settings": best.settings} | next_
 
 
 def _last_reason(sweep: Sweep) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from configs.load import SettingsError, to_toml
 from configs.schema import Settings, TrackingSettings
 from configs.space import with_values
+from evaluation.sweep_judging import best_trial
 from evaluation.trials import Status, Trial
 from infra.surroundings import CHECKPOINT
 from infra.tune_folder import REASON, Plan, SweepFolder
@@ -57,7 +57,7 @@ class Sweep:
         self._restore()
         self.taken = sum(trial.status != "refused" for trial in self.ended.values()) + len(self.waiting)
         """Trials that have or had a slot."""
-        self._best = best_of(self.ended.values())
+        self._best = best_trial(self.ended.values())
         chosen = {number: plan.space.chosen(folder.settings(number)) for number in self.waiting}
         self._seen = {key_of(dict(trial.settings)) for trial in self.ended.values()} | set(map(key_of, chosen.values()))
         search: Search = plan.search  # type: ignore[assignment]
@@ -203,14 +203,14 @@ class Sweep:
 
     def _keep_checkpoint(self, trial: Trial) -> None:
         """Only the best trial keeps its checkpoint, and one that is to go on; a thousand of them fill a disk."""
-        before, self._best = self._best, best_of([trial, *([self._best] if self._best else [])])
+        before, self._best = self._best, best_trial([trial, *([self._best] if self._best else [])])
         for old in (trial, before):
             if old is not None and old is not self._best and old.reason != OUT_OF_TIME and not self.keep_all:
                 (self.folder.folder(old.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def write_best(self) -> Trial | None:
         """Write the best settings as a TOML file that `metagmvae train` takes; None where no trial was judged."""
-        best = best_of(self.ended.values())
+        best = best_trial(self.ended.values())
         if best is None or best.last is None:
             return None
         base = self.plan.base
@@ -224,10 +224,3 @@ class Sweep:
         with atomic_file(self.folder.root / BEST) as file:
             file.write((head + to_toml(settings)).encode())
         return best
-
-
-def best_of(trials: Iterable[Trial]) -> Trial | None:
-    """The highest validation accuracy among trials that were trained to the end, else among all that were judged."""
-    judged = [trial for trial in trials if trial.last is not None]
-    whole = [trial for trial in judged if trial.status == "finished"] or judged
-    return max(whole, key=lambda trial: trial.last.accuracy if trial.last else 0.0, default=None)
