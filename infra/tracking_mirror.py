@@ -24,7 +24,7 @@ from pipelines.records import DataError
 T = TypeVar("T")
 RUN_KEY = "metagmvae.run_key"
 METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100  # MLflow's limits
-ARTIFACTS = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt"}
+ARTIFACTS = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt", ".md"}
 ARTIFACT_FOLDERS = ("figures", "results")
 
 
