@@ -207,7 +207,7 @@ def test_a_run_folder_is_registered_once_and_without_an_alias(store, ask, data, 
     assert not resolve_model("models:/glyphs@champion").model.training
 
 
-def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask):
+def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
     ask("models:/glyphs/2")
     ask("models:/glyphs/3", "--allow-equal")
     would = ask("models:/glyphs", "--rollback", "--dry-run")
@@ -225,6 +225,8 @@ def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask):
         ("rolled back", "1", "2", 2),
     ]
     assert "promotion.rolled_back" in store.client.get_model_version("glyphs", "3").tags
+    assert main(["models", "glyphs"]) == 0
+    assert "promoted, rolled back over 2: 5w1s +0.00 ± 0.00" in capsys.readouterr().out
     ask("models:/glyphs/2")
     store.client.delete_model_version("glyphs", "1")
     assert "models:/glyphs/1: no such version" in ask("models:/glyphs", "--rollback", code=2)["error"]
