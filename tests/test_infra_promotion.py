@@ -360,7 +360,7 @@ def test_of_three_processes_that_promote_at_once_one_wins(store, data, tmp_path)
 
 @pytest.mark.timeout(900)  # several processes import all of it
 def test_of_two_processes_that_promote_at_once_through_a_server_one_wins(data, tmp_path):
-    with mlflow_template.running_server(tmp_path / "server", workers=2) as uri:
+    with mlflow_template.running_server(tmp_path / "server") as uri:
         tracking = TrackingSettings(uri=uri)
         run = new_run(tmp_path / "run", data)
         for _ in range(3):
