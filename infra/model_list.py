@@ -74,7 +74,7 @@ def short(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for a table that people read."""
     results = [f"{key} {_percent(value)}" for key, value in row["results"].items()]
     promotion = row["promotion"]
-    decided = promotion.get("decision", "")
+    decided = promotion.get("decision", "") + (", rolled back" if "rolled_back" in promotion else "")
     over = promotion.get("champion", "").rpartition("/")[2]
     tasks = [f"{task} {_difference(promotion[task])}" for task in promotion.get("tasks", []) if task in promotion]
     data = dict.fromkeys(f"{entry['uri']} {entry['state']}" for entry in row["data"])

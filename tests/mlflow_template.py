@@ -74,7 +74,7 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = (), seed: int = 0) -> 
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, workers: int = 1) -> Iterator[str]:
+def running_server(folder: Path) -> Iterator[str]:
     """A real `mlflow server` on loopback over a fresh store in `folder`; yields its URI."""
     new_store(folder)
     with socket.socket() as probe:
@@ -86,7 +86,8 @@ def running_server(folder: Path, workers: int = 1) -> Iterator[str]:
         "--artifacts-destination",
         str(folder / "artifacts"),
     ]
-    command = [sys.executable, "-m", "mlflow", "server", *place, "--port", str(port), "--workers", str(workers)]
+    # Of several workers uvicorn kills those that do not answer within 5 s, as they may not on a busy machine.
+    command = [sys.executable, "-m", "mlflow", "server", *place, "--port", str(port), "--workers", "1"]
     # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
     search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": search, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

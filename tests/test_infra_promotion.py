@@ -207,7 +207,7 @@ def test_a_run_folder_is_registered_once_and_without_an_alias(store, ask, data, 
     assert not resolve_model("models:/glyphs@champion").model.training
 
 
-def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask):
+def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
     ask("models:/glyphs/2")
     ask("models:/glyphs/3", "--allow-equal")
     would = ask("models:/glyphs", "--rollback", "--dry-run")
@@ -225,6 +225,8 @@ def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask):
         ("rolled back", "1", "2", 2),
     ]
     assert "promotion.rolled_back" in store.client.get_model_version("glyphs", "3").tags
+    assert main(["models", "glyphs"]) == 0
+    assert "promoted, rolled back over 2: 5w1s +0.00 ± 0.00" in capsys.readouterr().out
     ask("models:/glyphs/2")
     store.client.delete_model_version("glyphs", "1")
     assert "models:/glyphs/1: no such version" in ask("models:/glyphs", "--rollback", code=2)["error"]
@@ -358,7 +360,7 @@ def test_of_three_processes_that_promote_at_once_one_wins(store, data, tmp_path)
 
 @pytest.mark.timeout(900)  # several processes import all of it
 def test_of_two_processes_that_promote_at_once_through_a_server_one_wins(data, tmp_path):
-    with mlflow_template.running_server(tmp_path / "server", workers=2) as uri:
+    with mlflow_template.running_server(tmp_path / "server") as uri:
         tracking = TrackingSettings(uri=uri)
         run = new_run(tmp_path / "run", data)
         for _ in range(3):
