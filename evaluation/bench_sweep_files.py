@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.sweep_report import write_report
-from evaluation.sweep_simulation import SPACE, Simulated, simulate, write_simulated
+from evaluation.sweep_simulation import SPACE, Simulated, write_simulated
 from evaluation.trials import TRIALS, Trial, lines_of, read_trials
 
 ASKED = 10
@@ -120,8 +120,3 @@ def _suggest(study: Any) -> float:
         study.ask(distributions)
         seconds.append(time.process_time() - since)
     return float(np.median(seconds))
-
-
-def simulated_trials(count: int) -> list[Trial]:
-    """Trials to write into a store."""
-    return simulate(Simulated(trials=count, asha=False))

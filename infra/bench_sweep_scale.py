@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from configs.schema import Settings, TrackingSettings
+from evaluation.sweep_simulation import Simulated, simulate
 from evaluation.trials import Trial
 from infra.mlflow_store import Store, connect, experiment_id, one_line, shown
 from infra.tracking_lines import parameters
@@ -24,12 +25,11 @@ from pipelines.records import DataError
 
 NODES, AT_ONCE_PER_NODE, TRIAL_S, CHECKPOINTS = 100, 8, 300.0, 9
 """The cluster on paper: nodes, trials at once on each (one a GPU), seconds and checkpoints of a trial."""
-WRITERS = 4
 PARENT = "mlflow.parentRunId"
 PAGE = 1000
 
 
-def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -> dict[str, Any]:
+def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str], writers: int) -> dict[str, Any]:
     """Measure all parts.
 
     Args:
@@ -37,6 +37,7 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
         runs: trials that are written into each MLflow store.
         stores: URIs of MLflow stores beside a new SQLite file: a server's, or a database's. Who writes is not part of
             them (PGUSER and PGPASSWORD, or a password file, say that of PostgreSQL).
+        writers: processes that write at the same time, as nodes would; 0 leaves that out.
 
     Raises:
         DataError: a URI holds a name or a password.
@@ -54,7 +55,7 @@ def bench_sweep_scale(counts: Sequence[int], runs: int, stores: Sequence[str]) -
             store = connect(one)
             with one_line(store.uri):
                 store.client.search_experiments(max_results=1)
-        mlflow = [bench_store(one, runs) for one in tracking]
+        mlflow = [bench_store(one, runs, writers) for one in tracking]
     files = bench_files(counts)
     needed = NODES * AT_ONCE_PER_NODE / TRIAL_S
     return {
@@ -79,7 +80,8 @@ def limits(files: dict[str, Any], mlflow: Sequence[dict[str, Any]], needed: floa
     for row in mlflow:
         bears[f"MLflow, value by value: {row['store']}"] = row["value_by_value_per_s"]
         bears[f"MLflow, in batches: {row['store']}"] = row["batched_per_s"]
-        bears[f"MLflow, in batches, {WRITERS} processes: {row['store']}"] = row["together_per_s"]
+        if row["writers"]:
+            bears[f"MLflow, in batches, {row['writers']} processes: {row['store']}"] = row["together_per_s"]
     rows = [{"part": part, "trials_per_s": rate, "times_needed": rate / needed} for part, rate in bears.items()]
     return sorted(rows, key=lambda row: float(row["trials_per_s"]))
 
@@ -100,22 +102,20 @@ def checkpoint_traffic() -> dict[str, Any]:
     }
 
 
-def bench_store(tracking: TrackingSettings, runs: int) -> dict[str, Any]:
+def bench_store(tracking: TrackingSettings, runs: int, writers: int) -> dict[str, Any]:
     """Write simulated trials into a store as children of a parent, in three manners, and list them.
 
     Everything is written into an experiment of its own, which is deleted at the end.
     """
-    from evaluation.bench_sweep_files import simulated_trials
-
     store = connect(tracking)
-    trials, few = simulated_trials(runs), simulated_trials(max(2, runs // 20))
+    trials, few = _simulated(runs), _simulated(max(2, runs // 20))
     with _experiment(store) as experiment, one_line(store.uri):
         parent = store.client.create_run(experiment).info.run_id
         busy = time.process_time()
         seconds = [_timed(_batched, store, experiment, parent, trial) for trial in trials]
         busy = time.process_time() - busy
         singly = [_timed(_value_by_value, store, experiment, parent, trial) for trial in few]
-        together = _together(tracking, experiment, parent, runs)
+        together = {"together_per_s": _together(tracking, experiment, parent, runs, writers)} if writers else {}
         since = time.perf_counter()
         found = _children(store, experiment, parent)
         listing = time.perf_counter() - since
@@ -128,9 +128,15 @@ def bench_store(tracking: TrackingSettings, runs: int) -> dict[str, Any]:
         "client_cpu_ms": 1000 * busy / runs,
         "second_half_over_first": sum(seconds[half:]) / sum(seconds[: 2 * half - half]),
         "value_by_value_per_s": len(few) / sum(singly),
-        "together_per_s": together,
+        "writers": writers,
+        **together,
         "list_s_per_1000": 1000 * listing / found,
     }
+
+
+def _simulated(count: int) -> list[Trial]:
+    """Trials to write, all trained to the end."""
+    return simulate(Simulated(trials=count, asha=False))
 
 
 def _kind(uri: str) -> str:
@@ -194,23 +200,24 @@ def _value_by_value(store: Store, experiment: str, parent: str, trial: Trial) ->
     store.client.set_terminated(run_id)
 
 
-def _together(tracking: TrackingSettings, experiment: str, parent: str, runs: int) -> float:
-    """Trials a second of several processes that write at the same time, as nodes would."""
-    with ProcessPoolExecutor(WRITERS, get_context("spawn")) as pool:
-        list(
-            pool.map(_write_some, *zip(*[(tracking, experiment, parent, 2)] * WRITERS, strict=True))
-        )  # imports, untimed
-        each = max(1, runs // WRITERS)
+def _together(tracking: TrackingSettings, experiment: str, parent: str, runs: int, writers: int) -> float:
+    """Trials a second of several processes that write at the same time."""
+    with ProcessPoolExecutor(writers, get_context("spawn")) as pool:
+
+        def write(count: int) -> None:
+            same = [(tracking, experiment, parent, count)] * writers
+            list(pool.map(_write_some, *zip(*same, strict=True)))
+
+        write(2)  # imports, untimed
+        each = max(1, runs // writers)
         since = time.perf_counter()
-        list(pool.map(_write_some, *zip(*[(tracking, experiment, parent, each)] * WRITERS, strict=True)))
-        return WRITERS * each / (time.perf_counter() - since)
+        write(each)
+        return writers * each / (time.perf_counter() - since)
 
 
 def _write_some(tracking: TrackingSettings, experiment: str, parent: str, count: int) -> None:
-    from evaluation.bench_sweep_files import simulated_trials
-
     store = connect(tracking)
-    for trial in simulated_trials(count):
+    for trial in _simulated(count):
         _batched(store, experiment, parent, trial)
 
 

@@ -36,7 +36,7 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         from infra.bench_sweep_scale import bench_sweep_scale
 
         counts = [count for count in (100, 1000, 10_000) if count < request.trials]
-        return bench_sweep_scale([*counts, request.trials], request.runs, request.stores)
+        return bench_sweep_scale([*counts, request.trials], request.runs, request.stores, request.writers)
     return _on_data(request)
 
 

@@ -12,10 +12,9 @@ from infra.cli import main
 from infra.mlflow_store import connect
 
 
-def test_a_store_gets_the_same_trials_in_each_manner_and_is_tidied_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_sweep_scale, "WRITERS", 1)
+def test_a_store_gets_the_same_trials_in_each_manner_and_is_tidied_up(tmp_path):
     tracking = mlflow_template.new_store(tmp_path / "store")
-    row = bench_store(tracking, 4)
+    row = bench_store(tracking, 4, 1)
     assert (row["store"], row["trials"], row["points_a_trial"]) == ("SQLite", 4, 36)
     assert all(row[key] > 0 for key in ("batched_per_s", "value_by_value_per_s", "together_per_s", "list_s_per_1000"))
     client = connect(tracking).client
@@ -33,7 +32,7 @@ def test_a_store_gets_the_same_trials_in_each_manner_and_is_tidied_up(tmp_path, 
 
 def test_what_gives_out_first_comes_first():
     files = {"trials": 1000, "suggest_cpu_ms": 50.0, "append_ms": 1.0}
-    store = {"store": "SQLite", "value_by_value_per_s": 2.0, "batched_per_s": 10.0, "together_per_s": 4.0}
+    store = STORE | {"value_by_value_per_s": 2.0, "batched_per_s": 10.0, "together_per_s": 4.0}
     rows = limits(files, [store], needed=4.0)
     assert [row["trials_per_s"] for row in rows] == [2.0, 4.0, 10.0, 20.0, 1000.0]
     assert rows[0] == {"part": "MLflow, value by value: SQLite", "trials_per_s": 2.0, "times_needed": 0.5}
@@ -52,7 +51,7 @@ def test_checkpoints_are_those_of_the_papers_model_with_adam():
 
 def test_the_command_measures_files_and_refuses_stores_that_it_cannot_use(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importance, "SHUFFLES", 1)
-    monkeypatch.setattr(bench_sweep_scale, "bench_store", lambda tracking, runs: STORE)
+    monkeypatch.setattr(bench_sweep_scale, "bench_store", lambda tracking, runs, writers: STORE)
     record = tmp_path / "bench.json"
     request = ["bench", "sweep-scale", "--trials", "130", "--runs", "2", "--record", str(record), "--json"]
     assert main(request) == 0
@@ -71,5 +70,5 @@ def test_the_command_measures_files_and_refuses_stores_that_it_cannot_use(tmp_pa
     assert "--trials is 0; give 1 or more" in capsys.readouterr().err
 
 
-STORE = {"store": "SQLite", "value_by_value_per_s": 1.0, "batched_per_s": 3.0, "together_per_s": 2.0}
+STORE = {"store": "SQLite", "writers": 4, "value_by_value_per_s": 1.0, "batched_per_s": 3.0, "together_per_s": 2.0}
 """Of a store that another test measures."""
