@@ -27,6 +27,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
     parser.add_argument("--trials", type=int, default=10_000, help="sweep-scale: simulated trials in files (10,000)")
     parser.add_argument("--runs", type=int, default=200, help="sweep-scale: trials written into each store (200)")
+    parser.add_argument("--writers", type=int, default=4, help="sweep-scale: processes that write at once; 0: none (4)")
     parser.add_argument(
         "--stores", nargs="*", default=[], metavar="URI", help="sweep-scale: MLflow stores beside SQLite"
     )
