@@ -21,6 +21,10 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         from evaluation.bench_step import bench_step
 
         return bench_step(request.repeats, torch.get_num_threads())
+    if request.name == "tune":
+        from infra.bench_sweep import bench_sweep
+
+        return bench_sweep(request.trials)
     if request.name == "features":
         from evaluation.bench_features import bench_features
 

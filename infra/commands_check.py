@@ -14,7 +14,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae bench step --record bench-step.json"
     what = "time a stage, beside the slow or usual form of it, in one run"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare"))
+    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare", "tune"))
     parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
     parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts (3)")
@@ -22,6 +22,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000, help="episodes: of the fast form (1000)")
     parser.add_argument("--literal-episodes", type=int, default=10, help="episodes: of the slow form (10)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="features: rows that are written (1,000,000)")
+    parser.add_argument("--trials", type=int, default=200, help="tune: of the sweep (200)")
     parser.add_argument("--source", help="prepare: folder or archive of raw images")
     parser.add_argument("--from", dest="kind", default="mini-imagenet", help="prepare: which source (mini-imagenet)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
@@ -45,7 +46,7 @@ def bench(arguments: Namespace) -> Answer:
     from pipelines.files import write_json
     from pipelines.records import DataError
 
-    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows"):
+    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials"):
         if getattr(arguments, option) < 1:
             raise DataError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; give 1 or more")
     if arguments.threads:
