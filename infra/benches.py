@@ -10,6 +10,9 @@ import torch
 from pipelines.dataset import Dataset
 from pipelines.records import DataError
 
+TUNE_TRIALS = 200
+SIMULATED_TRIALS = 10_000
+
 
 def run_bench(request: Namespace) -> dict[str, Any]:
     """Run `request.name`; see `metagmvae bench --help` for the rest of the request.
@@ -21,6 +24,10 @@ def run_bench(request: Namespace) -> dict[str, Any]:
         from evaluation.bench_step import bench_step
 
         return bench_step(request.repeats, torch.get_num_threads())
+    if request.name == "tune":
+        from infra.bench_sweep import bench_sweep
+
+        return bench_sweep(request.trials or TUNE_TRIALS)
     if request.name == "features":
         from evaluation.bench_features import bench_features
 
@@ -35,8 +42,9 @@ def run_bench(request: Namespace) -> dict[str, Any]:
     if request.name == "sweep-scale":
         from infra.bench_sweep_scale import bench_sweep_scale
 
-        counts = [count for count in (100, 1000, 10_000) if count < request.trials]
-        return bench_sweep_scale([*counts, request.trials], request.runs, request.stores, request.writers)
+        trials = request.trials or SIMULATED_TRIALS
+        counts = [count for count in (100, 1000, 10_000) if count < trials]
+        return bench_sweep_scale([*counts, trials], request.runs, request.stores, request.writers)
     return _on_data(request)
 
 

@@ -6,6 +6,8 @@ from argparse import Namespace
 
 from infra.command import Answer, BadNews, Parsers, add_command
 
+BENCHES = ("step", "loader", "episodes", "simclr", "features", "prepare", "tune", "sweep-scale")
+
 
 def add(parsers: Parsers) -> None:
     what = "check versions, devices, Ray, the MLflow store and disks, with a remedy for what is wrong"
@@ -14,7 +16,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae bench step --record bench-step.json"
     what = "time a stage, beside the slow or usual form of it, in one run"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=("step", "loader", "episodes", "simclr", "features", "prepare", "sweep-scale"))
+    parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
     parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts (3)")
@@ -25,7 +27,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--source", help="prepare: folder or archive of raw images")
     parser.add_argument("--from", dest="kind", default="mini-imagenet", help="prepare: which source (mini-imagenet)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
-    parser.add_argument("--trials", type=int, default=10_000, help="sweep-scale: simulated trials in files (10,000)")
+    parser.add_argument("--trials", type=int, help="tune: of the sweep (200); sweep-scale: simulated ones (10,000)")
     parser.add_argument("--runs", type=int, default=200, help="sweep-scale: trials written into each store (200)")
     parser.add_argument("--writers", type=int, default=4, help="sweep-scale: processes that write at once; 0: none (4)")
     parser.add_argument(
@@ -52,8 +54,9 @@ def bench(arguments: Namespace) -> Answer:
     from pipelines.records import DataError
 
     for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials", "runs"):
-        if getattr(arguments, option) < 1:
-            raise DataError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; give 1 or more")
+        wanted = getattr(arguments, option)
+        if wanted is not None and wanted < 1:
+            raise DataError(f"--{option.replace('_', '-')} is {wanted}; give 1 or more")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     answer = {"bench": arguments.name, **run_bench(arguments)}
