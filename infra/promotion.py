@@ -96,15 +96,20 @@ def _decide(outcome: Outcome, wish: Wish) -> Decision:
 def _move(entrant: Entrant, evidence: Evidence, before: str | None) -> dict[str, Any]:
     """Under the lock: the alias moves only from where it stood when the two were judged."""
     store, name, alias = entrant.store, entrant.name, evidence.alias
+    version = _entry(entrant)
     with registry_lock(store, name) as lock:
         now = holder(store, name, alias)
         if now == before:
-            version = _entry(entrant)
             where = keep_files(store, version, evidence, entrant.loaded.settings, "promoted", "")
             move_alias(store, lock, "promoted", alias, entrant.version, before, evidence=where)
-            keep_tags(store, version, evidence, "promoted", "", where)
-            return evidence.answer("promoted") | {"evidence": where}
-    return _keep(entrant, evidence, "overtaken", moved_meanwhile(store, name, alias, before, now))
+    if now != before:
+        reason = moved_meanwhile(store, name, alias, before, now)
+        if now == entrant.version:  # its tags are those of the promotion that came first
+            return evidence.answer("overtaken", reason)
+        return _keep(entrant, evidence, "overtaken", reason)
+    # Not under the lock, which others may wait for: they are many small requests, and of this version only.
+    keep_tags(store, version, evidence, "promoted", "", where)
+    return evidence.answer("promoted") | {"evidence": where}
 
 
 def moved_meanwhile(store: Store, name: str, alias: str, before: str | None, now: str | None) -> str:

@@ -27,8 +27,8 @@ from typing import Any
 from infra.mlflow_store import Store, TrackingError, every, import_mlflow, one_line
 
 PREFIX = "metagmvae-lock"
-PATIENCE_S = 60.0
-"""How long to wait for another holder."""
+PATIENCE_S = 240.0
+"""How long to wait for another holder: longer than the lease of one that died."""
 WORK_S = 120.0
 """A holder writes nothing any more after this, counted by its own clock from before it had the lock."""
 PAUSE_S = (0.1, 0.4)
