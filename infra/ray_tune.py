@@ -7,9 +7,9 @@ out the unfinished trials first, and whose scheduler is told the curves of all t
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -32,8 +32,6 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # The newer reporter prints on standard output, however little it is asked for.
-    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     # Its state is written again and again, larger with each trial, and nobody ever reads it.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
@@ -64,8 +62,11 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
         os.environ.setdefault(key, value)
     # A trial that only waits for its workers takes a hundredth of a CPU, so there must be a whole one more.
     wanted = each * max(at_once, 1) + int(distributed)
-    # Ray tells of lost workers on standard output, where the answer stands.
-    with redirect_stdout(sys.stderr), cluster(cluster_address(base), wanted, dashboard=distributed):
+    # Ray and Tune talk of every trial on standard output, where the answer stands, however little they are asked to;
+    # what they have to say of a trial that failed is in the table.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    place = cluster_address(base)
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), cluster(place, wanted, dashboard=distributed):
         yield
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from configs.load import settings_from_json
 from evaluation.trials import Point, Trial
 from infra.mlflow_store import Store, connect, one_line
-from infra.tracking_cursor import last_uri, locked
+from infra.tracking_cursor import STATUS as STATUS_FILE
+from infra.tracking_cursor import last_uri, locked, write_status
 from infra.tracking_lines import flatten
 from infra.tracking_mirror import MirrorReport, RunSender
 from infra.tune_folder import SWEEP, SweepFolder
@@ -62,6 +63,12 @@ class SweepSender(RunSender):
                 report.artifacts = [name for name, path in self._files() if self._artifact(name, path)]
                 self._close()
         return report
+
+    def refresh(self) -> None:
+        """Read again whether the sweep goes on; one that says nothing was killed before it could."""
+        if not (self.run_dir / STATUS_FILE).exists():
+            write_status(self.run_dir, "KILLED")
+        super().refresh()
 
     def record(self) -> Mapping[str, Any]:
         """The plan, as tags of the parent."""
