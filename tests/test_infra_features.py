@@ -150,7 +150,7 @@ def test_a_model_on_features_carries_its_encoder_and_judges_images_alike(
 ) -> None:
     on_rows, on_images = (evaluated(capsys, model, where) for where in (features, data))
     assert on_rows["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
-    assert len(on_rows["baselines"]) == 3  # type: ignore[arg-type]
+    assert len(on_rows["baselines"]) == 5  # type: ignore[arg-type]
     images, names = Dataset.open(data), Dataset.open(data).class_names("test")
     for number in range(3):
         rows = np.flatnonzero(images.labels("test") == number)[:3]
