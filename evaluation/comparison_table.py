@@ -62,9 +62,12 @@ class Comparison:
         }
 
 
-def compare(rows: Sequence[Row]) -> Comparison:
-    """Put means over trainings in, mark what is not comparable, find what differs, and pair what can be paired."""
-    every, notes = with_trainings(rows)
+def compare(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
+    """Put means over trainings in, mark what is not comparable, find what differs, and pair what can be paired.
+
+    `notes` go before those of the comparison itself.
+    """
+    every, own_notes = with_trainings(rows)
     marks, meaning = mark_rows(every)
     models = models_of(every)
     return Comparison(
@@ -74,7 +77,7 @@ def compare(rows: Sequence[Row]) -> Comparison:
         tuple(models),
         differing_settings(models),
         tuple(contests(every)),
-        tuple(notes),
+        (*notes, *own_notes),
     )
 
 

@@ -54,11 +54,11 @@ def compare(arguments: Namespace) -> Answer:
     if arguments.data:
         dataset, request = _request(arguments)
         sources, judged = _judge(arguments, sources, dataset, request)
-    _check_rows(sources)
+    notes = _unjudged(sources)
     rows = [row for source in sources for row in source.rows]
     if arguments.strict:
         check_comparable(rows)
-    comparison = compare_rows(rows)
+    comparison = compare_rows(rows, notes)
     files: dict[str, Any] = {}
     if arguments.csv:
         write_csv(arguments.csv, comparison)
@@ -96,15 +96,20 @@ def _judge(
     return judge_all(sources, dataset, request, afresh=bool(arguments.html), quiet=arguments.json)
 
 
-def _check_rows(sources: list[Source]) -> None:
-    """Refuse what nothing is known of."""
+def _unjudged(sources: list[Source]) -> list[str]:
+    """Notes on versions that are left out; what was asked for by its own name is refused.
+
+    Raises:
+        DataError: nothing is known of something that was named, or of everything.
+    """
     from pipelines.records import DataError
 
-    for source in sources:
-        if not source.rows:
-            raise DataError(
-                f"{source.ref}: was not judged yet; judge it here with --data URI, or by metagmvae evaluate"
-            )
+    unknown = [source for source in sources if not source.rows]
+    for source in unknown:
+        if not source.listed or len(unknown) == len(sources):
+            remedy = "judge it here with --data URI, or by metagmvae evaluate"
+            raise DataError(f"{source.ref}: was not judged yet; {remedy}")
+    return [f"{source.ref}: left out, as it was not judged yet" for source in unknown]
 
 
 def _calibration(judged: list[Judged]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.load import settings_from_json
 from configs.schema import Settings
-from evaluation.comparison import Protocol, Row, Score, flat
+from evaluation.comparison import Kind, Protocol, Row, Score, flat
 from evaluation.package import CARD
 from evaluation.published import DATA, Published, published_rows
 from evaluation.recorded import Found, read_recorded, recorded_name, rows_of
@@ -40,6 +40,8 @@ class Source:
     """A model that can be judged now."""
     identity: str = ""
     """The same for two references to one thing."""
+    listed: bool = False
+    """One of several by one reference: left out, not refused, where nothing is known of it."""
 
 
 def read_sources(refs: Sequence[str], top: int = 1) -> list[Source]:
@@ -119,18 +121,31 @@ def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any
     """The newest validation in training as a row."""
     settings = settings_from_json((path / SETTINGS).read_text(encoding="utf-8"))
     record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
-    newest = next((line for line in reversed(lines) if any(key.startswith("validation/") for key in line)), None)
+    mode = "inductive" if record.get("kind") == "encoder" else "transductive"
+    newest = newest_validation(lines)
     if newest is None:
         return []
-    mode = "inductive" if record.get("kind") == "encoder" else "transductive"
+    return [validation_row(name, "run", ref, settings, newest, mode, record.get("data_fingerprint"))]
+
+
+def newest_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The last metric line that a model was judged in."""
+    return next((line for line in reversed(lines) if any(key.startswith("validation/") for key in line)), None)
+
+
+def validation_row(
+    name: str, kind: Kind, ref: str, settings: Settings, line: Mapping[str, Any], mode: str, data: str | None
+) -> Row:
+    """A validation in training as a row; `data` is the fingerprint of what was trained and judged on."""
     scores = {}
-    for key, value in newest.items():
+    for key, value in line.items():
         task = _task(key.removeprefix("validation/")) if key.startswith("validation/") else None
         if task is not None:
-            scores[task] = Score(value, newest.get(f"{key}_ci95"))
-    protocol = validation_protocol(settings, mode, record.get("data_fingerprint"))
-    compared = compared_settings(settings, record.get("data_fingerprint"))
-    return [Row(name, "run", ref, protocol, scores, newest["elapsed_s"], newest["step"], compared)]
+            scores[task] = Score(value, line.get(f"{key}_ci95"))
+    # Metric lines count the steps of all stages.
+    steps = max(line["global_step"] - settings.pretrain.steps, 0)
+    protocol = validation_protocol(settings, mode, data)
+    return Row(name, kind, ref, protocol, scores, line["elapsed_s"], steps, compared_settings(settings, data))
 
 
 def validation_protocol(settings: Settings, mode: str, data: str | None) -> Protocol:

@@ -13,7 +13,7 @@ from configs.schema import Settings, TrackingSettings
 from evaluation.comparison import Protocol, Row, Score
 from evaluation.package import CARD
 from evaluation.recorded import read_recorded, rows_of, same_model
-from infra.compare_sources import Source, compared_settings
+from infra.compare_sources import Source, compared_settings, newest_validation, validation_row
 from infra.mlflow_store import Store, connect, import_mlflow, one_line, shown
 from infra.model_uri import find_version
 from pipelines.files import read_json
@@ -49,7 +49,8 @@ def _versions(store: Store, name: str) -> list[Any]:
 
 
 def _source(store: Store, version: Any, ref: str) -> Source:
-    """One version: results kept in its run that are of this very model; else the numbers of its tags."""
+    """One version: results kept in its run that are of this very model; else its tags; else its validation."""
+    listed = not ref
     ref = ref or f"models:/{version.name}/{version.version}"
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     name = f"{version.name} v{version.version}{aliases}"
@@ -65,9 +66,9 @@ def _source(store: Store, version: Any, ref: str) -> Source:
         }
         rows = rows_of(name, "version", ref, newest.values())
         lines = _curve(store, version.run_id, Path(folder))
-    rows = rows or _tagged(name, ref, version, settings, info)
+    rows = rows or _tagged(name, ref, version, settings, info) or _validated(name, ref, settings, info, lines)
     identity = f"models:/{version.name}/{version.version}"
-    return Source(ref, name, tuple(rows), tuple(lines), judgeable=True, identity=identity)
+    return Source(ref, name, tuple(rows), tuple(lines), judgeable=True, identity=identity, listed=listed)
 
 
 def _card(store: Store, version: Any, ref: str, folder: Path) -> tuple[Settings, dict[str, Any]]:
@@ -94,6 +95,16 @@ def _curve(store: Store, run_id: str, folder: Path) -> list[dict[str, Any]]:
         return []
     lines: list[dict[str, Any]] = read_json(store.client.download_artifacts(run_id, CURVES, str(folder)))["validation"]
     return lines
+
+
+def _validated(name: str, ref: str, settings: Settings, info: dict[str, Any], lines: list[dict[str, Any]]) -> list[Row]:
+    """The newest validation in training, where it is of the very step that was registered."""
+    newest, data = newest_validation(lines), info.get("data_fingerprint")
+    # Of a model that was chosen by its score other validations than the newest would have to be known.
+    if newest is None or newest["global_step"] != settings.pretrain.steps + info.get("step", -1):
+        return []
+    mode = "transductive" if info.get("stage") == "meta" else "inductive"
+    return [validation_row(name, "version", ref, settings, newest, mode, data)]
 
 
 def _tagged(name: str, ref: str, version: Any, settings: Settings, info: dict[str, Any]) -> list[Row]:

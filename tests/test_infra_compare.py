@@ -129,7 +129,8 @@ def test_registered_versions_show_their_evidence(data, tmp_path, capsys, monkeyp
     assert again["paired"][0]["difference"] == pytest.approx(pair["difference"])
     # Of a result that only tags tell of, queries, episodes and data are unknown, and so it is marked.
     third = register(mlflow_template.new_run(tmp_path / "run2", seed=2), store, "glyphs", alias="")
-    assert main(["compare", "models:/glyphs"]) == 2
+    assert answer_of(capsys, "models:/glyphs")["notes"] == ["models:/glyphs/3: left out, as it was not judged yet"]
+    assert main(["compare", "models:/glyphs/1", "models:/glyphs/3"]) == 2
     assert "models:/glyphs/3: was not judged yet" in capsys.readouterr().err
     client.set_model_version_tag("glyphs", third.version, "results.test.5w1s.transductive", "0.5")
     answer = answer_of(capsys, "models:/glyphs")
@@ -139,6 +140,30 @@ def test_registered_versions_show_their_evidence(data, tmp_path, capsys, monkeyp
     assert "models:/glyphs@champion: is models:/glyphs/2 again" in capsys.readouterr().err
     assert main(["compare", "models:/nobody"]) == 2
     assert "no registered model of that name" in capsys.readouterr().err
+
+
+def test_what_was_never_judged_shows_its_validation_in_training(tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
+    run = mlflow_template.new_run(tmp_path / "run")
+    line = {"stage": "meta", "step": 1, "global_step": 1, "elapsed_s": 1.5, "loss": 2.0}
+    line |= {"validation/5w1s": 0.25, "validation/5w1s_ci95": 0.02, "validation/neighbours": 0.9}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "figures").mkdir()
+    (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line]}))
+    register(run, store, "glyphs", alias="champion")
+    rows = answer_of(capsys, "models:/glyphs", run)["rows"]
+    assert [row["name"] for row in rows] == ["glyphs v1 (champion)", "run"]
+    for row in rows:
+        assert row["results"] == [{"way": 5, "shot": 1, "accuracy": 0.25, "ci95": 0.02}]
+        assert (row["split"], row["episodes"], row["seed"], row["steps"]) == ("validation", 200, 1, 1)
+    # Of a run folder without its record nobody knows the data, so it is marked.
+    assert [(row["data"], row["mark"]) for row in rows] == [("d" * 64, ""), (None, "a")]
+    # A validation of another step than was registered says nothing of the version.
+    (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line | {"global_step": 9}]}))
+    register(run, store, "later", alias="")
+    assert main(["compare", "models:/later"]) == 2
+    assert "models:/later/1: was not judged yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

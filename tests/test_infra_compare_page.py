@@ -18,6 +18,8 @@ from infra.cli import main
 from pipelines.shards import write_dataset
 from pipelines.sources import open_source
 
+# The time for making the page, once, and for a browser on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 HOSTILE = "<script>alert(1)<script>$x^$"
 PROBE = """<!doctype html><title>probe</title><iframe id="page" src="/page.html" width="{width}" height="900"></iframe>
 <pre id="said"></pre><script>
