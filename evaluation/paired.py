@@ -54,7 +54,8 @@ def paired_difference(challenger: EpisodeResults, champion: EpisodeResults) -> P
     """Compare two models judged on the same episodes.
 
     Raises:
-        PairingError: the episodes differ (way, shot, queries, seed, mode or their number).
+        PairingError: the episodes differ (way, shot, queries, seed, mode or their number), or there is only one, whose
+            interval would have no width.
     """
     keys = ("way", "shot", "query", "seed", "mode")
     of_one, of_other = ([*(getattr(r, key) for key in keys), len(r.accuracies)] for r in (challenger, champion))
@@ -65,6 +66,8 @@ def paired_difference(challenger: EpisodeResults, champion: EpisodeResults) -> P
             if one != other
         ]
         raise PairingError(f"not the same episodes: {', '.join(unequal)}; judge both with one request")
+    if len(challenger.accuracies) < 2:
+        raise PairingError("1 episode has no interval; judge both on two episodes at least")
     difference = np.asarray(challenger.accuracies, np.float64) - np.asarray(champion.accuracies, np.float64)
     mean, ci95 = mean_ci95(difference)
     t_test, signed_rank = _p_values(difference)

@@ -54,6 +54,11 @@ def test_other_episodes_are_refused_by_what_differs(changes):
         paired_difference(one, results(np.zeros(4)))
 
 
+def test_one_episode_decides_nothing():
+    with pytest.raises(PairingError, match="two episodes at least"):
+        paired_difference(results(np.ones(1)), results(np.zeros(1)))
+
+
 def test_interval_over_trainings_is_students():
     mean, half = across_seeds([0.5, 0.6, 0.55])
     low, high = stats.t.interval(0.95, 2, loc=0.55, scale=stats.sem([0.5, 0.6, 0.55]))
