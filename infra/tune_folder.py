@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,14 @@ class SweepFolder:
             (self.root / FOLDERS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{self.root}: cannot be made ({error.strerror}); choose another one: --out DIR") from error
+
+    def clear(self) -> None:
+        """Take away all that a sweep without trials has left; the folder itself stays, as it is held."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def keep(self, plan: Plan, dataset: Dataset) -> None:
         """Keep the plan of a new sweep, or compare it with the one that is there.

@@ -15,7 +15,7 @@ from infra.command import Progress
 from infra.run_lock import hold
 from infra.tune_folder import Plan, SweepFolder
 from infra.tune_search import Grid
-from infra.tune_sweep import BEST, Sweep
+from infra.tune_sweep import BEST, Sweep, check_judged
 from infra.tune_tracking import SweepTracker
 from infra.wiring import ENCODER_KEYS, check_data, device_of, with_encoder_of
 from pipelines.dataset import Dataset
@@ -65,9 +65,14 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
         trials = request.trials or (None if request.search == "grid" else TRIALS)
         sweep = Sweep(plan, folder, dataset, trials, request.hours, request.keep_all)
         total = trials or Grid(request.space, request.seed).size
-        with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
-            run_sweep(sweep, request.at_once, request.gpus, _counting(sweep, total, progress))
-            return finish(sweep, tracker)
+        try:
+            with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
+                run_sweep(sweep, request.at_once, request.gpus, _counting(sweep, total, progress))
+                return finish(sweep, tracker)
+        except SettingsError:
+            if not sweep.taken:
+                folder.clear()  # nothing could be tried: the same folder will do for the mended request
+            raise
 
 
 def finish(sweep: Sweep, tracker: SweepTracker) -> dict[str, Any]:
@@ -114,8 +119,8 @@ def _plan(request: Request, dataset: Dataset) -> Plan:
                 raise SettingsError(
                     f"{key}: the features of {dataset.uri} were made with one; leave it out of the space"
                 )
-    if not base.validation.every:
-        raise SettingsError("validation.every is 0, and trials are judged by validation: set it to some steps")
+    if "train.steps" not in request.space.described():
+        check_judged(base)
     check_data(base, dataset, "meta-gmvae")
     device_of(base)
     tasks = [f"{base.validation.way}w{shot}s" for shot in base.validation.shots]

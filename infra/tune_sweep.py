@@ -144,12 +144,7 @@ class Sweep:
             SettingsError: the combination is impossible.
         """
         settings = with_values(self.plan.base, values)
-        steps, every = settings.train.steps, settings.validation.every
-        if not every or steps % every or not steps:
-            raise SettingsError(
-                f"train.steps ({steps}) is not a multiple of validation.every ({every}), and what was trained would "
-                f"not be judged: set validation.every to {max(1, steps // 4)}, or --steps"
-            )
+        check_judged(settings)
         check_encoder(settings, self.dataset, "meta-gmvae")
         here = {"out": str(self.folder.folder(number)), "figures": False}
         free = {"run": settings.run.model_copy(update=here), "tracking": TrackingSettings(enabled=False)}
@@ -224,3 +219,22 @@ class Sweep:
         with atomic_file(self.folder.root / BEST) as file:
             file.write((head + to_toml(settings)).encode())
         return best
+
+
+def check_judged(settings: Settings) -> None:
+    """Refuse a trial whose last step would not be judged.
+
+    Raises:
+        SettingsError: naming steps and interval.
+    """
+    steps, every = settings.train.steps, settings.validation.every
+    if not every or not steps or steps % every:
+        raise SettingsError(
+            f"train.steps ({steps}) is not a multiple of validation.every ({every}), and what was trained would not "
+            f"be judged: set validation.every to {_divisor(steps)}, or --steps"
+        )
+
+
+def _divisor(steps: int) -> int:
+    """Of the divisors of so many steps, the one that judges four times or little more often."""
+    return max((every for every in range(1, steps // 4 + 1) if steps % every == 0), default=1)

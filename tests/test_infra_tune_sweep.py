@@ -10,10 +10,10 @@ import pytest
 from configs.load import SettingsError, load_settings
 from configs.space import load_space
 from evaluation.trials import read_trials
-from infra.run_lock import hold
+from infra.run_lock import LOCK, hold
 from infra.surroundings import CHECKPOINT, METRICS
 from infra.tune_folder import REASON, Plan, SweepFolder
-from infra.tune_sweep import BEST, OUT_OF_TIME, Sweep
+from infra.tune_sweep import BEST, OUT_OF_TIME, Sweep, check_judged
 from pipelines.dataset import Dataset
 from pipelines.records import DataError
 from pipelines.shards import write_dataset
@@ -189,6 +189,22 @@ def test_a_space_in_which_nothing_is_possible(plan, dataset, tmp_path):
     nothing = Plan("none", plan.base, load_space(tmp_path / "none.toml"), "random", "none", 0, "5w1s")
     with pytest.raises(SettingsError, match="none is possible; the last one: train: components K"):
         open_sweep(nothing, dataset, tmp_path / "sweep").next()
+
+
+def test_steps_after_which_nothing_is_judged(plan):
+    pairs = [("train.steps", 10), ("validation.every", 4)]
+    settings = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs])
+    with pytest.raises(SettingsError, match=r"train\.steps \(10\) is not a multiple .* set validation\.every to 2,"):
+        check_judged(settings)
+    check_judged(plan.base)
+
+
+def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    with hold(tmp_path / "sweep"):
+        sweep.folder.clear()
+        sweep.folder.make(resume=False)
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [LOCK, "trials"]
 
 
 def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
