@@ -43,7 +43,8 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; name a new folder with --out")
     overrides = [f"data.uri={out / 'glyphs'}", f"run.out={out / 'run'}", f"run.workers={workers}"]
-    settings = load_settings("glyphs-demo", [*overrides, f"tracking.store={out / 'mlflow'}"])
+    store = f"sqlite:///{out / 'mlflow' / 'mlflow.db'}"  # its own, whatever MLFLOW_TRACKING_URI says
+    settings = load_settings("glyphs-demo", [*overrides, f"tracking.uri={store}"])
     with _stage("glyphs into shards"):
         write_dataset(open_source("glyphs"), out / "glyphs")
     with _stage(f"training on Ray with {workers} workers"):
@@ -53,7 +54,6 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
     with _stage("registration"):
         results = {f"5w{row['shot']}s": {"accuracy": row["Meta-GMVAE"]} for row in table}
         version = register(run_dir, settings.tracking, results=results)
-    store = f"sqlite:///{out / 'mlflow' / 'mlflow.db'}"
     with _stage("classification of images on disk"):
         truth = _write_images(out / "images", Dataset.open(out / "glyphs"))
         reference = f"models:/{version.name}@{version.alias}"

@@ -74,7 +74,7 @@ def short(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for a table that people read."""
     results = [f"{key} {_percent(value)}" for key, value in row["results"].items()]
     promotion = row["promotion"]
-    decided = promotion.get("decision", "") + (", rolled back" if "rolled_back" in promotion else "")
+    decided, undone = promotion.get("decision", ""), ", rolled back" if "rolled_back" in promotion else ""
     over = promotion.get("champion", "").rpartition("/")[2]
     tasks = [f"{task} {_difference(promotion[task])}" for task in promotion.get("tasks", []) if task in promotion]
     data = dict.fromkeys(f"{entry['uri']} {entry['state']}" for entry in row["data"])
@@ -85,7 +85,7 @@ def short(row: Mapping[str, Any]) -> dict[str, Any]:
         "created": row["created"][:16],
         "run": row["run"][:8],
         "results": "; ".join(results),
-        "promotion": " ".join(filter(None, [decided, f"over {over}:" if over else "", "; ".join(tasks)])),
+        "promotion": " ".join(filter(None, [decided, f"over {over}:" if over else "", "; ".join(tasks)])) + undone,
         "data": "; ".join(data) or "not known",
     }
 

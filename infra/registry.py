@@ -72,9 +72,9 @@ def register(
     with one_line(store.uri):
         source, model_id = _log(store, report.run_id, name, loaded, evidence)
         _make_name(store, name)
-        version = store.client.create_model_version(
-            name, source, run_id=report.run_id, model_id=model_id, tags=evidence
-        ).version
+        # A version is ready at once; MLflow would say on stderr that it waits for it.
+        made = {"run_id": report.run_id, "model_id": model_id, "tags": evidence, "await_creation_for": 0}
+        version = store.client.create_model_version(name, source, **made).version
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
     if alias is None:

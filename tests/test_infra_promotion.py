@@ -226,7 +226,7 @@ def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
     ]
     assert "promotion.rolled_back" in store.client.get_model_version("glyphs", "3").tags
     assert main(["models", "glyphs"]) == 0
-    assert "promoted, rolled back over 2: 5w1s +0.00 ± 0.00" in capsys.readouterr().out
+    assert "promoted over 2: 5w1s +0.00 ± 0.00, rolled back" in capsys.readouterr().out
     ask("models:/glyphs/2")
     store.client.delete_model_version("glyphs", "1")
     assert "models:/glyphs/1: no such version" in ask("models:/glyphs", "--rollback", code=2)["error"]

@@ -126,7 +126,7 @@ def test_registering_again_makes_the_next_version_and_moves_the_alias(run, tmp_p
 
 
 def test_a_training_gives_the_alias_to_the_first_version_only(run, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     own = mlflow_template.new_store(tmp_path / "own").model_copy(update={"register_as": "x"})
     assert register(run, own).alias == "champion"
     assert register(run, own).alias == ""
@@ -139,7 +139,7 @@ def test_a_training_gives_the_alias_to_the_first_version_only(run, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", "it's", 'a"b'])
 def test_names_that_no_reference_can_call_are_refused_before_anything_is_sent(run, tmp_path, monkeypatch, name):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     own = mlflow_template.new_store(tmp_path / "own")
     with pytest.raises(DataError, match="no name for a registered model"):
         register(run, own, name)
