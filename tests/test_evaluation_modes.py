@@ -9,6 +9,7 @@ from configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from evaluation import figures
 from evaluation.modes import Mode, ModeFinder
 from training.builders import build_model
+from training.frozen import set_scale
 
 SHAPE = (1, 28, 28)
 PIXELS = ModelSettings(channels=8, width=32, latent=6)
@@ -36,8 +37,7 @@ def test_test_modes_put_each_query_once_and_with_its_kind(reconstruct):
     if reconstruct == "features":
         with torch.no_grad():
             model.eval()
-            h = model.encoder(model.scale_images(torch.as_tensor(images)))
-            model.scale.set_statistics(h.mean(dim=0), h.std(dim=0))
+            set_scale(model, model.encoder(model.scale_images(torch.as_tensor(images))).numpy())
     support, query = images[:3, None], images[3:]
     finder = ModeFinder(model, images, shown=30)
     modes = finder.test_modes(support, query, AdaptSettings(samples=4, iterations=3, e_step="identity"))

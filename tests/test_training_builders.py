@@ -59,7 +59,7 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"image_size": 20}, lambda m: m.encoder.side == 20),
         ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.scale, nn.Identity)),
         ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.decoder.mlp[-1], nn.ReLU)),
-        ({"reconstruct": "features", "features": "standard"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
+        ({"reconstruct": "features", "features": "whitened"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
         ({"variance": "unit"}, lambda m: m.variance == "unit"),
         ({"reconstruct": "pixels"}, lambda m: isinstance(m.decoder, ConvDecoder)),
         ({"reconstruct": "features"}, lambda m: isinstance(m.decoder, FeatureDecoder)),

@@ -16,6 +16,7 @@ from training.networks import (
     FeatureDecoder,
     FeatureScale,
     at_least_float32,
+    even_out,
     pooled_sizes,
 )
 
@@ -181,20 +182,46 @@ def test_batch_statistics_stay_float32_under_autocast() -> None:
     assert torch.allclose(block.norm.running_mean, running.running_mean, rtol=0, atol=1e-5)
 
 
-def test_feature_scale_centres_divides_and_sets_the_length() -> None:
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 10
-    h[:, 2] = 3.0  # a dimension that never varies
+def test_feature_scale_is_square_root_unit_length_half_whitening() -> None:
+    rng = np.random.default_rng(0)
+    h = rng.gamma(0.5, size=(400, 6)) @ rng.normal(size=(6, 6))
+    h[:, 2] = 0.0  # a dimension that never varies
     scale = FeatureScale(6).double()
-    scale.set_statistics(h.mean(dim=0), h.std(dim=0))
-    scaled = scale(h)
-    deviation = h.numpy().std(axis=0, ddof=1)
-    deviation[2] = 1.0
-    centred = (h.numpy() - h.numpy().mean(axis=0)) / deviation
-    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True) * np.sqrt(6)
-    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-12)
-    assert torch.allclose(scaled.square().sum(dim=1), torch.full((50,), 6.0).double())
-    assert set(scale.state_dict()) == {"mean", "deviation"}  # they travel with the model
+    evened = even_out(torch.from_numpy(h))
+    scale.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
+
+    rows = []
+    for row in h:
+        root = np.array([np.sign(v) * np.sqrt(abs(v)) for v in row])
+        rows.append(root / np.sqrt((root**2).sum()))
+    u = np.stack(rows)
+    # By singular values of the data, not by the covariance.
+    _, singular, axes = np.linalg.svd(u - u.mean(axis=0))
+    deviation = singular / np.sqrt(len(u) - 1)
+    whitening = axes.T @ np.diag(1 / np.sqrt(deviation + 1e-3 * deviation.max())) @ axes
+    expected = (u - u.mean(axis=0)) @ whitening
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True) * np.sqrt(6)
+
+    scaled = scale(torch.from_numpy(h))
+    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-6)
+    assert torch.allclose(scaled.square().sum(dim=1), torch.full((400,), 6.0).double())
+    assert set(scale.state_dict()) == {"mean", "whitening"}  # they travel with the model
+
+
+def test_half_whitening_leaves_the_root_of_each_deviation() -> None:
+    rng = np.random.default_rng(1)
+    u = rng.normal(size=(5000, 4)) @ np.diag([1.0, 0.5, 0.1, 0.02])
+    scale = FeatureScale(4).double()
+    scale.set_statistics(torch.zeros(4), torch.cov(torch.from_numpy(u).T))
+    after = (torch.from_numpy(u) @ scale.whitening).std(dim=0)
+    expected = np.sqrt(u.std(axis=0, ddof=1))
+    assert np.allclose(after.numpy(), expected, rtol=0.05)
+
+
+def test_features_that_never_vary_are_left_finite() -> None:
+    scale = FeatureScale(3)
+    scale.set_statistics(torch.full((3,), 3**-0.5), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.isfinite(scale(torch.ones(2, 3))).all()
 
 
 def test_feature_decoder_has_the_layers_of_table_8() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE
-from training.networks import FeatureScale
+from training.networks import FeatureScale, even_out
 from training.steps import to_device
 
 ROWS = 1024
@@ -51,10 +52,18 @@ def encode_all(model: EncoderModel, images: Any, device: torch.device, channels_
 
 
 def set_scale(model: MetaGMVAE, raw: Any) -> None:
-    """Give the model mean and deviation of the training features, (n, F), read once in pieces of rows."""
-    if isinstance(model.scale, FeatureScale):
-        count = len(raw)
-        pieces = [np.arange(first, min(first + ROWS, count)) for first in range(0, count, ROWS)]
-        mean = sum(np.asarray(raw[rows], dtype=np.float64).sum(axis=0) for rows in pieces) / count
-        squares = sum(np.square(np.asarray(raw[rows], dtype=np.float64) - mean).sum(axis=0) for rows in pieces)
-        model.scale.set_statistics(torch.as_tensor(mean), torch.as_tensor(np.sqrt(squares / max(count - 1, 1))))
+    """Give the model the statistics of the training features, (n, F), read twice in pieces of rows."""
+    if not isinstance(model.scale, FeatureScale):
+        return
+    count = len(raw)
+
+    def pieces() -> Iterator[Tensor]:
+        for first in range(0, count, ROWS):
+            rows = np.arange(first, min(first + ROWS, count))
+            yield even_out(torch.as_tensor(np.asarray(raw[rows], dtype=np.float64)))
+
+    mean = torch.stack([piece.sum(dim=0) for piece in pieces()]).sum(dim=0) / count
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for piece in pieces():
+        covariance.addmm_((piece - mean).T, piece - mean, alpha=1 / max(count - 1, 1))
+    model.scale.set_statistics(mean, covariance)

@@ -25,7 +25,7 @@ class MetaGMVAE(EncoderModel):
         encoder: str = "conv4",
         image_size: int = 0,
         reconstruct: Literal["pixels", "features"] = "pixels",
-        features: Literal["standard", "raw"] = "standard",
+        features: Literal["whitened", "raw"] = "whitened",
         variance: Literal["calibrated", "unit"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
@@ -45,7 +45,7 @@ class MetaGMVAE(EncoderModel):
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
         self.variance = variance
-        scaled = reconstruct == "features" and features == "standard"
+        scaled = reconstruct == "features" and features == "whitened"
         self.scale: nn.Module = FeatureScale(self.features) if scaled else nn.Identity()
         self.decoder: nn.Module = (
             FeatureDecoder(self.features, latent, rectified=features == "raw")
