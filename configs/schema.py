@@ -151,6 +151,8 @@ class PretrainSettings(Section):
     flips and colours); `auto` goes by the channels, 1 or 3."""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of a photograph that a view of it shows."""
+    elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
+    """How far strokes are bent at most, in half widths. Weak bending learns faster, strong bending gets further."""
     projector: tuple[Positive, ...] = ()
     """Sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: PositiveFloat = 0.2

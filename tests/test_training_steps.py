@@ -241,11 +241,12 @@ def test_views_go_by_the_channels_or_by_the_setting_at_the_size_of_the_encoder()
         (1, "photographs", 20, "photograph_view"),
     ]:
         net = MetaGMVAE((channels, 28, 28), channels=4, width=8, heads=2, layers=1, image_size=size)
-        step = ContrastiveStep(net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3))
-        name = getattr(step.view, "__name__", "") or step.view.func.__name__  # type: ignore[union-attr]
-        assert name == kind
-        if kind == "photograph_view":
-            assert step.view.keywords == {"size": size or 28, "least": 0.3}  # type: ignore[union-attr]
+        step = ContrastiveStep(
+            net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3, elastic=0.2)
+        )
+        assert step.view.func.__name__ == kind
+        settled = {"elastic": 0.2} if kind == "stroke_view" else {"size": size or 28, "least": 0.3}
+        assert step.view.keywords == settled
         images = np.random.default_rng(0).integers(0, 256, (5, channels, 28, 28), dtype=np.uint8)
         loss, _ = step.train()(images, 1)
         loss.backward()

@@ -15,17 +15,17 @@ ROTATION = math.radians(25)
 LOG_SCALE = 0.25
 SHEAR = 0.35
 SHIFT = 0.2
-ELASTIC = 0.12
 CONTROL_POINTS = 4
 
 
-def stroke_view(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def stroke_view(images: Tensor, generator: torch.Generator, elastic: float, strength: float = 1.0) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> the same shape and range.
 
-    `strength` scales every distortion; at 0 the images come back as they are. Strokes grow or thin for
-    single-channel images only, where a bright stroke on a dark ground can be assumed.
+    `elastic` is the largest displacement of a control point in half widths; `strength` scales every distortion: at 0
+    the images come back as they are. Strokes grow or thin for single-channel images only, where a bright stroke on a
+    dark ground can be assumed.
     """
-    grid = _affine_grid(images, generator, strength) + _elastic_field(images, generator, strength)
+    grid = _affine_grid(images, generator, strength) + _elastic_field(images, generator, elastic * strength)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return _strokes(warped, generator, strength) if images.shape[1] == 1 else warped
 
@@ -50,10 +50,10 @@ def _affine_grid(images: Tensor, generator: torch.Generator, strength: float) ->
     return F.affine_grid(matrix, list(images.shape), align_corners=False)
 
 
-def _elastic_field(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+def _elastic_field(images: Tensor, generator: torch.Generator, most: float) -> Tensor:
     """A smooth displacement from 4x4 control points: (n, H, W, 2), in half widths."""
     n, _, height, width = images.shape
-    control = uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * (ELASTIC * strength)
+    control = uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * most
     field = F.interpolate(control, size=(height, width), mode="bicubic", align_corners=True)
     return field.permute(0, 2, 3, 1)
 

@@ -118,7 +118,11 @@ class ContrastiveStep(nn.Module):
         self.temperature = pretrain.temperature
         of_strokes = model.image_shape[0] == 1 if pretrain.views == "auto" else pretrain.views == "strokes"
         side = getattr(model.encoder, "side", 0) or model.image_shape[-1]
-        self.view = stroke_view if of_strokes else partial(photograph_view, size=side, least=pretrain.crop_area)
+        self.view = (
+            partial(stroke_view, elastic=pretrain.elastic)
+            if of_strokes
+            else partial(photograph_view, size=side, least=pretrain.crop_area)
+        )
 
     def forward(self, images: object, step: int) -> tuple[Tensor, Terms]:
         device = next(self.encoder.parameters()).device
