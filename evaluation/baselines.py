@@ -141,3 +141,5 @@ BASELINES: dict[str, Callable[..., EpisodeResults]] = {
     "EM on features, diagonal": partial(plain_em, "diagonal"),
 }
 """By the name that tables show."""
+UNSCALED = ("nearest class mean", "logistic regression")
+"""Those that are also shown on features as the encoder gives them, where a model brings them to a scale of its own."""

@@ -47,7 +47,13 @@ def features_of(
     raw = dataset.rows(split, reader, memory_limit_mb)
     pieces = [np.asarray(raw[np.arange(first, min(first + ROWS, len(raw)))]) for first in range(0, len(raw), ROWS)]
     model.eval()
-    return torch.cat([model.scale_features(torch.from_numpy(h).float().to(device)) for h in pieces])
+    return scaled(model, torch.cat([torch.from_numpy(h).float().to(device) for h in pieces]))
+
+
+@torch.inference_mode()
+def scaled(model: EncoderModel, raw_nF: Tensor) -> Tensor:
+    """Features as the encoder gives them at the scale that the model works on: (n, F) -> (n, F)."""
+    return torch.cat([model.scale_features(h) for h in raw_nF.split(ROWS)])
 
 
 def check_encoder(model: EncoderModel, dataset: Dataset) -> None:

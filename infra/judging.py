@@ -42,17 +42,23 @@ def judge_tasks(
     """
     import torch
 
-    from evaluation.baselines import BASELINES
+    from evaluation.baselines import BASELINES, UNSCALED
     from evaluation.benchmark import evaluate_features
-    from evaluation.features import features_of
+    from evaluation.features import features_of, scaled
     from evaluation.package import meta_gmvae
+    from training.backbones import EncoderModel
+    from training.networks import FeatureScale
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, labels = meta_gmvae(loaded, name).to(device), dataset.labels(split)
-    h_nF = features_of(model, dataset, split, device)
+    raw_nF = features_of(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
+    h_nF = scaled(model, raw_nF)
+    compared = [(name, judge, h_nF) for name, judge in BASELINES.items()]
+    if isinstance(model.scale, FeatureScale):
+        compared += [(f"{name}, features unscaled", BASELINES[name], raw_nF) for name in UNSCALED]
     for task in tasks:
         with progress_bar(f"{task['way']}-way {task['shot']}-shot episodes", quiet) as on_progress:
             options: dict[str, Any] = {"mode": mode, "on_progress": on_progress}
             result = evaluate_features(model, loaded.settings.adapt, h_nF, labels, **task, **options)
-        beside = BASELINES.items() if baselines else ()
-        yield result, [{"baseline": name, **judge(h_nF, labels, **task).summary()} for name, judge in beside]
+        beside = compared if baselines else ()
+        yield result, [{"baseline": name, **judge(x_nF, labels, **task).summary()} for name, judge, x_nF in beside]
