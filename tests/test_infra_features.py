@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.baselines import nearest_class_mean
 from evaluation.features import encoder_of, feature_source
 from evaluation.package import load_model
 from infra.cli import main
@@ -150,7 +151,12 @@ def test_a_model_on_features_carries_its_encoder_and_judges_images_alike(
 ) -> None:
     on_rows, on_images = (evaluated(capsys, model, where) for where in (features, data))
     assert on_rows["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
-    assert len(on_rows["baselines"]) == 5  # type: ignore[arg-type]
+    beside = {row["baseline"]: row["accuracy"] for row in on_rows["baselines"]}  # type: ignore[attr-defined]
+    assert len(beside) == 7
+    unscaled = torch.from_numpy(np.asarray(Dataset.open(features).rows("test")[:], dtype=np.float32))
+    task = {"way": 3, "shot": 1, "query": 5, "episodes": 20}
+    direct = nearest_class_mean(unscaled, Dataset.open(features).labels("test"), **task)
+    assert beside["nearest class mean, features unscaled"] == pytest.approx(direct.mean)
     images, names = Dataset.open(data), Dataset.open(data).class_names("test")
     for number in range(3):
         rows = np.flatnonzero(images.labels("test") == number)[:3]
