@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from evaluation.modes import Mode
 from pipelines.files import atomic_file
@@ -33,6 +34,8 @@ def save(figure: Figure, path: str | Path) -> None:
 def write_png(figure: Figure, file: IO[bytes]) -> None:
     """Write a figure as PNG into an open file."""
     FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name of a run may hold dollar signs
     figure.savefig(file, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
 
 

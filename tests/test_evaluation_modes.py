@@ -107,3 +107,11 @@ def test_predictions_stand_beside_the_class_they_are_given():
     assert titles == ["", "90%", "60%", "", "80%", ""]
     assert [axes.get_title(loc="left") for axes in figure.axes][::3] == ["left", "middle"]
     assert np.array_equal(figure.axes[2].images[0].get_array(), images[5][0] / 255)
+
+
+def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path):
+    lines = [{"stage": "meta", "global_step": step, "loss": 1.0} for step in (1, 2)]
+    figure = figures.curves(lines, "costs $5 and $\\frac")  # as mathematics: an error of matplotlib's parser
+    figures.save(figure, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert not figure._suptitle.get_parse_math()
