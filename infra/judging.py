@@ -38,7 +38,7 @@ def judge_tasks(
 
     Raises:
         DataError: the model is an encoder alone, the features are of another encoder, or the split has too few classes
-            or images for a task.
+            or images for a task, or features are not finite.
     """
     import torch
 
@@ -46,10 +46,17 @@ def judge_tasks(
     from evaluation.benchmark import evaluate_features
     from evaluation.features import features_of
     from evaluation.package import meta_gmvae
+    from pipelines.episodes import EpisodeSampler
+    from pipelines.records import DataError
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, labels = meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    for task in tasks:  # refused before every image is encoded
+        EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
     h_nF = features_of(model, dataset, split, device)
+    if not torch.isfinite(h_nF).all():
+        # NaN would pass for an answer: the largest of them is the first class.
+        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
     for task in tasks:
         with progress_bar(f"{task['way']}-way {task['shot']}-shot episodes", quiet) as on_progress:
             options: dict[str, Any] = {"mode": mode, "on_progress": on_progress}
