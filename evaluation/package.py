@@ -116,7 +116,12 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
         "elapsed_s": state["elapsed"],
     }
     weights = state["model"]
-    best = _best(state, shot)
+    try:
+        best = _best(state, shot)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(
+            f"{path}: its settings or best models are damaged ({error!r}); use another checkpoint"
+        ) from error
     if best is not None:
         task, chosen = best
         weights = chosen["model"]
@@ -144,8 +149,7 @@ def meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
 
 def _best(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
     """The kept model for a shot; without a shot, the one for the smallest shot there is."""
-    settings = json.loads(state["settings"])
-    if settings["train"]["selection"] != "best" or not state["best"]:
+    if not state["best"] or json.loads(state["settings"])["train"]["selection"] != "best":
         return None
     by_shot = {int(task.split("w")[1].rstrip("s")): task for task in state["best"]}
     task = by_shot.get(shot if shot is not None else min(by_shot))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.schema import AdaptSettings
 from evaluation.predict import Mode
+from pipelines.records import DataError
 from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import class_log_posterior, fit_semi_supervised
 from training.steps import keyed_generator
@@ -34,6 +35,9 @@ def predict_queries(
         h_TF: features of the labelled images; label_T: their classes, 0 to K - 1, each at least once.
         h_PF: features of the queries.
         seed: of the Monte Carlo noise.
+
+    Raises:
+        DataError: the model gives NaN, which would pass for an answer: its largest is the first class.
     """
     model.eval()
     order = np.argsort(label_T, kind="stable")
@@ -42,12 +46,18 @@ def predict_queries(
     noise = torch.randn(len(h_TF) + len(h_PF), adapt.samples, model.latent, generator=generator, device=h_TF.device)
     T = len(h_TF)
     if mode == "transductive":
-        return _judge(model, adapt, h_TF, label_T, h_PF, noise[:T], noise[T:], fit_on_queries=True)
+        return _numbers(_judge(model, adapt, h_TF, label_T, h_PF, noise[:T], noise[T:], fit_on_queries=True))
     rows = [
         _judge(model, adapt, h_TF, label_T, h_PF[p : p + 1], noise[:T], noise[T + p : T + p + 1], fit_on_queries=False)
         for p in range(len(h_PF))
     ]
-    return torch.cat(rows)
+    return _numbers(torch.cat(rows))
+
+
+def _numbers(probabilities: Tensor) -> Tensor:
+    if not torch.isfinite(probabilities).all():
+        raise DataError("the model gives NaN instead of probabilities: its weights are broken; use another checkpoint")
+    return probabilities
 
 
 def _judge(

@@ -29,7 +29,7 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
     Raises:
         DataError: a folder or an image is not as it should be.
     """
-    folders = [folder for folder in _listed(support) if folder.is_dir()]
+    folders = [path for path in _listed(support) if path.is_dir()]
     if len(folders) < 2:
         raise DataError(f"{support}: holds {len(folders)} class folders; two or more are needed, SUPPORT/<class>/*.png")
     labelled = [_images(folder) for folder in folders]
@@ -59,11 +59,12 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    return sorted(folder.iterdir())
+    # Hidden ones, and `__MACOSX`, are what other programs leave beside the pictures.
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
 
 
 def _images(folder: Path) -> list[Path]:
-    files = [file for file in _listed(folder) if file.suffix.lower() in SUFFIXES]
+    files = [file for file in _listed(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
     if not files:
         raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     return files

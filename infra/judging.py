@@ -38,7 +38,7 @@ def judge_tasks(
 
     Raises:
         DataError: the model is an encoder alone, the features are of another encoder, or the split has too few classes
-            or images for a task.
+            or images for a task, or features are not finite.
     """
     import torch
 
@@ -46,19 +46,26 @@ def judge_tasks(
     from evaluation.benchmark import evaluate_features
     from evaluation.features import features_of, scaled
     from evaluation.package import meta_gmvae
+    from pipelines.episodes import EpisodeSampler
+    from pipelines.records import DataError
     from training.backbones import EncoderModel
     from training.networks import FeatureScale
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, labels = meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    for task in tasks:  # refused before every image is encoded
+        EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
     raw_nF = features_of(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
     h_nF = scaled(model, raw_nF)
-    compared = [(name, judge, h_nF) for name, judge in BASELINES.items()]
+    if not torch.isfinite(h_nF).all():
+        # NaN would pass for an answer: the largest of them is the first class.
+        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
+    compared = [(label, judge, h_nF) for label, judge in BASELINES.items()]
     if isinstance(model.scale, FeatureScale):
-        compared += [(f"{name}, features unscaled", BASELINES[name], raw_nF) for name in UNSCALED]
+        compared += [(f"{label}, features unscaled", BASELINES[label], raw_nF) for label in UNSCALED]
     for task in tasks:
         with progress_bar(f"{task['way']}-way {task['shot']}-shot episodes", quiet) as on_progress:
             options: dict[str, Any] = {"mode": mode, "on_progress": on_progress}
             result = evaluate_features(model, loaded.settings.adapt, h_nF, labels, **task, **options)
         beside = compared if baselines else ()
-        yield result, [{"baseline": name, **judge(x_nF, labels, **task).summary()} for name, judge, x_nF in beside]
+        yield result, [{"baseline": label, **judge(x_nF, labels, **task).summary()} for label, judge, x_nF in beside]

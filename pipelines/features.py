@@ -68,10 +68,11 @@ class FeatureSource:
             stored = features.astype(self.dtype)
         if not np.isfinite(stored).all():
             row, column = np.argwhere(~np.isfinite(stored))[0]
-            raise DataError(
-                f"{self.uri}: feature {column} of image {rows[row]} of {split!r} is {features[row, column]}, which "
-                f"{self.dtype} cannot hold; use --dtype float32, or another encoder"
-            )
+            value = features[row, column]
+            found = f"{self.uri}: feature {column} of image {rows[row]} of {split!r} is {value}"
+            if not np.isfinite(value):
+                raise DataError(f"{found}: the encoder is broken; train it again, or use another")
+            raise DataError(f"{found}, which {self.dtype} cannot hold; use --dtype float32 and another --out")
         return stored
 
 

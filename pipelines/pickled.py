@@ -17,7 +17,18 @@ import numpy as np
 
 from pipelines.records import DataError
 
-READ_ERRORS = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OSError)
+READ_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OSError,
+    OverflowError,
+    MemoryError,
+)
+"""What the unpickler raises on damaged bytes; the last two on lengths that no machine has room for."""
 DTYPES = {"u1": np.uint8, "i8": np.int64, "i4": np.int32}
 
 
@@ -49,7 +60,7 @@ def read_cache(path: str) -> Cache:
         raise DataError(f"{path}: refused or not readable as a cache of Mini-ImageNet ({reason})") from error
     images = content.get("image_data") if isinstance(content, dict) else None
     classes = content.get("class_dict") if isinstance(content, dict) else None
-    images = images.value() if isinstance(images, _Array) else None
+    images = _value(path, "image_data", images) if isinstance(images, _Array) else None
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise DataError(f"{path}: image_data is no uint8 array (n, H, W, 3); fetch the file again")
     if not isinstance(classes, dict):
@@ -63,8 +74,16 @@ def _name(path: str, name: Any) -> str:
     return name
 
 
+def _value(path: str, name: str, array: _Array) -> np.ndarray:
+    """The array that a pickle spells; its state is whatever the file says."""
+    try:
+        return array.value()
+    except READ_ERRORS as error:
+        raise DataError(f"{path}: {name} is {error}; fetch the file again") from error
+
+
 def _rows(path: str, name: str, rows: Any, count: int) -> list[int]:
-    rows = rows.value().tolist() if isinstance(rows, _Array) else rows
+    rows = _value(path, f"class_dict of {name}", rows).tolist() if isinstance(rows, _Array) else rows
     if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < count for row in rows):
         raise DataError(f"{path}: rows of class {name} are no numbers below {count}; fetch the file again")
     return rows
@@ -92,11 +111,19 @@ class _Array:
         self.state = state
 
     def value(self) -> np.ndarray:
+        """The array itself.
+
+        Raises:
+            READ_ERRORS: the state is not that of a plain array.
+        """
+        if len(self.state) != 5:
+            raise ValueError("an array without its content")
         _, shape, dtype, fortran, content = self.state
         content = content.encode("latin1") if isinstance(content, str) else content
-        size = math.prod(shape) * dtype.dtype.itemsize
-        if fortran or not isinstance(content, bytes) or len(content) != size:
-            raise DataError(f"an array of shape {shape} with {len(content)} bytes; fetch the file again")
+        if not isinstance(dtype, _DType) or not isinstance(content, bytes):
+            raise ValueError("an array whose type or content is something else")
+        if fortran or min(shape, default=0) < 0 or len(content) != math.prod(shape) * dtype.dtype.itemsize:
+            raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
         return np.frombuffer(content, dtype.dtype).reshape(shape)
 
 

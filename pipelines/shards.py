@@ -104,6 +104,7 @@ def write_dataset(
         done += 1
         if on_progress is not None:
             on_progress(done, len(tasks))
+    _remove_unfinished(out)
     manifest = {
         "name": source.name,
         "schema_version": SCHEMA_VERSION,
@@ -135,13 +136,18 @@ def _claim(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if (out / PLAN).exists():
         if read_json(out / PLAN) != plan:
             raise DataError(f"{out}: an unfinished data set of other settings is there; remove it first")
-        for leftover in [*out.glob("*/.*.tmp"), *out.glob(".*.tmp")]:
-            leftover.unlink()
+        _remove_unfinished(out)
         return None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty and not a data set; choose an empty or new folder for --out")
     write_json(out / PLAN, plan)
     return None
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Files that a killed process, or a worker whose task another one did again, was writing."""
+    for leftover in [*out.glob("*/.*.tmp"), *out.glob(".*.tmp")]:
+        leftover.unlink()
 
 
 def _in_process(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Any:

@@ -13,6 +13,7 @@ import os
 import tarfile
 import tempfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -100,10 +101,23 @@ def _content(path: str, size: int) -> IO[bytes]:
             left -= len(chunk)
             if left < 0:
                 raise DataError(f"{path}: {size} bytes that unpack to far more than pictures do; refused")
-            spool.write(chunk)
-    spool.flush()
+            _spool(spool, chunk, path)
+    _spool(spool, b"", path)
     spool.seek(0)
     return spool
+
+
+def _spool(spool: IO[bytes], chunk: bytes, path: str) -> None:
+    try:
+        spool.write(chunk)
+        spool.flush()
+    except OSError as error:
+        # The tar is whole: to fetch it again would not help. Closing tries to write the rest once more.
+        with suppress(OSError):
+            spool.close()
+        raise DataError(
+            f"{path}: its content finds no room in {tempfile.gettempdir()} ({error.strerror}); make some, or set TMPDIR"
+        ) from error
 
 
 def _decompressed(path: str) -> IO[bytes]:

@@ -25,6 +25,7 @@ from pipelines.shards import write_dataset
 from pipelines.sources import open_source
 from pipelines.verify import verify_dataset
 from training.backbones import encoder_digest
+from training.checkpoint import load_state, save_state
 
 TINY = {
     "model.channels": 8,
@@ -247,12 +248,64 @@ def test_features_that_are_not_numbers_are_refused_and_can_be_finished(data: Pat
         about = {"sha256": "0" * 64}
         return open_features(images, encode, feature_size=4, encoder=about, dtype="float16")
 
-    for worst in (float("nan"), float("inf"), 1e6):
-        with pytest.raises(DataError, match=r"feature 2 of image \d+ of 'train' is .*float16 cannot hold"):
+    remedies = {
+        float("nan"): "the encoder is broken",
+        float("inf"): "the encoder is broken",
+        1e6: "use --dtype float32",
+    }
+    for worst, remedy in remedies.items():
+        with pytest.raises(DataError, match=rf"feature 2 of image \d+ of 'train' is .*{remedy}"):
             write_dataset(source(worst), tmp_path / "out")
         assert not list((tmp_path / "out").rglob("*.tar*"))
     write_dataset(source(2.0), tmp_path / "out")
     assert (Dataset.open(tmp_path / "out").rows("test") == [1, 1, 2, 1]).all()
+
+
+def test_a_model_that_gives_nan_answers_nothing(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest of NaN is the first class: it would pass for an answer, or for 20% of a 5-way task."""
+    state = load_state(model / "checkpoint.pt")
+    weights = state["model"]
+    name = next(name for name, value in weights.items() if name.startswith("encoder") and value.ndim == 4)
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    save_state(tmp_path / "broken.pt", {key: value for key, value in state.items() if key != "version"})
+    task = ["--data", str(data), "--way", "5", "--shot", "1", "--query", "5", "--episodes", "2"]
+    refused(capsys, "features that are not finite", ["evaluate", str(tmp_path / "broken.pt"), *task])
+    for name in ("support/a", "support/b", "query"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (28, 28), len(name)).save(tmp_path / name / "0.png")
+    pictures = ["--support", str(tmp_path / "support"), "--query", str(tmp_path / "query"), "--json"]
+    refused(capsys, "NaN instead of probabilities", ["classify", str(tmp_path / "broken.pt"), *pictures])
+    # What other programs leave beside pictures is neither class nor query.
+    (tmp_path / "support" / ".cache").mkdir()
+    (tmp_path / "query" / "folder.png").mkdir()
+    (tmp_path / "query" / "._0.png").write_bytes(b"not a picture")
+    assert main(["classify", str(model), *pictures]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["classes"] == ["a", "b"]
+    assert [row["query"] for row in answer["queries"]] == ["0.png"]
+
+
+def test_too_many_shots_are_refused_before_anything_is_encoded(
+    data: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.features.features_of", lambda *_: pytest.fail("encoded"))
+    words = ["evaluate", str(model), "--data", str(data), "--way", "5", "--shot", "50"]
+    refused(capsys, "50 shots and 15 queries need 65 images of a class", words)
+
+
+def test_a_checkpoint_of_damaged_settings_or_foreign_objects_is_one_line(
+    data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {key: value for key, value in load_state(encoder / "checkpoint.pt").items() if key != "version"}
+    words = ["features", str(tmp_path / "x.pt"), "--data", str(data), "--out", str(tmp_path / "out")]
+    for damage in ({"settings": 5}, {"settings": "{}"}, {"settings": "{}", "best": {"5w1s": {}}}):
+        save_state(tmp_path / "x.pt", state | damage)
+        refused(capsys, "x.pt", words)
+    torch.save({"version": 2, "model": Path("x")}, tmp_path / "x.pt")
+    refused(capsys, "refused, it holds more than tensors and plain values", words)
+    assert not (tmp_path / "out").exists()
 
 
 def typed(words: list[str]) -> None:

@@ -1,7 +1,11 @@
 """The same files zipped or not; hostile archives are refused in one line."""
 
+import errno
+import io
 import os
 import struct
+import tarfile
+import tempfile
 import tracemalloc
 import zipfile
 import zlib
@@ -90,6 +94,22 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(members, "MAX_MEMBER_BYTES", 10)
     path = make_zip(tmp_path / "large.zip", [("a.png", b"0123456789a")])
     refused(lambda: list_entries(path, (".png",)), "unpacks to 11 bytes")
+
+
+def test_a_compressed_tar_without_room_for_its_content_is_not_called_damaged(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 9000
+        tar.addfile(info, io.BytesIO(b"x" * 9000))
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    refused(
+        lambda: list_entries(tmp_path / "x.tar.gz", (".png",)), "No space left on device", "make some, or set TMPDIR"
+    )
 
 
 def test_a_member_that_lies_about_its_size_is_not_unpacked_beyond_it(tmp_path):

@@ -238,6 +238,20 @@ def test_caches_hold_arrays_strings_and_numbers_only(tmp_path):
     for length in range(0, len(whole), 7):
         error(whole[:length])
     assert "no such file" in error(b"").lower() or "refused or not readable" in error(b"")
+    array, u1 = b"cnumpy.core.multiarray\n_reconstruct\n(tR", b"cnumpy\ndtype\n(S'u1'\ntR"
+    states = {
+        "an array without its content": b"",
+        "whose type or content": b"(K\x01(K\x01K\x01K\x01K\x03tK\x05\x89U\x03xxxtb",
+        "or content is something": b"(K\x01(K\x01K\x01K\x01K\x03t" + u1 + b"\x89K\x03tb",
+        "ordinal not in range": b"(K\x01(K\x01K\x01K\x01K\x03t" + u1 + b"\x89X\x03\x00\x00\x00\xe4\xb8\xadtb",
+        "of shape (-1, -2, 1, 3)": b"(K\x01(J\xff\xff\xff\xffJ\xfe\xff\xff\xffK\x01K\x03t" + u1 + b"\x89U\x06xxxxxxtb",
+    }
+    for text, state in states.items():
+        found = error(b"\x80\x02}(U\nimage_data" + array + state + b"U\nclass_dict}u.")
+        assert text in found
+        assert found.startswith(f"{path}: image_data is ")
+    for lengths in (b"\xff" * 8, b"\xff" * 6 + b"\x00\x00"):
+        assert "refused or not readable" in error(b"\x80\x04\x8e" + lengths + b".")
 
 
 def test_a_cache_that_lies_about_its_shape_allocates_nothing(tmp_path):

@@ -99,6 +99,40 @@ def test_bytes_do_not_depend_on_the_order_of_the_tasks_or_on_a_kill(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
 
 
+def test_what_a_killed_worker_was_writing_is_gone_when_the_data_set_stands(tmp_path):
+    """Its task is done again by another worker, under another temporary name."""
+
+    def one_dies(function, tasks):
+        for task in tasks:
+            path = Path(task[3])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / f".{path.name}.dead.tmp").write_bytes(b"half")
+            yield function(*task)
+
+    write(tmp_path / "out", map_tasks=one_dies)
+    write(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkeypatch):
+    whole = shards.atomic_file
+
+    def full(path):
+        if Path(path).name == "shard-000001.tar":
+            raise DataError(f"{path}: cannot be written (No space left on device); nothing was kept of it")
+        return whole(path)
+
+    monkeypatch.setattr(shards, "atomic_file", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        write(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    monkeypatch.undo()
+    write(tmp_path / "out")
+    write(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_finished_data_set_is_left_alone_and_another_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "d")
     monkeypatch.setattr(shards, "write_shard", None)

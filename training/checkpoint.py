@@ -21,7 +21,6 @@ KEYS = POSITION | {"version", "kind", "projector", "settings", "image_shape", "d
 
 READ_ERRORS = (
     RuntimeError,
-    UnpicklingError,
     BadZipFile,
     zlib.error,
     EOFError,
@@ -71,6 +70,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
         if damaged is not None:
             raise BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # torch's own words advise to switch the guard off.
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and plain values; it was not written by metagmvae"
+        ) from error
     except READ_ERRORS as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(
