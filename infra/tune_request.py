@@ -70,9 +70,9 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
             with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
                 run_sweep(sweep, request.at_once, request.gpus, _counting(sweep, total, progress))
                 return finish(sweep, tracker)
-        except SettingsError:
+        except Exception:
             if not sweep.taken:
-                folder.clear()  # nothing could be tried: the same folder will do for the mended request
+                folder.clear()  # nothing could be tried: the same folder will do for the next request
             raise
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from evaluation.trials import read_trials
 from infra.run_lock import LOCK, hold
 from infra.surroundings import CHECKPOINT, METRICS
 from infra.tune_folder import REASON, Plan, SweepFolder
+from infra.tune_request import Request, run
 from infra.tune_sweep import BEST, OUT_OF_TIME, Sweep, check_judged
 from pipelines.dataset import Dataset
 from pipelines.records import DataError
@@ -262,6 +264,20 @@ def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tm
         sweep.folder.clear()
         sweep.folder.make(resume=False)
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [LOCK, "trials"]
+
+
+def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp_path, monkeypatch):
+    @contextmanager
+    def broken(*request):
+        raise RuntimeError("no cluster")
+        yield
+
+    monkeypatch.setattr("infra.ray_tune.sweep_cluster", broken)
+    request = Request(base=plan.base, space=plan.space, out=tmp_path / "sweep")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no cluster"):
+            run(request)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
 
 
 def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
