@@ -172,7 +172,8 @@ def _choice(key: str, values: Any) -> Dimension:
     for value in values:
         if not isinstance(value, Value):
             raise SettingsError(f"{key}: {json.dumps(value, default=str)} is no number, text or boolean")
-    if len({json.dumps(value) for value in values}) < len(values):
+    # 1 and 1.0 are one value of a setting; true, which equals them in Python, is another.
+    if len({(isinstance(value, bool), value) for value in values}) < len(values):
         raise SettingsError(f"{key}: choice = {json.dumps(values)} names a value twice")
     return Dimension(key, "choice", values=tuple(values))
 
@@ -184,7 +185,7 @@ def _interval(key: str, word: str, written: Mapping[str, Any]) -> Dimension:
     if not isinstance(ends, list) or len(ends) != 2 or not all(_is_number(end) for end in ends):
         raise SettingsError(f"{shown}: give two numbers, [low, high]")
     low, high = ends
-    if whole and not all(isinstance(number, int) for number in (low, high, step)):
+    if whole and not all(isinstance(number, int) and not isinstance(number, bool) for number in (low, high, step)):
         raise SettingsError(f"{shown} (step {step}): a range is of whole numbers; use uniform or loguniform")
     if low >= high:
         raise SettingsError(f"{shown} is empty: the first number must be the smaller one")

@@ -54,8 +54,7 @@ def decide(differences: Sequence[PairedDifference], *, allow_equal: bool = False
     """
     if not differences:
         raise RuleError("no task to decide by: give --way and --shot")
-    if not (math.isfinite(margin) and 0 <= margin < 1):
-        raise RuleError(f"--margin is {margin}: it is a share of accuracy from 0 up to 1; 0.005 is half a point")
+    check_margin(margin)
     rule: Rule = "not worse" if allow_equal else "better"
     first, *others = differences
     if rule == "better" and first.verdict != "better":
@@ -67,6 +66,16 @@ def decide(differences: Sequence[PairedDifference], *, allow_equal: bool = False
     beside = f", and not worse by more than {_points(margin)} on {', '.join(map(_task, others))}" if others else ""
     word = rule if rule == "better" else f"not worse by more than {_points(margin)}"
     return Decision(True, rule, margin, f"{_numbers(first)}: {word}{beside}")
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin that is none; to be asked before the hours that judging can take.
+
+    Raises:
+        RuleError: it is not a share in [0, 1).
+    """
+    if not (math.isfinite(margin) and 0 <= margin < 1):
+        raise RuleError(f"--margin is {margin}: it is a share of accuracy from 0 up to 1; 0.005 is half a point")
 
 
 def _not_worse(difference: PairedDifference, margin: float) -> bool:

@@ -135,7 +135,16 @@ def last_move(moves: Sequence[Move], alias: str, version: str | None) -> Move | 
 
 
 def promotion_of(moves: Sequence[Move], alias: str, version: str) -> Move | None:
-    """The promotion by which a version got an alias, and which was not taken back; the latest."""
-    undone = {move.undoes for move in moves}
-    made = (move for move in reversed(moves) if move.action == "promoted" and move.number not in undone)
-    return next((move for move in made if (move.alias, move.version) == (alias, version)), None)
+    """The promotion by which a version got an alias, and which was not taken back; the latest.
+
+    Args:
+        moves: of a registered model.
+        alias: of it.
+        version: where the alias points now.
+    """
+    ours = [move for move in moves if move.alias == alias]
+    found_at = [*(move.former for move in ours[1:]), version]
+    # A rollback that died between its record and its move took nothing back: the alias was not found where it led.
+    undone = {move.undoes for move, at in zip(ours, found_at, strict=False) if move.version == at}
+    made = (move for move in reversed(ours) if move.action == "promoted" and move.number not in undone)
+    return next((move for move in made if move.version == version), None)

@@ -9,7 +9,7 @@ from typing import Any
 from configs.schema import TrackingSettings
 from evaluation.environment import environment_record
 from evaluation.package import LoadedModel, load_model
-from evaluation.promotion import MARGIN, Decision, decide
+from evaluation.promotion import MARGIN, Decision, check_margin, decide
 from infra.alias_history import holder, last_move, move_alias, read_history
 from infra.contest import Course, Outcome, run_course
 from infra.mlflow_store import Store, connect, every, one_line
@@ -63,9 +63,11 @@ def promote(wish: Wish, course: Course) -> dict[str, Any]:
         `decision` ("promoted", "refused", or "overtaken" by another promotion), the reason and the numbers.
 
     Raises:
+        RuleError: the margin is none.
         DataError: there is no such model, the two cannot be compared, or the challenger is the champion.
         TrackingError: the store cannot be reached, or another promotion of that model takes too long.
     """
+    check_margin(wish.margin)
     shot = course.tasks[0]["shot"]
     entrant = _find(wish, shot)
     before = holder(entrant.store, entrant.name, wish.alias)

@@ -39,6 +39,7 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
 
     Raises:
         SettingsError: no cluster answers there, it has fewer CPUs in all, or no dashboard.
+        RuntimeError: a cluster of this machine did not start in time.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -63,6 +64,11 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
         # Ray keeps the token by which its processes know each other in the home folder.
         remedy = "set HOME to a folder that can be written, or RAY_AUTH_TOKEN to a secret of your own"
         raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
+    except Exception as error:  # Ray raises a plain one, and its 30 s are no setting of it
+        if "timed out during startup" not in str(error):
+            raise
+        remedy = "try again when there is less to do, or join a cluster that runs already: --set run.address=auto"
+        raise RuntimeError(f"Ray did not start within its 30 s, this machine is too busy: {remedy}") from error
     try:
         if dashboard and not context.dashboard_url:
             raise SettingsError(

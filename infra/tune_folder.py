@@ -103,6 +103,7 @@ class SweepFolder:
 
         Raises:
             SettingsError: something that decides the outcome has changed since, naming what.
+            DataError: the plan that is there cannot be read.
         """
         from evaluation.environment import environment_record
 
@@ -110,7 +111,13 @@ class SweepFolder:
         if not path.exists():
             write_json(path, new | {"environment": environment_record()})
             return
-        found = _changes(read_json(path), new)
+        try:
+            found = _changes(read_json(path), new)
+        except (KeyError, TypeError, AttributeError, SettingsError) as error:
+            what = f"{type(error).__name__}: {error}" if not isinstance(error, SettingsError) else str(error)
+            raise DataError(
+                f"{path}: not the plan of a sweep that this version knows ({what}); choose another folder: --out DIR"
+            ) from error
         if found:
             raise SettingsError(f"{self.root}: cannot resume, this is another sweep now ({'; '.join(found)})")
 
@@ -127,15 +134,23 @@ class SweepFolder:
     def settings(self, number: int) -> Settings:
         return settings_from_json((self.folder(number) / SETTINGS).read_text(encoding="utf-8"))
 
+    def mend(self) -> None:
+        """Take away what a kill left half-written: a cut-off last line, folders of trials without settings.
+
+        Only for the process that holds the folder: of a sweep that runs, these are being written just now.
+        """
+        content = self.table.read_bytes() if self.table.exists() else b""
+        if not content.endswith(b"\n") and content:
+            with atomic_file(self.table) as file:
+                file.write(content[: content.rfind(b"\n") + 1])
+        for folder in (self.root / FOLDERS).iterdir():
+            if folder.is_dir() and not (folder / SETTINGS).is_file():
+                shutil.rmtree(folder)  # its number is drawn again, and a kill may have left a temporary file there
+
     def unfinished(self, ended: Iterable[int]) -> list[int]:
         """Trials that were proposed and have not ended, in order; a folder without settings is no trial yet."""
-        numbers = []
-        for folder in sorted((self.root / FOLDERS).iterdir()):
-            if (folder / SETTINGS).is_file():
-                numbers.append(int(folder.name))
-            elif folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        return sorted(set(numbers) - set(ended))
+        numbers = {int(path.parent.name) for path in (self.root / FOLDERS).glob(f"*/{SETTINGS}")}
+        return sorted(numbers - set(ended))
 
     def curve(self, number: int, task: str) -> tuple[Point, ...]:
         """Validations of a trial, from its metric lines."""
@@ -159,11 +174,7 @@ class SweepFolder:
         return (int(lines[-1]["step"]) if lines[-1]["stage"] == "meta" else 0), float(lines[-1]["elapsed_s"])
 
     def trials(self) -> list[Trial]:
-        """Trials that have ended; a last line that was cut off by a crash of the machine goes."""
-        content = self.table.read_bytes() if self.table.exists() else b""
-        if not content.endswith(b"\n") and content:
-            with atomic_file(self.table) as file:
-                file.write(content[: content.rfind(b"\n") + 1])
+        """Trials that have ended."""
         return read_trials(self.table)
 
     def record(self, trial: Trial) -> None:

@@ -19,6 +19,7 @@ from infra.tune_sweep import BEST, Sweep, check_judged
 from infra.tune_tracking import SweepTracker
 from infra.wiring import ENCODER_KEYS, check_data, device_of, with_encoder_of
 from pipelines.dataset import Dataset
+from pipelines.files import write_json
 
 TRIALS = 20
 """Of a random or TPE search, where nothing else is asked for."""
@@ -69,21 +70,27 @@ def run(request: Request, progress: Progress | None = None) -> dict[str, Any]:
             with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
                 run_sweep(sweep, request.at_once, request.gpus, _counting(sweep, total, progress))
                 return finish(sweep, tracker)
-        except SettingsError:
+        except Exception:
             if not sweep.taken:
-                folder.clear()  # nothing could be tried: the same folder will do for the mended request
+                folder.clear()  # nothing could be tried: the same folder will do for the next request
             raise
 
 
 def finish(sweep: Sweep, tracker: SweepTracker) -> dict[str, Any]:
     """The end of a sweep: best settings, what it says, what MLflow calls the trials, the answer."""
-    from evaluation.sweep_report import REPORT, write_report
+    from evaluation.sweep_report import REPORT, SUMMARY, write_report
 
     best = sweep.write_best()
-    write_report(sweep.folder.root)
+    summary = write_report(sweep.folder.root)
     tracker.close()
-    sweep.folder.rewrite(tracker.with_runs(list(sweep.ended.values())))
-    counts = Counter(trial.status for trial in sweep.ended.values())
+    trials = tracker.with_runs(sweep.trials())
+    sweep.folder.rewrite(trials)
+    if summary["best"]:
+        # Only now: the report goes to MLflow with the last trials, and their runs are known when it is there.
+        runs = {trial.number: trial.run_id for trial in trials}
+        named = summary["best"] | {"run_id": runs[summary["best"]["number"]]}
+        write_json(sweep.folder.root / SUMMARY, summary | {"best": named})
+    counts = Counter(trial.status for trial in trials)
     answer: dict[str, Any] = {"sweep": str(sweep.folder.root), "name": sweep.plan.name, "trials": dict(counts)}
     if best is None or best.last is None:
         return answer | {"best": None, "why": _last_reason(sweep)}

@@ -49,6 +49,8 @@ class Sweep:
         self.keep_all = keep_all
         self.until = time.monotonic() + 3600 * hours if hours else float("inf")
         self.ended: dict[int, Trial] = {}
+        self._cut_off: dict[int, Trial] = {}
+        """What the hours of before cut off, as far as it came; until it ends anew."""
         self.running: dict[int, float] = {}
         """Number -> when it began, in the seconds of `time.monotonic`."""
         self.late: set[int] = set()
@@ -66,10 +68,10 @@ class Sweep:
 
     def _restore(self) -> None:
         """Ended trials from the table; the others from their folders, to go on with."""
+        self.folder.mend()
         for trial in self.folder.trials():
             # What the hours cut off goes on where there are hours again, and gets another line when it ends.
-            if trial.reason != OUT_OF_TIME:
-                self.ended[trial.number] = trial
+            (self._cut_off if trial.reason == OUT_OF_TIME else self.ended)[trial.number] = trial
         self.waiting = self.folder.unfinished(self.ended)
         for number in list(self.waiting):
             self._before[number] = self.folder.trained(number)[1]
@@ -78,6 +80,7 @@ class Sweep:
                 self.waiting.remove(number)
                 self.ended[number] = self._made(number, *self._status(number, 0), self._before[number])
                 self.folder.record(self.ended[number])
+                self._cut_off.pop(number, None)
 
     def next(self) -> int | None:
         """The number of the next trial, its folder ready; None: there is no more to begin.
@@ -107,6 +110,10 @@ class Sweep:
         self.waiting = sorted([*self.waiting, *self.running])
         self.running.clear()
 
+    def trials(self) -> list[Trial]:
+        """All that have ended; what was cut off and had no hours to go on again too, as far as it came."""
+        return [*self._cut_off.values(), *self.ended.values()]
+
     def is_late(self) -> bool:
         """Whether the hours are up."""
         return time.monotonic() >= self.until
@@ -128,6 +135,9 @@ class Sweep:
                 self._refuse(number, values, str(error))
                 continue
             values = self.plan.space.chosen(settings)
+            if key_of(values) in self._seen:  # 5 in the space is 5.0 where the setting is a real number
+                self.proposer.forget(number)
+                continue
             self._seen.add(key_of(values))
             self.folder.open_trial(number, settings)
             self.proposer.take(number, values)
@@ -194,18 +204,20 @@ class Sweep:
         """The line first: all else is found again from it."""
         self.folder.record(trial)
         self.ended[trial.number] = trial
+        self._cut_off.pop(trial.number, None)
         self.proposer.tell(trial)
 
     def _keep_checkpoint(self, trial: Trial) -> None:
         """Only the best trial keeps its checkpoint, and one that is to go on; a thousand of them fill a disk."""
-        before, self._best = self._best, best_trial([trial, *([self._best] if self._best else [])])
+        # The earlier one first: of equals it is the best, as in `write_best`.
+        before, self._best = self._best, best_trial([*([self._best] if self._best else []), trial])
         for old in (trial, before):
             if old is not None and old is not self._best and old.reason != OUT_OF_TIME and not self.keep_all:
                 (self.folder.folder(old.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def write_best(self) -> Trial | None:
         """Write the best settings as a TOML file that `metagmvae train` takes; None where no trial was judged."""
-        best = best_trial(self.ended.values())
+        best = best_trial(self.trials())
         if best is None or best.last is None:
             return None
         base = self.plan.base

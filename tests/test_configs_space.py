@@ -75,6 +75,8 @@ FORMS = "write it as { choice"
         ("train.learning_rate = {uniform=[-1,1]}", "input should be greater than 0"),
         ('train.schedule = {choice=["constant","cosin"]}', "\"cosin\": input should be 'constant' or 'cosine'"),
         ("train.set_size = {choice=[5, 5]}", "names a value twice"),
+        ("train.clip_norm = {choice=[5, 5.0]}", "names a value twice"),
+        ("train.set_size = {range=[1,9],step=true}", "a range is of whole numbers"),
         ("pretrain.projector = {choice=[[1]]}", "[1] is no number, text or boolean"),
         ("train.steps = 3", FORMS),
         ("train.steps = {range=[1,2],uniform=[1,2]}", FORMS),

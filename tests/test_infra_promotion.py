@@ -170,6 +170,12 @@ def test_the_first_one_becomes_champion_and_says_so(store, ask):
     assert "no former version to go back to; version 1 was the first one" in answer["error"]
 
 
+def test_a_margin_that_is_none_is_refused_where_nothing_is_to_be_beaten_too(store, ask):
+    error = ask("models:/glyphs/2", "--alias", "candidate", "--margin", "5", code=2)["error"]
+    assert "--margin is 5.0" in error
+    assert champion(store, "candidate") is None
+
+
 def test_another_alias_is_won_over_a_named_model(store, ask):
     answer = ask("models:/glyphs/1", "--alias", "staging", "--over", "models:/glyphs/2", code=1)
     assert (answer["champion"], champion(store, "staging")) == ("models:/glyphs/2", None)

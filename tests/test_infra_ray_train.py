@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 
+from infra.ray_cluster import cluster
 from pipelines.shards import write_dataset
 from pipelines.sources import open_source
 from training.checkpoint import load_state
@@ -186,6 +188,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_line(data, tmp_
     (line,) = [line for line in log.splitlines() if line.startswith("metagmvae train:")]
     assert "the update was refused and the last checkpoint stays" in line
     assert "Traceback" not in log
+
+
+def test_a_machine_that_is_too_busy_to_start_a_cluster(monkeypatch):
+    def slow(**request):
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with (
+        pytest.raises(RuntimeError, match="not start within its 30 s, this machine is too busy: try again"),
+        cluster("", 1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

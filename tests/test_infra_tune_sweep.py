@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from evaluation.trials import read_trials
 from infra.run_lock import LOCK, hold
 from infra.surroundings import CHECKPOINT, METRICS
 from infra.tune_folder import REASON, Plan, SweepFolder
+from infra.tune_request import Request, run
 from infra.tune_sweep import BEST, OUT_OF_TIME, Sweep, check_judged
 from pipelines.dataset import Dataset
 from pipelines.records import DataError
@@ -115,6 +117,16 @@ def test_only_the_best_trial_keeps_its_checkpoint(plan, dataset, tmp_path):
     assert "70.00 ± 1.00%" in (tmp_path / "sweep" / BEST).read_text()
 
 
+def test_of_equal_trials_the_best_one_keeps_its_checkpoint(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    for _ in range(3):
+        number = sweep.next()
+        train(sweep, number, [0.2, 0.2])
+        sweep.has_ended(number)
+    kept = [path.parent.name for path in (tmp_path / "sweep").rglob(CHECKPOINT)]
+    assert kept == [f"{sweep.write_best().number:05d}"]
+
+
 def test_a_stopped_trial_is_never_better_than_one_that_was_trained_to_the_end(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     first, second = sweep.next(), sweep.next()
@@ -177,6 +189,53 @@ def test_the_hours_cut_trials_off_and_a_resume_goes_on_with_them(plan, dataset, 
     assert trial.status == "finished"
 
 
+def test_what_the_hours_cut_off_counts_until_it_can_go_on(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep", 1)
+    number = sweep.next()
+    train(sweep, number, [0.3])
+    sweep.late.add(number)
+    sweep.has_ended(number)
+    again = open_sweep(plan, dataset, tmp_path / "sweep", 1, resume=True, hours=1e-12)
+    assert again.next() is None
+    assert again.write_best().number == number
+    again.folder.rewrite(again.trials())
+    last = open_sweep(plan, dataset, tmp_path / "sweep", 1, resume=True)
+    assert [trial.reason for trial in last.trials() if trial.number == number] == [OUT_OF_TIME]
+    assert last.next() == number
+    train(last, number, [0.3, 0.6])
+    last.has_ended(number)
+    assert [trial.status for trial in last.trials() if trial.number == number] == ["finished"]
+
+
+def test_a_trial_that_was_killed_while_its_folder_was_made_is_drawn_again(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    number = sweep.next()
+    (sweep.folder.folder(number) / "settings.json").rename(sweep.folder.folder(number) / ".settings.json.x1.tmp")
+    again = open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
+    assert again.next() == number
+    assert [path.name for path in again.folder.folder(number).iterdir()] == ["settings.json"]
+
+
+def test_whoever_only_reads_a_sweep_mends_nothing_in_it(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    number = sweep.next()
+    (sweep.folder.folder(99)).mkdir()  # just being made
+    half = '{"number": 5, "sett'
+    with open(sweep.folder.table, "a") as file:
+        file.write(half)  # just being written
+    reader = SweepFolder(tmp_path / "sweep")
+    assert number in reader.unfinished(trial.number for trial in reader.trials())
+    assert sweep.folder.folder(99).is_dir()
+    assert sweep.folder.table.read_text().endswith(half)
+
+
+def test_whole_numbers_for_a_real_setting_are_tried_once(plan, dataset, tmp_path):
+    (tmp_path / "two.toml").write_text("train.clip_norm = {choice=[0, 5]}")
+    small = Plan("two", plan.base, load_space(tmp_path / "two.toml"), "random", "none", 0, "5w1s")
+    sweep = open_sweep(small, dataset, tmp_path / "sweep", 50)
+    assert [sweep.next() is None for _ in range(3)] == [False, False, True]
+
+
 def test_a_small_space_ends_when_all_of_it_was_tried(plan, dataset, tmp_path):
     (tmp_path / "two.toml").write_text("train.em_iterations = {choice=[1, 2]}")
     small = Plan("two", plan.base, load_space(tmp_path / "two.toml"), "random", "none", 0, "5w1s")
@@ -207,6 +266,20 @@ def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tm
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [LOCK, "trials"]
 
 
+def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp_path, monkeypatch):
+    @contextmanager
+    def broken(*request):
+        raise RuntimeError("no cluster")
+        yield
+
+    monkeypatch.setattr("infra.ray_tune.sweep_cluster", broken)
+    request = Request(base=plan.base, space=plan.space, out=tmp_path / "sweep")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no cluster"):
+            run(request)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
+
+
 def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
     root = tmp_path / "sweep"
     open_sweep(plan, dataset, root)
@@ -223,6 +296,14 @@ def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, data
     with pytest.raises(SettingsError, match=r'space train\.components: .*"high": 5.*, .*"high": 9'):
         open_sweep(wider, dataset, root, resume=True)
     open_sweep(Plan("mine", plan.base, plan.space, "random", "none", 0, "5w1s"), dataset, root, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"task": 1, "search": 1, "scheduler": 1, "seed": 0, "space": []}'])
+def test_a_plan_that_cannot_be_read_is_named(plan, dataset, tmp_path, content):
+    open_sweep(plan, dataset, tmp_path / "sweep")
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    with pytest.raises(DataError, match=r"sweep\.json: not the plan of a sweep that this version knows .*--out DIR"):
+        open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
 
 
 @pytest.mark.parametrize("what", ["code", "torch", "data"])

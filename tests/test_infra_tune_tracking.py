@@ -14,9 +14,11 @@ from test_infra_tracking import _wait_for, closed_port
 from test_infra_tune_sweep import dataset, open_sweep, plan, train  # noqa: F401
 
 from configs.schema import TrackingSettings
+from evaluation.trials import read_trials
 from infra.mlflow_store import connect
 from infra.tracking_cursor import CURSOR, read_status
 from infra.tune_mirror import NUMBER, PARENT, REASON, STATUS, SweepSender, track_sweep
+from infra.tune_request import finish
 from infra.tune_tracking import SweepTracker
 
 
@@ -86,6 +88,15 @@ def test_a_parent_with_its_trials_and_how_each_ended(sweep, store):
         assert run.info.end_time - run.info.start_time == round(1000 * trial.seconds)
     assert there[running].data.tags[REASON] == "meta step 12: loss nan"
     assert all(not trial.run_id for trial in trials if trial.status == "refused")
+
+
+def test_the_report_names_the_run_of_the_best_trial(sweep, store):
+    with SweepTracker(sweep, store, interval_s=0.05) as tracker:
+        run_some(sweep, [[0.3, 0.5]])
+        finish(sweep, tracker)
+    (trial,) = [trial for trial in read_trials(sweep.folder.table) if trial.status == "finished"]
+    assert trial.run_id
+    assert json.loads((sweep.folder.root / "summary.json").read_text())["best"]["run_id"] == trial.run_id
 
 
 def _points(sweep, number):
