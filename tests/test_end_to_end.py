@@ -89,6 +89,8 @@ def test_several_ways_and_baselines_on_the_same_episodes(run, data, capsys):
             "soft k-means",
             "EM on features, identity",
             "EM on features, diagonal",
+            "nearest class mean, features unscaled",
+            "logistic regression, features unscaled",
         )
     ]
     assert [(row["way"], row["baseline"]) for row in answer["baselines"]] == expected
