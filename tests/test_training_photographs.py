@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 from training import photographs
-from training.photographs import _smaller, grey, photograph_view, turn_hue
+from training.photographs import grey, photograph_view, turn_hue
 
 
 def pictures(n: int = 6, channels: int = 3, size: int = 24) -> Tensor:
@@ -89,21 +88,3 @@ def test_grey_photographs_stay_grey_and_change() -> None:
     seen = photograph_view(x, generator(), 24)
     assert seen.shape == x.shape
     assert not torch.equal(seen, photograph_view(x, generator(2), 24))
-
-
-def test_a_view_of_a_whole_image_is_as_smooth_as_what_the_encoder_sees_at_test(monkeypatch) -> None:
-    """Stripes one pixel wide are grey at a third of the size; sampled without smoothing they would stay stripes."""
-    for colour in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "GREYED"):
-        monkeypatch.setattr("training.photographs." + colour, 0.0)
-    stripes = torch.zeros(16, 3, 84, 84)
-    stripes[..., ::2] = 1.0
-    seen = photograph_view(stripes, generator(), 28, least=1.0)
-    at_test = F.interpolate(stripes, (28, 28), mode="bilinear", antialias=True)
-    inside = (..., slice(2, -2), slice(2, -2))
-    assert float((seen - at_test)[inside].abs().max()) < 0.1
-
-
-def test_images_little_larger_than_the_view_are_not_resized_first() -> None:
-    x = torch.rand(2, 3, 30, 30)
-    assert _smaller(x, 30) is x
-    assert _smaller(x, 29).shape == (2, 3, 29, 29)

@@ -1,10 +1,9 @@
 """Views of photographs for contrastive training: SimCLR's crops, flips and colours (Chen et al. 2020, appendix A).
 
 torchvision's transforms draw one set of parameters for a batch; here each image has its own, on the batch's device.
-Colours are torchvision's functions image by image (tested against them); the order of the four colour changes is one
-for a batch. Images much larger than the view are made smaller and smooth before the crop, as encoders see them at test;
-what is left to shrink is sampled bilinearly. Blur is left out, as the paper does. All randomness comes from the
-generator that is passed in.
+Colours are torchvision's functions image by image (tested against them); the crop is sampled bilinearly without
+smoothing, where torchvision smooths what shrinks, and the order of the four colour changes is one for a batch. Blur is
+left out, as the paper does. All randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ HUE = 0.2
 JITTERED = 0.8
 GREYED = 0.2
 """Shares of the images."""
-LARGEST = 1.5
-"""Sides of a view that the image it is cut from has at most: a whole image then shrinks by a third at most."""
 LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -34,7 +31,7 @@ def photograph_view(images: Tensor, generator: torch.Generator, size: int, least
     Colours change for three channels only; grey photographs change in brightness and contrast. A view shows between
     `least` and all of the image's area.
     """
-    x = _crop(_smaller(images, math.ceil(LARGEST * size)), generator, size, least)
+    x = _crop(images, generator, size, least)
     draw = uniform((len(x), 6), x, generator)
     jittered = draw[:, 4] < 2 * JITTERED - 1
     factors = torch.where(jittered[:, None], draw[:, :4], 0.0)
@@ -49,13 +46,6 @@ def photograph_view(images: Tensor, generator: torch.Generator, size: int, least
         x = change[number](x)
     greyed = draw[:, 5] < 2 * GREYED - 1
     return torch.where(greyed[:, None, None, None], grey(x), x)
-
-
-def _smaller(images: Tensor, side: int) -> Tensor:
-    """Smoothed and shrunk to this side, if it is smaller than both of the image's."""
-    if side >= min(images.shape[-2:]):
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def _crop(images: Tensor, generator: torch.Generator, size: int, least: float) -> Tensor:
