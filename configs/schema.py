@@ -52,9 +52,9 @@ class ModelSettings(Section):
     reconstruct: Literal["pixels", "features"] = "pixels"
     """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder
     (Gaussian; "Visual feature reconstruction", section 3.2, Tables 7 and 8)."""
-    features: Literal["whitened", "raw"] = "whitened"
-    """Features that are reconstructed: evened out by a square root, centred, half-whitened and of one length, or as
-    they are, which ends the decoder in the ReLU of Table 8."""
+    features: Literal["standard", "whitened", "raw"] = "standard"
+    """Features that are reconstructed: centred, divided by their deviation and of one length; or evened out by a square
+    root, centred, half-whitened and of one length; or as they are, which ends the decoder in the ReLU of Table 8."""
     variance: Literal["calibrated", "unit"] = "calibrated"
     """Row 6: variance of p(x|z) over features: the best for each episode (Rybkin et al. 2020), or 1, that is half
     the summed squared error."""

@@ -49,7 +49,6 @@ def judge_tasks(
     from pipelines.episodes import EpisodeSampler
     from pipelines.records import DataError
     from training.backbones import EncoderModel
-    from training.networks import FeatureScale
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, labels = meta_gmvae(loaded, name).to(device), dataset.labels(split)
@@ -61,7 +60,7 @@ def judge_tasks(
         # NaN would pass for an answer: the largest of them is the first class.
         raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
     compared = [(label, judge, h_nF) for label, judge in BASELINES.items()]
-    if isinstance(model.scale, FeatureScale):
+    if not isinstance(model.scale, torch.nn.Identity):
         compared += [(f"{label}, features unscaled", BASELINES[label], raw_nF) for label in UNSCALED]
     for task in tasks:
         with progress_bar(f"{task['way']}-way {task['shot']}-shot episodes", quiet) as on_progress:

@@ -18,7 +18,7 @@ from training.builders import (
     build_schedule,
 )
 from training.lars import Lars
-from training.networks import ConvDecoder, FeatureDecoder
+from training.networks import ConvDecoder, FeatureDecoder, FeatureWhitening
 
 SHAPE = (1, 12, 12)
 TINY = {"latent": 3, "channels": 4, "width": 8, "heads": 2, "layers": 1}
@@ -59,7 +59,8 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"image_size": 20}, lambda m: m.encoder.side == 20),
         ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.scale, nn.Identity)),
         ({"reconstruct": "features", "features": "raw"}, lambda m: isinstance(m.decoder.mlp[-1], nn.ReLU)),
-        ({"reconstruct": "features", "features": "whitened"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
+        ({"reconstruct": "features", "features": "standard"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
+        ({"reconstruct": "features", "features": "whitened"}, lambda m: isinstance(m.scale, FeatureWhitening)),
         ({"variance": "unit"}, lambda m: m.variance == "unit"),
         ({"reconstruct": "pixels"}, lambda m: isinstance(m.decoder, ConvDecoder)),
         ({"reconstruct": "features"}, lambda m: isinstance(m.decoder, FeatureDecoder)),

@@ -15,6 +15,7 @@ from training.networks import (
     ConvEncoder,
     FeatureDecoder,
     FeatureScale,
+    FeatureWhitening,
     at_least_float32,
     even_out,
     pooled_sizes,
@@ -182,11 +183,27 @@ def test_batch_statistics_stay_float32_under_autocast() -> None:
     assert torch.allclose(block.norm.running_mean, running.running_mean, rtol=0, atol=1e-5)
 
 
-def test_feature_scale_is_square_root_unit_length_half_whitening() -> None:
+def test_feature_scale_centres_divides_and_sets_the_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 10
+    h[:, 2] = 3.0  # a dimension that never varies
+    scale = FeatureScale(6).double()
+    scale.set_statistics(h.mean(dim=0), h.std(dim=0))
+    scaled = scale(h)
+    deviation = h.numpy().std(axis=0, ddof=1)
+    deviation[2] = 1.0
+    centred = (h.numpy() - h.numpy().mean(axis=0)) / deviation
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True) * np.sqrt(6)
+    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(scaled.square().sum(dim=1), torch.full((50,), 6.0).double())
+    assert set(scale.state_dict()) == {"mean", "deviation"}  # they travel with the model
+
+
+def test_feature_whitening_is_square_root_unit_length_half_whitening() -> None:
     rng = np.random.default_rng(0)
     h = rng.gamma(0.5, size=(400, 6)) @ rng.normal(size=(6, 6))
     h[:, 2] = 0.0  # a dimension that never varies
-    scale = FeatureScale(6).double()
+    scale = FeatureWhitening(6).double()
     evened = even_out(torch.from_numpy(h))
     scale.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
 
@@ -211,7 +228,7 @@ def test_feature_scale_is_square_root_unit_length_half_whitening() -> None:
 def test_half_whitening_leaves_the_root_of_each_deviation() -> None:
     rng = np.random.default_rng(1)
     u = rng.normal(size=(5000, 4)) @ np.diag([1.0, 0.5, 0.1, 0.02])
-    scale = FeatureScale(4).double()
+    scale = FeatureWhitening(4).double()
     scale.set_statistics(torch.zeros(4), torch.cov(torch.from_numpy(u).T))
     after = (torch.from_numpy(u) @ scale.whitening).std(dim=0)
     expected = np.sqrt(u.std(axis=0, ddof=1))
@@ -219,7 +236,7 @@ def test_half_whitening_leaves_the_root_of_each_deviation() -> None:
 
 
 def test_features_that_never_vary_are_left_finite() -> None:
-    scale = FeatureScale(3)
+    scale = FeatureWhitening(3)
     scale.set_statistics(torch.full((3,), 3**-0.5), torch.zeros(3, 3, dtype=torch.float64))
     assert torch.isfinite(scale(torch.ones(2, 3))).all()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE
-from training.networks import FeatureScale, even_out
+from training.networks import FeatureScale, FeatureWhitening, even_out
 from training.steps import to_device
 
 ROWS = 1024
@@ -53,17 +53,22 @@ def encode_all(model: EncoderModel, images: Any, device: torch.device, channels_
 
 def set_scale(model: MetaGMVAE, raw: Any) -> None:
     """Give the model the statistics of the training features, (n, F), read twice in pieces of rows."""
-    if not isinstance(model.scale, FeatureScale):
+    scale = model.scale
+    if not isinstance(scale, FeatureScale | FeatureWhitening):
         return
     count = len(raw)
 
     def pieces() -> Iterator[Tensor]:
         for first in range(0, count, ROWS):
-            rows = np.arange(first, min(first + ROWS, count))
-            yield even_out(torch.as_tensor(np.asarray(raw[rows], dtype=np.float64)))
+            h = torch.as_tensor(np.asarray(raw[np.arange(first, min(first + ROWS, count))], dtype=np.float64))
+            yield even_out(h) if isinstance(scale, FeatureWhitening) else h
 
     mean = torch.stack([piece.sum(dim=0) for piece in pieces()]).sum(dim=0) / count
+    if isinstance(scale, FeatureScale):
+        squares = torch.stack([(piece - mean).square().sum(dim=0) for piece in pieces()]).sum(dim=0)
+        scale.set_statistics(mean, (squares / max(count - 1, 1)).sqrt())
+        return
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for piece in pieces():
         covariance.addmm_((piece - mean).T, piece - mean, alpha=1 / max(count - 1, 1))
-    model.scale.set_statistics(mean, covariance)
+    scale.set_statistics(mean, covariance)

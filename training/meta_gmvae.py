@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.backbones import EncoderModel, build_encoder
-from training.networks import ConvDecoder, FeatureDecoder, FeatureScale, at_least_float32
+from training.networks import ConvDecoder, FeatureDecoder, FeatureScale, FeatureWhitening, at_least_float32
 from training.set_attention import SetAttention
 
 
@@ -25,7 +25,7 @@ class MetaGMVAE(EncoderModel):
         encoder: str = "conv4",
         image_size: int = 0,
         reconstruct: Literal["pixels", "features"] = "pixels",
-        features: Literal["whitened", "raw"] = "whitened",
+        features: Literal["standard", "whitened", "raw"] = "standard",
         variance: Literal["calibrated", "unit"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
@@ -45,8 +45,9 @@ class MetaGMVAE(EncoderModel):
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
         self.variance = variance
-        scaled = reconstruct == "features" and features == "whitened"
-        self.scale: nn.Module = FeatureScale(self.features) if scaled else nn.Identity()
+        scales = {"standard": FeatureScale, "whitened": FeatureWhitening}
+        scaled = reconstruct == "features" and features in scales
+        self.scale: nn.Module = scales[features](self.features) if scaled else nn.Identity()
         self.decoder: nn.Module = (
             FeatureDecoder(self.features, latent, rectified=features == "raw")
             if reconstruct == "features"

@@ -167,6 +167,33 @@ class FeatureDecoder(nn.Module):
 
 
 class FeatureScale(nn.Module):
+    """Bring features to one scale: centred, divided by their deviation, then each of length sqrt(F).
+
+    A contrastive loss gives meaning to the direction of a feature only; its length would otherwise decide
+    how sharply EM with unit covariance tells components apart. The statistics are those of the training
+    images under the warmed-up encoder, set once and kept as buffers.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take mean and deviation of raw features, (F,) each; a dimension that never varies stays as it is."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        centred = (at_least_float32(h) - self.mean) / self.deviation
+        return F.normalize(centred, dim=-1) * math.sqrt(h.shape[-1])
+
+
+class FeatureWhitening(nn.Module):
     """Bring features to one scale: square root, unit length, half-whitened, of length sqrt(F).
 
     Features of a contrastive encoder are skewed (a few large values on many small ones) and lie in a cone; their
