@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,22 @@ ENVIRONMENT = {
 
 class TrackingError(RuntimeError):
     """The MLflow store cannot be reached or refused a request: one line; the run folder still holds all."""
+
+
+class SayOnce:
+    """Tells on standard error what is wrong with a store, the first time only; it is tried again all the same."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+        self.said = False
+
+    def __call__(self, error: Exception) -> None:
+        if self.said:
+            return
+        self.said = True
+        known = isinstance(error, TrackingError | DataError)
+        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
+        print(" ".join(f"{what}; {self.remedy}".split()), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

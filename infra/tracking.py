@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
 from configs.schema import Settings, TrackingSettings
-from infra.mlflow_store import TrackingError, shown, store_uri
+from infra.mlflow_store import SayOnce, TrackingError, shown, store_uri
 from infra.system_metrics import SystemSampler
 from infra.tracking_cursor import ENDED, last_uri, write_status
 from infra.tracking_mirror import MirrorReport, mirror
@@ -57,7 +56,8 @@ class Tracker:
         self.interval_s, self.artifact_interval_s = interval_s, artifact_interval_s
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
-        self._said = self._failing = False
+        self._failing = False
+        self._say = SayOnce(f"training goes on. Send the run later: metagmvae track {self.run_dir}")
 
     def start(self) -> Tracker:
         """Note that the run goes on, and begin to mirror in the background."""
@@ -121,16 +121,6 @@ class Tracker:
     def _note(self, sample: dict[str, float]) -> None:
         with (self.run_dir / "system.jsonl").open("a") as file:
             file.write(json.dumps(sample) + "\n")
-
-    def _say(self, error: Exception) -> None:
-        """Say once what is wrong; it is tried again all the same."""
-        if self._said:
-            return
-        self._said = True
-        known = isinstance(error, TrackingError | DataError)
-        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        line = " ".join(f"{what}; training goes on. Send the run later: metagmvae track {self.run_dir}".split())
-        print(line, file=sys.stderr, flush=True)
 
 
 def track(run_dir: str | Path, uri: str = "") -> MirrorReport:

@@ -6,7 +6,6 @@ interval; what it has not got at the end is sent by `metagmvae track SWEEP_DIR`,
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable
 from types import TracebackType
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from configs.schema import TrackingSettings
 from evaluation.trials import Trial
-from infra.mlflow_store import TrackingError, connect
+from infra.mlflow_store import SayOnce, TrackingError, connect
 from infra.tracking_cursor import CURSOR, read_json, write_status
-from pipelines.records import DataError
 
 if TYPE_CHECKING:
     from infra.tune_mirror import SweepSender
@@ -37,7 +35,8 @@ class SweepTracker:
         self.root = sweep.folder.root
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
-        self._said = self._failing = self._closed = False
+        self._failing = self._closed = False
+        self._say = SayOnce(f"the sweep goes on. Send it later: metagmvae track {self.root}")
 
     def __enter__(self) -> SweepTracker:
         write_status(self.root, "RUNNING")
@@ -92,13 +91,3 @@ class SweepTracker:
         from infra.tune_mirror import SweepSender
 
         return SweepSender(self.sweep.folder, connect(self.tracking), self.tracking.experiment)
-
-    def _say(self, error: Exception) -> None:
-        """Say once what is wrong; it is tried again all the same."""
-        if self._said:
-            return
-        self._said = True
-        known = isinstance(error, TrackingError | DataError)
-        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        line = " ".join(f"{what}; the sweep goes on. Send it later: metagmvae track {self.root}".split())
-        print(line, file=sys.stderr, flush=True)

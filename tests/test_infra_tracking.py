@@ -335,7 +335,7 @@ def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, 
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     tracker = Tracker(run, TrackingSettings(), interval_s=0.02).start()
-    while not tracker._said:
+    while not tracker._say.said:
         time.sleep(0.02)
     (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
     (run / "checkpoint.pt").write_bytes(b"last")
