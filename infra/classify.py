@@ -11,6 +11,7 @@ import torch
 from evaluation.package import LoadedModel, meta_gmvae
 from evaluation.predict import encode_images
 from evaluation.support import predict_queries
+from pipelines.archives import is_hidden
 from pipelines.images import decode_image
 from pipelines.records import DataError
 
@@ -59,8 +60,7 @@ def classify_folders(loaded: LoadedModel, support: Path, query: Path, picture: P
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    # Hidden ones, and `__MACOSX`, are what other programs leave beside the pictures.
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
 
 
 def _images(folder: Path) -> list[Path]:

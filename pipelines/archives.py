@@ -157,10 +157,13 @@ def _checked_members(path: str, size: int, modified_ns: int) -> tuple[zipfile.Zi
     return tuple(infos)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is one that other programs leave beside the pictures."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and name.lower().endswith(suffixes)
+    return not any(map(is_hidden, PurePosixPath(name).parts)) and name.lower().endswith(suffixes)
 
 
 def _folder_entries(root: Path, suffixes: tuple[str, ...]) -> Iterator[Entry]:
