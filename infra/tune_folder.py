@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.load import SettingsError, differences, settings_from_json, to_json
 from configs.schema import Settings
@@ -30,6 +30,9 @@ from infra.wiring import SETTINGS
 from pipelines.dataset import Dataset
 from pipelines.files import atomic_file, read_json, write_json
 from pipelines.records import DataError
+
+if TYPE_CHECKING:
+    from infra.tune_search import Search  # which imports Optuna
 
 SWEEP = "sweep.json"
 FOLDERS = "trials"
@@ -44,7 +47,7 @@ class Plan:
     name: str
     base: Settings
     space: Space
-    search: str
+    search: Search
     scheduler: str
     seed: int
     task: str

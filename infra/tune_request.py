@@ -14,7 +14,7 @@ from configs.space import Space
 from infra.command import Progress
 from infra.run_lock import hold
 from infra.tune_folder import Plan, SweepFolder
-from infra.tune_search import Grid
+from infra.tune_search import Grid, Search
 from infra.tune_sweep import BEST, Sweep, check_judged
 from infra.tune_tracking import SweepTracker
 from infra.wiring import ENCODER_KEYS, check_data, device_of, with_encoder_of
@@ -32,7 +32,7 @@ class Request:
     base: Settings
     space: Space
     out: Path
-    search: str = "random"
+    search: Search = "random"
     scheduler: str = "asha"
     name: str = ""
     """Empty: that of the folder."""

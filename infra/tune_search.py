@@ -69,7 +69,20 @@ def proposer(
     return made
 
 
-class Grid:
+class _Fixed:
+    """A proposal is a function of its number alone: there is nothing to keep of one, and nothing to learn."""
+
+    def take(self, number: int, values: Values) -> None:
+        """Nothing to remember."""
+
+    def forget(self, number: int) -> None:
+        """Nothing to forget."""
+
+    def tell(self, trial: Trial) -> None:
+        """Nothing to learn."""
+
+
+class Grid(_Fixed):
     """Every combination once, in an order that the seed decides: a grid that is stopped early is a random sample."""
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -84,17 +97,8 @@ class Grid:
         places = np.unravel_index(int(self.order[number]), [len(axis) for axis in self.axes])
         return {name: axis[int(i)] for name, axis, i in zip(self.names, self.axes, places, strict=True)}
 
-    def take(self, number: int, values: Values) -> None:
-        """A grid has nothing to remember."""
 
-    def forget(self, number: int) -> None:
-        """Nor to forget."""
-
-    def tell(self, trial: Trial) -> None:
-        """A grid does not learn."""
-
-
-class Random:
+class Random(_Fixed):
     """Each draw by itself, by Optuna's random sampler."""
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -105,15 +109,6 @@ class Random:
         sampler = optuna.samplers.RandomSampler(_seed(self.seed, number))
         # A study of its own: what is drawn here depends on nothing that was drawn before, and nothing piles up.
         return dict(optuna.create_study(sampler=sampler).ask(self.distributions).params)
-
-    def take(self, number: int, values: Values) -> None:
-        """Random draws have nothing to remember."""
-
-    def forget(self, number: int) -> None:
-        """Nor to forget."""
-
-    def tell(self, trial: Trial) -> None:
-        """Random draws do not learn."""
 
 
 class Parzen:

@@ -12,7 +12,7 @@ from evaluation.sweep_judging import best_trial
 from evaluation.trials import Status, Trial
 from infra.surroundings import CHECKPOINT
 from infra.tune_folder import REASON, Plan, SweepFolder
-from infra.tune_search import Search, Values, key_of, proposer
+from infra.tune_search import Values, key_of, proposer
 from infra.wiring import check_encoder
 from pipelines.dataset import Dataset
 from pipelines.files import atomic_file
@@ -62,8 +62,7 @@ class Sweep:
         self._best = best_trial(self.ended.values())
         chosen = {number: plan.space.chosen(folder.settings(number)) for number in self.waiting}
         self._seen = {key_of(dict(trial.settings)) for trial in self.ended.values()} | set(map(key_of, chosen.values()))
-        search: Search = plan.search  # type: ignore[assignment]
-        self.proposer = proposer(search, plan.space, plan.seed, chosen, self.ended.values())
+        self.proposer = proposer(plan.search, plan.space, plan.seed, chosen, self.ended.values())
         self.next_number = max([*self.ended, *self.waiting], default=-1) + 1
 
     def _restore(self) -> None:
