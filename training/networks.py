@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 4
+FLOOR = 1e-3
+"""Share of the largest deviation that whitening adds to each before it divides by them."""
 
 
 def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:
@@ -225,10 +227,6 @@ class FeatureWhitening(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         centred = (even_out(at_least_float32(h)) - self.mean) @ self.whitening
         return F.normalize(centred, dim=-1) * math.sqrt(h.shape[-1])
-
-
-FLOOR = 1e-3
-"""Share of the largest deviation that is added to every one before they are divided by."""
 
 
 def even_out(h: Tensor) -> Tensor:
