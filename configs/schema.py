@@ -49,6 +49,9 @@ class ModelSettings(Section):
     last layer. Where the data set holds features, the encoder is the one that made them."""
     image_size: NonNegative = 0
     """Side that images are resized to before the encoder; 0: as they are stored."""
+    rectified: bool = True
+    """`conv4` and `conv5` end in a ReLU, as in Tables 3 and 6. Without it features have both signs, of which a
+    contrastive loss makes much better ones."""
     reconstruct: Literal["pixels", "features"] = "pixels"
     """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder
     (Gaussian; "Visual feature reconstruction", section 3.2, Tables 7 and 8)."""

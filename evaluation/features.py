@@ -122,6 +122,7 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
             "sha256": encoder_digest(alone.model.encoder),
             "encoder": settings.encoder,
             "image_size": settings.image_size,
+            "rectified": settings.rectified,
         }
         yield open_features(
             dataset,

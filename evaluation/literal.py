@@ -24,7 +24,8 @@ def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(encoder, ConvEncoder)
     for block in encoder.blocks:
         assert isinstance(block, ConvBlock)
-        x = F.max_pool2d(F.relu(block.norm(block.conv(x))), 2, ceil_mode=True)
+        x = block.norm(block.conv(x))
+        x = F.max_pool2d(F.relu(x) if block.rectified else x, 2, ceil_mode=True)
     return x.flatten(1)
 
 

@@ -107,6 +107,9 @@ def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
     again.load_state_dict(first.state_dict())
     again.blocks[0].norm.running_mean[0] = 0.5  # type: ignore[union-attr,index]
     assert encoder_digest(first) != encoder_digest(again)
+    again = build_encoder("conv4", (1, 28, 28), 4, rectified=False)
+    again.load_state_dict(first.state_dict())
+    assert encoder_digest(first) != encoder_digest(again)
 
 
 def test_a_model_begins_with_its_encoder_alone() -> None:
@@ -141,3 +144,11 @@ def test_lars_against_its_formula() -> None:
         w, b = w - vw, b - vb
         assert torch.allclose(weight.detach(), w)
         assert torch.allclose(bias.detach(), b)
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv5"])
+def test_features_of_an_encoder_without_its_last_relu_have_both_signs(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 32, 32)
+    assert build_encoder(name, (1, 32, 32), 4)(x).amin() >= 0
+    assert build_encoder(name, (1, 32, 32), 4, rectified=False)(x).amin() < 0

@@ -27,7 +27,7 @@ def plain(block: ConvBlock) -> nn.Sequential:
     return nn.Sequential(
         copy.deepcopy(block.conv),
         copy.deepcopy(block.norm),
-        nn.ReLU(),
+        nn.ReLU() if block.rectified else nn.Identity(),
         nn.MaxPool2d(2, 2, ceil_mode=True),
     )
 
@@ -81,9 +81,13 @@ def test_decoder_has_the_layers_of_table_4() -> None:
 
 @pytest.mark.parametrize("channels", [3, 4, 8])
 @pytest.mark.parametrize("train", [True, False])
-def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(channels: int, train: bool) -> None:
+@pytest.mark.parametrize("rectified", [True, False])
+def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(
+    channels: int, train: bool, rectified: bool
+) -> None:
     torch.manual_seed(0)
-    encoder = ConvEncoder((1, 12, 10), channels).double()
+    encoder = ConvEncoder((1, 12, 10), channels, rectified=rectified).double()
+    assert [block.rectified for block in encoder.blocks] == [True, True, True, rectified]
     randomised(encoder)
     literal = table_3(encoder)
     encoder.train(train)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.networks import ConvEncoder, at_least_float32
+from training.networks import ConvBlock, ConvEncoder, at_least_float32
 
 OURS = ("conv4", "conv5")
 HEADS = ("fc", "classifier", "head", "heads")
@@ -25,7 +25,9 @@ class BackboneError(ValueError):
     """The name is of no network that can be an encoder here."""
 
 
-def build_encoder(name: str, image_shape: tuple[int, int, int], channels: int, image_size: int = 0) -> nn.Module:
+def build_encoder(
+    name: str, image_shape: tuple[int, int, int], channels: int, image_size: int = 0, rectified: bool = True
+) -> nn.Module:
     """A freshly initialised encoder.
 
     Args:
@@ -33,6 +35,7 @@ def build_encoder(name: str, image_shape: tuple[int, int, int], channels: int, i
         image_shape: (C, H, W) of the images.
         channels: of each block of `conv4` and `conv5`.
         image_size: side that images are resized to first; 0: none.
+        rectified: `conv4` and `conv5` end in a ReLU.
 
     Raises:
         BackboneError: there is no such network, or it does not take such images.
@@ -40,9 +43,9 @@ def build_encoder(name: str, image_shape: tuple[int, int, int], channels: int, i
     seen = (image_shape[0], image_size, image_size) if image_size else image_shape
     try:
         if name == "conv4":
-            net: nn.Module = ConvEncoder(seen, channels)
+            net: nn.Module = ConvEncoder(seen, channels, rectified=rectified)
         elif name == "conv5":
-            net = ConvEncoder(seen, channels, levels=5, round_up=False)
+            net = ConvEncoder(seen, channels, levels=5, round_up=False, rectified=rectified)
         else:
             net = TorchvisionEncoder(name, seen)
     except ValueError as error:
@@ -173,6 +176,8 @@ def build_projector(features: int, sizes: tuple[int, ...]) -> nn.Sequential:
 def encoder_digest(encoder: nn.Module) -> str:
     """sha256 of the weights and statistics of an encoder, by name, type and shape: equal where its features are."""
     digest = hashlib.sha256()
+    if any(isinstance(module, ConvBlock) and not module.rectified for module in encoder.modules()):
+        digest.update(b"not rectified;")
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())

@@ -23,6 +23,7 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
             image_shape,
             encoder=settings.encoder,
             image_size=settings.image_size,
+            rectified=settings.rectified,
             reconstruct=settings.reconstruct,
             features=settings.features,
             variance=settings.variance,
@@ -48,7 +49,9 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
     """A freshly initialised encoder by itself: the one that `build_model` would begin with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(settings.encoder, image_shape, settings.channels, settings.image_size)
+        encoder = build_encoder(
+            settings.encoder, image_shape, settings.channels, settings.image_size, settings.rectified
+        )
         return EncoderModel(encoder, image_shape)
 
 

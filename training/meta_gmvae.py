@@ -24,6 +24,7 @@ class MetaGMVAE(EncoderModel):
         *,
         encoder: str = "conv4",
         image_size: int = 0,
+        rectified: bool = True,
         reconstruct: Literal["pixels", "features"] = "pixels",
         features: Literal["standard", "whitened", "raw"] = "standard",
         variance: Literal["calibrated", "unit"] = "calibrated",
@@ -37,7 +38,7 @@ class MetaGMVAE(EncoderModel):
         attention_activation: Literal["elu", "relu"] = "elu",
         posterior: Literal["isotropic", "diagonal"] = "diagonal",
     ) -> None:
-        super().__init__(build_encoder(encoder, image_shape, channels, image_size), image_shape)
+        super().__init__(build_encoder(encoder, image_shape, channels, image_size, rectified), image_shape)
         self.latent = latent
         # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
         self.inlet = nn.Identity() if self.features == width else nn.Linear(self.features, width)
@@ -49,7 +50,7 @@ class MetaGMVAE(EncoderModel):
         scaled = reconstruct == "features" and features in scales
         self.scale: nn.Module = scales[features](self.features) if scaled else nn.Identity()
         self.decoder: nn.Module = (
-            FeatureDecoder(self.features, latent, rectified=features == "raw")
+            FeatureDecoder(self.features, latent, rectified=rectified and features == "raw")
             if reconstruct == "features"
             else ConvDecoder(image_shape, channels, latent, width)
         )

@@ -31,7 +31,7 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """conv 3x3, batch normalisation, ReLU, 2x2 max pooling: (n, c, s, s) -> (n, channels, s/2, s/2).
+    """conv 3x3, batch normalisation, ReLU (if `rectified`), 2x2 max pooling: (n, c, s, s) -> (n, channels, s/2, s/2).
 
     Pooling and ReLU commute, so pooling goes first and ReLU sees a quarter of the values. For a first block
     (1 to 4 input channels) the normalisation is folded into the convolution: the mean and variance of
@@ -40,16 +40,18 @@ class ConvBlock(nn.Module):
     statistics are then constants of the input, so this is done only where no gradient goes to the input.
     """
 
-    def __init__(self, inputs: int, channels: int, round_up: bool = True) -> None:
+    def __init__(self, inputs: int, channels: int, round_up: bool = True, rectified: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.fold = inputs <= 4
         self.round_up = round_up
+        self.rectified = rectified
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._folded(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
-        return F.relu(F.max_pool2d(x, 2, ceil_mode=self.round_up))
+        pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
+        return F.relu(pooled) if self.rectified else pooled
 
     def _folded(self, x: Tensor) -> Tensor:
         mean, variance = self._statistics(x)
@@ -87,11 +89,16 @@ class ConvEncoder(nn.Module):
     """Conv4 or Conv5: (n, C, H, W) in [0, 1] -> (n, features), features = channels * h * w of the last map.
 
     Conv4 of Table 3 pools rounding up (28 -> 14 -> 7 -> 4 -> 2), Conv5 of Table 6 rounding down (84 -> 42 -> 21 ->
-    10 -> 5 -> 2).
+    10 -> 5 -> 2). The tables end in a ReLU; without it (`rectified`) features have both signs.
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], channels: int, levels: int = LEVELS, round_up: bool = True
+        self,
+        image_shape: tuple[int, int, int],
+        channels: int,
+        levels: int = LEVELS,
+        round_up: bool = True,
+        rectified: bool = True,
     ) -> None:
         super().__init__()
         inputs, *sides = image_shape
@@ -101,7 +108,10 @@ class ConvEncoder(nn.Module):
                 f"images of {sides[0]} x {sides[1]} pixels are too small for {levels} poolings; use conv4, or set "
                 "model.image_size"
             )
-        blocks = [ConvBlock(inputs if level == 0 else channels, channels, round_up) for level in range(levels)]
+        blocks = [
+            ConvBlock(inputs if level == 0 else channels, channels, round_up, rectified or level < levels - 1)
+            for level in range(levels)
+        ]
         self.blocks = nn.Sequential(*blocks)
         self.features = channels * math.prod(last)
 
