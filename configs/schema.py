@@ -120,6 +120,9 @@ class TrainSettings(Section):
     """Row 8: Adam's coupled form."""
     objective_scale: Literal["sum", "mean"] = "sum"
     """Row 11: sum or mean over the M points of an episode."""
+    beta: PositiveFloat = 1.0
+    """Weight of the divergence from the prior (Higgins et al. 2017); 1: the lower bound of Eq. 9. A set of many classes
+    drawn at random has few clusters to speak of: below 1 the prior does not press it into K all the same."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.meta_gmvae import sample_latents
 from training.mixture import Mixture, fit_mixture
-from training.objective import bernoulli_log_prob, gaussian_log_prob, lower_bound, objective, unit_log_prob
+from training.objective import Terms, bernoulli_log_prob, gaussian_log_prob, lower_bound, objective, unit_log_prob
 
 B, M, N, K, D = 2, 5, 4, 3, 2
 ROWS = torch.tensor([[0, 7, 13], [19, 4, 10]])  # of the M * N samples
@@ -98,6 +98,23 @@ def test_the_three_terms_are_the_ones_of_eq_3() -> None:
             assert float(terms.prior[b, j]) == pytest.approx(np.mean(prior), rel=1e-11)
             assert float(terms.entropy[b, j].detach()) == pytest.approx(-np.mean(log_q), rel=1e-11)
     assert torch.equal(terms.elbo, terms.reconstruction + terms.prior + terms.entropy)
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0, 3.0])
+def test_beta_weighs_the_divergence_and_leaves_the_reconstruction(beta: float) -> None:
+    problem = Problem(6)
+    z = sample_latents(problem.mean, problem.log_variance, problem.noise)
+    mixture = fit_mixture(z.detach().flatten(1, 2), ROWS, 2)
+    bound = lower_bound(problem.x, problem.decode(z.flatten(0, 2)), z, problem.noise, problem.log_variance, mixture)
+    terms = Terms(*(term.detach() for term in bound))
+    expected = 0.0
+    for b in range(B):
+        for j in range(M):
+            divergence = -float(terms.prior[b, j]) - float(terms.entropy[b, j])
+            expected += (float(terms.reconstruction[b, j]) - beta * divergence) / B
+    assert float(objective(terms, "sum", beta)) == pytest.approx(expected, rel=1e-12)
+    assert float(objective(terms, "mean", beta)) == pytest.approx(expected / M, rel=1e-12)
+    assert float(objective(terms, "sum")) == pytest.approx(float(terms.elbo.sum(dim=1).mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("decoded", [1, 2, 3])

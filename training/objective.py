@@ -106,7 +106,11 @@ def lower_bound(
     return Terms(reconstruction, prior, -log_q)
 
 
-def objective(terms: Terms, scale: str) -> Tensor:
-    """Eq. 9, to be maximised: mean over episodes of the sum over points, or of their mean (row 11)."""
-    points = terms.elbo
+def objective(terms: Terms, scale: str, beta: float = 1.0) -> Tensor:
+    """Eq. 9, to be maximised: mean over episodes of the sum over points, or of their mean (row 11).
+
+    `beta` weighs the divergence from the prior, -(prior + entropy), against the reconstruction (Higgins et al., ICLR
+    2017); at 1 this is the lower bound.
+    """
+    points = terms.reconstruction + beta * (terms.prior + terms.entropy)
     return (points.sum(dim=1) if scale == "sum" else points.mean(dim=1)).mean()

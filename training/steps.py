@@ -78,7 +78,7 @@ class MetaStep(nn.Module):
         likelihood: Likelihood = model.variance if self.on_features else "bernoulli"
         terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
         per_point = {name: value.detach().mean() for name, value in terms._asdict().items()}
-        loss = -objective(terms, settings.objective_scale)
+        loss = -objective(terms, settings.objective_scale, settings.beta)
         return loss, {**per_point, "elbo": terms.elbo.detach().mean()}
 
     def _features(self, data: Tensor) -> tuple[Tensor, Tensor]:
