@@ -20,6 +20,7 @@ from pipelines.dataset import Dataset
 from pipelines.records import ImageRecord
 from pipelines.shards import write_dataset
 from pipelines.streams import SetStream, keyed_rng
+from pipelines.tar_stream import StreamedImages
 
 SIZE = 256
 BATCH, SET_SIZE, STEPS = 4, 300, 500
@@ -97,7 +98,7 @@ def _measure(folder: Path, count: int, answer: dict[str, Any]) -> float:
         pass
     answer["sampled_in_place_rows_per_s"] = STEPS * BATCH * SET_SIZE / (time.perf_counter() - since)
     since = time.perf_counter()
-    streamed = dataset.streamed("train", 16_384)
+    streamed = StreamedImages(dataset, "train", 16_384)
     for number, _ in enumerate(streamed.rows(0, 0, 1, 0), 1):
         if number == count:
             break

@@ -9,8 +9,8 @@ from infra.command import Answer, Parsers, add_command
 
 if TYPE_CHECKING:
     from evaluation.comparison_table import Comparison
+    from infra.comparable import Source
     from infra.compare_models import Judged, Request
-    from infra.compare_sources import Source
     from pipelines.dataset import Dataset
 
 

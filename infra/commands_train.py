@@ -47,8 +47,8 @@ def pretrain(arguments: Namespace) -> Answer:
 
 def _run(arguments: Namespace, kind: Kind) -> Answer:
     from configs.load import load_settings
+    from infra.launch import run_training
     from infra.surroundings import METRICS, read_lines
-    from infra.wiring import run_training
 
     settings = load_settings(arguments.config, arguments.overrides)
     quiet = arguments.quiet or arguments.json

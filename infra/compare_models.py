@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison import Kind, Protocol, Row, Score
 from evaluation.recorded import read_recorded, same_model
-from infra.compare_sources import Source, compared_settings
+from infra.comparable import Source, compared_settings
 from infra.judging import judge_tasks
 from infra.model_uri import resolve_model
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.load import settings_from_json
-from configs.schema import Settings
-from evaluation.comparison import Kind, Protocol, Row, Score, flat
+from evaluation.comparison import Protocol, Row, Score, flat
 from evaluation.package import CARD
 from evaluation.published import DATA, Published, published_rows
 from evaluation.recorded import Found, read_recorded, recorded_name, rows_of
 from evaluation.trials import TRIALS, Trial, read_trials
+from infra.comparable import Source, compared_settings, newest_validation, task_of, validation_protocol, validation_row
+from infra.compare_versions import version_sources
 from infra.surroundings import METRICS, read_lines
 from infra.wiring import RECORD, SETTINGS
 from pipelines.files import read_json
@@ -25,23 +26,6 @@ FORMS = (
     "run folders, result files (*.json), sweep folders, models:/NAME, models:/NAME@ALIAS, models:/NAME/VERSION, "
     "paper:omniglot, paper:mini-imagenet, or paper:DATASET/ROW"
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One thing to compare: its rows, and its training curve where that is known."""
-
-    ref: str
-    name: str
-    rows: tuple[Row, ...]
-    lines: tuple[Mapping[str, Any], ...] = ()
-    """Metric lines of its training."""
-    judgeable: bool = False
-    """A model that can be judged now."""
-    identity: str = ""
-    """The same for two references to one thing."""
-    listed: bool = False
-    """One of several by one reference: left out, not refused, where nothing is known of it."""
 
 
 def read_sources(refs: Sequence[str], top: int = 1) -> list[Source]:
@@ -90,8 +74,6 @@ def _read(ref: str, top: int) -> list[Source]:
     if ref.startswith("paper:"):
         return [Source(row.ref, row.name, (_published(row),)) for row in published_rows(ref)]
     if ref.startswith("models:"):
-        from infra.compare_versions import version_sources
-
         return version_sources(ref)
     path = Path(ref)
     if (path / SWEEP).is_file():
@@ -128,48 +110,11 @@ def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any
     return [validation_row(name, "run", ref, settings, newest, mode, record.get("data_fingerprint"))]
 
 
-def newest_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The last metric line that a model was judged in."""
-    return next((line for line in reversed(lines) if any(key.startswith("validation/") for key in line)), None)
-
-
-def validation_row(
-    name: str, kind: Kind, ref: str, settings: Settings, line: Mapping[str, Any], mode: str, data: str | None
-) -> Row:
-    """A validation in training as a row; `data` is the fingerprint of what was trained and judged on."""
-    scores = {}
-    for key, value in line.items():
-        task = _task(key.removeprefix("validation/")) if key.startswith("validation/") else None
-        if task is not None:
-            scores[task] = Score(value, line.get(f"{key}_ci95"))
-    # Metric lines count the steps of all stages.
-    steps = max(line["global_step"] - settings.pretrain.steps, 0)
-    protocol = validation_protocol(settings, mode, data)
-    return Row(name, kind, ref, protocol, scores, line["elapsed_s"], steps, compared_settings(settings, data))
-
-
-def validation_protocol(settings: Settings, mode: str, data: str | None) -> Protocol:
-    """How validation in training judges."""
-    wanted = settings.validation
-    return Protocol(mode, settings.data.validation_split, data, wanted.query, wanted.episodes, wanted.seed)
-
-
-def compared_settings(settings: Settings, trained_on: str | None) -> dict[str, Any]:
-    """By dotted name, with the fingerprint of the training data."""
-    return flat(settings.model_dump(mode="json")) | ({"trained_on": trained_on} if trained_on else {})
-
-
-def _task(name: str) -> tuple[int, int] | None:
-    """(way, shot) of `5w1s`; None of anything else."""
-    way, _, shot = name.removesuffix("s").partition("w")
-    return (int(way), int(shot)) if name.endswith("s") and way.isdigit() and shot.isdigit() else None
-
-
 def _sweep(ref: str, path: Path, top: int) -> Source:
     """The best trials of a sweep, judged by their newest validation."""
     about = read_json(path / SWEEP)
     try:
-        name, task, base = str(about["name"]), _task(about["task"]), json.dumps(about["base"])
+        name, task, base = str(about["name"]), task_of(about["task"]), json.dumps(about["base"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path / SWEEP}: not the record of a sweep ({error!r})") from error
     if task is None:

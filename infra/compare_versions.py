@@ -13,7 +13,7 @@ from configs.schema import Settings, TrackingSettings
 from evaluation.comparison import Protocol, Row, Score
 from evaluation.package import CARD
 from evaluation.recorded import read_recorded, rows_of, same_model
-from infra.compare_sources import Source, compared_settings, newest_validation, validation_row
+from infra.comparable import Source, compared_settings, newest_validation, validation_row
 from infra.mlflow_store import Store, connect, import_mlflow, one_line, shown
 from infra.model_uri import find_version
 from pipelines.files import read_json

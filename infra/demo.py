@@ -18,9 +18,9 @@ from evaluation.benchmark import evaluate_features
 from evaluation.package import LoadedModel, load_model, meta_gmvae
 from evaluation.predict import encode_images
 from infra.classify import classify_folders
+from infra.launch import run_training
 from infra.model_uri import resolve_model
 from infra.registry import register
-from infra.wiring import run_training
 from pipelines.dataset import Dataset
 from pipelines.episodes import EpisodeSampler
 from pipelines.files import write_json

@@ -21,7 +21,6 @@ from pipelines.manifest import INDEX, MANIFEST, parse_manifest
 from pipelines.records import DataError
 from pipelines.shards import PLAN, shard_blocks
 from pipelines.storage import RemotePrefix, is_remote, open_copy
-from pipelines.tar_stream import StreamedImages
 
 MIB = 2**20
 Reader = Literal["auto", "memory", "mmap"]
@@ -174,11 +173,6 @@ class Dataset:
         """The index of a split, samples in stored order."""
         part = self.split(split)
         return read_index(self._here(f"{split}/{INDEX}", part["index_sha256"]))
-
-    def streamed(self, split: str, buffer: int) -> StreamedImages:
-        """Images of a split as a stream, read from where they lie; see `pipelines.tar_stream`."""
-        self.split(split)
-        return StreamedImages(self, split, buffer)
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[IO[bytes]]:

@@ -13,25 +13,26 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pipelines.dataset import Dataset
 from pipelines.records import DataError, SetBatch
 from pipelines.streams import ImageBatchStream, SetStream, Stream, keyed_rng
-
-if TYPE_CHECKING:
-    from pipelines.dataset import Dataset
 
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """A split that is read as a stream: it has a length and a shape, and no rows by number."""
+    """A split that is read as a stream from where it lies: it has a length and a shape, and no rows by number."""
 
     dataset: Dataset
     split: str
     buffer: int
     """Rows that are shuffled among each other, at least one block."""
+
+    def __post_init__(self) -> None:
+        self.dataset.split(self.split)  # which raises where there is none
 
     def __len__(self) -> int:
         return int(self.dataset.split(self.split)["samples"])

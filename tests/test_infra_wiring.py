@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_settings
+from infra.launch import run_training
 from infra.run_lock import LOCK, hold
-from infra.wiring import run_training
 from pipelines.records import DataError
 from pipelines.shards import write_dataset
 from pipelines.sources import open_source

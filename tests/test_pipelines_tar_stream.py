@@ -12,7 +12,7 @@ from pipelines.dataset import Dataset
 from pipelines.records import DataError
 from pipelines.shards import write_dataset
 from pipelines.sources import open_source
-from pipelines.tar_stream import StreamedImageBatches, StreamedSets
+from pipelines.tar_stream import StreamedImageBatches, StreamedImages, StreamedSets
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def images(folder):
-    return Dataset.open(folder).streamed("train", 16)
+    return StreamedImages(Dataset.open(folder), "train", 16)
 
 
 def batches(images, kind=StreamedImageBatches, **options):
@@ -76,10 +76,10 @@ def test_ranks_make_equally_many_steps_on_uneven_shards_and_share_an_epoch(image
 
 def test_the_buffer_holds_rows_and_not_the_blocks_they_came_from(tmp_path):
     write_dataset(open_source("glyphs", classes=(40, 3, 3), drawings=40), tmp_path / "d", block=50, shard_rows=200)
-    rows = Dataset.open(tmp_path / "d").streamed("train", 400).rows(0, 0, 1, 0)
+    rows = StreamedImages(Dataset.open(tmp_path / "d"), "train", 400).rows(0, 0, 1, 0)
     next(rows)  # what is imported on the way is not counted
     tracemalloc.start()
-    rows = Dataset.open(tmp_path / "d").streamed("train", 400).rows(0, 0, 1, 0)
+    rows = StreamedImages(Dataset.open(tmp_path / "d"), "train", 400).rows(0, 0, 1, 0)
     taken = sum(1 for _ in itertools.islice(rows, 1150))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     write_dataset(open_source("glyphs", classes=(4, 3, 3), drawings=15), tmp_path / "d", block=8, shard_rows=20)
     shard = tmp_path / "d" / "train" / "shard-000001.tar"
     whole = shard.read_bytes()
-    images = Dataset.open(tmp_path / "d").streamed("train", 16)
+    images = StreamedImages(Dataset.open(tmp_path / "d"), "train", 16)
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"train/shard-000001\.tar (is damaged|holds)"):
         batches(images)
