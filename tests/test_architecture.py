@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,21 @@ ORDER = ("configs", "pipelines", "training", "evaluation", "infra")
 FILES = sorted(path for package in ORDER for path in (ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything a file imports, inside functions too."""
+def modules(path: Path) -> set[str]:
+    """Everything a file imports, inside functions and for types too, by full name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add((node.module or "").split(".")[0])
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports."""
+    return {name.split(".")[0] for name in modules(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -48,6 +54,13 @@ def test_files_are_short_and_unpickle_nothing(path):
             assert safe.get("weights_only") == "True"
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in {"pickle.load", "pickle.loads"}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    ours = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    graph = {name: modules(path) & (set(ours) - {name}) for name, path in ours.items()}
+    assert sum(map(len, graph.values())) > 300
+    tuple(TopologicalSorter(graph).static_order())  # raises on a circle, and names it
 
 
 def test_the_command_line_starts_light():
