@@ -23,7 +23,7 @@ def add(parsers: Parsers) -> None:
     help_text = "that take a slot, over all resumes (20; all of a grid)"
     parser.add_argument("--trials", type=int, metavar="N", help=help_text)
     parser.add_argument("--steps", type=int, metavar="N", help="of each trial: train.steps")
-    parser.add_argument("--hours", type=float, default=0.0, metavar="H", help="then stop; --resume goes on (no limit)")
+    parser.add_argument("--hours", type=float, metavar="H", help="then stop; --resume goes on (no limit)")
     parser.add_argument("--workers-at-once", default="auto", metavar="N", help="trials at once (auto: as fit)")
     help_text = "of a trial in one process, 0.5 puts two on a GPU (1 where there are any)"
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help=help_text)

@@ -37,7 +37,7 @@ class Request:
     name: str = ""
     """Empty: that of the folder."""
     trials: int | None = None
-    hours: float = 0.0
+    hours: float | None = None
     at_once: int = 0
     """Trials; 0: as many as there are CPUs and GPUs for."""
     gpus: float | None = None
@@ -144,7 +144,7 @@ def check_numbers(request: Request) -> None:
     """Numbers of the request that can be wrong by themselves."""
     if request.trials is not None and request.trials < 1:
         raise SettingsError(f"--trials is {request.trials}; give 1 or more")
-    if not 0 <= request.hours < float("inf"):
+    if request.hours is not None and not 0 < request.hours < float("inf"):
         raise SettingsError(f"--hours is {request.hours:g}; give a number of hours above 0")
     if request.seed < 0:
         raise SettingsError(f"--seed is {request.seed}; give 0 or more")

@@ -32,7 +32,7 @@ class Sweep:
         folder: SweepFolder,
         dataset: Dataset,
         trials: int | None,
-        hours: float = 0.0,
+        hours: float | None = None,
         keep_all: bool = False,
     ) -> None:
         """Go on from what the folder holds.
@@ -42,12 +42,12 @@ class Sweep:
             folder: made, and held by this process.
             dataset: that trials train on.
             trials: that take a slot, over all resumes; None: as many as a grid has.
-            hours: after which none is begun and those that run are stopped; 0: no limit.
+            hours: after which none is begun and those that run are stopped; None: no limit.
             keep_all: keep the checkpoint of every trial, not of the best one only.
         """
         self.plan, self.folder, self.dataset, self.budget = plan, folder, dataset, trials
         self.keep_all = keep_all
-        self.until = time.monotonic() + 3600 * hours if hours else float("inf")
+        self.until = time.monotonic() + 3600 * hours if hours is not None else float("inf")
         self.ended: dict[int, Trial] = {}
         self._cut_off: dict[int, Trial] = {}
         """What the hours of before cut off, as far as it came; until it ends anew."""

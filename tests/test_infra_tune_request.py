@@ -1,0 +1,37 @@
+"""Numbers of `metagmvae tune` that are wrong by themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import SettingsError, load_settings
+from configs.space import load_space
+from infra.tune_request import Request, check_numbers
+
+
+def request_with(tmp_path: Path, **numbers: float) -> Request:
+    (tmp_path / "mine.toml").write_text("train.em_iterations = {choice=[1, 2]}")
+    return Request(load_settings("omniglot-5way"), load_space(tmp_path / "mine.toml"), tmp_path / "sweep", **numbers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"trials": 0}, "--trials is 0; give 1 or more"),
+        ({"hours": 0.0}, "--hours is 0; give a number of hours above 0"),
+        ({"hours": -1.0}, "--hours is -1; "),
+        ({"hours": float("inf")}, "--hours is inf; "),
+        ({"hours": float("nan")}, "--hours is nan; "),
+        ({"seed": -1}, "--seed is -1; give 0 or more"),
+        ({"gpus": float("nan")}, "--gpus-per-trial is nan; "),
+    ],
+)
+def test_a_wrong_number_is_named(tmp_path: Path, numbers: dict[str, float], said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        check_numbers(request_with(tmp_path, **numbers))
+    assert str(error.value).startswith(said)
+
+
+def test_without_hours_there_is_no_limit(tmp_path: Path) -> None:
+    check_numbers(request_with(tmp_path))
+    check_numbers(request_with(tmp_path, hours=0.01, trials=1, gpus=0.0))
