@@ -13,7 +13,7 @@ from infra.run_lock import LOCK, hold
 from infra.surroundings import LocalSurroundings
 from infra.wiring import RECORD, SETTINGS, check_data, device_of, train_here, with_encoder_of
 from pipelines.dataset import Dataset
-from pipelines.files import write_json
+from pipelines.files import read_json, write_json
 from pipelines.records import DataError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
         changed = differences(settings, settings_from_json(known.read_text(encoding="utf-8")))
         if changed:
             raise SettingsError(f"{run_dir}: cannot resume with other settings ({'; '.join(changed)})")
-        record = json.loads((run_dir / RECORD).read_text(encoding="utf-8")) if (run_dir / RECORD).exists() else {}
+        record = read_json(run_dir / RECORD) if (run_dir / RECORD).exists() else {}
         if record.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise DataError(f"{run_dir}: was trained on other data than {dataset.uri} holds now; start a new run")
     elif run_dir.is_dir() and any(run_dir.iterdir()):

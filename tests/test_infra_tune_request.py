@@ -1,5 +1,6 @@
 """Numbers of `metagmvae tune` that are wrong by themselves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from infra.tune_request import Request, check_numbers
 
 def request_with(tmp_path: Path, **numbers: float) -> Request:
     (tmp_path / "mine.toml").write_text("train.em_iterations = {choice=[1, 2]}")
-    return Request(load_settings("omniglot-5way"), load_space(tmp_path / "mine.toml"), tmp_path / "sweep", **numbers)  # type: ignore[arg-type]
+    request = Request(load_settings("omniglot-5way"), load_space(tmp_path / "mine.toml"), tmp_path / "sweep")
+    return replace(request, **numbers)
 
 
 @pytest.mark.parametrize(

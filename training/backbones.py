@@ -176,6 +176,7 @@ def build_projector(features: int, sizes: tuple[int, ...]) -> nn.Sequential:
 def encoder_digest(encoder: nn.Module) -> str:
     """sha256 of the weights and statistics of an encoder, by name, type and shape: equal where its features are."""
     digest = hashlib.sha256()
+    # Weights do not say whether a ReLU follows them; digests of encoders that have it stay what they were.
     if any(isinstance(module, ConvBlock) and not module.rectified for module in encoder.modules()):
         digest.update(b"not rectified;")
     for name, value in sorted(encoder.state_dict().items()):
