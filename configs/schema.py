@@ -93,6 +93,10 @@ class AdaptSettings(Section):
     """Row 1: sigma_k^2 in every E-step as in Eq. 10, or the identity in all of them."""
     final_covariance: Literal["diagonal", "identity"] = "diagonal"
     """Covariance in the final posterior; `identity` here and in `e_step` is the ablation without sigma^2."""
+    temperature: PositiveFloat = 1.0
+    """Log-likelihoods are divided by it, in the E-steps and in the final posterior; 1: Eq. 10 and 11. The dimensions of
+    a latent are taken as independent, which they are not: where classes lie close together EM is surer than it should
+    be, and hardens onto mistakes. Chosen on validation classes."""
     iterations: Positive = 10
     samples: Positive = 32
     """N Monte Carlo samples of each point's posterior."""

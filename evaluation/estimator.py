@@ -36,7 +36,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             scale for all (few labels say little about each feature's own) and taken for latents themselves.
         mode: `inductive` judges each query alone; `transductive` judges those of a call together, as the
             paper does: what is said of one depends on the others.
-        iterations, samples, e_step, final_covariance: see `AdaptSettings`; None: those of the model.
+        iterations, samples, e_step, final_covariance, temperature: see `AdaptSettings`; None: those of the model.
         random_state: seed of the Monte Carlo noise.
 
     Attributes:
@@ -53,6 +53,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         samples: int | None = None,
         e_step: Literal["diagonal", "identity"] | None = None,
         final_covariance: Literal["diagonal", "identity"] | None = None,
+        temperature: float | None = None,
         random_state: int = 0,
     ) -> None:
         self.model = model
@@ -61,6 +62,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.samples = samples
         self.e_step = e_step
         self.final_covariance = final_covariance
+        self.temperature = temperature
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:

@@ -100,11 +100,11 @@ def predict_episode(
     mean_KD, variance_KD = labelled_KLD.mean(dim=1), torch.ones_like(labelled_KLD[:, 0])
     for _ in range(adapt.iterations):
         used = variance_KD if adapt.e_step == "diagonal" else torch.ones_like(variance_KD)
-        resp_UK = torch.softmax(log_normal(query_UD[:, None], mean_KD, used), dim=1)
+        resp_UK = torch.softmax(log_normal(query_UD[:, None], mean_KD, used) / adapt.temperature, dim=1)
         count_K1 = S * N + resp_UK.sum(dim=0)[:, None]
         mean_KD = (labelled_KLD.sum(dim=1) + (resp_UK[..., None] * query_UD[:, None]).sum(dim=0)) / count_K1
         spread_UKD = resp_UK[..., None] * (query_UD[:, None] - mean_KD).square()
         variance_KD = ((labelled_KLD - mean_KD[:, None]).square().sum(dim=1) + spread_UKD.sum(dim=0)) / count_K1
     used = variance_KD if adapt.final_covariance == "diagonal" else torch.ones_like(variance_KD)
-    posterior_UK = torch.softmax(log_normal(query_UD[:, None], mean_KD, used), dim=1)
+    posterior_UK = torch.softmax(log_normal(query_UD[:, None], mean_KD, used) / adapt.temperature, dim=1)
     return posterior_UK.view(P, N, K).mean(dim=1)

@@ -79,9 +79,9 @@ class ModeFinder:
         labelled = z_1TND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
         unlabelled = z_1TND[:, K * S :].flatten(1, 2)
         mixture: ClassMixture = fit_semi_supervised(
-            labelled, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step
+            labelled, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step, temperature=adapt.temperature
         )
-        posterior = class_log_posterior(mixture, unlabelled, adapt.final_covariance).exp()
+        posterior = class_log_posterior(mixture, unlabelled, adapt.final_covariance, adapt.temperature).exp()
         resp_PK = posterior.view(len(query), -1, K).mean(dim=1)
         return self._modes(query, resp_PK, mixture.mean_EKD[0], mixture.variance_EKD[0], list(support))
 

@@ -105,8 +105,10 @@ def _classify(adapt: AdaptSettings, support_EKTD: Tensor, z_EPND: Tensor, *, fit
     E, P, N, _ = z_EPND.shape
     query_EPD = z_EPND.flatten(1, 2)
     unlabelled = query_EPD if fit_on_queries else query_EPD[:, :0]
-    mixture = fit_semi_supervised(support_EKTD, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step)
-    log_posterior = class_log_posterior(mixture, query_EPD, adapt.final_covariance)
+    mixture = fit_semi_supervised(
+        support_EKTD, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step, temperature=adapt.temperature
+    )
+    log_posterior = class_log_posterior(mixture, query_EPD, adapt.final_covariance, adapt.temperature)
     return log_posterior.exp().view(E, P, N, -1).mean(dim=2)
 
 

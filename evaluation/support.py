@@ -93,7 +93,8 @@ def classify_latents(
         query_1PD if fit_on_queries else query_1PD[:, :0],
         iterations=adapt.iterations,
         e_step=adapt.e_step,
+        temperature=adapt.temperature,
         present_EKT=present.flatten(1, 2)[None],
     )
-    log_posterior = class_log_posterior(mixture, query_1PD, adapt.final_covariance)[0]
+    log_posterior = class_log_posterior(mixture, query_1PD, adapt.final_covariance, adapt.temperature)[0]
     return log_posterior.exp().unflatten(0, (len(z_PND), N)).mean(dim=1)

@@ -146,6 +146,10 @@ def one_line(uri: str) -> Iterator[None]:
         yield
     except (mlflow.MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         raise TrackingError(f"MLflow at {shown(uri)}: {_reason(error)}") from error
+    except ModuleNotFoundError as error:
+        raise TrackingError(
+            f"MLflow at {shown(uri)}: its database wants the Python package {error.name}, which is not installed"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -84,15 +84,23 @@ def em_log_likelihood(points: Array, weights: Array, means: Array) -> float:
     return sum(mixture_log_density(z, weights, means) for z in points)
 
 
-def class_posterior(z: Array, means: Array, variances: Array) -> Array:
-    """p_psi(y = k | z) by Bayes' rule under equal weights, (K,): E-step of Eq. 10, summand of Eq. 11."""
-    terms = [gaussian_log_density(z, means[k], variances[k]) for k in range(len(means))]
+def class_posterior(z: Array, means: Array, variances: Array, temperature: float = 1.0) -> Array:
+    """p_psi(y = k | z) by Bayes' rule under equal weights, (K,): E-step of Eq. 10, summand of Eq. 11.
+
+    `temperature` is not the paper's: p(z | y)^(1 / temperature) in the place of p(z | y).
+    """
+    terms = [gaussian_log_density(z, means[k], variances[k]) / temperature for k in range(len(means))]
     evidence = log_sum_exp(terms)
     return np.array([math.exp(term - evidence) for term in terms])
 
 
 def semi_supervised_em(
-    support: Array | list[Array], query: Array, iterations: int, e_step: str = "diagonal", floor: float = 0.0
+    support: Array | list[Array],
+    query: Array,
+    iterations: int,
+    e_step: str = "diagonal",
+    floor: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Eq. 10: (mu, sigma^2), (K, D) each.
 
@@ -109,7 +117,7 @@ def semi_supervised_em(
         used = variances if e_step == "diagonal" else np.ones((classes, size))
         q = np.zeros((len(query), classes))
         for p in range(len(query)):
-            q[p] = class_posterior(query[p], means, used)
+            q[p] = class_posterior(query[p], means, used, temperature)
         new_means, new_variances = np.zeros_like(means), np.zeros_like(variances)
         for k in range(classes):
             count = 0.0

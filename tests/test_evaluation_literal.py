@@ -42,9 +42,12 @@ def test_one_step():
         torch.testing.assert_close(parameter.grad / scale, gradient[name] / scale, rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 7.0])
 @pytest.mark.parametrize("covariance", ["diagonal", "identity"])
-def test_one_episode(covariance):
-    adapt = AdaptSettings(e_step=covariance, final_covariance=covariance, samples=4, iterations=3)
+def test_one_episode(covariance, temperature):
+    adapt = AdaptSettings(
+        e_step=covariance, final_covariance=covariance, temperature=temperature, samples=4, iterations=3
+    )
     model = build_model(SMALL, SHAPE, 0).eval()
     picture = images(3 * 2 + 9)
     device = torch.device("cpu")

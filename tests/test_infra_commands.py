@@ -56,6 +56,21 @@ def test_bench_episodes_and_loader_compare_like_with_like(data, tmp_path, capsys
     assert set(answer["waiting_share_in_training"]) == {"memory", "mmap"}
 
 
+def test_bench_features_and_prepare_come_to_an_end_and_count_what_they_wrote(tmp_path, capsys):
+    answer = answer_of(capsys, "bench", "features", "--rows", "3000")
+    assert answer["rows"] == 3000
+    assert all(answer[name] > 0 for name in answer if name.endswith("_rows_per_s"))
+    for number in range(6):
+        folder = tmp_path / "pictures" / f"class{number}"
+        folder.mkdir(parents=True)
+        Image.new("L", (28, 28), number).save(folder / "one.png")
+    source = ["--from", "folder", "--source", str(tmp_path / "pictures")]
+    answer = answer_of(capsys, "bench", "prepare", *source, "--workers", "0")
+    assert answer["images"] == 6
+    assert [row["workers"] for row in answer["rows"]] == [0]
+    assert answer["rows"][0]["images_per_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [

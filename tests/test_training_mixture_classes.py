@@ -52,6 +52,31 @@ def test_semi_supervised_em_is_the_transcription(
 
 
 @pytest.mark.parametrize("e_step", BOTH)
+@pytest.mark.parametrize("temperature", [0.5, 6.0])
+def test_tempered_em_is_the_transcription(temperature: float, e_step: Covariance) -> None:
+    support, query = episode(8, 4, 2, 20, 3)
+    given, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
+    ours = fit_semi_supervised(given, unlabelled, iterations=4, e_step=e_step, temperature=temperature)
+    means, variances = reference.semi_supervised_em(support, query, 4, e_step, VARIANCE_FLOOR, temperature)
+    assert np.allclose(ours.mean_EKD[0].numpy(), means, rtol=0, atol=1e-8)
+    assert np.allclose(ours.variance_EKD[0].numpy(), variances, rtol=0, atol=1e-8)
+    posterior = class_log_posterior(ours, unlabelled, "diagonal", temperature).exp()[0].numpy()
+    expected = [reference.class_posterior(z, means, variances, temperature) for z in query]
+    assert np.allclose(posterior, expected, rtol=0, atol=1e-9)
+
+
+def test_a_temperature_is_a_wider_identity() -> None:
+    """N(z; mu, I)^(1/T) is N(z; mu, T I) up to a constant: points that lie closer by sqrt(T) under the identity."""
+    support, query = episode(9, 4, 3, 24, 5)
+    given, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
+    tempered = fit_semi_supervised(given, unlabelled, iterations=5, e_step="identity", temperature=9.0)
+    closer = fit_semi_supervised(given / 3, unlabelled / 3, iterations=5, e_step="identity")
+    assert torch.allclose(tempered.mean_EKD, closer.mean_EKD * 3, atol=1e-10)
+    cold = fit_semi_supervised(given, unlabelled, iterations=5, e_step="identity")
+    assert not torch.allclose(tempered.mean_EKD, cold.mean_EKD, atol=1e-3)
+
+
+@pytest.mark.parametrize("e_step", BOTH)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_float32_stays_with_the_transcription_however_far_the_points_lie(e_step: Covariance, offset: float) -> None:
     support, query = (part.astype(np.float32) + np.float32(offset) for part in episode(5, 4, 6, 24, 8))

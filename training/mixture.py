@@ -135,6 +135,7 @@ def fit_semi_supervised(
     *,
     iterations: int,
     e_step: Covariance = "diagonal",
+    temperature: float = 1.0,
     present_EKT: Tensor | None = None,
 ) -> ClassMixture:
     """Fit psi* of Eq. 10: labelled points stay with their class, unlabelled ones are shared out by EM.
@@ -146,6 +147,8 @@ def fit_semi_supervised(
         query_EPD: unlabelled points, (E, P, D); P may be 0 (then this is each class's mean and variance).
         iterations: number of E- and M-steps.
         e_step: `diagonal` uses sigma_k^2 in every E-step (Eq. 10), `identity` in none (published code).
+        temperature: log-likelihoods are divided by it in every E-step (Ueda and Nakano 1998, "deterministic annealing
+            EM"); 1: Eq. 10.
         present_EKT: 1 for a labelled point, 0 for padding, where classes have unequal numbers of them; at least one
             in each class. None: all are points.
     """
@@ -164,7 +167,7 @@ def fit_semi_supervised(
     variance_EKD = torch.ones_like(mean_EKD)
     for _ in range(iterations):
         used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
-        resp_EPK = torch.softmax(_class_logits(moments_EPC, mean_EKD, used_EKD), dim=2)
+        resp_EPK = torch.softmax(_class_logits(moments_EPC, mean_EKD, used_EKD) / temperature, dim=2)
         total_EKC = labelled_EKC + resp_EPK.transpose(1, 2) @ moments_EPC
         count_EK1 = labelled + resp_EPK.sum(dim=1)[..., None]
         mean_EKD = total_EKC[..., :size] / count_EK1
@@ -172,12 +175,17 @@ def fit_semi_supervised(
     return ClassMixture(mean_EKD + centre_E1D, variance_EKD)
 
 
-def class_log_posterior(mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal") -> Tensor:
-    """log p(y = k | z) under equal weights by Bayes' rule, the summand of Eq. 11: (E, P, D) -> (E, P, K)."""
+def class_log_posterior(
+    mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal", temperature: float = 1.0
+) -> Tensor:
+    """log p(y = k | z) under equal weights by Bayes' rule, the summand of Eq. 11: (E, P, D) -> (E, P, K).
+
+    Log-likelihoods are divided by `temperature` first, as in `fit_semi_supervised`.
+    """
     centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
     variance_EKD = mixture.variance_EKD if covariance == "diagonal" else torch.ones_like(mixture.variance_EKD)
     logits = _class_logits(_with_squares(z_EPD - centre_E1D), mixture.mean_EKD - centre_E1D, variance_EKD)
-    return torch.log_softmax(logits, dim=2)
+    return torch.log_softmax(logits / temperature, dim=2)
 
 
 def _with_squares(z: Tensor) -> Tensor:
