@@ -92,10 +92,15 @@ class Row:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; only those that decide how good a model is."""
+    """Nested settings by dotted name; only those that decide how good a model is.
+
+    Of contrastive training that did not take place only `pretrain.steps`, which is 0, is one.
+    """
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if key == "pretrain" and isinstance(value, Mapping) and value.get("steps") == 0:
+            found["pretrain.steps"] = 0
+        elif isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         elif f"{prefix}{key}".startswith(COMPARED) and f"{prefix}{key}" not in IDLE:
             found[f"{prefix}{key}"] = value

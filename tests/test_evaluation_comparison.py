@@ -15,6 +15,7 @@ from evaluation.comparison import (
     Score,
     check_comparable,
     differing_settings,
+    flat,
     mark_rows,
     with_trainings,
 )
@@ -33,6 +34,13 @@ def row(name: str, shift: float = 0.0, protocol: Protocol = TEST, noise: int = 0
     )
     known = {"train.steps": 40, "train.seed": noise} | settings
     return Row(name, "run", name, protocol, {(5, 1): Score(each.mean, each.ci95, each)}, 10.0, 40, known)
+
+
+def test_settings_of_contrast_that_did_not_take_place_decide_nothing():
+    tree = {"name": "a", "train": {"steps": 3, "log_every": 1}, "pretrain": {"steps": 0, "temperature": 0.1}}
+    assert flat(tree) == {"train.steps": 3, "pretrain.steps": 0}
+    tree["pretrain"]["steps"] = 5
+    assert flat(tree) == {"train.steps": 3, "pretrain.steps": 5, "pretrain.temperature": 0.1}
 
 
 def test_rows_judged_otherwise_are_marked_and_what_differs_is_said():
