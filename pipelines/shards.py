@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines.files import atomic_file, read_json, sha256_file, sha256_json, write_json
+from pipelines.files import atomic_file, closed_quietly, read_json, sha256_file, sha256_json, write_json
 from pipelines.index import write_index
 from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from pipelines.records import DataError, ImageRecord, MapTasks
@@ -191,8 +191,12 @@ def write_shard(source: RowSource, split: str, rows: np.ndarray, path: str, bloc
     import webdataset as wds
 
     shard = Path(path).stem
-    with atomic_file(path) as file:
-        writer = wds.TarWriter(file, encoder=False, mtime=0, user="metagmvae", group="metagmvae", mode=0o644)
+    with (
+        atomic_file(path) as file,
+        closed_quietly(
+            wds.TarWriter(file, encoder=False, mtime=0, user="metagmvae", group="metagmvae", mode=0o644)
+        ) as writer,
+    ):
         for number, first in enumerate(range(0, len(rows), block)):
             values = source.load_block(split, rows[first : first + block].tolist())
             expected = (len(rows[first : first + block]), *source.row_shape)
@@ -200,7 +204,6 @@ def write_shard(source: RowSource, split: str, rows: np.ndarray, path: str, bloc
                 raise DataError(f"{path}: the source gave {values.dtype} {values.shape}, not {source.dtype} {expected}")
             header = f'{{"split": "{split}", "block": {number}, "rows": {len(values)}}}'
             writer.write({"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(values)})
-        writer.close()
     return path
 
 

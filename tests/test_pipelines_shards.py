@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +114,29 @@ def test_what_a_killed_worker_was_writing_is_gone_when_the_data_set_stands(tmp_p
     write(tmp_path / "out", map_tasks=one_dies)
     write(tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+LIMITED = """
+import resource, sys
+from pipelines.records import DataError
+from pipelines.shards import write_dataset
+from pipelines.sources import open_source
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    write_dataset(open_source("glyphs", classes=(4, 2, 2), drawings=20), sys.argv[1])
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_cannot_grow_is_one_line_and_no_destructor_complains(tmp_path):
+    """The limit is the system's own, so that buffers are left over in the tar as on a full disk."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "data")]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert "cannot be written (File too large); nothing was kept of it" in ended.stdout
+    assert ended.stderr == ""
+    assert [path.name for path in (tmp_path / "data" / "train").iterdir()] == []
 
 
 def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkeypatch):
