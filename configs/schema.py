@@ -92,7 +92,8 @@ class AdaptSettings(Section):
     e_step: Literal["diagonal", "identity"] = "diagonal"
     """Row 1: sigma_k^2 in every E-step as in Eq. 10, or the identity in all of them."""
     final_covariance: Literal["diagonal", "identity"] = "diagonal"
-    """Covariance in the final posterior; `identity` here and in `e_step` is the ablation without sigma^2."""
+    """Covariance in the final posterior; `identity` here and in `e_step` is the ablation without sigma^2. One labelled
+    image has no variance that could be estimated: for queries that are judged alone `identity` is much better."""
     temperature: PositiveFloat = 1.0
     """Log-likelihoods are divided by it, in the E-steps and in the final posterior; 1: Eq. 10 and 11. The dimensions of
     a latent are taken as independent, which they are not: where classes lie close together EM is surer than it should

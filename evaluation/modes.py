@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import AdaptSettings, TrainSettings
-from evaluation.predict import encode_images
+from evaluation.predict import classify, encode_images
 from training.meta_gmvae import MetaGMVAE, sample_latents
-from training.mixture import ClassMixture, class_log_posterior, fit_mixture, fit_semi_supervised, initial_rows
+from training.mixture import fit_mixture, initial_rows
 from training.steps import keyed_generator
 
 Array = np.ndarray
@@ -77,13 +77,8 @@ class ModeFinder:
         images = np.concatenate([support.reshape(K * S, *support.shape[2:]), query])
         z_1TND = self._latents(images, adapt.samples, self._generator("test modes"))
         labelled = z_1TND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-        unlabelled = z_1TND[:, K * S :].flatten(1, 2)
-        mixture: ClassMixture = fit_semi_supervised(
-            labelled, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step, temperature=adapt.temperature
-        )
-        posterior = class_log_posterior(mixture, unlabelled, adapt.final_covariance, adapt.temperature).exp()
-        resp_PK = posterior.view(len(query), -1, K).mean(dim=1)
-        return self._modes(query, resp_PK, mixture.mean_EKD[0], mixture.variance_EKD[0], list(support))
+        mixture, resp_1PK = classify(adapt, labelled, z_1TND[:, K * S :])
+        return self._modes(query, resp_1PK[0], mixture.mean_EKD[0], mixture.variance_EKD[0], list(support))
 
     @torch.inference_mode()
     def reconstruct(self, images: Array) -> Array:

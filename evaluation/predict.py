@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.schema import AdaptSettings
 from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE, sample_latents
-from training.mixture import class_log_posterior, fit_semi_supervised
+from training.mixture import ClassMixture, class_log_posterior, fit_semi_supervised
 from training.steps import keyed_generator, to_device
 
 Mode = Literal["transductive", "inductive"]
@@ -67,7 +67,7 @@ def predict_episodes(
     noise = torch.stack([_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode])
     z_ETND = _latents(model, torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1), noise)
     support = z_ETND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-    return _classify(adapt, support, z_ETND[:, K * S :], fit_on_queries=True)
+    return classify(adapt, support, z_ETND[:, K * S :])[1]
 
 
 def _inductive(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
@@ -86,7 +86,7 @@ def _inductive(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tens
         noise = torch.cat([support_noise.expand(count, -1, -1, -1), own], dim=1)
         z_CTND = _latents(model, sets, noise)
         support = z_CTND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-        answers.append(_classify(adapt, support, z_CTND[:, K * S :], fit_on_queries=False)[:, 0])
+        answers.append(classify(adapt, support, z_CTND[:, K * S :], fit_on_queries=False)[1][:, 0])
     return torch.cat(answers)
 
 
@@ -100,16 +100,30 @@ def _latents(model: MetaGMVAE, h_ETF: Tensor, noise_ETND: Tensor) -> Tensor:
     return sample_latents(mean, log_variance, noise_ETND)
 
 
-def _classify(adapt: AdaptSettings, support_EKTD: Tensor, z_EPND: Tensor, *, fit_on_queries: bool) -> Tensor:
-    """Semi-supervised EM, then the mean over samples of p(y | z) (Eq. 11): (E, P, K)."""
+def classify(
+    adapt: AdaptSettings,
+    support_EKTD: Tensor,
+    z_EPND: Tensor,
+    *,
+    fit_on_queries: bool = True,
+    present_EKT: Tensor | None = None,
+) -> tuple[ClassMixture, Tensor]:
+    """Semi-supervised EM (Eq. 10), then the mean over samples of p(y | z) (Eq. 11): the mixture, and (E, P, K).
+
+    The one place that takes the settings of an adaptation apart.
+    """
     E, P, N, _ = z_EPND.shape
     query_EPD = z_EPND.flatten(1, 2)
-    unlabelled = query_EPD if fit_on_queries else query_EPD[:, :0]
     mixture = fit_semi_supervised(
-        support_EKTD, unlabelled, iterations=adapt.iterations, e_step=adapt.e_step, temperature=adapt.temperature
+        support_EKTD,
+        query_EPD if fit_on_queries else query_EPD[:, :0],
+        iterations=adapt.iterations,
+        e_step=adapt.e_step,
+        temperature=adapt.temperature,
+        present_EKT=present_EKT,
     )
     log_posterior = class_log_posterior(mixture, query_EPD, adapt.final_covariance, adapt.temperature)
-    return log_posterior.exp().view(E, P, N, -1).mean(dim=2)
+    return mixture, log_posterior.exp().view(E, P, N, -1).mean(dim=2)
 
 
 def episodes_at_once(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:

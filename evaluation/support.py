@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import AdaptSettings
-from evaluation.predict import Mode
+from evaluation.predict import Mode, classify
 from pipelines.records import DataError
 from training.meta_gmvae import MetaGMVAE, sample_latents
-from training.mixture import class_log_posterior, fit_semi_supervised
 from training.steps import keyed_generator
 
 
@@ -87,14 +86,5 @@ def classify_latents(
     for k, count in enumerate(counts):
         support[k, :count] = z_TND[torch.as_tensor(label_T == k)]
         present[k, :count] = 1
-    query_1PD = z_PND.flatten(0, 1)[None]
-    mixture = fit_semi_supervised(
-        support.flatten(1, 2)[None],
-        query_1PD if fit_on_queries else query_1PD[:, :0],
-        iterations=adapt.iterations,
-        e_step=adapt.e_step,
-        temperature=adapt.temperature,
-        present_EKT=present.flatten(1, 2)[None],
-    )
-    log_posterior = class_log_posterior(mixture, query_1PD, adapt.final_covariance, adapt.temperature)[0]
-    return log_posterior.exp().unflatten(0, (len(z_PND), N)).mean(dim=1)
+    support_1KTD, present_1KT = support.flatten(1, 2)[None], present.flatten(1, 2)[None]
+    return classify(adapt, support_1KTD, z_PND[None], fit_on_queries=fit_on_queries, present_EKT=present_1KT)[1][0]

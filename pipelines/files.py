@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,15 +71,3 @@ def sha256_json(value: Any) -> str:
     """sha256 of the canonical JSON text of a value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def closed_quietly(writer: Any) -> Iterator[Any]:
-    """Close a tar at the end; after an error too, without a second one: its destructor would print that one."""
-    try:
-        yield writer
-    except BaseException:
-        with suppress(OSError, ValueError):
-            writer.close()
-        raise
-    writer.close()

@@ -11,12 +11,13 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines.files import atomic_file, closed_quietly, read_json, sha256_file, sha256_json, write_json
+from pipelines.files import atomic_file, read_json, sha256_file, sha256_json, write_json
 from pipelines.index import write_index
 from pipelines.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from pipelines.records import DataError, ImageRecord, MapTasks
@@ -191,12 +192,9 @@ def write_shard(source: RowSource, split: str, rows: np.ndarray, path: str, bloc
     import webdataset as wds
 
     shard = Path(path).stem
-    with (
-        atomic_file(path) as file,
-        closed_quietly(
-            wds.TarWriter(file, encoder=False, mtime=0, user="metagmvae", group="metagmvae", mode=0o644)
-        ) as writer,
-    ):
+    owner = {"mtime": 0, "user": "metagmvae", "group": "metagmvae", "mode": 0o644}
+    # Closed after an error too: a tar's destructor would print that error once more.
+    with atomic_file(path) as file, closing(wds.TarWriter(file, encoder=False, **owner)) as writer:
         for number, first in enumerate(range(0, len(rows), block)):
             values = source.load_block(split, rows[first : first + block].tolist())
             expected = (len(rows[first : first + block]), *source.row_shape)

@@ -167,7 +167,7 @@ def fit_semi_supervised(
     variance_EKD = torch.ones_like(mean_EKD)
     for _ in range(iterations):
         used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
-        resp_EPK = torch.softmax(_class_logits(moments_EPC, mean_EKD, used_EKD) / temperature, dim=2)
+        resp_EPK = torch.softmax(_class_logits(moments_EPC, mean_EKD, used_EKD, temperature), dim=2)
         total_EKC = labelled_EKC + resp_EPK.transpose(1, 2) @ moments_EPC
         count_EK1 = labelled + resp_EPK.sum(dim=1)[..., None]
         mean_EKD = total_EKC[..., :size] / count_EK1
@@ -184,8 +184,9 @@ def class_log_posterior(
     """
     centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
     variance_EKD = mixture.variance_EKD if covariance == "diagonal" else torch.ones_like(mixture.variance_EKD)
-    logits = _class_logits(_with_squares(z_EPD - centre_E1D), mixture.mean_EKD - centre_E1D, variance_EKD)
-    return torch.log_softmax(logits / temperature, dim=2)
+    moments_EPC = _with_squares(z_EPD - centre_E1D)
+    logits = _class_logits(moments_EPC, mixture.mean_EKD - centre_E1D, variance_EKD, temperature)
+    return torch.log_softmax(logits, dim=2)
 
 
 def _with_squares(z: Tensor) -> Tensor:
@@ -193,9 +194,12 @@ def _with_squares(z: Tensor) -> Tensor:
     return torch.cat([z, z.square()], dim=-1)
 
 
-def _class_logits(moments_EPC: Tensor, mean_EKD: Tensor, variance_EKD: Tensor) -> Tensor:
-    """log N(z; mu_k, sigma_k^2) up to a constant: (E, P, 2D), (E, K, D) -> (E, P, K)."""
+def _class_logits(moments_EPC: Tensor, mean_EKD: Tensor, variance_EKD: Tensor, temperature: float) -> Tensor:
+    """log N(z; mu_k, sigma_k^2) / temperature up to a constant: (E, P, 2D), (E, K, D) -> (E, P, K).
+
+    It divides what there is of each class, not of each point.
+    """
     precision_EKD = variance_EKD.reciprocal()
     weights_EKC = torch.cat([mean_EKD * precision_EKD, -0.5 * precision_EKD], dim=2)
     constant_EK = -0.5 * (mean_EKD.square() * precision_EKD + variance_EKD.log()).sum(dim=2)
-    return torch.baddbmm(constant_EK[:, None, :], moments_EPC, weights_EKC.transpose(1, 2))
+    return torch.baddbmm(constant_EK[:, None, :] / temperature, moments_EPC, weights_EKC.transpose(1, 2) / temperature)
