@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,10 @@ def _claim(run_dir: Path, settings: Settings, dataset: Dataset, resume: bool) ->
         record = read_json(run_dir / RECORD) if (run_dir / RECORD).exists() else {}
         if record.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise DataError(f"{run_dir}: was trained on other data than {dataset.uri} holds now; start a new run")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
+    elif run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
         raise DataError(f"{run_dir}: not a run folder (no {SETTINGS}); choose another one: --set run.out=…")
+    else:
+        print(f"{run_dir}: nothing to go on with; the run starts at its first step", file=sys.stderr)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,16 +2,19 @@
 
 Every name that a pickle asks for is looked up in a table of ours and in nothing else, and what stands there makes
 plain values: nothing of the file can run, and NumPy's own unpickling, which allocates what it is told to, is not used.
+The unpickler is the one in Python: the one in C hashes what a file calls a key before anyone could look at it, and
+there a tuple within a tuple, and so on, ends the process or keeps it busy for ever.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
+import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,8 +30,10 @@ READ_ERRORS = (
     OSError,
     OverflowError,
     MemoryError,
+    RecursionError,
+    struct.error,
 )
-"""What the unpickler raises on damaged bytes; the last two on lengths that no machine has room for."""
+"""What the unpickler raises on damaged bytes; overflow and memory on lengths that no machine has room for."""
 DTYPES = {"u1": np.uint8, "i8": np.int64, "i4": np.int32}
 
 
@@ -93,6 +98,8 @@ class _DType:
     """A dtype as a pickle spells it; its byte order comes as state."""
 
     def __init__(self, name: str, *_: Any) -> None:
+        if not isinstance(name, str):
+            raise pickle.UnpicklingError("arrays of no name of a type are refused")
         if name not in DTYPES:
             raise pickle.UnpicklingError(f"arrays of {name!r} are refused")
         self.dtype = np.dtype(DTYPES[name])
@@ -147,11 +154,44 @@ KNOWN = {
 }
 
 
-class _Reader(pickle.Unpickler):
+NEEDED = """PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING
+SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE
+TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD PUT
+BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()
+"""Operations of the pickle language by which arrays, strings, numbers, lists and dicts are spelled."""
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]  # of the standard library, but without stubs
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return KNOWN[module, name]
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it asks for an object from outside ({pid!r})")
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds an operation that no array needs")
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        self.load_setitems()
+
+    def _build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _DType):
+            raise pickle.UnpicklingError("it changes what is no array")
+        self.load_build()
+
+    dispatch: ClassVar = dict.fromkeys(range(256), _refuse) | {
+        code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
+        for code in (getattr(pickle, name)[0] for name in NEEDED)
+    }
+    dispatch |= {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BUILD[0]: _build}
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Refuse what is no text as a key, before it is hashed."""
+    for key in keys:
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError(f"a key is of type {type(key).__name__}, and all are text")

@@ -11,7 +11,7 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,10 +101,16 @@ def write_dataset(
     pending = [task for task in tasks if not Path(task[3]).exists()]
     done = len(tasks) - len(pending)
     run = map_tasks or _in_process
-    for _ in run(write_shard, pending):
-        done += 1
-        if on_progress is not None:
-            on_progress(done, len(tasks))
+    try:
+        for _ in run(write_shard, pending):
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(tasks))
+    except Exception:
+        # Nothing runs any more. After an interrupt workers may: the plan stays.
+        if not any(out.glob("*/shard-*.tar")):
+            _let_go(out)
+        raise
     _remove_unfinished(out)
     manifest = {
         "name": source.name,
@@ -149,6 +155,14 @@ def _remove_unfinished(out: Path) -> None:
     """Files that a killed process, or a worker whose task another one did again, was writing."""
     for leftover in [*out.glob("*/.*.tmp"), *out.glob(".*.tmp")]:
         leftover.unlink()
+
+
+def _let_go(out: Path) -> None:
+    """Leave nothing where no shard was finished: there is nothing to go on with."""
+    (out / PLAN).unlink(missing_ok=True)
+    for folder in [*(path for path in out.glob("*") if path.is_dir()), out]:
+        with suppress(OSError):  # it holds something, or others need it
+            folder.rmdir()
 
 
 def _in_process(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Any:

@@ -66,6 +66,15 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_resuming_where_nothing_is_says_that_it_starts(data, tmp_path, capsys):
+    """A mistyped folder would else pass for a run that goes on."""
+    run_training(settings(data, tmp_path / "run"), resume=True)
+    said = f"{tmp_path / 'run'}: nothing to go on with; the run starts at its first step\n"
+    assert said in capsys.readouterr().err
+    run_training(settings(data, tmp_path / "run"), resume=True)
+    assert "nothing to go on with" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

@@ -250,6 +250,16 @@ def test_caches_hold_arrays_strings_and_numbers_only(tmp_path):
         found = error(b"\x80\x02}(U\nimage_data" + array + state + b"U\nclass_dict}u.")
         assert text in found
         assert found.startswith(f"{path}: image_data is ")
+    # Hashing a tuple of tuples of tuples has no bound, of depth or of time.
+    deep = b")" + b"\x85" * 200_000
+    wide = b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(100))
+    for key in (deep, wide):
+        assert "a key is of type tuple" in error(b"\x80\x02}" + key + b"K\x01s.")
+        assert "a key is of type tuple" in error(b"\x80\x02}(" + key + b"K\x01u.")
+        assert "no array needs" in error(b"\x80\x02(" + key + b"K\x01d.")
+        assert "no array needs" in error(b"\x80\x04(" + key + b"\x91.")
+        assert "arrays of no name" in error(b"\x80\x02cnumpy\ndtype\n(" + key + b"tR.")
+    assert "changes what is no array" in error(b"\x80\x02c_codecs\nencode\n}U\x01aK\x01sb.")
     for lengths in (b"\xff" * 8, b"\xff" * 6 + b"\x00\x00"):
         assert "refused or not readable" in error(b"\x80\x04\x8e" + lengths + b".")
 

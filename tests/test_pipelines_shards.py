@@ -136,7 +136,25 @@ def test_a_file_that_cannot_grow_is_one_line_and_no_destructor_complains(tmp_pat
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     assert "cannot be written (File too large); nothing was kept of it" in ended.stdout
     assert ended.stderr == ""
-    assert [path.name for path in (tmp_path / "data" / "train").iterdir()] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_fails_before_the_first_shard_leaves_nothing_and_keeps_what_is_not_ours(tmp_path, monkeypatch):
+    def broken(self, split, rows):
+        raise DataError("not finite")
+
+    monkeypatch.setattr(Fake, "load_block", broken)
+    with pytest.raises(DataError, match="not finite"):
+        write(tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
+
+    def meanwhile(function, tasks):
+        (tmp_path / "d" / "notes.txt").write_text("mine")
+        return [function(*task) for task in tasks]
+
+    with pytest.raises(DataError, match="not finite"):
+        write(tmp_path / "d", map_tasks=meanwhile)
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["notes.txt"]
 
 
 def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkeypatch):
