@@ -128,6 +128,9 @@ class TrainSettings(Section):
     beta: PositiveFloat = 1.0
     """Weight of the divergence from the prior (Higgins et al. 2017); 1: the lower bound of Eq. 9. A set of many classes
     drawn at random has few clusters to speak of: below 1 the prior does not press it into K all the same."""
+    denoise: bool = False
+    """The posterior sees a random view of each image (those of `pretrain.views`), and the image itself is reconstructed
+    (the denoising criterion of Im et al., AAAI 2017): what a view changes has no place in a latent."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""
@@ -158,8 +161,8 @@ class PretrainSettings(Section):
     batch: Annotated[int, Field(ge=2)] = 256
     """Images per step over all workers; each gives two views."""
     views: Literal["auto", "strokes", "photographs"] = "auto"
-    """Distortions that make the views: of strokes (affine, elastic, thickness), of photographs (SimCLR's crops,
-    flips and colours); `auto` goes by the channels, 1 or 3."""
+    """Distortions that make the views, those of `train.denoise` too: of strokes (affine, elastic, thickness), of
+    photographs (SimCLR's crops, flips and colours); `auto` goes by the channels, 1 or 3."""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of a photograph that a view of it shows."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
@@ -244,6 +247,15 @@ class Settings(Section):
             raise ValueError(
                 'data.reader ("stream") reads images once, and model.reconstruct ("features") encodes them all '
                 "before meta-training: set data.reader to mmap"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_of_images(self) -> Self:
+        if self.train.denoise and self.model.reconstruct == "features":
+            raise ValueError(
+                'train.denoise (true) distorts images, and model.reconstruct ("features") trains on features: set one '
+                "of them otherwise"
             )
         return self
 

@@ -12,6 +12,7 @@ import math
 import pickle
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -154,14 +155,20 @@ KNOWN = {
 }
 
 
-NEEDED = """PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING
-SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE
-TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD PUT
-BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()
+NEEDED = (
+    "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING "
+    "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_TUPLE "
+    "TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL "
+    "REDUCE BUILD PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET"
+)
 """Operations of the pickle language by which arrays, strings, numbers, lists and dicts are spelled."""
+Operation = Callable[[Any], None]
+STANDARD: dict[int, Operation] = dict(pickle._Unpickler.dispatch)
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]  # of the standard library, but without stubs
+class _Reader(pickle._Unpickler):
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
@@ -172,22 +179,22 @@ class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]  # of the 
 
     def _set_item(self) -> None:
         _check_keys(self.stack[-2:-1])
-        self.load_setitem()
+        STANDARD[pickle.SETITEM[0]](self)
 
     def _set_items(self) -> None:
         _check_keys(self.stack[::2])
-        self.load_setitems()
+        STANDARD[pickle.SETITEMS[0]](self)
 
     def _build(self) -> None:
         if not isinstance(self.stack[-2], _Array | _DType):
             raise pickle.UnpicklingError("it changes what is no array")
-        self.load_build()
+        STANDARD[pickle.BUILD[0]](self)
 
-    dispatch: ClassVar = dict.fromkeys(range(256), _refuse) | {
-        code: pickle._Unpickler.dispatch[code]  # type: ignore[attr-defined]
-        for code in (getattr(pickle, name)[0] for name in NEEDED)
-    }
-    dispatch |= {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BUILD[0]: _build}
+    dispatch: ClassVar[dict[int, Operation]] = (
+        dict.fromkeys(range(256), _refuse)
+        | {code: STANDARD[code] for code in (getattr(pickle, name)[0] for name in NEEDED.split())}
+        | {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BUILD[0]: _build}
+    )
 
 
 def _check_keys(keys: list[Any]) -> None:

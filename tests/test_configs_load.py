@@ -81,6 +81,7 @@ def test_overrides_apply_in_order_and_the_fingerprint_ignores_where_it_runs():
         ("train.decode_samples=33", "decode_samples (33) exceeds samples (32)"),
         ("train.learning_rate=nan", "train.learning_rate"),
         ("model.heads=3", "width (256) must be a multiple of heads (3)"),
+        ("train.denoise=true", "train.denoise (true) distorts images"),
         ("train", "write it as section.key=value"),
     ],
 )

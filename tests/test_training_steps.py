@@ -14,6 +14,7 @@ import training.precision
 import training.steps
 from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
+from training.builders import build_view
 from training.contrastive import nt_xent
 from training.meta_gmvae import MetaGMVAE
 from training.mixture import MixtureError, fit_mixture, initial_rows
@@ -251,6 +252,44 @@ def test_views_go_by_the_channels_or_by_the_setting_at_the_size_of_the_encoder()
         loss, _ = step.train()(images, 1)
         loss.backward()
         assert torch.isfinite(loss)
+
+
+def test_denoising_encodes_views_and_reconstructs_the_images() -> None:
+    """The step of a model that is shown the views, but for what is reconstructed."""
+    net = model(torch.float32)
+    view = build_view(PretrainSettings(elastic=0.3), net)
+    seen: list[Tensor] = []
+    net.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    decoded: list[Tensor] = []
+    net.decoder.register_forward_hook(lambda module, args, logits: decoded.append(logits))
+    sets = batch()
+    _, terms = MetaStep(net, settings(), view).eval()(sets)
+    x = net.scale_images(torch.from_numpy(sets.images).flatten(0, 1))
+    assert not torch.equal(seen[0], x)
+    expected = [
+        reference.bernoulli_log_likelihood(image.double().numpy(), logits.detach().double().sigmoid().numpy())
+        for image, logits in zip(x, decoded[0], strict=True)
+    ]
+    assert float(terms["reconstruction"]) == pytest.approx(np.mean(expected), rel=1e-5)
+
+    shown = SetBatch(sets.images, sets.episodes, 0)
+    net.scale_images = lambda images: seen[0]  # type: ignore[method-assign]
+    _, of_views = MetaStep(net, settings()).eval()(shown)
+    assert torch.equal(of_views["prior"], terms["prior"])
+    assert torch.equal(of_views["entropy"], terms["entropy"])
+
+
+def test_the_views_of_an_episode_do_not_depend_on_what_else_is_in_the_step() -> None:
+    net = model(torch.float32)
+    step = MetaStep(net, settings(), build_view(PretrainSettings(), net)).eval()
+    seen: list[Tensor] = []
+    net.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    both = batch()
+    step(both)
+    step(SetBatch(both.images[1:], both.episodes[1:], 9))
+    assert torch.equal(seen[0][M:], seen[1])
+    step(SetBatch(both.images[1:], both.episodes[1:] + 1, 9))
+    assert not torch.equal(seen[1], seen[2])
 
 
 def test_the_projector_stands_between_features_and_loss() -> None:

@@ -1,18 +1,23 @@
-"""Settings -> model, optimiser, schedule: the one place in `training` that unpacks them."""
+"""Settings -> model, views, optimiser, schedule: the one place in `training` that unpacks them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.schema import ModelSettings, PretrainSettings, TrainSettings
+from training.augment import stroke_view
 from training.backbones import EncoderModel, build_encoder
 from training.lars import Lars
 from training.meta_gmvae import MetaGMVAE
+from training.photographs import photograph_view
+
+View = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> MetaGMVAE:
@@ -53,6 +58,15 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
             settings.encoder, image_shape, settings.channels, settings.image_size, settings.rectified
         )
         return EncoderModel(encoder, image_shape)
+
+
+def build_view(settings: PretrainSettings, model: EncoderModel) -> View:
+    """What makes a random view of each image for a model's encoder: (n, C, H, W) in [0, 1], generator -> its size."""
+    of_strokes = model.image_shape[0] == 1 if settings.views == "auto" else settings.views == "strokes"
+    if of_strokes:
+        return partial(stroke_view, elastic=settings.elastic)
+    side = getattr(model.encoder, "side", 0) or model.image_shape[-1]
+    return partial(photograph_view, size=side, least=settings.crop_area)
 
 
 def build_pretrain_optimizer(modules: Sequence[nn.Module], settings: PretrainSettings) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from training.builders import (
     build_optimizer,
     build_pretrain_optimizer,
     build_schedule,
+    build_view,
 )
 from training.checkpoint import random_state, restore_random_state
 from training.frozen import ScaledRows, encode_all, set_scale
@@ -183,7 +184,8 @@ class _Run:
             schedule, per_step = contrast.schedule, contrast.batch
         else:
             assert isinstance(self.model, MetaGMVAE)
-            step = MetaStep(self.model, settings.train)
+            view = build_view(settings.pretrain, self.model) if settings.train.denoise else None
+            step = MetaStep(self.model, settings.train, view)
             optimizer = build_optimizer(self.model, settings.train)
             size = settings.train.set_size
             data = self._frozen_features(start) if self.model.reconstruct == "features" else self.data

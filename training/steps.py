@@ -8,21 +8,20 @@ are keyed by step and rank: with another world size they are other views.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from configs.schema import PretrainSettings, TrainSettings
 from pipelines.records import SetBatch
 from training import parallel
-from training.augment import stroke_view
 from training.backbones import EncoderModel
+from training.builders import View, build_view
 from training.contrastive import nt_xent
 from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import fit_mixture, initial_rows
 from training.objective import Likelihood, lower_bound, objective
-from training.photographs import photograph_view
 from training.precision import autocast
 
 Terms = dict[str, Tensor]
@@ -44,12 +43,18 @@ class MetaStep(nn.Module):
 
     Sets of images (uint8) go through the encoder. Where features are reconstructed the sets are features
     already (float32, from the frozen encoder) and the encoder takes no part.
+
+    Args:
+        model: that is trained.
+        settings: of the stage.
+        view: of each image, by which the posterior sees it (`train.denoise`); None: the image itself.
     """
 
-    def __init__(self, model: MetaGMVAE, settings: TrainSettings) -> None:
+    def __init__(self, model: MetaGMVAE, settings: TrainSettings, view: View | None = None) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
+        self.view = view
         self.on_features = model.reconstruct == "features"
         model.encoder.requires_grad_(not self.on_features)
 
@@ -62,7 +67,7 @@ class MetaStep(nn.Module):
         settings, model = self.settings, self.model
         data = to_device(batch.images, next(model.parameters()).device)
         M = data.shape[1]
-        x, h_BMF = self._features(data)
+        x, h_BMF = self._features(data, batch.episodes)
         generators = [keyed_generator(data.device, settings.seed, "meta", int(e)) for e in batch.episodes]
         noise_BMND = torch.stack(
             [torch.randn(M, settings.samples, model.latent, generator=g, device=data.device) for g in generators]
@@ -81,15 +86,22 @@ class MetaStep(nn.Module):
         loss = -objective(terms, settings.objective_scale, settings.beta)
         return loss, {**per_point, "elbo": terms.elbo.detach().mean()}
 
-    def _features(self, data: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, data: Tensor, episodes: np.ndarray) -> tuple[Tensor, Tensor]:
         """What is reconstructed, (b*M, ...), and what the set encoder sees, (b, M, F)."""
         if self.on_features:
             return data.flatten(0, 1), data
         x = self.model.scale_images(data.flatten(0, 1))
+        seen = x if self.view is None else self._views(x.unflatten(0, data.shape[:2]), episodes)
         if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            seen = seen.contiguous(memory_format=torch.channels_last)
         with self._autocast(data.device):
-            return x, self.model.encode_images(x).unflatten(0, data.shape[:2])
+            return x, self.model.encode_images(seen).unflatten(0, data.shape[:2])
+
+    def _views(self, sets: Tensor, episodes: np.ndarray) -> Tensor:
+        """A view of each image of each set, (b, M, C, H, W) -> (b*M, C, H, W); those of an episode by its number."""
+        assert self.view is not None
+        generators = [keyed_generator(sets.device, self.settings.seed, "denoise", int(e)) for e in episodes]
+        return torch.cat([self.view(images, generator) for images, generator in zip(sets, generators, strict=True)])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return autocast(device, self.settings.precision)
@@ -116,13 +128,7 @@ class ContrastiveStep(nn.Module):
         self.projector = projector
         self.settings = settings
         self.temperature = pretrain.temperature
-        of_strokes = model.image_shape[0] == 1 if pretrain.views == "auto" else pretrain.views == "strokes"
-        side = getattr(model.encoder, "side", 0) or model.image_shape[-1]
-        self.view = (
-            partial(stroke_view, elastic=pretrain.elastic)
-            if of_strokes
-            else partial(photograph_view, size=side, least=pretrain.crop_area)
-        )
+        self.view = build_view(pretrain, model)
 
     def forward(self, images: object, step: int) -> tuple[Tensor, Terms]:
         device = next(self.encoder.parameters()).device
