@@ -46,11 +46,11 @@ def bench_sweep(trials: int) -> dict[str, Any]:
         settings = [f"{key}={value}" for key, value in pairs.items()]
 
         def sweep(count: int, tracked: bool, ended: Callable[[], None]) -> Sequence[Trial]:
-            base = load_settings("omniglot-5way", [*settings, f"tracking.enabled={str(tracked).lower()}"])
+            base = load_settings("omniglot-5way-published-code", [*settings, f"tracking.enabled={str(tracked).lower()}"])
             out = folder / f"sweep-{count}-{tracked}"
             request = Request(base, load_space(folder / "space.toml"), out, search="tpe", trials=count)
             run(request, lambda done, total: ended())
             return read_trials(out / TRIALS)
 
-        with sweep_cluster(load_settings("omniglot-5way", settings), 0):
+        with sweep_cluster(load_settings("omniglot-5way-published-code", settings), 0):
             return bench_tune(sweep, trials) | {"short": SHORT}

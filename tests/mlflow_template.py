@@ -1,8 +1,9 @@
-"""For tests of tracking and registry: an empty MLflow store, and a run folder with a small model."""
+"""For tests of tracking and registry: an empty MLflow store, a server, and run folders."""
 
 import atexit
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -17,11 +18,14 @@ from typing import Any
 
 from configs.schema import AdaptSettings, ModelSettings, Settings, TrackingSettings, TrainSettings
 from infra.mlflow_store import connect
+from pipelines.dataset import Dataset
 from training.builders import build_model
-from training.checkpoint import save_state
+from training.checkpoint import load_state, save_state
 
 IMAGE_SHAPE = (1, 28, 28)
 DATA_FINGERPRINT = "d" * 64
+STARTED_MS = 1_700_000_000_000
+VALUES = {"loss": 5.0, "elbo": -5.0, "images_per_s": 100.0}
 
 
 @functools.cache
@@ -73,13 +77,60 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = (), seed: int = 0) -> 
     return folder
 
 
-@contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[str]:
-    """A real `mlflow server` on loopback over a fresh store in `folder`; yields its URI."""
-    new_store(folder)
+def judged_run(folder: Path, data: Path, *, blind: bool = False, step: int = 1) -> Path:
+    """A run on this data that never trained: its latents follow random features, or are the same for every image."""
+    new_run(folder)
+    state = load_state(folder / "checkpoint.pt")
+    state |= {"data_fingerprint": Dataset.open(data).fingerprint, "step": step}
+    weights = state["model"]
+    weights["inlet.weight"] *= 0 if blind else 30
+    weights["head.weight"][8:] = 0  # of the log variance
+    weights["head.bias"][8:] = -6
+    save_state(folder / "checkpoint.pt", state)
+    (folder / "run.json").write_text(json.dumps({"data": str(data)}))
+    return folder
+
+
+def line(step: int, stage: str = "meta", steps: int = 200) -> str:
+    place = {"stage": stage, "step": step, "steps": steps, "global_step": step, "checkpoint": 0}
+    return json.dumps({**place, **VALUES, "loss": 1000.0 - step, "elapsed_s": 0.5 * step}) + "\n"
+
+
+def ended_run(folder: Path) -> Path:
+    """A run folder as `metagmvae train` leaves it, with 200 lines of metrics and files that stand for the others."""
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(Settings(name="run").model_dump_json())
+    record = {"command": "metagmvae train x", "commit": "c0ffee", "data_fingerprint": "d" * 64, "cpus": 2}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(line(step) for step in range(1, 201)))
+    (folder / "checkpoint.pt").write_bytes(b"weights")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "curves.png").write_bytes(b"picture")
+    (folder / "ray" / "checkpoint_000001").mkdir(parents=True)
+    (folder / "ray" / "checkpoint_000001" / "state.pt").write_bytes(b"engine's own")
+    status = {"status": "FINISHED", "started_ms": STARTED_MS, "ended_ms": STARTED_MS + 100_000}
+    (folder / "status.json").write_text(json.dumps({**status, "owner": {"pid": 1, "host": "elsewhere"}}))
+    return folder
+
+
+def history(tracking: TrackingSettings, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    points = connect(tracking).client.get_metric_history(run_id, key)
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+def closed_port() -> int:
+    """A port of this machine on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A real `mlflow server` on loopback over the store in `folder`, made where there is none; yields its URI."""
+    if not folder.exists():
+        new_store(folder)
+    port = port or closed_port()
     place = [
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
@@ -91,7 +142,7 @@ def running_server(folder: Path) -> Iterator[str]:
     # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
     search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": search, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("a") as log:
         server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
         while True:

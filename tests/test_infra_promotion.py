@@ -1,17 +1,14 @@
 """A challenger becomes champion if it is better on the same episodes, and only then; rolled back; one at a time."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlflow_template
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from mlflow_template import judged_run
 
 from configs.schema import TrackingSettings
 from infra import promotion
@@ -36,27 +33,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def new_run(folder: Path, data: Path, *, blind: bool = False, step: int = 1) -> Path:
-    """A run on this data that never trained: its latents follow random features, or are the same for every image."""
-    mlflow_template.new_run(folder)
-    state = load_state(folder / "checkpoint.pt")
-    state |= {"data_fingerprint": Dataset.open(data).fingerprint, "step": step}
-    weights = state["model"]
-    weights["inlet.weight"] *= 0 if blind else 30
-    weights["head.weight"][8:] = 0  # of the log variance
-    weights["head.bias"][8:] = -6
-    save_state(folder / "checkpoint.pt", state)
-    (folder / "run.json").write_text(json.dumps({"data": str(data)}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, data):
     """A store with versions of `glyphs`: 1 blind and champion, 2 and 3 seeing and equal."""
     folder = tmp_path_factory.mktemp("prepared")
     store = mlflow_template.new_store(folder / "mlflow")
-    register(new_run(folder / "blind", data, blind=True), store, "glyphs")
-    seeing = new_run(folder / "seeing", data)
+    register(judged_run(folder / "blind", data, blind=True), store, "glyphs")
+    seeing = judged_run(folder / "seeing", data)
     register(seeing, store, "glyphs")
     register(seeing, store, "glyphs")
     return folder / "mlflow"
@@ -194,7 +177,7 @@ def test_a_dry_run_writes_nothing(store, ask, data, tmp_path):
 
     before = content()
     assert ask("models:/glyphs/2", "--dry-run")["decision"] == "would be promoted"
-    run = new_run(tmp_path / "new", data, blind=True)
+    run = judged_run(tmp_path / "new", data, blind=True)
     files = {path.name for path in run.iterdir()}
     answer = ask(str(run), "--name", "glyphs", "--dry-run", code=1)
     assert (answer["decision"], answer["challenger"]) == ("would be refused", str(run))
@@ -203,12 +186,12 @@ def test_a_dry_run_writes_nothing(store, ask, data, tmp_path):
 
 
 def test_a_run_folder_is_registered_once_and_without_an_alias(store, ask, data, tmp_path):
-    run = new_run(tmp_path / "worse", data, blind=True, step=7)
+    run = judged_run(tmp_path / "worse", data, blind=True, step=7)
     assert ask(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name\n")
     answer = ask(str(run), "--name", "glyphs", code=1)
     assert (answer["challenger"], champion(store)) == ("models:/glyphs/4", "1")
     assert ask(str(run), "--name", "glyphs", code=1)["challenger"] == "models:/glyphs/4"
-    better = ask(str(new_run(tmp_path / "better", data)), "--name", "glyphs")
+    better = ask(str(judged_run(tmp_path / "better", data)), "--name", "glyphs")
     assert (better["challenger"], champion(store)) == ("models:/glyphs/5", "5")
     assert not resolve_model("models:/glyphs@champion").model.training
 
@@ -306,7 +289,7 @@ def test_classes_that_should_not_choose_are_named(store, ask):
 def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask, data, tmp_path):
     runs = []
     for name, factor in (("sharp", 1.0), ("blunt", 0.0)):
-        runs.append(new_run(tmp_path / name, data))
+        runs.append(judged_run(tmp_path / name, data))
         state = load_state(runs[-1] / "checkpoint.pt")
         weights = {key: value * factor for key, value in state["model"].items() if key.startswith("encoder.")}
         save_state(runs[-1] / "checkpoint.pt", state | {"kind": "encoder", "model": weights})
@@ -318,62 +301,3 @@ def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask
     assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
     error = ask(sharp, "--name", "glyphs", code=2)["error"]
     assert f"{sharp} and models:/glyphs/1: one is an encoder alone, the other a whole model" in error
-
-
-def rounds(uri: str, data: Path, folder: Path, count: int, processes: int) -> list[list[dict]]:
-    """What came of each round in which real processes promote at the same time."""
-    script = Path(__file__).with_name("promotion_rounds.py")
-    more = {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **more}
-    running = []
-    for place in range(processes):
-        words = [sys.executable, str(script), uri, "glyphs", str(data), str(folder), str(count), str(place)]
-        running.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
-
-    def wait(what: str) -> None:
-        while len(list(folder.glob(f"{what}-*"))) < processes:
-            assert all(process.poll() in (None, 0) for process in running)
-            time.sleep(0.01)
-
-    try:
-        for number in range(count):
-            wait(f"ready-{number}")
-            (folder / f"go-{number}").touch()
-            wait(f"done-{number}")
-        lines = [[json.loads(line) for line in process.communicate()[0].splitlines()] for process in running]
-    finally:
-        for process in running:
-            process.kill()  # of no effect on those that are done
-    return [list(of_all) for of_all in zip(*lines, strict=True)]
-
-
-def one_wins_each_round(found: list[list[dict]], store: Store) -> None:
-    moves = [move for move in read_history(store, "glyphs") if move.action == "promoted"]
-    for number, answers in enumerate(found):
-        (winner,) = (answer for answer in answers if answer["decision"] == "promoted")
-        assert (moves[number].former, moves[number].version) == (winner["before"], winner["mine"])
-        for loser in answers:
-            if loser is not winner:
-                assert loser["decision"] == "overtaken"
-                assert f"from version {winner['before']} to version {winner['mine']}" in loser["reason"]
-                assert f"promoted by {moves[number].by} at {moves[number].time}" in loser["reason"]
-    assert len(moves) == len(found)
-    assert champion(store) == moves[-1].version
-
-
-@pytest.mark.timeout(900)  # several processes import all of it
-def test_of_three_processes_that_promote_at_once_one_wins(store, data, tmp_path):
-    register(new_run(tmp_path / "fourth", data), TrackingSettings(uri=store.uri), "glyphs", "")
-    one_wins_each_round(rounds(store.uri, data, tmp_path, count=3, processes=3), store)
-
-
-@pytest.mark.timeout(900)  # several processes import all of it
-def test_of_two_processes_that_promote_at_once_through_a_server_one_wins(data, tmp_path):
-    with mlflow_template.running_server(tmp_path / "server") as uri:
-        tracking = TrackingSettings(uri=uri)
-        run = new_run(tmp_path / "run", data)
-        for _ in range(3):
-            register(run, tracking, "glyphs")
-        store = connect(tracking)
-        assert champion(store) == "1"
-        one_wins_each_round(rounds(uri, data, tmp_path, count=3, processes=2), store)

@@ -1,31 +1,22 @@
 """The mirror of a run folder in MLflow: whole, once, in spite of interruptions."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
 import mlflow_template
 import pytest
+from mlflow_template import STARTED_MS, VALUES, ended_run, history, line
 
 from configs.schema import Settings, TrackingSettings
 from infra import tracking_mirror
 from infra.mlflow_store import TrackingError, connect, shown, store_uri
-from infra.model_uri import resolve_model
-from infra.registry import register
 from infra.system_metrics import SystemSampler, gpu_values
-from infra.tracking import Tracker, mirror, track
+from infra.tracking import mirror, track
 from infra.tracking_cursor import locked, read_status, write_status
 from infra.tracking_lines import flatten, tags, unsent_chunks
 from pipelines.records import DataError
-
-STARTED_MS = 1_700_000_000_000
-VALUES = {"loss": 5.0, "elbo": -5.0, "images_per_s": 100.0}
 
 
 @pytest.fixture(autouse=True)
@@ -38,33 +29,9 @@ def store(tmp_path):
     return mlflow_template.new_store(tmp_path / "store")
 
 
-def line(step: int, stage: str = "meta", steps: int = 200) -> str:
-    place = {"stage": stage, "step": step, "steps": steps, "global_step": step, "checkpoint": 0}
-    return json.dumps({**place, **VALUES, "loss": 1000.0 - step, "elapsed_s": 0.5 * step}) + "\n"
-
-
 @pytest.fixture
 def run(tmp_path):
-    """A run folder as `metagmvae train` leaves it."""
-    folder = tmp_path / "runs" / "five way"
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(Settings(name="run").model_dump_json())
-    record = {"command": "metagmvae train x", "commit": "c0ffee", "data_fingerprint": "d" * 64, "cpus": 2}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "metrics.jsonl").write_text("".join(line(step) for step in range(1, 201)))
-    (folder / "checkpoint.pt").write_bytes(b"weights")
-    (folder / "figures").mkdir()
-    (folder / "figures" / "curves.png").write_bytes(b"picture")
-    (folder / "ray" / "checkpoint_000001").mkdir(parents=True)
-    (folder / "ray" / "checkpoint_000001" / "state.pt").write_bytes(b"engine's own")
-    status = {"status": "FINISHED", "started_ms": STARTED_MS, "ended_ms": STARTED_MS + 100_000}
-    (folder / "status.json").write_text(json.dumps({**status, "owner": {"pid": 1, "host": "elsewhere"}}))
-    return folder
-
-
-def history(tracking: TrackingSettings, run_id: str, key: str) -> list[tuple[int, float, int]]:
-    points = connect(tracking).client.get_metric_history(run_id, key)
-    return sorted((point.step, point.value, point.timestamp) for point in points)
+    return ended_run(tmp_path / "runs" / "five way")
 
 
 def test_everything_of_a_run_arrives(run, store):
@@ -282,132 +249,3 @@ def test_system_metrics(tmp_path):
     }
 
     assert gpu_values("No devices were found\n") == {}
-
-
-def new_run(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(Settings().model_dump_json())
-    return folder
-
-
-def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store):
-    run = new_run(tmp_path / "run")
-    with Tracker(run, store, interval_s=0.05):
-        for step in range(1, 4):
-            with (run / "metrics.jsonl").open("a") as file:
-                file.write(line(step, steps=3))
-        while not (run / "tracking.json").exists() or "metrics.jsonl" not in (run / "tracking.json").read_text():
-            time.sleep(0.02)  # until it was sent, while the block still runs
-        (run / "checkpoint.pt").write_bytes(b"last")
-    cursor = json.loads((run / "tracking.json").read_text())
-    sent = connect(store).client.get_run(cursor["run_id"])
-    assert sent.info.status == "FINISHED"
-    assert len(history(store, cursor["run_id"], "loss")) == 3
-    assert sent.data.metrics["system/system_memory_usage_percentage"] > 0
-    assert "checkpoint.pt" in cursor["stores"][cursor["uri"]]["artifacts"]
-    assert not any(thread.name == "mlflow-mirror" for thread in threading.enumerate())
-
-
-@pytest.mark.parametrize(("error", "status"), [(ValueError("loss"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_how_a_run_ended(tmp_path, store, error, status):
-    run = new_run(tmp_path / "run")
-    with pytest.raises(type(error)), Tracker(run, store):
-        raise error
-    cursor = json.loads((run / "tracking.json").read_text())
-    assert connect(store).client.get_run(cursor["run_id"]).info.status == status
-
-
-def test_tracking_that_is_off_leaves_only_the_status(tmp_path, store):
-    run = new_run(tmp_path / "run")
-    with Tracker(run, store.model_copy(update={"enabled": False})):
-        pass
-    assert {path.name for path in run.iterdir()} == {"settings.json", "status.json"}
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, store, capfd, monkeypatch):
-    run = new_run(tmp_path / "run")
-    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    tracker = Tracker(run, TrackingSettings(), interval_s=0.02).start()
-    while not tracker._say.said:
-        time.sleep(0.02)
-    (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
-    (run / "checkpoint.pt").write_bytes(b"last")
-    tracker.close()
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert f"MLflow at {shown(uri)}: not reachable (Connection refused); training goes on" in said[0]
-    assert f"metagmvae track {run}" in said[0]
-    assert "secret" not in said[0] + (run / "tracking.json").read_text()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    report = mirror(run, store)
-    assert (report.status, len(history(store, report.run_id, "loss"))) == ("FINISHED", 2)
-    assert "checkpoint.pt" in report.artifacts
-
-
-def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path, monkeypatch, capfd):
-    """The port accepts and is silent: the wait at the end is bounded, the thread keeps no process."""
-    monkeypatch.setattr("infra.tracking.PATIENCE_S", 0.2)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        tracker = Tracker(
-            new_run(tmp_path / "run"), TrackingSettings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        ).start()
-        thread = tracker._thread
-        tracker.close()
-        assert thread.is_alive()
-        assert thread.daemon
-        assert "slow, not all of the run is there yet" in capfd.readouterr().err
-        assert read_status(tmp_path / "run")[0] == "FINISHED"
-        thread.join()
-
-
-def test_a_server_that_comes_up_later_gets_the_run(tmp_path, run, capfd):
-    """A real `mlflow server`, down at first: the run stays unsent, and is sent whole once it is up."""
-    port = closed_port()
-    tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
-    with pytest.raises(TrackingError, match=str(port)):
-        mirror(run, tracking)
-    mlflow_template.new_store(tmp_path / "server")
-    place = ["--backend-store-uri", f"sqlite:///{tmp_path}/server/mlflow.db", "--port", str(port)]
-    command = [sys.executable, "-m", "mlflow", "server", *place, "--workers", "1"]
-    command += ["--artifacts-destination", str(tmp_path / "server" / "artifacts")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        _wait_for(port, server)
-        report = mirror(run, tracking)
-        assert (report.metrics, mirror(run, tracking).metrics) == (800, 0)
-        client = connect(tracking).client
-        assert len(client.get_metric_history(report.run_id, "loss")) == 200
-        assert client.get_run(report.run_id).info.status == "FINISHED"
-        assert "checkpoint.pt" in {item.path for item in client.list_artifacts(report.run_id)}
-        trained = mlflow_template.new_run(tmp_path / "trained")
-        assert register(trained, tracking, "few-shot", "champion").uri == "models:/few-shot/1"
-        loaded = resolve_model("models:/few-shot@champion", tracking_uri=tracking.uri)
-        assert loaded.info["data_fingerprint"] == mlflow_template.DATA_FINGERPRINT
-        assert capfd.readouterr().out == ""
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
-        server.wait()
-
-
-def _wait_for(port: int, server: subprocess.Popen) -> None:
-    while server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError("the server ended")

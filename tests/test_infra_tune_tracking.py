@@ -1,16 +1,13 @@
 """A sweep in MLflow: a parent and its trials, once each, whatever goes away in between."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import mlflow_template
 import pytest
-from test_infra_tracking import _wait_for, closed_port
+from mlflow_template import closed_port
 from test_infra_tune_sweep import dataset, open_sweep, plan, train  # noqa: F401
 
 from configs.schema import TrackingSettings
@@ -124,25 +121,23 @@ def test_nothing_is_sent_twice_and_a_crash_before_the_note_makes_no_second_run(s
 
 def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_waits(sweep, tmp_path, capfd, monkeypatch):
     """A real `mlflow server`: there at first, killed in the middle, up again on the same port."""
-    mlflow_template.new_store(tmp_path / "server")
     port = closed_port()
     tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    server = serve(tmp_path, port)
-    try:
-        with SweepTracker(sweep, tracking, interval_s=0.1) as tracker:
+    with ExitStack() as stack:
+        with mlflow_template.running_server(tmp_path / "server", port):
+            tracker = stack.enter_context(SweepTracker(sweep, tracking, interval_s=0.1))
             run_some(sweep, [[0.3, 0.5]])
             while not (sweep.folder.root / CURSOR).exists() or (not _points(sweep, 0) and not _any(sweep)):
                 time.sleep(0.05)
-            stop(server)
-            run_some(sweep, [[0.2, 0.6]])
-            while not tracker._failing:
-                time.sleep(0.05)
-            server = serve(tmp_path, port)
-            run_some(sweep, [[0.2, 0.7]])
-            while tracker._failing:
-                time.sleep(0.05)
-            tracker.close()
+        run_some(sweep, [[0.2, 0.6]])
+        while not tracker._failing:
+            time.sleep(0.05)
+        stack.enter_context(mlflow_template.running_server(tmp_path / "server", port))
+        run_some(sweep, [[0.2, 0.7]])
+        while tracker._failing:
+            time.sleep(0.05)
+        tracker.close()
         said = [line for line in capfd.readouterr().err.splitlines() if "metagmvae track" in line]
         assert len(said) == 1
         assert "the sweep goes on" in said[0]
@@ -151,37 +146,10 @@ def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_wai
         assert len(there) == 3
         assert {run.info.status for run in there.values()} == {"FINISHED"}
         assert connect(tracking).client.get_run(cursor["run_id"]).data.metrics["best_accuracy"] == 0.7
-    finally:
-        stop(server)
 
 
 def _any(sweep):
     return any(_points(sweep, number) for number in sweep.ended)
-
-
-def serve(folder, port):
-    place = ["--backend-store-uri", f"sqlite:///{folder}/server/mlflow.db", "--port", str(port), "--workers", "1"]
-    place += ["--artifacts-destination", str(folder / "server" / "artifacts")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *place],
-            env=environment,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    _wait_for(port, server)
-    return server
-
-
-def stop(server):
-    try:
-        os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
-    except ProcessLookupError:
-        return
-    server.wait()
 
 
 def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, store, capfd, monkeypatch):  # noqa: F811
