@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +17,23 @@ def data_root() -> Path:
     if os.environ.get("METAGMVAE_REQUIRE_DATA") == "1":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small data set of glyphs."""
+    from pipelines.dataset import Dataset
+    from pipelines.shards import write_dataset
+    from pipelines.sources import open_source
+
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(8, 6, 3), drawings=20), folder)
+    return Dataset.open(folder)
+
+
+@pytest.fixture
+def plan(dataset: Any, tmp_path: Path) -> Any:
+    """Of a small sweep on it."""
+    from small_sweep import new_plan
+
+    return new_plan(tmp_path, dataset)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import mlflow_template
 import pytest
 from mlflow_template import closed_port
-from test_infra_tune_sweep import dataset, open_sweep, plan, train  # noqa: F401
+from small_sweep import open_sweep, train
 
 from configs.schema import TrackingSettings
 from evaluation.trials import read_trials
@@ -25,7 +25,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def sweep(plan, dataset, tmp_path):  # noqa: F811
+def sweep(plan, dataset, tmp_path):
     return open_sweep(plan, dataset, tmp_path / "sweep")
 
 
@@ -152,7 +152,7 @@ def _any(sweep):
     return any(_points(sweep, number) for number in sweep.ended)
 
 
-def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, store, capfd, monkeypatch):  # noqa: F811
+def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, store, capfd, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with SweepTracker(sweep, TrackingSettings(), interval_s=0.05):

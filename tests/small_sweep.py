@@ -1,0 +1,38 @@
+"""For tests of sweeps without Ray: one in a folder, and what a trial leaves."""
+
+import json
+from pathlib import Path
+
+from configs.load import load_settings
+from configs.space import load_space
+from infra.surroundings import CHECKPOINT, METRICS
+from infra.tune_folder import Plan, SweepFolder
+from infra.tune_sweep import Sweep
+from pipelines.dataset import Dataset
+
+SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntrain.em_iterations = {choice=[1, 2]}"
+
+
+def new_plan(folder: Path, dataset: Dataset) -> Plan:
+    (folder / "mine.toml").write_text(SPACE)
+    pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
+    base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
+    return Plan("mine", base, load_space(folder / "mine.toml"), "random", "none", 0, "5w1s")
+
+
+def open_sweep(plan, dataset, root, trials=6, *, resume=False, **more):
+    folder = SweepFolder(root)
+    folder.make(resume)
+    folder.keep(plan, dataset)
+    return Sweep(plan, folder, dataset, trials, **more)
+
+
+def train(sweep, number, accuracies):
+    """What a trial leaves: lines at every tenth step, and a checkpoint."""
+    folder = sweep.folder.folder(number)
+    with open(folder / METRICS, "a") as file:
+        for index, accuracy in enumerate(accuracies):
+            score = {"validation/5w1s": accuracy, "validation/5w1s_ci95": 0.01}
+            line = {"stage": "meta", "step": 10 * (index + 1), "elapsed_s": index + 1.0, "checkpoint": 1}
+            file.write(json.dumps(line | score) + "\n")
+    (folder / CHECKPOINT).write_bytes(b"state")
