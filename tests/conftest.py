@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _no_tracking_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not write into the store of whoever runs them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture
 def data_root() -> Path:
     """Folder of the real data sets, from METAGMVAE_DATA; missing, the test is skipped, or fails where CI asks."""

@@ -87,7 +87,6 @@ def test_unknown_references_say_what_there_is(uri, ref, reason):
 
 
 def test_no_store_is_made_by_asking(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"no MLflow store at .*runs/mlflow"):
         resolve_model("models:/x@champion")

@@ -26,9 +26,8 @@ def train(data, out, **more) -> int:
     return main(["train", "omniglot-5way", *options])
 
 
-def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run(data, tmp_path, capsys, monkeypatch):
+def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run(data, tmp_path, capsys):
     store = mlflow_template.new_store(tmp_path / "mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "run"
     assert train(data, run, **{"tracking.store": store.store}) == 0
     request = ["evaluate", str(run), "--data", str(data), "--episodes", "3", "--json"]
@@ -55,7 +54,6 @@ def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run
 
 def test_a_store_that_is_gone_does_not_lose_a_result(data, tmp_path, capsys, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "run"
     assert train(data, run, **{"tracking.store": store.store}) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

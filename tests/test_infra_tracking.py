@@ -19,11 +19,6 @@ from infra.tracking_lines import flatten, tags, unsent_chunks
 from pipelines.records import DataError
 
 
-@pytest.fixture(autouse=True)
-def _no_uri_from_outside(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 @pytest.fixture
 def store(tmp_path):
     return mlflow_template.new_store(tmp_path / "store")

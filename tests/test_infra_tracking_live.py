@@ -18,11 +18,6 @@ from infra.tracking import Tracker, mirror
 from infra.tracking_cursor import read_status
 
 
-@pytest.fixture(autouse=True)
-def _no_uri_from_outside(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 @pytest.fixture
 def store(tmp_path):
     return mlflow_template.new_store(tmp_path / "store")
