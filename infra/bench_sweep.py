@@ -29,6 +29,7 @@ SHORT = {
     "validation.every": 10,
     "validation.episodes": 20,
 }
+PRESET = "omniglot-5way-published-code"
 SPACE = """
 train.set_size = { range = [20, 40] }
 train.em_iterations = { choice = [1, 2, 3] }
@@ -46,11 +47,11 @@ def bench_sweep(trials: int) -> dict[str, Any]:
         settings = [f"{key}={value}" for key, value in pairs.items()]
 
         def sweep(count: int, tracked: bool, ended: Callable[[], None]) -> Sequence[Trial]:
-            base = load_settings("omniglot-5way-published-code", [*settings, f"tracking.enabled={str(tracked).lower()}"])
+            base = load_settings(PRESET, [*settings, f"tracking.enabled={str(tracked).lower()}"])
             out = folder / f"sweep-{count}-{tracked}"
             request = Request(base, load_space(folder / "space.toml"), out, search="tpe", trials=count)
             run(request, lambda done, total: ended())
             return read_trials(out / TRIALS)
 
-        with sweep_cluster(load_settings("omniglot-5way-published-code", settings), 0):
+        with sweep_cluster(load_settings(PRESET, settings), 0):
             return bench_tune(sweep, trials) | {"short": SHORT}
