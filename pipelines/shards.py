@@ -108,6 +108,7 @@ def write_dataset(
                 on_progress(done, len(tasks))
     except Exception:
         # Nothing runs any more. After an interrupt workers may: the plan stays.
+        _remove_unfinished(out)
         if not any(out.glob("*/shard-*.tar")):
             _let_go(out)
         raise

@@ -148,6 +148,15 @@ def test_a_source_that_fails_before_the_first_shard_leaves_nothing_and_keeps_wha
         write(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
+    def worker_lost(function, tasks):
+        (tmp_path / "d" / "train").mkdir()
+        (tmp_path / "d" / "train" / ".shard-000000.tar.x.tmp").write_bytes(b"half")
+        return [function(*task) for task in tasks]
+
+    with pytest.raises(DataError, match="not finite"):
+        write(tmp_path / "d", map_tasks=worker_lost)
+    assert list(tmp_path.iterdir()) == []
+
     def meanwhile(function, tasks):
         (tmp_path / "d" / "notes.txt").write_text("mine")
         return [function(*task) for task in tasks]
