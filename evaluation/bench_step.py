@@ -24,6 +24,7 @@ from torch import Tensor
 from configs.schema import ModelSettings, TrainSettings
 from evaluation.literal import step_loss
 from pipelines.records import SetBatch
+from training.allocator import keep_freed_memory
 from training.builders import build_model, build_optimizer
 from training.mixture import initial_rows
 from training.steps import MetaStep
@@ -35,8 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "R=4": {"decode_samples": 4},
     "R=1": {},
     "R=1, bfloat16": {"precision": "bfloat16"},
+    "R=1, memory given back": {},
+    "R=1, bfloat16, memory given back": {"precision": "bfloat16"},
 }
 """What differs from the paper's setting (the defaults of `TrainSettings`); `literal` runs `step_loss`."""
+GIVEN_BACK = ("literal", "R=1, memory given back", "R=1, bfloat16, memory given back")
+"""Those that leave the C library's allocator as it is; the others keep freed memory, as training does."""
 
 Step = Callable[[], Tensor]
 
@@ -107,6 +112,8 @@ def _ask(pipe: Any, question: str) -> Any:
 def _serve(name: str, threads: int, pipe: Any) -> None:
     """Answer the parent's questions until it hangs up."""
     torch.set_num_threads(threads)
+    if name not in GIVEN_BACK:
+        keep_freed_memory()
     step = _variant(name)
     before = _peak_mib()
     answers: dict[str, Callable[[], Any]] = {

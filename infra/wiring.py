@@ -28,8 +28,11 @@ def train_here(settings: Settings, dataset: Dataset, surroundings: Surroundings,
     """Train in this process, as the only one or as one of several ranks."""
     import torch
 
+    from training.allocator import keep_freed_memory
     from training.run import train
 
+    if surroundings.device.type == "cpu":
+        keep_freed_memory()
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     data = _images(settings, dataset, settings.data.train_split)

@@ -70,8 +70,9 @@ class ConvBlock(nn.Module):
             patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
             count = patches.shape[0] * patches.shape[2]
             middle = patches.mean(dim=(0, 2))
-            centred = (patches - middle[:, None]).transpose(1, 2).flatten(0, 1)
-            covariance = centred.T @ centred / count
+            # In place, image by image: patches of a whole batch are its largest array, written once.
+            patches -= middle[:, None]
+            covariance = (patches @ patches.transpose(1, 2)).sum(dim=0) / count
         with torch.autocast(x.device.type, enabled=False):
             kernel = at_least_float32(self.conv.weight).flatten(1)
             mean = kernel @ middle
