@@ -17,6 +17,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+LARGEST_START = 256
+"""Components that fit through the decoder of Table 8, whose ReLUs need two of its 512 units for each."""
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, strict about types, closed to unknown keys."""
@@ -52,6 +55,9 @@ class ModelSettings(Section):
     rectified: bool = True
     """`conv4` and `conv5` end in a ReLU, as in Tables 3 and 6. Without it features have both signs, of which a
     contrastive loss makes much better ones."""
+    average: Literal["none", "mirror", "crops"] = "none"
+    """Features of a trained encoder are the mean over these views of an image: itself and its mirror image, or twelve,
+    with four corners and the centre (85% of the side). For photographs, at two or twelve times the time."""
     reconstruct: Literal["pixels", "features"] = "pixels"
     """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder
     (Gaussian; "Visual feature reconstruction", section 3.2, Tables 7 and 8)."""
@@ -131,6 +137,9 @@ class TrainSettings(Section):
     denoise: bool = False
     """The posterior sees a random view of each image (those of `pretrain.views`), and the image itself is reconstructed
     (the denoising criterion of Im et al., AAAI 2017): what a view changes has no place in a latent."""
+    start: Literal["random", "components"] = "random"
+    """Where meta-training on features begins: at random, or at their principal components, as a linear VAE would end
+    (`training.principal`)."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""
@@ -256,6 +265,21 @@ class Settings(Section):
             raise ValueError(
                 'train.denoise (true) distorts images, and model.reconstruct ("features") trains on features: set one '
                 "of them otherwise"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _components_have_a_place(self) -> Self:
+        if self.train.start != "components":
+            return self
+        model, why = self.model, 'and train.start is "components"'
+        if model.reconstruct != "features":
+            raise ValueError(f'model.reconstruct ("{model.reconstruct}") must be "features", {why}')
+        if model.layers and model.attention_block != "transformer":
+            raise ValueError(f'model.attention_block ("{model.attention_block}") must be "transformer", {why}')
+        if model.latent > min(model.width, LARGEST_START):
+            raise ValueError(
+                f"model.latent ({model.latent}) must be at most model.width ({model.width}) and {LARGEST_START}, {why}"
             )
         return self
 

@@ -19,6 +19,7 @@ from pipelines.dataset import Dataset, Reader
 from pipelines.features import FeatureSource, open_features
 from pipelines.records import DataError
 from training.backbones import EncoderModel, encoder_digest
+from training.framing import Average, framed
 
 ROWS = 4096
 FOLDER = "encoder"
@@ -123,6 +124,7 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
             "encoder": settings.encoder,
             "image_size": settings.image_size,
             "rectified": settings.rectified,
+            "average": settings.average,
         }
         yield open_features(
             dataset,
@@ -139,3 +141,12 @@ def encoder_alone(loaded: LoadedModel) -> LoadedModel:
     return LoadedModel(
         EncoderModel(loaded.model.encoder, loaded.image_shape), loaded.settings, loaded.image_shape, loaded.info
     )
+
+
+def averaged_over(loaded: LoadedModel, average: Average) -> LoadedModel:
+    """The encoder of any model of ours, its features the mean over other views of an image than it was set to."""
+    alone = encoder_alone(loaded)
+    encoder = framed(alone.model.encoder, loaded.image_shape[1:], average).eval()
+    model = loaded.settings.model.model_copy(update={"average": average})
+    settings = loaded.settings.model_copy(update={"model": model})
+    return LoadedModel(EncoderModel(encoder, loaded.image_shape), settings, loaded.image_shape, loaded.info)

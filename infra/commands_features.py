@@ -23,6 +23,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--data", required=True, metavar="URI", help="data set of images")
     parser.add_argument("--out", required=True, help="folder, or s3://bucket/prefix, to write")
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of a feature (float16)")
+    help_ = "views of an image that its features are the mean over (as the model's settings say)"
+    parser.add_argument("--average", choices=("none", "mirror", "crops"), help=help_)
     parser.add_argument("--shot", type=int, help="which best model, where a run keeps one for each shot")
     add_workers(parser)
 
@@ -30,7 +32,7 @@ def add(parsers: Parsers) -> None:
 def features(arguments: Namespace) -> Answer:
     import torch
 
-    from evaluation.features import feature_source
+    from evaluation.features import averaged_over, feature_source
     from infra.model_uri import resolve_model
     from pipelines.dataset import Dataset
     from pipelines.shards import write_dataset
@@ -42,6 +44,8 @@ def features(arguments: Namespace) -> Answer:
         if published
         else resolve_model(arguments.model, shot=arguments.shot)
     )
+    if arguments.average is not None:
+        loaded = averaged_over(loaded, arguments.average)
     with (
         feature_source(loaded, dataset, arguments.dtype) as source,
         target(arguments.out) as (out, uri),

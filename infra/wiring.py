@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.hooks import Surroundings, Validate
     from training.run import Kind
 
-ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified")
+ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average")
 """Keys of [model] that say what the encoder is."""
 SETTINGS = "settings.json"
 RECORD = "run.json"

@@ -7,6 +7,7 @@ pages, which the kernel fills with zeros one fault at a time: up to 40% of a ste
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 """Options of mallopt(3)."""
@@ -15,6 +16,7 @@ PAD = 256 * 2**20
 """Bytes that the heap grows by at once."""
 
 
+@lru_cache
 def keep_freed_memory() -> bool:
     """From now on this process keeps freed memory for itself; whether its C library can be told so (glibc can)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

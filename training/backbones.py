@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.framing import Average, Framed
 from training.networks import ConvBlock, ConvEncoder, at_least_float32
 
 OURS = ("conv4", "conv5")
@@ -26,7 +26,12 @@ class BackboneError(ValueError):
 
 
 def build_encoder(
-    name: str, image_shape: tuple[int, int, int], channels: int, image_size: int = 0, rectified: bool = True
+    name: str,
+    image_shape: tuple[int, int, int],
+    channels: int,
+    image_size: int = 0,
+    rectified: bool = True,
+    average: Average = "none",
 ) -> nn.Module:
     """A freshly initialised encoder.
 
@@ -36,6 +41,7 @@ def build_encoder(
         channels: of each block of `conv4` and `conv5`.
         image_size: side that images are resized to first; 0: none.
         rectified: `conv4` and `conv5` end in a ReLU.
+        average: over which views of an image features are the mean, once trained (`training.framing`).
 
     Raises:
         BackboneError: there is no such network, or it does not take such images.
@@ -50,22 +56,7 @@ def build_encoder(
             net = TorchvisionEncoder(name, seen)
     except ValueError as error:
         raise BackboneError(f"model.encoder ({name}): {error}") from error
-    return Resized(net, image_size) if image_size else net
-
-
-class Resized(nn.Module):
-    """An encoder that sees images at another size than they are stored: bilinear, smoothed where it shrinks."""
-
-    def __init__(self, net: nn.Module, side: int) -> None:
-        super().__init__()
-        self.net = net
-        self.side = side
-        self.features: int = net.features  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != (self.side, self.side):
-            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
-        return self.net(x)
+    return Framed(net, seen[1:], average) if image_size or average != "none" else net
 
 
 class TorchvisionEncoder(nn.Module):
@@ -179,6 +170,8 @@ def encoder_digest(encoder: nn.Module) -> str:
     # Weights do not say whether a ReLU follows them; digests of encoders that have it stay what they were.
     if any(isinstance(module, ConvBlock) and not module.rectified for module in encoder.modules()):
         digest.update(b"not rectified;")
+    if isinstance(encoder, Framed) and encoder.average != "none":
+        digest.update(f"average {encoder.average};".encode())
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.schema import ModelSettings, PretrainSettings, TrainSettings
 from training.augment import stroke_view
 from training.backbones import EncoderModel, build_encoder
+from training.framing import Framed
 from training.lars import Lars
 from training.meta_gmvae import MetaGMVAE
 from training.photographs import photograph_view
@@ -29,6 +30,7 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
             encoder=settings.encoder,
             image_size=settings.image_size,
             rectified=settings.rectified,
+            average=settings.average,
             reconstruct=settings.reconstruct,
             features=settings.features,
             variance=settings.variance,
@@ -55,7 +57,12 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(
-            settings.encoder, image_shape, settings.channels, settings.image_size, settings.rectified
+            settings.encoder,
+            image_shape,
+            settings.channels,
+            settings.image_size,
+            settings.rectified,
+            settings.average,
         )
         return EncoderModel(encoder, image_shape)
 
@@ -65,7 +72,7 @@ def build_view(settings: PretrainSettings, model: EncoderModel) -> View:
     of_strokes = model.image_shape[0] == 1 if settings.views == "auto" else settings.views == "strokes"
     if of_strokes:
         return partial(stroke_view, elastic=settings.elastic)
-    side = getattr(model.encoder, "side", 0) or model.image_shape[-1]
+    side = model.encoder.size[-1] if isinstance(model.encoder, Framed) else model.image_shape[-1]
     return partial(photograph_view, size=side, least=settings.crop_area)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from training.backbones import EncoderModel
 from training.meta_gmvae import MetaGMVAE
 from training.networks import FeatureScale, FeatureWhitening, even_out
+from training.principal import start_at_components
 from training.steps import to_device
 
 ROWS = 1024
 """Rows that are worked on at once."""
+Pieces = Callable[[], Iterator[Tensor]]
 
 
 class ScaledRows:
@@ -56,19 +58,47 @@ def set_scale(model: MetaGMVAE, raw: Any) -> None:
     scale = model.scale
     if not isinstance(scale, FeatureScale | FeatureWhitening):
         return
-    count = len(raw)
+    pieces = _even_pieces(raw) if isinstance(scale, FeatureWhitening) else _pieces(raw)
+    mean = _mean(pieces)
+    if isinstance(scale, FeatureScale):
+        squares = torch.stack([(piece - mean).square().sum(dim=0) for piece in pieces()]).sum(dim=0)
+        scale.set_statistics(mean, (squares / max(len(raw) - 1, 1)).sqrt())
+    else:
+        scale.set_statistics(mean, _covariance(pieces, mean))
+
+
+def set_start(model: MetaGMVAE, scaled: Any) -> None:
+    """Let the model begin at the principal components of its training features, at the scale that it works on."""
+    pieces = _pieces(scaled)
+    mean = _mean(pieces)
+    start_at_components(model, mean, _covariance(pieces, mean))
+
+
+def _pieces(rows: Any) -> Pieces:
+    """Rows in float64, so many at once, from the first to the last at each call."""
+    count = len(rows)
 
     def pieces() -> Iterator[Tensor]:
         for first in range(0, count, ROWS):
-            h = torch.as_tensor(np.asarray(raw[np.arange(first, min(first + ROWS, count))], dtype=np.float64))
-            yield even_out(h) if isinstance(scale, FeatureWhitening) else h
+            yield torch.as_tensor(np.asarray(rows[np.arange(first, min(first + ROWS, count))], dtype=np.float64))
 
-    mean = torch.stack([piece.sum(dim=0) for piece in pieces()]).sum(dim=0) / count
-    if isinstance(scale, FeatureScale):
-        squares = torch.stack([(piece - mean).square().sum(dim=0) for piece in pieces()]).sum(dim=0)
-        scale.set_statistics(mean, (squares / max(count - 1, 1)).sqrt())
-        return
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    return pieces
+
+
+def _even_pieces(rows: Any) -> Pieces:
+    return lambda: map(even_out, _pieces(rows)())
+
+
+def _mean(pieces: Pieces) -> Tensor:
+    total, count = torch.tensor(0.0), 0
     for piece in pieces():
-        covariance.addmm_((piece - mean).T, piece - mean, alpha=1 / max(count - 1, 1))
-    scale.set_statistics(mean, covariance)
+        total, count = total + piece.sum(dim=0), count + len(piece)
+    return total / count
+
+
+def _covariance(pieces: Pieces, mean: Tensor) -> Tensor:
+    covariance, count = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0
+    for piece in pieces():
+        covariance.addmm_((piece - mean).T, piece - mean)
+        count += len(piece)
+    return covariance / max(count - 1, 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.backbones import EncoderModel, build_encoder
+from training.framing import Average
 from training.networks import ConvDecoder, FeatureDecoder, FeatureScale, FeatureWhitening, at_least_float32
 from training.set_attention import SetAttention
 
@@ -25,6 +26,7 @@ class MetaGMVAE(EncoderModel):
         encoder: str = "conv4",
         image_size: int = 0,
         rectified: bool = True,
+        average: Average = "none",
         reconstruct: Literal["pixels", "features"] = "pixels",
         features: Literal["standard", "whitened", "raw"] = "standard",
         variance: Literal["calibrated", "unit"] = "calibrated",
@@ -38,7 +40,7 @@ class MetaGMVAE(EncoderModel):
         attention_activation: Literal["elu", "relu"] = "elu",
         posterior: Literal["isotropic", "diagonal"] = "diagonal",
     ) -> None:
-        super().__init__(build_encoder(encoder, image_shape, channels, image_size, rectified), image_shape)
+        super().__init__(build_encoder(encoder, image_shape, channels, image_size, rectified, average), image_shape)
         self.latent = latent
         # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
         self.inlet = nn.Identity() if self.features == width else nn.Linear(self.features, width)

@@ -22,7 +22,7 @@ from training.builders import (
     build_view,
 )
 from training.checkpoint import random_state, restore_random_state
-from training.frozen import ScaledRows, encode_all, set_scale
+from training.frozen import ScaledRows, encode_all, set_scale, set_start
 from training.hooks import Line, State, Surroundings, Validate
 from training.loop import Hooks, Stage, fit
 from training.meta_gmvae import MetaGMVAE
@@ -211,6 +211,8 @@ class _Run:
         if start == 0:
             set_scale(self.model, raw)
         scaled = ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
+        if start == 0 and self.settings.train.start == "components":
+            set_start(self.model, scaled)
         return ResidentRows(scaled, self.surroundings.device) if self.resident else scaled
 
     def _after_step(self, name: str, step: int) -> Line:
