@@ -44,6 +44,7 @@ def settings(reconstruct: str = "pixels", **changes: dict[str, Any]) -> Settings
             "components": 2,
             "em_iterations": 2,
             "learning_rate": 0.01,
+            "start": "components" if reconstruct == "features" else "random",
             "schedule": "cosine",
             "clip_norm": 5.0,
             "log_every": 2,
@@ -265,6 +266,15 @@ def test_meta_training_on_features_leaves_the_warmed_up_encoder(tmp_path: Path) 
     with torch.no_grad():
         raw = model.eval().encoder(model.scale_images(torch.tensor(pictures())))
     assert torch.allclose(final["scale.mean"], raw.mean(dim=0), atol=1e-5)
+
+
+def test_a_head_begins_at_the_components_where_it_is_told_to(tmp_path: Path) -> None:
+    for start in ("components", "random"):
+        folder = tmp_path / start
+        folder.mkdir()
+        begun = run(Folder(folder), settings("features", train={"steps": 0, "start": start}))["model"]
+        nothing_is_added = not begun["attention.blocks.0.output.weight"].any()
+        assert nothing_is_added == (start == "components")
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
