@@ -56,6 +56,7 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"posterior": "diagonal"}, lambda m: m.head.out_features == 6),
         ({"encoder": "conv5", "image_size": 32}, lambda m: len(m.encoder.net.blocks) == 5),
         ({"encoder": "resnet18"}, lambda m: type(m.encoder.net).__name__ == "ResNet" and m.inlet.in_features == 512),
+        ({"average": "crops"}, lambda m: m.encoder.average == "crops"),
         ({"image_size": 20}, lambda m: m.encoder.size == (20, 20)),
         ({}, lambda m: [b.rectified for b in m.encoder.blocks] == [True] * 4),
         ({"rectified": False}, lambda m: [b.rectified for b in m.encoder.blocks] == [True] * 3 + [False]),
