@@ -17,6 +17,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+Average = Literal["none", "mirror", "crops"]
+"""Views of an image that features are the mean over (`training.framing`)."""
 LARGEST_START = 256
 """Components that fit through the decoder of Table 8, whose ReLUs need two of its 512 units for each."""
 
@@ -55,7 +57,7 @@ class ModelSettings(Section):
     rectified: bool = True
     """`conv4` and `conv5` end in a ReLU, as in Tables 3 and 6. Without it features have both signs, of which a
     contrastive loss makes much better ones."""
-    average: Literal["none", "mirror", "crops"] = "none"
+    average: Average = "none"
     """Features of a trained encoder are the mean over these views of an image: itself and its mirror image, or twelve,
     with four corners and the centre (85% of the side). For photographs, at two or twelve times the time."""
     reconstruct: Literal["pixels", "features"] = "pixels"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.schema import Average
 from evaluation.package import CARD, WEIGHTS, LoadedModel, load_package, save_package
 from evaluation.predict import encode_images
 from pipelines.dataset import Dataset, Reader
 from pipelines.features import FeatureSource, open_features
 from pipelines.records import DataError
 from training.backbones import EncoderModel, encoder_digest
-from training.framing import Average, framed
+from training.framing import framed
 
 ROWS = 4096
 FOLDER = "encoder"
@@ -138,15 +139,13 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
 
 def encoder_alone(loaded: LoadedModel) -> LoadedModel:
     """The encoder of any model of ours."""
-    return LoadedModel(
-        EncoderModel(loaded.model.encoder, loaded.image_shape), loaded.settings, loaded.image_shape, loaded.info
-    )
+    return replace(loaded, model=EncoderModel(loaded.model.encoder, loaded.image_shape))
 
 
 def averaged_over(loaded: LoadedModel, average: Average) -> LoadedModel:
     """The encoder of any model of ours, its features the mean over other views of an image than it was set to."""
-    alone = encoder_alone(loaded)
-    encoder = framed(alone.model.encoder, loaded.image_shape[1:], average).eval()
-    model = loaded.settings.model.model_copy(update={"average": average})
-    settings = loaded.settings.model_copy(update={"model": model})
-    return LoadedModel(EncoderModel(encoder, loaded.image_shape), settings, loaded.image_shape, loaded.info)
+    encoder = framed(loaded.model.encoder, loaded.image_shape[1:], average).eval()
+    settings = loaded.settings.model_copy(
+        update={"model": loaded.settings.model.model_copy(update={"average": average})}
+    )
+    return replace(loaded, model=EncoderModel(encoder, loaded.image_shape), settings=settings)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone has mallopt")
+
 COUNT = """
 import resource, sys
 import torch
@@ -25,12 +27,10 @@ def faults_of_another_block(way: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone has mallopt")
 def test_a_block_of_48_mib_takes_the_pages_of_one_before() -> None:
     assert faults_of_another_block("kept") < 100
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone has mallopt")
 def test_without_it_each_block_is_made_of_new_pages() -> None:
     # 12,288 pages of 4 KiB, or 24 of 2 MiB where the system makes large ones of its own accord.
     assert faults_of_another_block("given back") >= 24

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.schema import Average
 from training.backbones import EncoderModel, build_encoder, encoder_digest
-from training.framing import Average, Framed, framed
+from training.framing import Framed, framed
 
 SHAPE = (3, 20, 26)
 CROP = (17, 22)

@@ -11,6 +11,7 @@ from configs.schema import ModelSettings, Settings
 from training.builders import build_model
 from training.frozen import ScaledRows, set_scale, set_start
 from training.meta_gmvae import MetaGMVAE
+from training.networks import FLOOR
 
 ROWS, SIZE, LATENT = 300, 32, 6
 
@@ -71,8 +72,23 @@ def test_it_is_the_same_each_time_and_every_layer_can_learn() -> None:
     mean, log_variance = first.posterior(torch.from_numpy(x)[None])
     (first.decode(mean[0]).square().sum() + mean.pow(3).sum() + log_variance.pow(2).sum()).backward()
     for block in first.attention.blocks:
-        assert block.output.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
-        assert block.outer.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+        for layer in (block.output, block.outer):
+            assert isinstance(layer, torch.nn.Linear)
+            assert layer.weight.grad is not None
+            assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@torch.no_grad()
+def test_fewer_images_than_dimensions_leave_no_unit_to_divide_by(images: int) -> None:
+    model = build_model(ModelSettings(channels=8, latent=LATENT, reconstruct="features", width=16), (1, 28, 28), 0)
+    set_scale(model, rows()[:images])
+    scaled = ScaledRows(rows()[:images], model.scale)
+    set_start(model, scaled)
+    x = torch.from_numpy(scaled[np.arange(images)])
+    mean, _ = model.posterior(x[None])
+    assert mean.abs().max() <= 1 / FLOOR * images
+    assert torch.allclose(model.decode(mean[0]), x, atol=1e-2)
 
 
 @pytest.mark.parametrize(

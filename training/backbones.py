@@ -10,7 +10,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from training.framing import Average, Framed
+from configs.schema import Average
+from training.framing import Framed
 from training.networks import ConvBlock, ConvEncoder, at_least_float32
 
 OURS = ("conv4", "conv5")

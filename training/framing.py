@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Average = Literal["none", "mirror", "crops"]
+from configs.schema import Average
 
 CROP = 0.85
 """Side of a crop, as a share of the image's."""

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from configs.schema import Average
 from training.backbones import EncoderModel, build_encoder
-from training.framing import Average
 from training.networks import ConvDecoder, FeatureDecoder, FeatureScale, FeatureWhitening, at_least_float32
 from training.set_attention import SetAttention
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 LEVELS = 4
 FLOOR = 1e-3
-"""Share of the largest deviation that whitening adds to each before it divides by them."""
+"""Share of the largest deviation below which one is taken for noise: whitening adds it to each before it divides."""
 
 
 def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:

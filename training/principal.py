@@ -13,23 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from training.meta_gmvae import MetaGMVAE
+from training.networks import FLOOR, FeatureDecoder
 
 
 @torch.no_grad()
 def start_at_components(model: MetaGMVAE, mean_F: Tensor, covariance_FF: Tensor) -> None:
-    """Set posterior and decoder to probabilistic PCA of features with these moments, for any set.
+    """Set posterior and decoder to probabilistic PCA of features with these moments (float64), for any set.
 
     Latents are the leading components in units of what the others leave unexplained, with variance one; the decoder is
     their transpose. The layers of set attention add nothing yet: what goes into their sums is zero.
     """
-    variance_F, basis_FF = torch.linalg.eigh(covariance_FF.double())
+    variance_F, basis_FF = torch.linalg.eigh(covariance_FF)
     variance_F, basis_FF = variance_F.flip(0).clamp_min(0), basis_FF.flip(1)
     basis_FF = basis_FF * _signs(basis_FF)
     F = len(mean_F)
     D = min(model.latent, F)
-    rest = variance_F[D:].mean() if D < F else variance_F[-1]
-    gain = float(torch.where(rest > 0, rest, torch.ones_like(rest)).rsqrt())
-    _encode(model, basis_FF, mean_F.double(), D, gain)
+    rest = float(variance_F[D:].mean() if D < F else variance_F[-1])
+    # Fewer images than dimensions leave nothing unexplained but rounding, which is no unit.
+    gain = max(rest, FLOOR**2 * float(variance_F[0])) ** -0.5 if variance_F[0] > 0 else 1.0
+    _encode(model, basis_FF, mean_F, D, gain)
     for block in model.attention.blocks:
         for layer in (block.output, block.outer):
             assert isinstance(layer, nn.Linear)
@@ -55,7 +57,8 @@ def _encode(model: MetaGMVAE, basis_FF: Tensor, mean_F: Tensor, D: int, gain: fl
 
 def _decode(model: MetaGMVAE, columns_FD: Tensor, mean_F: Tensor) -> None:
     """z and -z through the ReLUs of Table 8, whose difference is z again; the other hidden units stay as they are."""
-    first, second, last = (layer for layer in model.decoder.mlp if isinstance(layer, nn.Linear))  # type: ignore[union-attr]
+    assert isinstance(model.decoder, FeatureDecoder)
+    first, second, last = (layer for layer in model.decoder.mlp if isinstance(layer, nn.Linear))
     D = columns_FD.shape[1]
     eye = torch.eye(D).to(first.weight)
     first.weight[: 2 * D] = 0
