@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typed import set_words, small_glyphs
 
 from infra.cli import main
 from pipelines.dataset import Dataset
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -37,14 +36,12 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def options(data, out, **more):
     settings = TINY | {"data.uri": data, "run.out": out} | more
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return set_words(settings)
 
 
 @pytest.fixture(scope="module")

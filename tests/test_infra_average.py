@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typed import set_words, small_glyphs
 
 from evaluation.package import load_model
 from evaluation.predict import encode_images
 from infra.cli import main
 from pipelines.dataset import Dataset
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
 from training.framing import Framed
 
 ENCODER = {"model.channels": 4, "pretrain.steps": 2, "pretrain.batch": 8, "validation.every": 0}
@@ -29,15 +28,9 @@ HEAD = {
 }
 
 
-def set_words(settings: dict[str, object]) -> list[str]:
-    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def test_one_encoder_gives_features_of_any_average_and_a_model_keeps_to_its_own(data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typed import set_words, small_glyphs
 
 from evaluation.baselines import nearest_class_mean
 from evaluation.features import encoder_of, feature_source
@@ -22,7 +23,6 @@ from pipelines.dataset import Dataset
 from pipelines.features import open_features
 from pipelines.records import DataError
 from pipelines.shards import write_dataset
-from pipelines.sources import open_source
 from pipelines.verify import verify_dataset
 from training.backbones import encoder_digest
 from training.checkpoint import load_state, save_state
@@ -53,14 +53,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def command(*words: object, **settings: object) -> list[str]:
-    return [*map(str, words), *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
+    return [*map(str, words), *set_words(settings)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import psutil
 import pytest
 import ray
 import torch
+from typed import set_words, small_glyphs
 
 from infra.ray_cluster import cluster
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
 from training.checkpoint import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
@@ -46,14 +45,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def command(data: Path, out: Path, *more: str, **settings: object) -> list[str]:
     pairs = SETTINGS | {"data.uri": data, "run.out": out} | settings
-    options = [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
+    options = set_words(pairs)
     return [sys.executable, "-m", "infra.cli", "train", "omniglot-5way", *options, *more]
 
 

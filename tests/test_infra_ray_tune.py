@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from test_infra_ray_train import end, family, leave_nothing
+from typed import set_words, small_glyphs
 
 from configs.load import load_settings
 from evaluation.trials import read_trials
 from infra.surroundings import METRICS, read_lines
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -44,16 +43,14 @@ train.em_iterations = { choice = [1, 2] }
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def start(data: Path, out: Path, *more: str, space: str = SPACE, **settings: object) -> subprocess.Popen:
     """A driver in a session of its own, as in the tests of `train`."""
     (out.parent / "space.toml").write_text(space)
     pairs = SETTINGS | {"data.uri": data} | settings
-    options = [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
+    options = set_words(pairs)
     request = ["tune", "omniglot-5way", "--space", "space.toml", "--out", out, "--steps", STEPS, "--json", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "infra.cli", *map(str, request), *options]
