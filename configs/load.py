@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import Settings
+from metagmvae.configs.schema import Settings
 
 
 class SettingsError(ValueError):
@@ -49,6 +49,7 @@ def settings_from_json(text: str) -> Settings:
 
 
 def to_json(settings: Settings) -> str:
+    """Settings as JSON text, every key written out."""
     return settings.model_dump_json(indent=2)
 
 
@@ -97,7 +98,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def presets() -> list[str]:
     """Names of the bundled presets."""
-    files = resources.files("configs").iterdir()
+    files = resources.files("metagmvae.configs").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
@@ -107,7 +108,7 @@ def _locate(config: str | Path) -> Any:
         return path
     name = str(config)
     if name in presets():
-        return resources.files("configs").joinpath(f"{name}.toml")
+        return resources.files("metagmvae.configs").joinpath("presets", f"{name}.toml")
     known = ", ".join(presets())
     raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{nearest(name, presets())}")
 

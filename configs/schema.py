@@ -18,7 +18,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Average = Literal["none", "mirror", "crops"]
-"""Views of an image that features are the mean over (`training.framing`)."""
+"""Views of an image that features are the mean over (`training.models.multi_crop`)."""
 LARGEST_START = 256
 """Components that fit through the decoder of Table 8, whose ReLUs need two of its 512 units for each."""
 
@@ -39,7 +39,7 @@ class DataSettings(Section):
     reader: Literal["auto", "memory", "mmap", "device", "stream"] = "auto"
     """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits; `device`: on the
     training device (a GPU's memory), sampled there; `stream`: shard after shard through a shuffle buffer, nothing
-    kept, approximate (`pipelines.tar_stream`)."""
+    kept, approximate (`pipelines.sampling.sequential`)."""
     shuffle_buffer: Positive = 16_384
     """Rows that `stream` shuffles among each other, in memory."""
     memory_limit_mb: Positive = 4096
@@ -141,7 +141,7 @@ class TrainSettings(Section):
     (the denoising criterion of Im et al., AAAI 2017): what a view changes has no place in a latent."""
     start: Literal["random", "components"] = "random"
     """Where meta-training on features begins: at random, or at their principal components, as a linear VAE would end
-    (`training.principal`)."""
+    (`training.models.pca_init`)."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip."""

@@ -1,0 +1,1 @@
+"""Command line, Ray, MLflow and deployment: what runs the work and keeps its records."""

@@ -6,19 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from infra import (
-    commands_check,
-    commands_compare,
-    commands_data,
-    commands_features,
-    commands_models,
-    commands_registry,
-    commands_train,
-    commands_tune,
-)
-from infra.command import BadNews, Parser, text
-
-OURS = ("configs", "pipelines", "training", "evaluation", "infra")
+from metagmvae.infra.commands import check, compare, data, features, models, registry, train, tune
+from metagmvae.infra.commands.parsing import FailedAnswer, Parser, format_answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,27 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # Our own errors are ValueErrors of one line: the request. Anything else: the work.
         print(f"metagmvae {arguments.command}: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 2 if type(error).__module__.split(".")[0] in OURS and isinstance(error, ValueError) else 1
-    print(json.dumps(answer) if arguments.json else text(answer))
-    return 1 if isinstance(answer, BadNews) else 0
+        return 2 if type(error).__module__.split(".")[0] == "metagmvae" and isinstance(error, ValueError) else 1
+    print(json.dumps(answer) if arguments.json else format_answer(answer))
+    return 1 if isinstance(answer, FailedAnswer) else 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (
-        commands_data,
-        commands_features,
-        commands_train,
-        commands_tune,
-        commands_models,
-        commands_compare,
-        commands_registry,
-        commands_check,
-    ):
+    for group in (data, features, train, tune, models, compare, registry, check):
         group.add(parsers)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,6 +6,7 @@ Notation: B episodes per step, M points per episode, K ways, S shots, Q queries 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,4 +54,15 @@ class Episode:
 
 
 MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Iterable[object]]
-"""Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.ray_map`)."""
+"""Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.cluster.tasks`)."""
+
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) as work goes on."""
+ProgressBar = Callable[[str], AbstractContextManager[Progress | None]]
+"""Opens a progress bar with a title; yields None where none is shown."""
+
+
+def no_progress(title: str) -> AbstractContextManager[Progress | None]:
+    """A progress bar that is not shown."""
+    return nullcontext()

@@ -28,9 +28,9 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small data set of glyphs."""
-    from pipelines.dataset import Dataset
-    from pipelines.shards import write_dataset
-    from pipelines.sources import open_source
+    from metagmvae.pipelines.shards.dataset import Dataset
+    from metagmvae.pipelines.shards.writer import write_dataset
+    from metagmvae.pipelines.sources.source import open_source
 
     folder = tmp_path_factory.mktemp("glyphs") / "data"
     write_dataset(open_source("glyphs", classes=(8, 6, 3), drawings=20), folder)

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.schema import AdaptSettings, ModelSettings, Settings, TrackingSettings, TrainSettings
-from infra.mlflow_store import connect
-from pipelines.dataset import Dataset
-from training.builders import build_model
-from training.checkpoint import load_state, save_state
+from metagmvae.configs.schema import AdaptSettings, ModelSettings, Settings, TrackingSettings, TrainSettings
+from metagmvae.infra.tracking.store import connect
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.builders import build_model
+from metagmvae.training.trainer.checkpoint import load_state, save_state
 
 IMAGE_SHAPE = (1, 28, 28)
 DATA_FINGERPRINT = "d" * 64

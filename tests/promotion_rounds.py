@@ -9,30 +9,30 @@ import sys
 import time
 from pathlib import Path
 
-from infra.alias_history import holder
-from infra.command import text
-from infra.contest import open_course
-from infra.mlflow_store import connect
-from infra.promotion import Wish, promote
+from metagmvae.evaluation.comparison.head_to_head import open_plan
+from metagmvae.infra.commands.parsing import format_answer
+from metagmvae.infra.registry.alias_history import alias_version
+from metagmvae.infra.registry.promote import PromotionRequest, promote
+from metagmvae.infra.tracking.store import connect
 
 
 def main(uri: str, name: str, data: str, folder: str, rounds: str, place: str) -> None:
-    from configs.schema import TrackingSettings
+    from metagmvae.configs.schema import TrackingSettings
 
     task = {"way": 5, "shot": 1, "query": 3, "episodes": 30, "seed": 0}
-    course = open_course(data, "validation", [task], other_data=True)
+    course = open_plan(data, "validation", [task], other_data=True)
     store = connect(TrackingSettings(uri=uri))
     for number in range(int(rounds)):
-        champion = holder(store, name, "champion")
+        champion = alias_version(store, name, "champion")
         versions = sorted(str(v.version) for v in store.client.search_model_versions(f"name = '{name}'"))
         mine = [version for version in versions if version != champion][int(place)]
         (Path(folder) / f"ready-{number}-{place}").touch()
         while not (Path(folder) / f"go-{number}").exists():
             time.sleep(0.001)
         # Any difference will do here: all of them would win if the others did not.
-        wish = Wish(f"models:/{name}/{mine}", allow_equal=True, margin=0.999)
+        wish = PromotionRequest(f"models:/{name}/{mine}", allow_equal=True, margin=0.999)
         answer = promote(wish, course)
-        assert text(answer)
+        assert format_answer(answer)
         print(json.dumps({"round": number, "before": champion, "mine": mine, **answer}), flush=True)
         (Path(folder) / f"done-{number}-{place}").touch()
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.schema import TrainSettings
-from pipelines.records import SetBatch
-from training.meta_gmvae import MetaGMVAE
+from metagmvae.configs.schema import TrainSettings
+from metagmvae.pipelines.records import SetBatch
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 B, M, SHAPE = 2, 6, (1, 6, 6)
 

@@ -3,28 +3,28 @@
 import json
 from pathlib import Path
 
-from configs.load import load_settings
-from configs.space import load_space
-from infra.surroundings import CHECKPOINT, METRICS
-from infra.tune_folder import Plan, SweepFolder
-from infra.tune_sweep import Sweep
-from pipelines.dataset import Dataset
+from metagmvae.configs.load import load_settings
+from metagmvae.configs.search_space import load_space
+from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS
+from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
+from metagmvae.infra.tune.sweep_state import SweepState
+from metagmvae.pipelines.shards.dataset import Dataset
 
 SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntrain.em_iterations = {choice=[1, 2]}"
 
 
-def new_plan(folder: Path, dataset: Dataset) -> Plan:
+def new_plan(folder: Path, dataset: Dataset) -> SweepPlan:
     (folder / "mine.toml").write_text(SPACE)
     pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
     base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
-    return Plan("mine", base, load_space(folder / "mine.toml"), "random", "none", 0, "5w1s")
+    return SweepPlan("mine", base, load_space(folder / "mine.toml"), "random", "none", 0, "5w1s")
 
 
 def open_sweep(plan, dataset, root, trials=6, *, resume=False, **more):
     folder = SweepFolder(root)
     folder.make(resume)
     folder.keep(plan, dataset)
-    return Sweep(plan, folder, dataset, trials, **more)
+    return SweepState(plan, folder, dataset, trials, **more)
 
 
 def train(sweep, number, accuracies):

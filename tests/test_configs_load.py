@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.load import (
+from metagmvae.configs.load import (
     SettingsError,
     differences,
     fingerprint,

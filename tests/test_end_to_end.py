@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from typed import set_words, small_glyphs
 
-from infra.cli import main
-from pipelines.dataset import Dataset
+from metagmvae.infra.cli import main
+from metagmvae.pipelines.shards.dataset import Dataset
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -178,7 +178,7 @@ def test_the_local_engine_needs_neither_ray_nor_mlflow(data, tmp_path):
     code = (
         "import sys\n"
         "for name in ('ray', 'mlflow'): sys.modules[name] = None\n"
-        "from infra.cli import main\n"
+        "from metagmvae.infra.cli import main\n"
         "raise SystemExit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "train", "omniglot-cpu", *options(data, tmp_path / "run")]

@@ -5,11 +5,11 @@ import json
 import mlflow_template
 import pytest
 
-from evaluation import importance
-from infra import bench_sweep_scale
-from infra.bench_sweep_scale import bench_store, checkpoint_traffic, limits
-from infra.cli import main
-from infra.mlflow_store import connect
+from metagmvae.evaluation.sweeps import importance
+from metagmvae.infra.bench import sweep_scale
+from metagmvae.infra.bench.sweep_scale import bench_store, checkpoint_traffic, limits
+from metagmvae.infra.cli import main
+from metagmvae.infra.tracking.store import connect
 
 
 def test_a_store_gets_the_same_trials_in_each_manner_and_is_tidied_up(tmp_path):
@@ -40,8 +40,8 @@ def test_what_gives_out_first_comes_first():
 
 
 def test_checkpoints_are_those_of_the_papers_model_with_adam():
-    from configs.schema import ModelSettings
-    from training.builders import build_model
+    from metagmvae.configs.schema import ModelSettings
+    from metagmvae.training.trainer.builders import build_model
 
     model = build_model(ModelSettings(), (1, 28, 28), 0)
     traffic = checkpoint_traffic()
@@ -51,7 +51,7 @@ def test_checkpoints_are_those_of_the_papers_model_with_adam():
 
 def test_the_command_measures_files_and_refuses_stores_that_it_cannot_use(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importance, "SHUFFLES", 1)
-    monkeypatch.setattr(bench_sweep_scale, "bench_store", lambda tracking, runs, writers: STORE)
+    monkeypatch.setattr(sweep_scale, "bench_store", lambda tracking, runs, writers: STORE)
     record = tmp_path / "bench.json"
     request = ["bench", "sweep-scale", "--trials", "130", "--runs", "2", "--record", str(record), "--json"]
     assert main(request) == 0

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation import bench_loader
-from infra.cli import main
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
+from metagmvae.evaluation.bench import loader_speed
+from metagmvae.infra.cli import main
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_verify_ends_with_one_when_there_is_damage(data, tmp_path, capsys):
 
 
 def test_bench_episodes_and_loader_compare_like_with_like(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_loader, "TRAINED_STEPS", 2)
+    monkeypatch.setattr(loader_speed, "TRAINED_STEPS", 2)
     record = tmp_path / "bench.json"
     size = ["--data", str(data), "--split", "validation"]
     few = ["--episodes", "3", "--literal-episodes", "2", "--record", str(record)]
@@ -92,8 +92,8 @@ def test_wrong_requests(data, capsys, request_, reason):
 @pytest.mark.ray
 def test_doctor_names_a_store_that_is_down_and_its_remedy(tmp_path):
     """In a process of its own: it starts a Ray cluster."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "infra.cli", "doctor", "--json"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "metagmvae", "doctor", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     checks = {row["check"]: row for row in json.loads(done.stdout)["checks"]}
     assert done.returncode == 1, done.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from configs.load import load_settings
-from infra.cli import _parser
+from metagmvae.configs.load import load_settings
+from metagmvae.infra.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "infra" / "deploy"
@@ -19,7 +19,15 @@ def test_the_image_holds_every_package_and_file_that_the_build_needs():
     copied = {name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]}
     assert all((ROOT / name).exists() for name in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = {*project["tool"]["setuptools"]["packages"], *project["project"]["license-files"], "pyproject.toml"}
+    packages = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"] if "." in name}
+    needed = {
+        *packages,
+        "__init__.py",
+        "__main__.py",
+        "py.typed",
+        *project["project"]["license-files"],
+        "pyproject.toml",
+    }
     assert needed | {project["project"]["readme"], "constraints.txt"} == copied
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import mlflow_template
 import pytest
 
-from infra import registry_lock as module
-from infra.mlflow_store import connect
-from infra.registry_lock import BusyError, registry_lock
+from metagmvae.infra.registry import registry_lock as module
+from metagmvae.infra.registry.registry_lock import BusyError, registry_lock
+from metagmvae.infra.tracking.store import connect
 
 REPOSITORY = Path(__file__).parents[1]
 COUNT = """
 import sys, time
-from configs.schema import TrackingSettings
-from infra.mlflow_store import connect
-from infra.registry_lock import registry_lock
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.tracking.store import connect
+from metagmvae.infra.registry.registry_lock import registry_lock
 
 store = connect(TrackingSettings(uri=sys.argv[1]))
 for _ in range(int(sys.argv[2])):
@@ -45,7 +45,7 @@ def make(store, number: int, **tags: str) -> str:
 
 def test_processes_that_count_lose_no_number(store):
     store.client.create_registered_model("counted")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ}
     command = [sys.executable, "-c", COUNT, store.uri, "8"]
     running = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import SettingsError, load_settings
-from configs.space import load_space
-from infra.tune_request import Request, check_numbers
+from metagmvae.configs.load import SettingsError, load_settings
+from metagmvae.configs.search_space import load_space
+from metagmvae.infra.tune.request import SweepRequest, check_numbers
 
 
-def request_with(tmp_path: Path, **numbers: float) -> Request:
+def request_with(tmp_path: Path, **numbers: float) -> SweepRequest:
     (tmp_path / "mine.toml").write_text("train.em_iterations = {choice=[1, 2]}")
-    request = Request(load_settings("omniglot-5way"), load_space(tmp_path / "mine.toml"), tmp_path / "sweep")
+    request = SweepRequest(load_settings("omniglot-5way"), load_space(tmp_path / "mine.toml"), tmp_path / "sweep")
     return replace(request, **numbers)
 
 

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from configs.load import SettingsError
-from configs.space import Dimension, Space
-from evaluation.trials import Point, Trial
-from infra.tune_search import Grid, Parzen, Random, proposer
+from metagmvae.configs.load import SettingsError
+from metagmvae.configs.search_space import Dimension, Space
+from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
+from metagmvae.infra.tune.search import GridSearch, RandomSearch, TpeSearch, search_method
 
 RATE = Dimension("train.learning_rate", "loguniform", low=1e-4, high=1e-1)
 SIZE = Dimension("train.set_size", "int", low=10, high=35, step=10)
@@ -17,28 +17,28 @@ SPACE = Space("mine", (RATE, SIZE, KIND))
 
 
 def trial(number, values, accuracy=0.5, status="finished", step=10):
-    curve = () if accuracy is None else (Point(step=step, accuracy=accuracy, ci95=0.1, seconds=1.0),)
+    curve = () if accuracy is None else (CurvePoint(step=step, accuracy=accuracy, ci95=0.1, seconds=1.0),)
     return Trial(number=number, settings=values, status=status, curve=curve)
 
 
 def test_a_grid_is_every_combination_once_in_an_order_of_the_seed():
     space = Space("mine", (SIZE, KIND))
-    drawn = [Grid(space, 3).draw(number) for number in range(7)]
+    drawn = [GridSearch(space, 3).draw(number) for number in range(7)]
     assert drawn[6] is None
     pairs = [tuple(values.values()) for values in drawn[:6]]
     assert sorted(pairs) == sorted(itertools.product((10, 20, 30), KIND.values))
-    assert pairs != [tuple(Grid(space, 4).draw(number).values()) for number in range(6)]
+    assert pairs != [tuple(GridSearch(space, 4).draw(number).values()) for number in range(6)]
 
 
 def test_a_grid_over_infinitely_many_values_is_refused():
     with pytest.raises(SettingsError, match=r"train\.learning_rate: a grid needs a list of values"):
-        Grid(SPACE, 0)
+        GridSearch(SPACE, 0)
 
 
 def test_random_draws_are_a_function_of_seed_and_number_and_fill_the_space():
-    first = [Random(SPACE, 0).draw(number) for number in range(200)]
-    assert first[150] == Random(SPACE, 0).draw(150)
-    assert first[150] != Random(SPACE, 1).draw(150)
+    first = [RandomSearch(SPACE, 0).draw(number) for number in range(200)]
+    assert first[150] == RandomSearch(SPACE, 0).draw(150)
+    assert first[150] != RandomSearch(SPACE, 1).draw(150)
     rates = np.log10([values["train.learning_rate"] for values in first])
     assert rates.min() >= -4
     assert rates.max() <= -1
@@ -54,7 +54,7 @@ def score(values):
 
 
 def tpe_after(count, outcome):
-    made = Parzen(SPACE, 0)
+    made = TpeSearch(SPACE, 0)
     ended = []
     for number in range(count):
         values = made.draw(number)
@@ -83,18 +83,18 @@ def test_a_resumed_tpe_knows_what_the_table_says_and_what_still_runs():
         30, {"train.learning_rate": 1e-4, "train.set_size": 10, "model.posterior": "diagonal"}, 0.1, "stopped", 5
     )
     running = {31: {"train.learning_rate": 9e-3, "train.set_size": 20, "model.posterior": "diagonal"}}
-    again = proposer("tpe", SPACE, 0, running, [*ended, stopped])
+    again = search_method("tpe", SPACE, 0, running, [*ended, stopped])
     states = [known.state.name for known in again.study.trials]
     assert states == ["COMPLETE"] * 30 + ["PRUNED", "RUNNING"]
     assert again.study.trials[30].intermediate_values == {5: 0.1}
     assert again.study.trials[31].params == running[31]
-    assert again.draw(32) == proposer("tpe", SPACE, 0, running, [*ended, stopped]).draw(32)
+    assert again.draw(32) == search_method("tpe", SPACE, 0, running, [*ended, stopped]).draw(32)
     again.tell(trial(31, running[31], 1.0))
     assert again.study.best_trial.params == running[31]
 
 
 def test_a_draw_that_is_forgotten_is_no_lesson():
-    made = Parzen(SPACE, 0)
+    made = TpeSearch(SPACE, 0)
     made.draw(0)
     made.forget(0)
     assert [known.state.name for known in made.study.trials] == ["FAIL"]

@@ -9,16 +9,17 @@ import psutil
 import pytest
 import torch
 
-from configs.load import load_settings, to_json
-from infra import tune_trial
-from infra.surroundings import METRICS, LocalSurroundings, read_lines
-from infra.tune_folder import REASON
-from infra.tune_trial import one_line, run_trial, shared_dataset
-from infra.wiring import SETTINGS, train_here
-from pipelines.dataset import Dataset
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
-from training.checkpoint import load_state
+from metagmvae.configs.load import load_settings, to_json
+from metagmvae.infra.runs.local_context import LocalContext
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
+from metagmvae.infra.runs.wiring import train_here
+from metagmvae.infra.tune import trial
+from metagmvae.infra.tune.sweep_folder import REASON
+from metagmvae.infra.tune.trial import one_line, run_trial, shared_dataset
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+from metagmvae.training.trainer.checkpoint import load_state
 
 SMALL = {
     "model.channels": 8,
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
 def told(monkeypatch):
     """What the trial reports, without a Ray to report to."""
     reports = []
-    monkeypatch.setattr(tune_trial.tune, "report", reports.append)
+    monkeypatch.setattr(trial.tune, "report", reports.append)
     return reports
 
 
@@ -73,7 +74,7 @@ def test_a_trial_is_bit_for_bit_the_training_of_train(data, tmp_path, told):
     run_trial(config)
     alone = tmp_path / "alone"
     alone.mkdir()
-    train_here(settings, Dataset.open(data), LocalSurroundings(alone, torch.device("cpu"), resume=False), "meta-gmvae")
+    train_here(settings, Dataset.open(data), LocalContext(alone, torch.device("cpu"), resume=False), "meta-gmvae")
     assert_same_lines(tmp_path / "trial", alone)
     ours, theirs = (load_state(folder / "checkpoint.pt") for folder in (tmp_path / "trial", alone))
     for key, value in theirs["model"].items():
@@ -98,11 +99,11 @@ def test_a_trial_that_was_cut_off_goes_on_and_tells_again_what_it_had_reached(da
     run_trial(whole)
     reports = told.copy()
     told.clear()
-    monkeypatch.setattr(tune_trial.tune, "report", cut)
+    monkeypatch.setattr(trial.tune, "report", cut)
     with pytest.raises(Cut):
         run_trial(config)
     assert load_state(tmp_path / "trial" / "checkpoint.pt")["step"] == 2
-    monkeypatch.setattr(tune_trial.tune, "report", told.append)
+    monkeypatch.setattr(trial.tune, "report", told.append)
     run_trial(config)
     assert_same_lines(tmp_path / "trial", tmp_path / "whole")
     assert [r["accuracy"] for r in told] == [r["accuracy"] for r in (reports[0], *reports)]
@@ -142,7 +143,7 @@ def test_rows_are_opened_once_a_process_whatever_reader_is_asked_for(data):
 READ = """
 import sys
 import numpy as np
-from infra.tune_trial import shared_dataset
+from metagmvae.infra.tune.trial import shared_dataset
 rows = shared_dataset(sys.argv[1]).rows("train", "memory")
 total = sum(int(rows[np.arange(first, min(first + 256, len(rows)))].sum()) for first in range(0, len(rows), 256))
 print(total, flush=True)

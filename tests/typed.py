@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.shards import write_dataset
-from pipelines.sources import open_source
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
 
 
 def set_words(settings: Mapping[str, object]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Training Meta-GMVAE and contrastive encoders."""

@@ -1,0 +1,1 @@
+"""Unsupervised meta-learning with Meta-GMVAE: the public Python API, imported on first use."""

@@ -1,0 +1,5 @@
+"""`python -m metagmvae`: the command line."""
+
+from metagmvae.infra.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,118 @@
+"""`metagmvae bench features`: rates of writing and reading feature shards, and whether memory stays flat.
+
+Rows are synthetic: a function of their number, so that what is read can be compared with what was written.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metagmvae.pipelines.records import ImageRecord
+from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.sampling.indexed import SetStream
+from metagmvae.pipelines.sampling.sequential import StreamedImages
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
+
+SIZE = 256
+BATCH, SET_SIZE, STEPS = 4, 300, 500
+
+
+@dataclass(frozen=True)
+class SyntheticFeatures:
+    """A `RowSource` of random features."""
+
+    rows: int
+    dtype: str = "float16"
+    name: str = "synthetic features"
+    fingerprint: str = "synthetic"
+    attachments: dict[str, Path] = field(default_factory=dict)
+    permuted: bool = True
+
+    @property
+    def row_shape(self) -> tuple[int]:
+        return (SIZE,)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "features", "image_shape": [3, 84, 84], "feature_size": SIZE, "encoder": {"sha256": "none"}}
+
+    @property
+    def splits(self) -> dict[str, Sequence[ImageRecord]]:
+        return {"train": _Records(self.rows)}
+
+    def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
+        return keyed_rng("bench features", rows[0]).standard_normal((len(rows), SIZE), np.float32).astype(self.dtype)
+
+
+class _Records(Sequence[ImageRecord]):
+    """Records by number, made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = count
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self.rows:  # which is how iteration over a sequence ends
+            raise IndexError(number)
+        return ImageRecord(f"{int(number):09d}", f"{int(number) % 1000:03d}", _never)
+
+
+def _never() -> np.ndarray:
+    raise NotImplementedError
+
+
+def bench_features(rows: int) -> dict[str, Any]:
+    """Rows a second, and the peak of this process's memory with a tenth of the rows and with all.
+
+    The peak after writing should not grow with the rows; that after reading holds the pages of the mapped shards too,
+    which the system takes back when it needs them.
+
+    Args:
+        rows: how many are written and read.
+    """
+    answer: dict[str, Any] = {"rows": rows, "feature_size": SIZE, "dtype": "float16"}
+    peaks = {}
+    for name, count in (("a tenth", max(rows // 10, 1)), ("all", rows)):
+        with tempfile.TemporaryDirectory() as folder:
+            peaks[name] = _measure(Path(folder) / "data", count, answer)
+    answer["peak_memory_gib"] = peaks
+    return answer
+
+
+def _measure(folder: Path, count: int, answer: dict[str, Any]) -> dict[str, float]:
+    since = time.perf_counter()
+    write_dataset(SyntheticFeatures(count), folder)
+    answer["written_rows_per_s"] = count / (time.perf_counter() - since)
+    written = _peak_gib()
+    dataset = Dataset.open(folder)
+    since = time.perf_counter()
+    mapped = dataset.rows("train", "mmap")
+    answer["opened_and_compared_rows_per_s"] = count / (time.perf_counter() - since)
+    since = time.perf_counter()
+    for _ in SetStream(mapped, batch=BATCH, set_size=SET_SIZE, seed=0, split="train", steps=STEPS):
+        pass
+    answer["sampled_in_place_rows_per_s"] = STEPS * BATCH * SET_SIZE / (time.perf_counter() - since)
+    since = time.perf_counter()
+    streamed = StreamedImages(dataset, "train", 16_384)
+    for number, _ in enumerate(streamed.rows(0, 0, 1, 0), 1):
+        if number == count:
+            break
+    answer["streamed_rows_per_s"] = count / (time.perf_counter() - since)
+    return {"written": written, "read": _peak_gib()}
+
+
+def _peak_gib() -> float:
+    unit = 2**20 if sys.platform != "darwin" else 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

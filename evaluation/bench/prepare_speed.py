@@ -1,0 +1,85 @@
+"""`metagmvae bench prepare`: images a second into shards, by number of workers, and the memory that it takes."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from metagmvae.pipelines.records import MapTasks
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+
+POLL_S = 0.05
+PAGE = 4096
+
+
+def bench_prepare(
+    name: str, source: str, workers: Sequence[int], pool: Callable[[int], AbstractContextManager[MapTasks]]
+) -> dict[str, Any]:
+    """Write a source once for each number of workers; 0 is this process alone.
+
+    Args:
+        name, source: as `prepare` takes them.
+        workers: numbers to try.
+        pool: makes what runs tasks on so many workers; starting it is not timed.
+    """
+    since = time.perf_counter()
+    opened = open_source(name, source)
+    seconds = time.perf_counter() - since
+    images = sum(len(records) for records in opened.splits.values())
+    rows = []
+    for count in workers:
+        with tempfile.TemporaryDirectory() as folder:
+            if count:
+                with pool(count) as map_tasks:
+                    rows.append({"workers": count, **_written(opened, Path(folder) / "data", images, map_tasks)})
+            else:
+                rows.append({"workers": 0, **_written(opened, Path(folder) / "data", images, None)})
+    return {"source": name, "images": images, "listing_s": seconds, "rows": rows}
+
+
+def _written(source: Any, folder: Path, images: int, map_tasks: MapTasks | None) -> dict[str, float]:
+    with _Memory() as memory:
+        since = time.perf_counter()
+        write_dataset(source, folder, map_tasks=map_tasks)
+        seconds = time.perf_counter() - since
+    return {"images_per_s": images / seconds, "peak_memory_gib": memory.peak / 2**30}
+
+
+class _Memory:
+    """The largest resident memory of this process and of Ray's workers, shared pages counted once for each."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> _Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._ending.wait(POLL_S):
+            self.peak = max(self.peak, sum(_resident()))
+
+
+def _resident() -> list[int]:
+    """Resident bytes of this process and of every process that Ray calls a worker of ours."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+            if title.startswith(b"ray::write_shard") or folder.name == str(Path("/proc/self").resolve().name):
+                found.append(int((folder / "statm").read_text().split()[1]) * PAGE)
+        except (OSError, IndexError):
+            continue
+    return found

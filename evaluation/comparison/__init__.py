@@ -1,0 +1,1 @@
+"""Comparison of models: rows, tables, paired differences, promotion rule, HTML page."""

@@ -1,0 +1,122 @@
+"""Numbers that Lee et al. (ICLR 2021) print, with what the paper says of how they were obtained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from metagmvae.pipelines.records import DataError
+
+Task = tuple[int, int]
+"""(way, shot)."""
+DatasetName = Literal["omniglot", "mini-imagenet"]
+
+TASKS: dict[DatasetName, tuple[Task, ...]] = {
+    "omniglot": ((5, 1), (5, 5), (20, 1), (20, 5)),
+    "mini-imagenet": ((5, 1), (5, 5), (5, 20), (5, 50)),
+}
+"""Columns of Table 1."""
+DATA: dict[DatasetName, str] = {
+    "omniglot": "Omniglot, the authors' own draw of 1200-100-323",
+    "mini-imagenet": "Mini-ImageNet, split of Ravi & Larochelle",
+}
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """One row of the paper."""
+
+    dataset: DatasetName
+    key: str
+    """The row is named `paper:DATASET/KEY`."""
+    name: str
+    where: str
+    percent: dict[Task, float]
+    ci95: dict[Task, float]
+    """Half widths of 95% intervals over 1,000 episodes, in percent, where the paper prints them (Table 5)."""
+    mode: Literal["transductive"] | None
+    """None: the paper does not say how its competitors judged their queries."""
+    query: int | None
+    """Queries per class; None: not said."""
+
+    @property
+    def ref(self) -> str:
+        return f"paper:{self.dataset}/{self.key}"
+
+    def values(self, tasks: Sequence[Task]) -> tuple[float, ...]:
+        """Accuracies in percent, one for each task."""
+        return tuple(self.percent[task] for task in tasks)
+
+
+_TABLE_1 = {
+    "meta-gmvae": ("Meta-GMVAE", (94.92, 97.09, 82.21, 90.61), (42.82, 55.73, 63.14, 68.26)),
+    "umtra": ("UMTRA", (83.80, 95.43, 74.25, 92.12), (39.93, 50.73, 61.11, 67.15)),
+    "cactus-maml": ("CACTUs-MAML, ACAI/DC", (68.84, 87.78, 48.09, 73.36), (39.90, 53.97, 63.84, 69.64)),
+    "cactus-protonets": ("CACTUs-ProtoNets, ACAI/DC", (68.12, 83.58, 47.75, 66.27), (39.18, 53.36, 61.54, 63.55)),
+    "cactus-maml-bigan": ("CACTUs-MAML, BiGAN", (58.18, 78.66, 35.56, 58.62), (36.24, 51.28, 61.33, 66.91)),
+    "cactus-protonets-bigan": ("CACTUs-ProtoNets, BiGAN", (54.74, 71.69, 33.40, 50.62), (36.62, 50.16, 59.56, 63.27)),
+    "scratch": ("Training from scratch", (52.50, 74.78, 24.91, 47.62), (27.59, 38.48, 51.53, 59.63)),
+    "maml": ("supervised MAML", (94.46, 98.83, 84.60, 96.29), (46.81, 62.13, 71.03, 75.54)),
+    "protonets": ("supervised ProtoNets", (98.35, 99.58, 95.31, 98.81), (46.56, 62.29, 70.05, 72.04)),
+}
+_TABLE_5 = (0.42, 0.20, 0.44, 0.19)
+_TABLE_10 = {
+    "cactus-maml-simclr": ("CACTUs-MAML on SimCLR's features", (40.39, 52.35, 61.09, 64.89)),
+    "umtra-simclr": ("UMTRA on SimCLR's features", (40.85, 51.47, 61.03, 67.30)),
+}
+_TABLE_2_WAYS = (2, 5, 10, 15, 20, 30, 40, 50)
+_TABLE_2 = {
+    "5way-1shot": (98.26, 94.92, 89.87, 85.11, 81.38, 77.80, 73.76, 70.92),
+    "5way-5shot": (98.00, 94.57, 89.99, 85.12, 81.11, 77.42, 73.15, 70.85),
+    "20way-1shot": (98.36, 93.93, 89.10, 85.36, 82.21, 78.40, 74.03, 69.86),
+    "20way-5shot": (98.23, 94.01, 89.30, 85.33, 81.98, 77.24, 73.56, 70.02),
+}
+"""Right: one model, trained for the setting of its name, on 1-shot tasks of other ways."""
+
+
+def _row(
+    dataset: DatasetName, key: str, name: str, where: str, tasks: Sequence[Task], percent: Sequence[float]
+) -> PublishedResult:
+    ours = key.startswith("meta-gmvae")
+    intervals = dict(zip(tasks, _TABLE_5, strict=True)) if (dataset, key) == ("omniglot", "meta-gmvae") else {}
+    accuracies = dict(zip(tasks, percent, strict=True))
+    return PublishedResult(
+        dataset, key, name, where, accuracies, intervals, "transductive" if ours else None, 15 if ours else None
+    )
+
+
+def _rows() -> list[PublishedResult]:
+    rows = []
+    for key, (name, omniglot, mini_imagenet) in _TABLE_1.items():
+        rows.append(_row("omniglot", key, name, "Table 1", TASKS["omniglot"], omniglot))
+        rows.append(_row("mini-imagenet", key, name, "Table 1", TASKS["mini-imagenet"], mini_imagenet))
+    for key, (name, percent) in _TABLE_10.items():
+        rows.append(_row("mini-imagenet", key, name, "Table 10", TASKS["mini-imagenet"], percent))
+    ways = [(way, 1) for way in _TABLE_2_WAYS]
+    for trained, by_way in _TABLE_2.items():
+        name = f"Meta-GMVAE trained for {trained.replace('-', ' ')}"
+        rows.append(_row("omniglot", f"meta-gmvae-{trained}", name, "Table 2", ways, by_way))
+    return rows
+
+
+PUBLISHED = _rows()
+"""Tables 1, 2 (right) and 10. Of Table 2, left, the text that we have lost which row has which parts, and of Table 9
+every value: they are left out."""
+BY_REF = {row.ref: row for row in PUBLISHED}
+
+
+def published_rows(ref: str) -> list[PublishedResult]:
+    """Rows of `paper:DATASET` (Table 1 and 10) or `paper:DATASET/KEY`.
+
+    Raises:
+        DataError: there is none of that name; says which there are.
+    """
+    found = [row for row in PUBLISHED if ref == row.ref or (ref == f"paper:{row.dataset}" and row.where != "Table 2")]
+    if not found:
+        known = [*(f"paper:{name}" for name in DATA), *BY_REF]
+        near = difflib.get_close_matches(ref, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there: {', '.join(known)}"
+        raise DataError(f"{ref}: no such row of the paper; {hint}")
+    return found

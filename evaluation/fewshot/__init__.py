@@ -1,0 +1,1 @@
+"""Few-shot prediction, episodes, baselines and metrics."""

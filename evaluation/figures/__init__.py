@@ -1,0 +1,1 @@
+"""Plots of one model: training curves, episodes, mixture modes."""

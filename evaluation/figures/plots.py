@@ -1,0 +1,172 @@
+"""Figures: training curves, reconstructions, the modes of episodes (Fig. 3), the latent map (Fig. 4).
+
+Each function takes arrays and returns a matplotlib Figure of its own; nothing is kept globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from metagmvae.evaluation.figures.mixture_modes import MixtureMode
+from metagmvae.pipelines.files import atomic_file
+
+Array = np.ndarray
+GREY = "#666666"
+COLOURS = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB"]
+"""Told apart by all kinds of colour vision (Tol's bright scheme)."""
+GAP = 2
+"""White pixels between the images of a mosaic."""
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with atomic_file(path) as file:
+        write_png(figure, file)
+
+
+def write_png(figure: Figure, file: IO[bytes]) -> None:
+    """Write a figure as PNG into an open file."""
+    FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name of a run may hold dollar signs
+    figure.savefig(file, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
+
+
+def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Loss of each stage in a panel of its own, and validation accuracy, over global steps of a run."""
+    stages = list(dict.fromkeys(str(line["stage"]) for line in lines))
+    tasks = sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
+    figure = Figure(figsize=(4.2 * (len(stages) + bool(tasks)), 3.2), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(1, len(stages) + bool(tasks), squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel="step")
+    for axes, stage in zip(panels, stages, strict=False):
+        rows = [line for line in lines if line["stage"] == stage]
+        axes.plot([row["global_step"] for row in rows], [row["loss"] for row in rows], color=COLOURS[0])
+        axes.set(ylabel=f"loss ({stage})")
+    for colour, task in zip(COLOURS, tasks, strict=False):
+        rows = [line for line in lines if task in line]
+        steps = [row["global_step"] for row in rows]
+        accuracy = 100 * np.array([row[task] for row in rows])
+        ci95 = 100 * np.array([row.get(f"{task}_ci95", 0.0) for row in rows])  # a probe has no interval
+        name = task.removeprefix("validation/")
+        panels[-1].plot(steps, accuracy, marker="o", markersize=3, label=name, color=colour)
+        panels[-1].fill_between(steps, accuracy - ci95, accuracy + ci95, alpha=0.2, color=colour, linewidth=0)
+    if tasks:
+        panels[-1].set(ylabel="validation accuracy, %")
+        panels[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def reconstructions(images: Array, decoded: Array, kind: str) -> Figure:
+    """Images (uint8) above what the decoder makes of their latents; `kind` says what the lower row is."""
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    axes = figure.subplots(1, 1)
+    _mosaic(axes, [list(images), list(decoded)])
+    _row_labels(axes, ["image", kind], images.shape[-2])
+    return figure
+
+
+def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str) -> Figure:
+    """Fig. 3: one row per mode: labelled images, images obtained by EM, images generated from it."""
+    panels: list[tuple[str, list[list[Array]]]] = [
+        ("support", [list(mode.support) for mode in modes]),
+        ("obtained by EM", [list(mode.obtained) for mode in modes]),
+        (generated, [list(mode.generated) for mode in modes]),
+    ]
+    panels = [(name, rows) for name, rows in panels if any(rows)]
+    widths = [max(1, max(len(row) for row in rows)) for _, rows in panels]
+    figure = Figure(figsize=(0.55 * sum(widths) + 0.4, 0.6 * len(modes) + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    drawn = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
+    for axes, (name, rows) in zip(drawn, panels, strict=True):
+        _mosaic(axes, rows)
+        axes.set_title(name, fontsize=9, color=GREY)
+    return figure
+
+
+def latent_map(panels: Sequence[tuple[str, Array, Array, Array]], title: str) -> Figure:
+    """Fig. 4: latents of episodes in two dimensions.
+
+    Args:
+        panels: for each episode its name, positions (T, 2), label (T,), and whether it is support (T,).
+        title: above all.
+    """
+    figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for axes, (name, xy, label, is_support) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for k in np.unique(label):
+            colour = COLOURS[int(k) % len(COLOURS)]
+            query, support = xy[(label == k) & ~is_support], xy[(label == k) & is_support]
+            axes.scatter(*query.T, s=14, color=colour, alpha=0.7, linewidths=0)
+            axes.scatter(*support.T, s=90, color=colour, marker="*", edgecolors="black", linewidths=0.6)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(name, fontsize=9, color=GREY)
+    return figure
+
+
+def predictions(support: Sequence[Array], names: Sequence[str], query: Array, probabilities: Array) -> Figure:
+    """A few labelled images of each class, and query images under the class they are given, with its probability."""
+    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    rows = [np.flatnonzero(guess == k) for k in range(len(names))]
+    rows = [found[np.argsort(-sure[found], kind="stable")][:8] for found in rows]
+    shots = max(len(images) for images in support)
+    widest = max(1, max(len(found) for found in rows))
+    figure = Figure(figsize=(1.2 + 0.75 * (shots + widest), 0.95 * len(names) + 0.5), layout="constrained")
+    grid = figure.subplots(len(names), shots + widest, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for k, name in enumerate(names):
+        for column, image in enumerate(support[k]):
+            _show(grid[k, column], image)
+        grid[k, 0].set_title(_short(name), fontsize=7, loc="left", fontweight="bold")
+        for column, row in enumerate(rows[k]):
+            _show(grid[k, shots + column], query[row])
+            grid[k, shots + column].set_title(f"{100 * sure[row]:.0f}%", fontsize=7, color=GREY)
+    figure.suptitle("labelled (left), and what was recognised (right)", fontsize=9)
+    return figure
+
+
+def _short(name: str, longest: int = 22) -> str:
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
+
+
+def _show(axes: Any, image: Array) -> None:
+    picture = _unit(image)
+    axes.imshow(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+
+
+def _unit(image: Array) -> Array:
+    return image / 255 if image.dtype == np.uint8 else image
+
+
+def _mosaic(axes: Any, rows: Sequence[Sequence[Array]]) -> None:
+    """Rows of images, each (C, H, W), as one picture; empty places stay white."""
+    channels, height, width = next(image.shape for row in rows for image in row)
+    columns = max(len(row) for row in rows)
+    # Grey images are drawn dark on white: there 0 is white.
+    blank = 0.0 if channels == 1 else 1.0
+    canvas = np.full((len(rows) * (height + GAP), columns * (width + GAP), channels), blank)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = r * (height + GAP), c * (width + GAP)
+            canvas[top : top + height, left : left + width] = _unit(image).transpose(1, 2, 0)
+    axes.imshow(canvas[..., 0] if channels == 1 else canvas, cmap="gray_r", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _row_labels(axes: Any, names: Sequence[str], height: int) -> None:
+    axes.set_yticks([r * (height + GAP) + height / 2 for r in range(len(names))], names, fontsize=8)
+    axes.tick_params(length=0)

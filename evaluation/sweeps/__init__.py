@@ -1,0 +1,1 @@
+"""Hyper-parameter sweeps: trials read, ranked, explained and drawn."""

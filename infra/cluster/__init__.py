@@ -1,0 +1,1 @@
+"""Ray: connecting to a cluster, distributed training, parallel tasks."""

@@ -1,0 +1,1 @@
+"""One module per group of `metagmvae` sub-commands: parse, call, print."""

@@ -1,0 +1,87 @@
+"""What all commands share: a parser with one-line errors, an answer as text or JSON, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from metagmvae.pipelines.records import Progress
+
+Answer = dict[str, Any]
+Parsers = Any
+
+
+class FailedAnswer(dict[str, Any]):
+    """An answer that is printed like any other, and ends with status 1: damage was found, a check failed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong request."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_command(
+    parsers: Parsers, name: str, run: Callable[[argparse.Namespace], Answer], what: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command with `--json`, `--debug` and an example in its help."""
+    parser: argparse.ArgumentParser = parsers.add_parser(
+        name, help=what, description=what, epilog=f"example: {example}"
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def format_answer(answer: Answer) -> str:
+    """An answer for people: one `key: value` a line, lists of rows as tables."""
+    lines = []
+    for key, value in answer.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{key}:")
+            lines += _table(value)
+        elif isinstance(value, str) and "\n" in value:
+            lines.append(value)
+        else:
+            lines.append(f"{key}: {_plain(value)}")
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_plain(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value) or "none"
+    return str(value)
+
+
+@contextmanager
+def progress_bar(what: str, quiet: bool = False) -> Iterator[Progress | None]:
+    """A bar on stderr when a person watches, told (done, in all); None otherwise."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

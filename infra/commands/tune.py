@@ -1,0 +1,71 @@
+"""`tune`: search settings by many short trainings."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+
+
+def add(parsers: Parsers) -> None:
+    """Add the commands of this module to the parser."""
+    example = (
+        "metagmvae tune omniglot-cpu --space core --search tpe --trials 40 --steps 400 --set validation.every=100 "
+        "--set data.uri=data/omniglot --out runs/sweep"
+    )
+    what = "search settings by many short trainings, judged on validation classes"
+    parser = add_command(parsers, "tune", tune, what, example)
+    parser.add_argument("config", metavar="CONFIG", help="TOML file or preset that trials start from")
+    parser.add_argument("--space", required=True, metavar="SPACE", help="TOML file or bundled space (core, wide)")
+    parser.add_argument("--search", choices=("random", "grid", "tpe"), default="random", help="(random)")
+    help_text = "stop trials early that fall behind, or none of them (asha)"
+    parser.add_argument("--scheduler", choices=("asha", "none"), default="asha", help=help_text)
+    help_text = "that take a slot, over all resumes (20; all of a grid)"
+    parser.add_argument("--trials", type=int, metavar="N", help=help_text)
+    parser.add_argument("--steps", type=int, metavar="N", help="of each trial: train.steps")
+    parser.add_argument("--hours", type=float, metavar="H", help="then stop; --resume goes on (no limit)")
+    parser.add_argument("--workers-at-once", default="auto", metavar="N", help="trials at once (auto: as fit)")
+    help_text = "of a trial in one process, 0.5 puts two on a GPU (1 where there are any)"
+    parser.add_argument("--gpus-per-trial", type=float, metavar="G", help=help_text)
+    parser.add_argument("--task", metavar="5w1s", help="whose accuracy counts (the first of validation.shots)")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    parser.add_argument("--name", help="of the sweep in MLflow (its folder's)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the sweep (runs/CONFIG-SPACE)")
+    help_text = "checkpoints: of the best trial, or of all (best)"
+    parser.add_argument("--keep", choices=("best", "all"), default="best", help=help_text)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def tune(arguments: Namespace) -> Answer:
+    """Run `metagmvae tune`."""
+    from metagmvae.configs.load import SettingsError, load_settings
+    from metagmvae.configs.search_space import load_space
+    from metagmvae.infra.tune.request import SweepRequest, run
+
+    steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
+    settings = load_settings(arguments.config, [*arguments.overrides, *steps])
+    space = load_space(arguments.space)
+    at_once = arguments.workers_at_once
+    if at_once != "auto" and (not at_once.isdigit() or at_once == "0"):
+        raise SettingsError(f"--workers-at-once is {at_once}; give auto, or a number of trials")
+    request = SweepRequest(
+        base=settings,
+        space=space,
+        out=Path(arguments.out or f"runs/{settings.name}-{space.name}").absolute(),
+        name=arguments.name or "",
+        search=arguments.search,
+        scheduler=arguments.scheduler,
+        trials=arguments.trials,
+        hours=arguments.hours,
+        at_once=0 if at_once == "auto" else int(at_once),
+        gpus=arguments.gpus_per_trial,
+        task=arguments.task or "",
+        seed=arguments.seed,
+        keep_all=arguments.keep == "all",
+        resume=arguments.resume,
+    )
+    with progress_bar("trials", arguments.quiet or arguments.json) as progress:
+        return run(request, progress)

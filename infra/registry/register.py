@@ -1,0 +1,189 @@
+"""The model registry: a trained run becomes a version of a registered MLflow model, with its evidence as
+tags."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from metagmvae.configs.load import fingerprint
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.registry.alias_history import set_alias_if_free
+from metagmvae.infra.runs.run_folder import RECORD
+from metagmvae.infra.tracking.convert import flatten
+from metagmvae.infra.tracking.run_uploader import upload_run
+from metagmvae.infra.tracking.store import Store, connect, import_mlflow, redact, tracking_errors
+from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.records import DataError
+
+ENTRY = Path(__file__).with_name("pyfunc_entry.py")
+REQUIREMENTS = ("metagmvae", "torch", "safetensors", "numpy", "mlflow")
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+    uri: str
+    """`models:/name/version`."""
+    alias: str
+    """Alias that points here now; empty if none was asked for, or another version has it."""
+
+
+def register(
+    run_dir: str | Path,
+    tracking: TrackingSettings,
+    name: str | None = None,
+    alias: str | None = None,
+    shot: int | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> RegisteredVersion:
+    """Mirror a run, log its model with it, and make that a version of a registered model.
+
+    Args:
+        run_dir: run folder with a checkpoint.
+        tracking: which store; `register_as` and `alias` are the defaults of the next two.
+        name: registered model, made where there is none.
+        alias: moved to this version, whatever had it; empty: no alias; None: `tracking.alias` where no version of that
+            name has it yet (a champion is replaced by `metagmvae promote`, not by a training).
+        shot: which best model, where the run keeps one for each shot.
+        results: evidence (accuracy, ci95 and so on) that is kept as tags `results.…` of the version.
+
+    Raises:
+        DataError: no name, or no trained model in the folder.
+        TrackingError: the store cannot be reached or refuses.
+    """
+    from metagmvae.training.trainer.package import load_model
+
+    name = checked_name(name or tracking.register_as)
+    loaded = load_model(run_dir, shot=shot)
+    report = upload_run(run_dir, tracking)
+    store = connect(tracking)
+    evidence = _evidence(loaded, report.run_id, shot, results or {}) | _data_of(Path(run_dir))
+    with tracking_errors(store.uri):
+        source, model_id = _log(store, report.run_id, name, loaded, evidence)
+        _make_name(store, name)
+        # A version is ready at once; MLflow would say on stderr that it waits for it.
+        made = {"run_id": report.run_id, "model_id": model_id, "tags": evidence, "await_creation_for": 0}
+        version = store.client.create_model_version(name, source, **made).version
+        if alias:
+            store.client.set_registered_model_alias(name, alias, version)
+    if alias is None:
+        default = tracking.alias
+        alias = default if default and set_alias_if_free(store, name, default, str(version)) else ""
+    return RegisteredVersion(name, str(version), f"models:/{name}/{version}", alias)
+
+
+def checked_name(name: str) -> str:
+    """A name for a registered model by which a reference can call it.
+
+    Raises:
+        DataError: there is none, or it holds one of /:@'\".
+    """
+    if not name:
+        raise DataError("no name for the registered model: set tracking.register_as, or give --name")
+    if re.search(r"[/:@'\"]", name):
+        raise DataError(f"{name!r}: no name for a registered model; leave out / : @ and quotes")
+    return name
+
+
+def _evidence(loaded: Any, run_id: str, shot: int | None, results: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of the version: what it was trained on, with what, and how well it did."""
+    tags = {
+        "run_id": run_id,
+        "settings_fingerprint": fingerprint(loaded.settings),
+        "kind": _model_type(loaded),
+        "shot": "" if shot is None else str(shot),
+        **flatten(loaded.info),
+        **flatten({"results": results}),
+    }
+    return {key: value for key, value in tags.items() if value and len(value) < 5000}
+
+
+def _data_of(run_dir: Path) -> dict[str, str]:
+    """Where the data lay that the run was trained on, which its checkpoint does not say."""
+    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
+    return {"data": redact(record["data"])} if record.get("data") else {}
+
+
+def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]) -> tuple[str, str]:
+    """Log the package as an MLflow model of the run: code and weights as text and safetensors, nothing
+    pickled."""
+    from metagmvae.training.trainer.package import save_package
+
+    client = store.client
+    experiment = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(experiment, name, run_id, tags, model_type=_model_type(loaded))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            package, logged = Path(folder) / "package", Path(folder) / "model"
+            save_package(package, loaded)
+            _save(logged, package, loaded, model.model_id, run_id)
+            client.log_model_artifacts(model.model_id, str(logged))
+        client.finalize_logged_model(model.model_id, "READY")
+    except BaseException:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    # Not `models:/m-…`: MLflow 3.17 would look that up in the process's default store instead of this one.
+    return model.artifact_location, model.model_id
+
+
+def _model_type(loaded: Any) -> str:
+    from metagmvae.training.models.meta_gmvae import MetaGMVAE
+
+    return "few-shot classifier" if isinstance(loaded.model, MetaGMVAE) else "encoder"
+
+
+def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) -> None:
+    mlflow = import_mlflow()
+    from metagmvae.infra.registry.pyfunc_model import PACKAGE, example, signature
+
+    with _quiet("mlflow.pyfunc", "mlflow.utils.requirements_utils"):
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(ENTRY),
+            artifacts={PACKAGE: str(package)},
+            signature=signature(loaded),
+            input_example=example(loaded),
+            pip_requirements=[_pinned(name) for name in REQUIREMENTS],
+            mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
+        )
+
+
+def _make_name(store: Store, name: str) -> None:
+    try:
+        store.client.create_registered_model(name)
+    except import_mlflow().MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _pinned(name: str) -> str:
+    """The installed version; the bare name where the package runs from a source tree."""
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return name
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keep MLflow from reporting each step of saving, and the package that is not installed in a source
+    tree."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,144 @@
+"""A trained model by any name: in the registry, in an MLflow run, or on disk.
+
+From MLflow only the portable package (safetensors and JSON) is fetched and read. The code that is logged
+beside it is for MLflow's own loaders; it is not fetched, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.tracking.store import Store, connect, import_mlflow, paginate, redact, tracking_errors
+from metagmvae.pipelines.records import DataError
+
+if TYPE_CHECKING:
+    from metagmvae.training.trainer.package import LoadedModel
+
+
+FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a package folder, a checkpoint or a run folder"
+
+
+def resolve_model(ref: str | Path, shot: int | None = None, tracking_uri: str | None = None) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        ref: `models:/name@alias`, `models:/name/3`, `runs:/id[/path]` (its checkpoint, or a package in it),
+        or the
+            path of a package folder, a checkpoint file or a run folder.
+        shot: which best model, where a run keeps one for each shot; a registered version is one model
+        already. tracking_uri: MLflow store; None: MLFLOW_TRACKING_URI, else the default store of the
+        settings.
+
+    Raises:
+        DataError: there is no such model (naming what there is), or it is not one of ours.
+        TrackingError: the store cannot be reached.
+    """
+    from metagmvae.training.trainer.package import load_model
+
+    text = str(ref)
+    if not text.startswith(("models:", "runs:")):
+        if not Path(ref).exists():
+            raise DataError(f"{text}: no such model; give {FORMS}")
+        return load_model(ref, shot=shot)
+    return load_from(connect(TrackingSettings(uri=tracking_uri or ""), create=False), text, shot)
+
+
+def load_from(store: Store, ref: str, shot: int | None = None) -> LoadedModel:
+    """Load `models:/…` or `runs:/…` of an open store; see `resolve_model`."""
+    from metagmvae.training.trainer.package import load_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        with tracking_errors(store.uri):
+            fetch = _fetch_version if ref.startswith("models:") else _fetch_from_run
+            path = fetch(store, ref, folder)
+        return load_model(path, shot=None if path.is_dir() else shot)
+
+
+def find_version(store: Store, ref: str) -> Any:
+    """Return MLflow's entry of `models:/name@alias` or `models:/name/3`.
+
+    Raises:
+        DataError: the form is another one, or there is no such name, alias or version.
+    """
+    match = re.fullmatch(r"models:/([^/@'\"]+)(?:@([^/]+)|/(\d+))", ref)
+    if match is None:
+        raise DataError(f"{ref}: not a model reference; give {FORMS}")
+    name, alias, number = match.groups()
+    try:
+        if alias:
+            return store.client.get_model_version_by_alias(name, alias)
+        return store.client.get_model_version(name, number)
+    except import_mlflow().MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise DataError(f"{ref}: {_known_names(store, name)}") from error
+
+
+def _known_names(store: Store, name: str) -> str:
+    models = {model.name: model for model in paginate(store.client.search_registered_models)}
+    if name not in models:
+        return no_such_name(store, name, models)
+    found = paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")
+    versions = sorted(int(version.version) for version in found)
+    aliases = ", ".join(f"{alias} -> {v}" for alias, v in sorted(models[name].aliases.items())) or "none"
+    return f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
+
+
+def no_such_name(store: Store, name: str, there: Iterable[str]) -> str:
+    """One line about a registered model that does not exist."""
+    return f"no registered model {name!r} in {redact(store.uri)}; there: {', '.join(sorted(there)) or 'none'}"
+
+
+def _fetch_version(store: Store, ref: str, folder: str) -> Path:
+    version = find_version(store, ref)
+    root = store.client.get_model_version_download_uri(version.name, version.version)
+    return _fetch_package(store, f"{root}/artifacts/package", folder, ref, root)
+
+
+def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
+    match = re.fullmatch(r"runs:/([0-9A-Za-z_-]+)(?:/(.+))?", ref)
+    if match is None:
+        raise DataError(f"{ref}: not a model reference; give {FORMS}")
+    run_id, path = match.groups()
+    try:
+        root = store.client.get_run(run_id).info.artifact_uri
+    except import_mlflow().MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise DataError(f"{ref}: no such run in {redact(store.uri)}") from error
+    path = path or "checkpoint.pt"
+    if not path.endswith(".pt"):
+        return _fetch_package(store, f"{root}/{path}", folder, ref, root)
+    parent = path.rpartition("/")[0]
+    there = _names(store, f"{root}/{parent}" if parent else root)
+    if path.rpartition("/")[2] not in there:
+        raise DataError(f"{ref}: no {path} in that run; there: {', '.join(there) or 'nothing'}")
+    return _download(store, f"{root}/{path}", folder)
+
+
+def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> Path:
+    """Download a package folder once it is sure to be one: exactly what `load_model` reads safely."""
+    names = _names(store, uri)
+    if not {"model.json", "model.safetensors"} <= set(names):
+        there = ", ".join(names or _names(store, root)) or "nothing"
+        raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; there: {there})")
+    target = Path(folder) / "package"
+    target.mkdir()
+    for name in ("model.json", "model.safetensors"):
+        _download(store, f"{uri}/{name}", str(target))
+    return target
+
+
+def _names(store: Store, uri: str) -> list[str]:
+    listed = import_mlflow().artifacts.list_artifacts(artifact_uri=uri, tracking_uri=store.uri)
+    return sorted(item.path.rpartition("/")[2] for item in listed)
+
+
+def _download(store: Store, uri: str, folder: str) -> Path:
+    artifacts = import_mlflow().artifacts
+    return Path(artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=store.uri))

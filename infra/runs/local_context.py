@@ -1,0 +1,38 @@
+"""The local engine's surroundings: one process, files in a run folder. Needs neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
+from metagmvae.training.trainer.checkpoint import load_state, save_state
+from metagmvae.training.trainer.context import MetricLine, TrainState
+
+
+class LocalContext:
+    """Rank 0 of 1. Checkpoints are replaced atomically, metric lines appended as they come."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, run_dir: Path, device: torch.device, *, resume: bool) -> None:
+        self.run_dir = run_dir
+        self.device = device
+        self.resume = resume
+
+    def load(self) -> TrainState | None:
+        path = self.run_dir / CHECKPOINT
+        if not (self.resume and path.exists()):
+            drop_lines_after(self.run_dir / METRICS, 0)
+            return None
+        state = load_state(path)
+        drop_lines_after(self.run_dir / METRICS, global_step(state))
+        return state
+
+    def report(self, line: MetricLine, state: TrainState | None) -> None:
+        # The checkpoint first: a line is never about a step that a resumed run would do again.
+        if state is not None:
+            save_state(self.run_dir / CHECKPOINT, state)
+        append_lines(self.run_dir / METRICS, [line])

@@ -1,0 +1,1 @@
+"""Mirroring a run folder to MLflow."""

@@ -1,0 +1,1 @@
+"""Reading zip, tar and folders without unpacking."""

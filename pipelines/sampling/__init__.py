@@ -1,0 +1,1 @@
+"""Unlabelled training sets and labelled episodes, each a function of (seed, index)."""

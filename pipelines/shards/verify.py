@@ -1,0 +1,117 @@
+"""`metagmvae verify`: everything that is wrong with a data set on disk, each file by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metagmvae.pipelines.files import sha256_file
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.index import read_index
+from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, parse_manifest, split_files
+from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
+
+ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    kind: ProblemKind
+    path: str
+    """Relative to the data set's folder."""
+    detail: str
+
+
+def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> list[Problem]:
+    """Compare every file of a data set with its manifest; an intact data set has no problems.
+
+    `missing`: the manifest names it. `truncated`: another size. `altered`: the same size and another
+    sha256. `foreign`: nobody wrote it. `unfinished`: the writer was stopped. `inconsistent`: manifest, index and
+    shards disagree though each is as it was written.
+
+    Args:
+        root: folder.
+        on_progress: told (files compared, files in all).
+
+    Raises:
+        DataError: there is no data set, or its manifest is not one of ours.
+    """
+    root = Path(root)
+    if not (root / MANIFEST).is_file():
+        if (root / PLAN).exists():
+            detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
+            return [Problem("unfinished", MANIFEST, detail)]
+        raise DataError(f"{root}: no {MANIFEST} there; name the folder of a data set")
+    manifest = parse_manifest(root / MANIFEST)
+    total = sum(1 for _ in dataset_files(manifest))
+    problems, done = list(_foreign(root, manifest)), 0
+    for name, file in manifest.get("attachments", {}).items():
+        problems += _compare(root / name, name, file["bytes"], file["sha256"])
+        done += 1
+    for split, part in manifest["splits"].items():
+        whole = True
+        for name, size, digest in split_files(split, part):
+            found = _compare(root / name, name, size, digest)
+            problems += found
+            whole = whole and not found
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+        if whole:
+            problems += _inconsistent(root, split, part)
+    return problems
+
+
+def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Problem]:
+    if not path.is_file():
+        return [Problem("missing", name, REMEDY)]
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return [Problem("truncated", name, f"{found} bytes, not {size}; {REMEDY}")]
+    if sha256_file(path) != digest:
+        return [Problem("altered", name, f"its sha256 is not that of the manifest; {REMEDY}")]
+    return []
+
+
+def _foreign(root: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    files = [name for name, _, _ in dataset_files(manifest)]
+    known = {MANIFEST, *manifest["splits"], *files, *(name.partition("/")[0] for name in files)}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name not in known:
+            yield Problem("foreign", name, "does not belong to the data set; move it elsewhere")
+
+
+def _inconsistent(root: Path, split: str, part: Mapping[str, Any]) -> Iterator[Problem]:
+    """Whether index, shards and manifest of a split tell the same story: counts, owners and offsets."""
+    name = f"{split}/{INDEX}"
+    try:
+        index = read_index(root / split / INDEX)
+        owners, offsets = [], []
+        for shard in part["shards"]:
+            rows = 0
+            for offset, shape, dtype in shard_blocks(root / split / shard["name"]):
+                size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+                offsets += [offset + size * row for row in range(shape[0])]
+                rows += shape[0]
+            owners += [shard["name"]] * rows
+            if rows != shard["rows"]:
+                text = f"holds {rows} rows and the manifest says {shard['rows']}; {REMEDY}"
+                yield Problem("inconsistent", f"{split}/{shard['name']}", text)
+    except DataError as error:
+        yield Problem("inconsistent", name, str(error))
+        return
+    if index["shard"].to_pylist() != owners or index["offset"].to_pylist() != offsets:
+        yield Problem("inconsistent", name, f"its rows are not where the shards hold them; {REMEDY}")
+    if index.num_rows != part["samples"]:
+        yield Problem("inconsistent", name, f"{index.num_rows} rows, and the manifest says {part['samples']}; {REMEDY}")
+    classes = len(set(index["class_id"].to_pylist()))
+    if classes != part["classes"]:
+        yield Problem("inconsistent", name, f"{classes} classes, and the manifest says {part['classes']}; {REMEDY}")

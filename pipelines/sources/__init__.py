@@ -1,0 +1,1 @@
+"""Raw data sets read as labelled images."""

@@ -1,0 +1,122 @@
+"""What a sweep may vary, as it is written down; every mistake is one line."""
+
+import json
+import math
+
+import pytest
+
+from metagmvae.configs.load import SettingsError, load_settings
+from metagmvae.configs.schema import Settings
+from metagmvae.configs.search_space import load_space, spaces, with_values
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_bundled_spaces_vary_what_they_say():
+    assert spaces() == ["core", "wide"]
+    core, wide = (load_space(name).described() for name in spaces())
+    em_m_n_r_rate = {"em_iterations", "set_size", "samples", "decode_samples", "learning_rate"}
+    assert set(core) == {f"train.{name}" for name in em_m_n_r_rate}
+    assert set(wide) - set(core) == {"train.components", "model.latent", "train.weight_decay"}
+    assert core == {name: wide[name] for name in core}
+    assert core["train.learning_rate"] == {"kind": "loguniform", "low": 1e-4, "high": 1e-2}
+    assert core["train.set_size"] == {"kind": "int", "low": 50, "high": 400, "step": 50}
+
+
+def test_every_kind_with_dots_and_as_tables(tmp_path):
+    text = """
+    train.set_size = { range = [10, 20], step = 4 }
+    "train.learning_rate" = { loguniform = [1e-4, 1e-2] }
+    [model]
+    posterior = { choice = ["isotropic", "diagonal"] }
+    [train.clip_norm]
+    uniform = [0, 5]
+    """
+    space = load_space(written(tmp_path, text))
+    assert space.name == "mine"
+    by_name = {dimension.name: dimension for dimension in space.dimensions}
+    assert [d.kind for d in by_name.values()] == ["int", "uniform", "loguniform", "choice"]
+    assert by_name["train.set_size"].all_values() == (10, 14, 18)
+    assert by_name["model.posterior"].all_values() == ("isotropic", "diagonal")
+    assert by_name["train.clip_norm"].all_values() is None
+    json.dumps(space.described())
+
+
+FORMS = "write it as { choice"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "train.em_iteration = {choice=[1]}",
+            "train.em_iteration: no such setting; did you mean 'train.em_iterations'?",
+        ),
+        ("em_iterations = {choice=[1]}", "did you mean 'train.em_iterations'?"),
+        ("nonsense = {choice=[1]}", "nonsense: no such setting; they are named section.key"),
+        ("train = {choice=[1]}", "train: no such setting"),
+        ("train.set_size = {range=[5,5]}", "train.set_size: range = [5, 5] is empty"),
+        ("train.set_size = {range=[9,5]}", "is empty"),
+        ("train.set_size = {choice=[]}", "offers nothing"),
+        ("train.learning_rate = {loguniform=[0,1]}", "goes through zero"),
+        ("train.learning_rate = {loguniform=[-1,1]}", "goes through zero"),
+        ("train.learning_rate = {uniform=[1,inf]}", "give two numbers"),
+        ("train.learning_rate = {uniform=[1e-3]}", "give two numbers"),
+        ("train.set_size = {uniform=[5,9]}", "input should be a valid integer"),
+        ("train.set_size = {range=[1,2.5]}", "a range is of whole numbers"),
+        ("train.set_size = {range=[1,9],step=0}", "step = 0; give 1 or more"),
+        ("train.set_size = {uniform=[1,9],step=2}", "'step' does not go with uniform"),
+        ('train.set_size = {choice=["a"]}', 'train.set_size: "a": input should be a valid integer'),
+        ("train.set_size = {choice=[0, 5]}", "train.set_size: 0: input should be greater than 0"),
+        ("train.learning_rate = {uniform=[-1,1]}", "input should be greater than 0"),
+        ('train.schedule = {choice=["constant","cosin"]}', "\"cosin\": input should be 'constant' or 'cosine'"),
+        ("train.set_size = {choice=[5, 5]}", "names a value twice"),
+        ("train.clip_norm = {choice=[5, 5.0]}", "names a value twice"),
+        ("train.set_size = {range=[1,9],step=true}", "a range is of whole numbers"),
+        ("pretrain.projector = {choice=[[1]]}", "[1] is no number, text or boolean"),
+        ("train.steps = 3", FORMS),
+        ("train.steps = {range=[1,2],uniform=[1,2]}", FORMS),
+        ("run.workers = {choice=[1,2]}", "it says where a run takes place"),
+        ('data.uri = {choice=["a"]}', "trials on other data cannot be compared"),
+        ("validation.way = {choice=[5,20]}", "trials judged on other episodes cannot be compared"),
+        ("", "varies nothing"),
+        ("x", "not valid TOML"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, text, reason):
+    with pytest.raises(SettingsError) as error:
+        load_space(written(tmp_path, text))
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_space_that_is_not_there():
+    with pytest.raises(
+        SettingsError, match="corr: no such TOML file, and not one of the spaces core, wide; did you mean"
+    ):
+        load_space("corr")
+
+
+def test_values_are_put_in_and_impossible_combinations_refused():
+    base = load_settings("omniglot-5way")
+    made = with_values(base, {"train.set_size": 60, "model.latent": 16, "train.learning_rate": 2e-3})
+    assert (made.train.set_size, made.model.latent, made.train.learning_rate) == (60, 16, 2e-3)
+    assert made.train.samples == base.train.samples
+    for values, reason in [
+        ({"train.components": 300}, "exceeds set_size"),
+        ({"train.decode_samples": 64, "train.samples": 32}, "exceeds samples"),
+        ({"model.heads": 3}, "multiple of heads"),
+    ]:
+        with pytest.raises(SettingsError, match=reason):
+            with_values(base, values)
+
+
+def test_chosen_values_come_back_as_settings_hold_them(tmp_path):
+    space = load_space(written(tmp_path, "train.learning_rate = {choice=[1, 2]}\nmodel.latent = {choice=[8]}"))
+    values = space.chosen(with_values(Settings(), {"train.learning_rate": 1, "model.latent": 8}))
+    assert values == {"train.learning_rate": 1.0, "model.latent": 8}
+    assert math.isclose(values["train.learning_rate"], 1)

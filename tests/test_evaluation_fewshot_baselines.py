@@ -1,0 +1,97 @@
+"""Baselines against plain loops, on the episodes of the benchmark."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from metagmvae.evaluation.fewshot.baselines import (
+    BASELINES,
+    logistic_regression,
+    nearest_class_mean,
+    refined_posterior,
+    soft_k_means,
+)
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+
+LABELS = np.repeat(np.arange(8), 12)
+TASK = {"way": 4, "shot": 2, "query": 5, "episodes": 6, "seed": 3}
+
+
+def features(noise: float = 1.0) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (8, 6))
+    return torch.as_tensor(centres[LABELS] + noise * rng.normal(0, 1, (len(LABELS), 6)), dtype=torch.float32)
+
+
+def unit(v: np.ndarray) -> np.ndarray:
+    return v / math.sqrt(sum(float(a) ** 2 for a in v))
+
+
+def test_soft_k_means_against_loops():
+    rng = np.random.default_rng(1)
+    support, query = rng.normal(0, 1, (3, 2, 4)), rng.normal(0, 1, (5, 4))
+    centre = sum([*support.reshape(-1, 4), *query]) / 11
+    s = [[unit(x - centre) for x in rows] for rows in support]
+    q = [unit(x - centre) for x in query]
+    means = [(rows[0] + rows[1]) / 2 for rows in s]
+
+    def soft(means: list) -> list:
+        answer = []
+        for x in q:
+            weights = [math.exp(7.0 * float(x @ unit(mean))) for mean in means]
+            answer.append([w / sum(weights) for w in weights])
+        return answer
+
+    for _ in range(3):
+        weights = soft(means)
+        for k in range(3):
+            total, count = s[k][0] + s[k][1], 2.0
+            for p in range(5):
+                total = total + weights[p][k] * q[p]
+                count += weights[p][k]
+            means[k] = total / count
+    found = refined_posterior(torch.as_tensor(support), torch.as_tensor(query), 7.0, 3)
+    np.testing.assert_allclose(found, soft(means), rtol=1e-10)
+
+
+def test_nearest_class_mean_against_loops():
+    x = features().numpy()
+    sampler = EpisodeSampler(LABELS, way=4, shot=2, query=5, seed=3)
+    accuracies = []
+    for index in range(6):
+        episode = sampler.episode(index)
+        means = [unit(unit(x[a]) + unit(x[b])) for a, b in episode.support]
+        right = sum(
+            int(np.argmax([unit(x[row]) @ mean for mean in means]) == k) for k in range(4) for row in episode.query[k]
+        )
+        accuracies.append(right / 20)
+    result = nearest_class_mean(features(), LABELS, **TASK)
+    np.testing.assert_allclose(result.accuracies, accuracies)
+    assert result.mode == "inductive"
+
+
+def test_logistic_regression_is_that_of_scikit_learn_on_the_same_episodes():
+    x = features().numpy()
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    episode = EpisodeSampler(LABELS, way=4, shot=2, query=5, seed=3).episode(0)
+    model = LogisticRegression(C=3.0, max_iter=1000).fit(x[episode.support.reshape(-1)], np.repeat(range(4), 2))
+    expected = model.score(x[episode.query.reshape(-1)], np.repeat(range(4), 5))
+    result = logistic_regression(features(), LABELS, strength=3.0, **TASK | {"episodes": 1})
+    assert result.accuracies.tolist() == pytest.approx([expected])
+
+
+def test_queries_help_soft_k_means_where_classes_are_clear():
+    x = features(noise=0.6)
+    task = TASK | {"shot": 1, "query": 11, "episodes": 100}
+    assert soft_k_means(x, LABELS, **task).mean > nearest_class_mean(x, LABELS, **task).mean
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_chance_on_noise_and_no_error_on_clear_classes(name):
+    noise = torch.as_tensor(np.random.default_rng(2).normal(0, 1, (len(LABELS), 6)))
+    task = TASK | {"episodes": 100}
+    assert abs(BASELINES[name](noise, LABELS, **task).mean - 0.25) < 0.05
+    assert BASELINES[name](features(noise=0.01), LABELS, **task).mean == 1

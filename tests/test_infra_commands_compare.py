@@ -1,0 +1,212 @@
+"""`metagmvae compare`: what it is given, what it judges, what it takes from store, what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+
+import mlflow_template
+import pytest
+
+from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, lines_of
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry.register import register
+from metagmvae.infra.tracking.store import connect
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+from metagmvae.training.trainer.checkpoint import load_state, save_state
+
+SETTINGS = {"data": {"validation_split": "validation"}, "train": {"steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(6, 6, 6), drawings=20), folder)
+    return folder
+
+
+def answer_of(capsys, *request: object) -> dict:
+    capsys.readouterr()
+    assert main(["compare", *map(str, request), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def evaluate(model: object, data: Path, *options: str) -> None:
+    assert main(["evaluate", str(model), "--data", str(data), "--episodes", "6", *options]) == 0
+
+
+def sweep(folder: Path, **changes: object) -> Path:
+    """A sweep folder with three trials, one of which failed."""
+    folder.mkdir(parents=True)
+    about = {"name": "first", "task": "5w1s", "space": {}, "base": SETTINGS, "data_fingerprint": "d" * 64} | changes
+    (folder / "sweep.json").write_text(json.dumps(about))
+
+    def curve(*accuracies: float) -> tuple[CurvePoint, ...]:
+        return tuple(
+            CurvePoint(step=10 * i, accuracy=a, ci95=0.01, seconds=2.0 * i) for i, a in enumerate(accuracies, 1)
+        )
+
+    trials = [
+        Trial(number=0, settings={"train.em_iterations": 5}, status="stopped", curve=curve(0.5)),
+        Trial(number=1, settings={"train.em_iterations": 10}, status="finished", curve=curve(0.4, 0.7)),
+        Trial(number=2, settings={"train.em_iterations": 20}, status="failed", reason="out of memory"),
+    ]
+    (folder / "trials.jsonl").write_text(lines_of(trials))
+    return folder
+
+
+def test_models_are_judged_on_the_same_episodes_and_what_is_stored_is_not_judged_again(data, tmp_path, capsys):
+    one, other = (mlflow_template.new_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
+    wanted = [one, other, "--data", data, "--episodes", 6, "--shot", 1, 5, "--csv", tmp_path / "rows.csv"]
+    fresh = answer_of(capsys, *wanted)
+    assert [row["name"] for row in fresh["rows"]] == ["one", "other"]
+    assert [row["mark"] for row in fresh["rows"]] == ["", ""]
+    assert fresh["settings"] == [{"setting": "train.seed", "values": {"one": 0, "other": 1}}]
+    assert [(pair["name"], pair["against"], pair["shot"]) for pair in fresh["paired"]] == [
+        ("other", "one", 1),
+        ("other", "one", 5),
+    ]
+    assert len(fresh["calibration"]) == 4
+    accuracy = {(row["name"], r["shot"]): r["accuracy"] for row in fresh["rows"] for r in row["results"]}
+    for pair in fresh["paired"]:
+        difference = accuracy["other", pair["shot"]] - accuracy["one", pair["shot"]]
+        assert pair["difference"] == pytest.approx(difference)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["name"], int(line["shot"])): float(line["accuracy"]) for line in lines} == accuracy
+    # By `evaluate`, one by one, it is the same; then nothing needs to be judged, with data or without.
+    for run in (one, other):
+        for shot in ("1", "5"):
+            evaluate(run, data, "--shot", shot)
+    stored = answer_of(capsys, *wanted)
+    assert "calibration" not in stored
+    without_data = answer_of(capsys, one, other)
+    for answer in (stored, without_data):
+        assert answer["paired"] == fresh["paired"]
+        assert [row["results"] for row in answer["rows"]] == [row["results"] for row in fresh["rows"]]
+    # A model that was trained on is another one.
+    state = load_state(one / "checkpoint.pt")
+    save_state(one / "checkpoint.pt", state | {"step": 2})
+    assert {row["name"] for row in answer_of(capsys, *wanted)["calibration"]} == {"one"}
+
+
+def test_sweeps_files_and_the_paper_stand_in_one_table_and_are_marked(data, tmp_path, capsys):
+    run = mlflow_template.new_run(tmp_path / "run")
+    record = tmp_path / "kept-5way-1shot.json"
+    evaluate(run, data, "--record", str(record), "--results", str(record.with_suffix(".parquet")))
+    evaluate(run, data, "--mode", "inductive")
+    answer = answer_of(capsys, record, run, sweep(tmp_path / "sweep"), "paper:omniglot/umtra", "--top", 2)
+    rows = answer["rows"]
+    names = ["kept", "run", "run", "first, trial 1", "first, trial 0", "paper: UMTRA"]
+    assert [row["name"] for row in rows] == names
+    assert sorted(row["mark"] for row in rows[:3]) == ["", "", "a"]
+    assert [row["mark"] for row in rows[3:]] == ["b", "b", "c"]
+    assert "split validation, not test" in answer["marks"]["b"]
+    assert rows[3]["results"] == [{"way": 5, "shot": 1, "accuracy": 0.7, "ci95": 0.01}]
+    assert (rows[3]["steps"], rows[3]["seconds"], rows[3]["mode"]) == (20, 4.0, "transductive")
+    assert rows[5]["results"][0] == {"way": 5, "shot": 1, "accuracy": pytest.approx(0.838), "ci95": None}
+    (em,) = [row for row in answer["settings"] if row["setting"] == "train.em_iterations"]
+    assert (em["values"]["first, trial 1"], em["values"]["first, trial 0"]) == (10, 5)
+    # The file and the run are the same model on the same episodes.
+    (pair,) = answer["paired"]
+    assert (pair["difference"], pair["verdict"]) == (0.0, "undecided")
+    assert main(["compare", str(record), "paper:omniglot", "--strict"]) == 0
+    assert main(["compare", str(record), str(run), "--strict"]) == 2
+    assert "mode inductive, not transductive" in capsys.readouterr().err
+
+
+def test_registered_versions_show_their_evidence(data, tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
+    for seed in range(2):
+        register(mlflow_template.new_run(tmp_path / f"run{seed}", seed=seed), store, "glyphs", alias="champion")
+        evaluate(f"models:/glyphs/{seed + 1}", data)
+    client = connect(store).client
+    answer = answer_of(capsys, "models:/glyphs")
+    assert [row["name"] for row in answer["rows"]] == ["glyphs v1", "glyphs v2 (champion)"]
+    assert [row["mark"] for row in answer["rows"]] == ["", ""]
+    assert answer["rows"][1]["episodes"] == 6
+    (pair,) = answer["paired"]
+    again = answer_of(capsys, "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
+    assert again["paired"][0]["difference"] == pytest.approx(pair["difference"])
+    # Of a result that only tags tell of, queries, episodes and data are unknown, and so it is marked.
+    third = register(mlflow_template.new_run(tmp_path / "run2", seed=2), store, "glyphs", alias="")
+    assert answer_of(capsys, "models:/glyphs")["notes"] == ["models:/glyphs/3: left out, as it was not judged yet"]
+    assert main(["compare", "models:/glyphs/1", "models:/glyphs/3"]) == 2
+    assert "models:/glyphs/3: was not judged yet" in capsys.readouterr().err
+    client.set_model_version_tag("glyphs", third.version, "results.test.5w1s.transductive", "0.5")
+    answer = answer_of(capsys, "models:/glyphs")
+    assert answer["rows"][2]["mark"] == "a"
+    assert answer["marks"]["a"].endswith("query unrecorded, not 15; episodes unrecorded, not 6; seed unrecorded, not 0")
+    assert main(["compare", "models:/glyphs/2", "models:/glyphs@champion"]) == 2
+    assert "models:/glyphs@champion: is models:/glyphs/2 again" in capsys.readouterr().err
+    assert main(["compare", "models:/nobody"]) == 2
+    assert "no registered model of that name" in capsys.readouterr().err
+
+
+def test_what_was_never_judged_shows_its_validation_in_training(tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
+    run = mlflow_template.new_run(tmp_path / "run")
+    line = {"stage": "meta", "step": 1, "global_step": 1, "elapsed_s": 1.5, "loss": 2.0}
+    line |= {"validation/5w1s": 0.25, "validation/5w1s_ci95": 0.02, "validation/neighbours": 0.9}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "figures").mkdir()
+    (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line]}))
+    register(run, store, "glyphs", alias="champion")
+    rows = answer_of(capsys, "models:/glyphs", run)["rows"]
+    assert [row["name"] for row in rows] == ["glyphs v1 (champion)", "run"]
+    for row in rows:
+        assert row["results"] == [{"way": 5, "shot": 1, "accuracy": 0.25, "ci95": 0.02}]
+        assert (row["split"], row["episodes"], row["seed"], row["steps"]) == ("validation", 200, 1, 1)
+    # Of a run folder without its record nobody knows the data, so it is marked.
+    assert [(row["data"], row["mark"]) for row in rows] == [("d" * 64, ""), (None, "a")]
+    # A validation of another step than was registered says nothing of the version.
+    (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line | {"global_step": 9}]}))
+    register(run, store, "later", alias="")
+    assert main(["compare", "models:/later"]) == 2
+    assert "models:/later/1: was not judged yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (["nowhere"], "nothing there that can be compared; give run folders"),
+        (["RUN"], "was not judged yet; judge it here with --data URI"),
+        (["RUN", "RUN/"], "name each thing once"),
+        (["paper:omniglot", "--data", "DATA"], "no model to judge"),
+        (["RUN", "--data", "DATA", "--episodes", "1"], "an interval needs two at least"),
+        (["RUN", "--data", "DATA", "--way", "9"], "9 ways were asked for and there are 6 classes"),
+        (["RUN", "--data", "DATA", "--split", "x"], "no split 'x'"),
+        (["SWEEP", "--top", "0"], "--top is 0"),
+        (["BAD.json"], "not a result of `metagmvae evaluate --record` (accuracy: input should be less than"),
+        (["BROKEN"], "task is 'five'"),
+    ],
+)
+def test_wrong_requests_are_one_line(data, tmp_path, capsys, request_, reason):
+    places = {"DATA": data, "RUN": mlflow_template.new_run(tmp_path / "run"), "SWEEP": sweep(tmp_path / "sweep")}
+    places["BROKEN"] = sweep(tmp_path / "broken", task="five")
+    places["BAD.json"] = tmp_path / "bad.json"
+    task = {"ci95": 0.1, "way": 5, "shot": 1, "query": 15, "episodes": 6, "seed": 0, "mode": "transductive"}
+    content = task | {"accuracy": 97.0, "split": "test", "data_fingerprint": "d"}
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    words = [str(places.get(word.rstrip("/"), word)) + ("/" if word.endswith("/") else "") for word in request_]
+    assert main(["compare", *words, "--html", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_accuracies_of_other_episodes_are_refused(data, tmp_path, capsys):
+    run = mlflow_template.new_run(tmp_path / "run")
+    evaluate(run, data)
+    results = run / "results"
+    kept = (results / "test-5way-1shot-transductive.parquet").read_bytes()
+    evaluate(run, data, "--seed", "1")
+    (results / "test-5way-1shot-transductive.parquet").write_bytes(kept)
+    assert main(["compare", str(run)]) == 2
+    assert "holds other episodes than" in capsys.readouterr().err
+    (results / "test-5way-1shot-transductive.parquet").write_bytes(kept[:100])
+    assert main(["compare", str(run)]) == 2
+    assert "not the accuracies of episodes" in capsys.readouterr().err

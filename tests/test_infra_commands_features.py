@@ -1,0 +1,327 @@
+"""The road over features, as a user types it: pretrain, features, train, evaluate, classify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typed import set_words, small_glyphs
+
+from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
+from metagmvae.evaluation.fewshot.encoding import feature_source, load_dataset_encoder
+from metagmvae.infra.cli import main
+from metagmvae.infra.cluster.tasks import ray_map
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.feature_source import open_features
+from metagmvae.pipelines.shards.verify import verify_dataset
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.training.models.encoders import encoder_digest
+from metagmvae.training.trainer.checkpoint import load_state, save_state
+from metagmvae.training.trainer.package import load_model
+
+TINY = {
+    "model.channels": 8,
+    "model.width": 32,
+    "model.latent": 8,
+    "pretrain.steps": 4,
+    "pretrain.batch": 16,
+    "pretrain.projector": "[16, 8]",
+    "train.steps": 4,
+    "train.set_size": 24,
+    "train.samples": 4,
+    "train.decode_samples": 2,
+    "train.checkpoint_every": 2,
+    "train.log_every": 2,
+    "train.precision": "float32",
+    "validation.every": 4,
+    "validation.episodes": 5,
+    "adapt.samples": 4,
+    "tracking.enabled": "false",
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def command(*words: object, **settings: object) -> list[str]:
+    return [*map(str, words), *set_words(settings)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
+
+
+@pytest.fixture(scope="module")
+def encoder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "encoder"
+    assert main(command("pretrain", "omniglot-cpu", "--json", **TINY | {"data.uri": data, "run.out": out})) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def features(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "data"
+    assert main(["features", str(encoder), "--data", str(data), "--out", str(out), "--dtype", "float32"]) == 0
+    return out
+
+
+def on_features(features: Path, out: Path, **more: object) -> list[str]:
+    settings = TINY | {"data.uri": features, "run.out": out, "pretrain.steps": 0, "pretrain.projector": "[]"} | more
+    return command("train", "omniglot-cpu", "--json", **settings)
+
+
+@pytest.fixture(scope="module")
+def model(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "model"
+    assert main(on_features(features, out)) == 0
+    return out
+
+
+def test_an_encoder_is_judged_by_episodes_and_probes(encoder: Path) -> None:
+    lines = [json.loads(line) for line in (encoder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["pretrain", "pretrain"]
+    last = lines[-1]
+    assert {"validation/5w1s", "validation/5w1s_ci95", "validation/neighbours", "validation/linear"} <= last.keys()
+    assert json.loads((encoder / "run.json").read_text())["kind"] == "encoder"
+    assert [path.name for path in (encoder / "figures").glob("*.png")] == ["curves.png"]
+
+
+def test_features_are_those_of_the_encoder_image_by_image(data: Path, encoder: Path, features: Path) -> None:
+    images, encoded = Dataset.open(data), Dataset.open(features)
+    loaded = load_model(encoder)
+    assert (encoded.kind, encoded.row_shape, encoded.image_shape) == ("features", (32,), (1, 28, 28))
+    assert verify_dataset(features) == []
+    for split in ("train", "validation", "test"):
+        assert encoded.index(split)["key"].to_pylist() == images.index(split)["key"].to_pylist()
+        assert (encoded.labels(split) == images.labels(split)).all()
+        with torch.inference_mode():
+            x = loaded.model.scale_images(torch.as_tensor(images.images(split)))
+            expected = loaded.model.encode_images(x).numpy()
+        np.testing.assert_allclose(encoded.rows(split), expected, rtol=1e-4, atol=1e-5)
+    assert encoder_digest(load_dataset_encoder(encoded).model.encoder) == encoded.manifest["encoder"]["sha256"]
+
+
+@pytest.mark.ray
+def test_workers_write_the_same_bytes_and_finish_what_was_killed(data: Path, encoder: Path, tmp_path: Path) -> None:
+    """Each worker loads the encoder by itself; half of the work is there already when the second begins."""
+    loaded, images = load_model(encoder), Dataset.open(data)
+    small = {"block": 16, "shard_rows": 64}
+    with feature_source(loaded, images, "float16") as source, ray_map(2) as map_tasks:
+        write_dataset(source, tmp_path / "ray", map_tasks=map_tasks, **small)
+        (tmp_path / "half").mkdir()
+
+        def half(function, tasks):
+            for number, task in enumerate(tasks):
+                if number == len(tasks) // 2:
+                    raise InterruptedError
+                yield function(*task)
+
+        with pytest.raises(InterruptedError):
+            write_dataset(source, tmp_path / "half", map_tasks=half, **small)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "half").rglob("*.tar")}
+        assert before
+        write_dataset(source, tmp_path / "half", map_tasks=map_tasks, **small)
+        assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    with feature_source(loaded, images, "float16") as source:
+        write_dataset(source, tmp_path / "here", **small)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here") == contents(tmp_path / "half")
+    assert Dataset.open(tmp_path / "here").dtype == np.float16
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], model: Path, data: Path) -> dict[str, object]:
+    words = ["evaluate", str(model), "--data", str(data), "--way", "3", "--query", "5", "--episodes", "20", "--json"]
+    capsys.readouterr()
+    assert main([*words, "--baselines"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model_on_features_carries_its_encoder_and_judges_images_alike(
+    data: Path, features: Path, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    on_rows, on_images = (evaluated(capsys, model, where) for where in (features, data))
+    assert on_rows["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
+    beside = {row["baseline"]: row["accuracy"] for row in on_rows["baselines"]}  # type: ignore[attr-defined]
+    assert len(beside) == 7
+    unscaled = torch.from_numpy(np.asarray(Dataset.open(features).rows("test")[:], dtype=np.float32))
+    task = {"way": 3, "shot": 1, "query": 5, "episodes": 20}
+    direct = nearest_class_mean(unscaled, Dataset.open(features).labels("test"), **task)
+    assert beside["nearest class mean, features unscaled"] == pytest.approx(direct.mean)
+    images, names = Dataset.open(data), Dataset.open(data).class_names("test")
+    for number in range(3):
+        rows = np.flatnonzero(images.labels("test") == number)[:3]
+        for row in rows[:2]:
+            path = tmp_path / "support" / names[number] / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.images("test")[row][0]).save(path)
+        (tmp_path / "query").mkdir(exist_ok=True)
+        Image.fromarray(images.images("test")[rows[2]][0]).save(tmp_path / "query" / f"{number}.png")
+    words = ["classify", str(model), "--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
+    assert main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [sum(row[name] for name in answer["classes"]) for row in answer["queries"]] == pytest.approx([1.0] * 3)
+    figures = {path.name for path in (model / "figures").glob("*.png")}
+    assert figures == {"curves.png", "latent-map.png"}
+
+
+def refused(capsys: pytest.CaptureFixture[str], text: str, words: list[str]) -> None:
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert text in error[0]
+
+
+def test_wrong_requests_are_one_line_and_write_nothing(
+    data: Path, features: Path, model: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    cases = [
+        ("pretrain.steps is 4, and", on_features(features, out, **{"pretrain.steps": 4})),
+        ("model.encoder is 'conv5'", on_features(features, out, **{"model.encoder": "conv5"})),
+        ('set it to "features"', on_features(features, out, **{"model.reconstruct": "pixels"})),
+        ("needs a trained encoder", on_features(data, out)),
+        ("an encoder is trained on images", command("pretrain", "omniglot-cpu", **{"data.uri": features})),
+        ("pretrain.steps is 0", command("pretrain", "omniglot-5way", **{"data.uri": data})),
+        ("holds features already", ["features", str(encoder), "--data", str(features), "--out", str(out)]),
+        ("no such encoder", ["features", "torchvision:nothing", "--data", str(data), "--out", str(out)]),
+        ("is an encoder alone", ["evaluate", str(encoder), "--data", str(data)]),
+        ("no such model", ["features", str(tmp_path / "none"), "--data", str(data), "--out", str(out)]),
+    ]
+    for text, words in cases:
+        refused(capsys, text, words)
+        assert not out.exists(), text
+
+
+def test_features_of_another_encoder_are_refused(
+    data: Path, features: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = command("pretrain", "omniglot-cpu", "--json", **TINY | {"data.uri": data, "run.out": tmp_path / "other"})
+    assert main([*other, "--set", "train.seed=1", "--set", "run.figures=false"]) == 0
+    words = ["features", str(tmp_path / "other"), "--data", str(data), "--out", str(tmp_path / "theirs")]
+    assert main(words) == 0
+    refused(
+        capsys,
+        "its features are of encoder",
+        ["evaluate", str(model), "--data", str(tmp_path / "theirs"), "--episodes", "2"],
+    )
+    altered = shutil.copytree(features, tmp_path / "altered")
+    weights = altered / "encoder" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    refused(capsys, "was altered", on_features(altered, tmp_path / "run"))
+    assert [problem.path for problem in verify_dataset(altered)] == ["encoder/model.safetensors"]
+    manifest = json.loads((features / "dataset.json").read_text())
+    for key, value in (("feature_size", 31), ("dtype", "float16")):
+        (altered / "dataset.json").write_text(json.dumps(manifest | {key: value}))
+        shutil.copy(features / "encoder" / "model.safetensors", weights)
+        refused(capsys, "and the manifest says", on_features(altered, tmp_path / "run"))
+    for key, value in (("feature_size", -1), ("dtype", "object"), ("image_shape", [1]), ("kind", "sounds")):
+        (altered / "dataset.json").write_text(json.dumps(manifest | {key: value}))
+        refused(capsys, "write the data set again", on_features(altered, tmp_path / "run"))
+    hostile = manifest | {"attachments": {"../../evil": {"sha256": "0" * 64, "bytes": 1}}}
+    (altered / "dataset.json").write_text(json.dumps(hostile))
+    refused(capsys, "is not the name of a file of ours", on_features(altered, tmp_path / "run"))
+
+
+def test_features_that_are_not_numbers_are_refused_and_can_be_finished(data: Path, tmp_path: Path) -> None:
+    images = Dataset.open(data)
+
+    def source(worst: float):
+        def encode(x: np.ndarray) -> np.ndarray:
+            h = np.ones((len(x), 4), np.float32)
+            h[:, 2] = worst
+            return h
+
+        about = {"sha256": "0" * 64}
+        return open_features(images, encode, feature_size=4, encoder=about, dtype="float16")
+
+    remedies = {
+        float("nan"): "the encoder is broken",
+        float("inf"): "the encoder is broken",
+        1e6: "use --dtype float32",
+    }
+    for worst, remedy in remedies.items():
+        with pytest.raises(DataError, match=rf"feature 2 of image \d+ of 'train' is .*{remedy}"):
+            write_dataset(source(worst), tmp_path / "out")
+        assert not list((tmp_path / "out").rglob("*.tar*"))
+    write_dataset(source(2.0), tmp_path / "out")
+    assert (Dataset.open(tmp_path / "out").rows("test") == [1, 1, 2, 1]).all()
+
+
+def test_a_model_that_gives_nan_answers_nothing(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest of NaN is the first class: it would pass for an answer, or for 20% of a 5-way task."""
+    state = load_state(model / "checkpoint.pt")
+    weights = state["model"]
+    name = next(name for name, value in weights.items() if name.startswith("encoder") and value.ndim == 4)
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    save_state(tmp_path / "broken.pt", {key: value for key, value in state.items() if key != "version"})
+    task = ["--data", str(data), "--way", "5", "--shot", "1", "--query", "5", "--episodes", "2"]
+    refused(capsys, "features that are not finite", ["evaluate", str(tmp_path / "broken.pt"), *task])
+    for name in ("support/a", "support/b", "query"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (28, 28), len(name)).save(tmp_path / name / "0.png")
+    pictures = ["--support", str(tmp_path / "support"), "--query", str(tmp_path / "query"), "--json"]
+    refused(capsys, "NaN instead of probabilities", ["classify", str(tmp_path / "broken.pt"), *pictures])
+    # What other programs leave beside pictures is neither class nor query.
+    (tmp_path / "support" / ".cache").mkdir()
+    (tmp_path / "query" / "folder.png").mkdir()
+    (tmp_path / "query" / "._0.png").write_bytes(b"not a picture")
+    assert main(["classify", str(model), *pictures]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["classes"] == ["a", "b"]
+    assert [row["query"] for row in answer["queries"]] == ["0.png"]
+
+
+def test_too_many_shots_are_refused_before_anything_is_encoded(
+    data: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metagmvae.evaluation.fewshot.encoding.encode_split", lambda *_: pytest.fail("encoded"))
+    words = ["evaluate", str(model), "--data", str(data), "--way", "5", "--shot", "50"]
+    refused(capsys, "50 shots and 15 queries need 65 images of a class", words)
+
+
+def test_a_checkpoint_of_damaged_settings_or_foreign_objects_is_one_line(
+    data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {key: value for key, value in load_state(encoder / "checkpoint.pt").items() if key != "version"}
+    words = ["features", str(tmp_path / "x.pt"), "--data", str(data), "--out", str(tmp_path / "out")]
+    for damage in ({"settings": 5}, {"settings": "{}"}, {"settings": "{}", "best": {"5w1s": {}}}):
+        save_state(tmp_path / "x.pt", state | damage)
+        refused(capsys, "x.pt", words)
+    torch.save({"version": 2, "model": Path("x")}, tmp_path / "x.pt")
+    refused(capsys, "refused, it holds more than tensors and plain values", words)
+    assert not (tmp_path / "out").exists()
+
+
+def typed(words: list[str]) -> None:
+    """In a process of its own: Ray Train warns of its own deprecations."""
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-m", "metagmvae", *words], cwd=root, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.ray
+def test_an_encoder_is_trained_on_ray_by_two_workers_and_goes_on_after_a_stop(data: Path, tmp_path: Path) -> None:
+    settings = TINY | {"data.uri": data, "run.out": tmp_path / "run", "run.engine": "ray", "run.workers": 2}
+    words = command("pretrain", "omniglot-cpu", "--json", **settings | {"pretrain.steps": 6})
+    typed(words)
+    loaded = load_model(tmp_path / "run")
+    assert type(loaded.model).__name__ == "EncoderModel"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["global_step"] for line in lines] == [2, 4, 6]
+    assert {"validation/5w1s", "validation/linear"} <= lines[-1].keys()
+    typed([*words, "--resume"])
+    again = load_model(tmp_path / "run").model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in loaded.model.state_dict().items())

@@ -1,0 +1,102 @@
+"""`metagmvae models`: what stands in the registry, and whether the data that it rests on are still there."""
+
+import json
+import shutil
+
+import mlflow_template
+import pytest
+
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry.listing import state_of_data
+from metagmvae.infra.registry.register import register
+from metagmvae.infra.tracking.store import connect
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_dataset(open_source("glyphs", classes=(6, 6, 6), drawings=20), tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    tracking = mlflow_template.new_store(tmp_path / "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(tracking).uri)
+    return connect(tracking)
+
+
+def listed(capsys, *words: str) -> list[dict]:
+    capsys.readouterr()
+    assert main(["models", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["models"]
+
+
+def test_data_are_there_or_changed_or_damaged_or_gone(data, tmp_path):
+    uri, fingerprint = str(data), Dataset.open(data).fingerprint
+    assert state_of_data(uri, fingerprint) == ("yes", "")
+    state, why = state_of_data(uri, "f" * 64)
+    assert (state, f"is {fingerprint[:12]}…, and was ffffffffffff…" in why) == ("changed", True)
+    (data / "test" / "shard-000000.tar").unlink()
+    state, why = state_of_data(uri, fingerprint)
+    assert (state, "1 files are missing, test/shard-000000.tar first" in why) == ("damaged", True)
+    shutil.rmtree(data)
+    state, why = state_of_data(uri, fingerprint)
+    assert (state, "no dataset.json there" in why) == ("gone", True)
+
+
+def test_versions_with_their_aliases_evidence_and_data(store, data, tmp_path, capsys):
+    run = mlflow_template.new_run(tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"data": str(tmp_path / "trained on")}))
+    tracking = TrackingSettings(uri=store.uri)
+    register(run, tracking, "one", results={"5w1s": {"accuracy": 0.5, "ci95": 0.01}})
+    register(run, tracking, "one")
+    register(run, tracking, "two")
+    few = ["--data", str(data), "--query", "5", "--episodes", "30"]
+    assert main(["evaluate", "models:/one/2", *few]) == 0
+    assert main(["promote", "models:/one/2", "--other-data", *few]) == 1
+    newest, oldest = listed(capsys, "one")
+    assert (newest["version"], newest["aliases"], newest["kind"]) == ("2", [], "few-shot classifier")
+    assert (oldest["version"], oldest["aliases"], oldest["promotion"]) == ("1", ["champion"], {})
+    assert oldest["results"] == {"5w1s": {"accuracy": 0.5, "ci95": 0.01}}
+    assert newest["results"].keys() == {"test.5w1s.transductive"}
+    assert newest["promotion"]["decision"] == "refused"
+    assert newest["promotion"]["5w1s"]["difference"] == 0.0
+    assert newest["promotion"]["data_fingerprint"] == Dataset.open(data).fingerprint
+    states = {entry["of"]: (entry["uri"], entry["state"]) for entry in newest["data"]}
+    assert states == {
+        "training": (str(tmp_path / "trained on"), "gone"),
+        "test.5w1s.transductive": (str(data), "yes"),
+        "promotion": (str(data), "yes"),
+    }
+    assert [(row["name"], row["version"]) for row in listed(capsys)] == [("one", "2"), ("one", "1"), ("two", "1")]
+    capsys.readouterr()
+    assert main(["models", "one"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["model", "aliases", "kind"]
+    assert "refused over 1: 5w1s +0.00 ± 0.00" in lines[3]
+    assert f"{data} yes" in lines[3]
+    assert "5w1s 50.00 ± 1.00" in lines[4]
+
+
+def test_other_peoples_models_stand_beside_ours(store, tmp_path, capsys):
+    store.client.create_registered_model("theirs")
+    store.client.create_model_version("theirs", str(tmp_path))
+    (row,) = listed(capsys)
+    assert (row["name"], row["kind"], row["results"], row["data"]) == ("theirs", "unknown", {}, [])
+    assert main(["models"]) == 0
+    assert "not known" in capsys.readouterr().out
+    store.client.set_model_version_tag("theirs", "1", "promotion.tasks", "five")
+    assert main(["models"]) == 2
+    assert "models:/theirs/1: its tags results.… or promotion.… are not ours" in capsys.readouterr().err
+
+
+def test_a_name_that_is_none_and_an_empty_registry(store, capsys):
+    assert listed(capsys) == []
+    assert main(["models", "nothing"]) == 2
+    assert "no registered model 'nothing' in" in capsys.readouterr().err
+    assert main(["models"]) == 0
+    assert "models: none" in capsys.readouterr().out

@@ -1,0 +1,303 @@
+"""A challenger becomes champion if it is better on the same episodes, and only then; rolled back; one at a time."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow_template
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mlflow_template import judged_run
+
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry import promote
+from metagmvae.infra.registry.alias_history import read_history
+from metagmvae.infra.registry.register import register
+from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.tracking.store import Store, connect, import_mlflow
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+from metagmvae.training.trainer.checkpoint import load_state, save_state
+
+REPOSITORY = Path(__file__).parents[1]
+FEW = ["--episodes", "40", "--query", "5"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, data):
+    """A store with versions of `glyphs`: 1 blind and champion, 2 and 3 seeing and equal."""
+    folder = tmp_path_factory.mktemp("prepared")
+    store = mlflow_template.new_store(folder / "mlflow")
+    register(judged_run(folder / "blind", data, blind=True), store, "glyphs")
+    seeing = judged_run(folder / "seeing", data)
+    register(seeing, store, "glyphs")
+    register(seeing, store, "glyphs")
+    return folder / "mlflow"
+
+
+@pytest.fixture
+def store(prepared, tmp_path, monkeypatch) -> Store:
+    """A copy of it, which commands use."""
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(prepared / "mlflow.db", tmp_path / "mlflow")
+    opened = connect(TrackingSettings(store=str(tmp_path / "mlflow")))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", opened.uri)
+    return opened
+
+
+@pytest.fixture
+def ask(data, capsys):
+    """`promote` as a user types it, on the data; its answer and what it says to stderr."""
+
+    def ask(*words: str, code: int = 0, uri: Path | None = data) -> dict:
+        capsys.readouterr()
+        rollback = "--rollback" in words
+        where = [] if rollback or uri is None else ["--data", str(uri), *FEW]
+        assert main(["promote", *words, *where, "--json"]) == code
+        out, err = capsys.readouterr()
+        return json.loads(out) if out else {"error": err}
+
+    return ask
+
+
+def champion(store: Store, alias: str = "champion") -> str | None:
+    found = store.client.get_registered_model("glyphs").aliases.get(alias)
+    return None if found is None else str(found)
+
+
+def files_of(store: Store, answer: dict, folder: Path) -> Path:
+    got = import_mlflow().artifacts.download_artifacts(
+        artifact_uri=answer["evidence"], dst_path=str(folder), tracking_uri=store.uri
+    )
+    assert {file.name for file in Path(got).iterdir()} == {"decision.json", "episodes.parquet"}
+    return Path(got)
+
+
+def test_the_better_one_is_promoted_and_the_evidence_is_kept(store, ask, data, tmp_path):
+    answer = ask("models:/glyphs/2", "--shots", "1", "5")
+    assert (answer["decision"], answer["rule"], champion(store)) == ("promoted", "better", "2")
+    assert (answer["challenger"], answer["champion"]) == ("models:/glyphs/2", "models:/glyphs/1")
+    one, five = answer["tasks"]
+    assert (one["task"], one["verdict"], five["task"]) == ("5w1s", "better", "5w5s")
+    assert one["champion"] == pytest.approx(0.2, abs=0.02)  # chance
+    folder = files_of(store, answer, tmp_path)
+    rows = pq.read_table(folder / "episodes.parquet").to_pandas()
+    of_one = rows[rows.shot == 1]
+    each = (of_one.challenger - of_one.champion).to_numpy()
+    assert len(each) == 40
+    assert one["difference"] == pytest.approx(each.mean())
+    assert one["ci95"] == pytest.approx(1.96 * each.std(ddof=1) / np.sqrt(40))
+    kept = json.loads((folder / "decision.json").read_text())
+    assert {key: kept[key] for key in answer if key != "evidence"} == {
+        k: v for k, v in answer.items() if k != "evidence"
+    }
+    assert {"by", "environment", "settings"} <= kept.keys()
+    tags = store.client.get_model_version("glyphs", "2").tags
+    assert tags["promotion.decision"] == "promoted"
+    assert float(tags["promotion.5w1s.difference"]) == one["difference"]
+    assert tags["promotion.champion"] == "models:/glyphs/1"
+    assert tags["promotion.data_fingerprint"] == Dataset.open(data).fingerprint
+    assert (tags["promotion.split"], tags["promotion.episodes"], tags["promotion.seed"]) == ("validation", "40", "0")
+    assert tags["promotion.evidence"] == answer["evidence"]
+    # The episodes are those of `evaluate`, and the alias is what everything else goes by.
+    assert main(["evaluate", "models:/glyphs@champion", "--data", str(data), "--split", "validation", *FEW]) == 0
+    tags = store.client.get_model_version("glyphs", "2").tags
+    assert float(tags["results.validation.5w1s.transductive"]) == pytest.approx(one["challenger"], abs=1e-6)
+    served = import_mlflow().pyfunc.load_model("models:/glyphs@champion")
+    assert served.metadata.run_id == store.client.get_model_version("glyphs", "2").run_id
+
+
+def test_what_is_not_better_is_refused_with_the_numbers_and_nothing_moves(store, ask, tmp_path):
+    ask("models:/glyphs/2")
+    answer = ask("models:/glyphs/1", code=1)
+    assert (answer["decision"], champion(store)) == ("refused", "2")
+    assert "5w1s: 20." in answer["reason"]
+    assert "the champion stays" in answer["reason"]
+    assert store.client.get_model_version("glyphs", "1").tags["promotion.decision"] == "refused"
+    files_of(store, answer, tmp_path)
+    equal = ask("models:/glyphs/3", code=1)
+    assert (equal["tasks"][0]["difference"], equal["tasks"][0]["verdict"]) == (0.0, "undecided")
+    assert len(read_history(store, "glyphs")) == 2  # the first registration, and one promotion
+    equal = ask("models:/glyphs/3", "--allow-equal", "--margin", "0")
+    assert (equal["decision"], equal["rule"], champion(store)) == ("promoted", "not worse", "3")
+
+
+def test_tags_are_of_the_newest_decision_only(store, ask):
+    ask("models:/glyphs/2", "--shots", "1", "5", "--dry-run")
+    ask("models:/glyphs/2", "--shots", "1", "5")
+    ask("models:/glyphs@champion", "--rollback")
+    ask("models:/glyphs/2", "--shot", "5")
+    tags = store.client.get_model_version("glyphs", "2").tags
+    assert {key.split(".")[1] for key in tags if key.endswith(".difference")} == {"5w5s"}
+    assert "promotion.rolled_back" not in tags
+
+
+def test_the_first_one_becomes_champion_and_says_so(store, ask):
+    store.client.delete_registered_model_alias("glyphs", "champion")
+    answer = ask("models:/glyphs/1")
+    assert (answer["decision"], answer["rule"], answer["champion"]) == ("promoted", "first", None)
+    assert "no version has the alias 'champion' yet" in answer["reason"]
+    assert answer["tasks"][0].keys() == {"task", "challenger", "ci95"}
+    assert champion(store) == "1"
+    answer = ask("models:/glyphs@champion", "--rollback", code=2)
+    assert "no former version to go back to; version 1 was the first one" in answer["error"]
+
+
+def test_a_margin_that_is_none_is_refused_where_nothing_is_to_be_beaten_too(store, ask):
+    error = ask("models:/glyphs/2", "--alias", "candidate", "--margin", "5", code=2)["error"]
+    assert "--margin is 5.0" in error
+    assert champion(store, "candidate") is None
+
+
+def test_another_alias_is_won_over_a_named_model(store, ask):
+    answer = ask("models:/glyphs/1", "--alias", "staging", "--over", "models:/glyphs/2", code=1)
+    assert (answer["champion"], champion(store, "staging")) == ("models:/glyphs/2", None)
+    answer = ask("models:/glyphs/3", "--alias", "staging", "--over", "models:/glyphs@champion")
+    assert (answer["decision"], champion(store, "staging"), champion(store)) == ("promoted", "3", "1")
+    answer = ask("models:/glyphs/2", "--alias", "staging", "--over", "models:/glyphs@champion", code=2)
+    assert "models:/glyphs@staging is models:/glyphs/3; a champion gives way only to" in answer["error"]
+
+
+def test_a_dry_run_writes_nothing(store, ask, data, tmp_path):
+    def content() -> list[str]:
+        import sqlite3
+
+        with sqlite3.connect(store.uri.removeprefix("sqlite:///")) as database:
+            return list(database.iterdump())
+
+    before = content()
+    assert ask("models:/glyphs/2", "--dry-run")["decision"] == "would be promoted"
+    run = judged_run(tmp_path / "new", data, blind=True)
+    files = {path.name for path in run.iterdir()}
+    answer = ask(str(run), "--name", "glyphs", "--dry-run", code=1)
+    assert (answer["decision"], answer["challenger"]) == ("would be refused", str(run))
+    assert content() == before
+    assert {path.name for path in run.iterdir()} == files
+
+
+def test_a_run_folder_is_registered_once_and_without_an_alias(store, ask, data, tmp_path):
+    run = judged_run(tmp_path / "worse", data, blind=True, step=7)
+    assert ask(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name\n")
+    answer = ask(str(run), "--name", "glyphs", code=1)
+    assert (answer["challenger"], champion(store)) == ("models:/glyphs/4", "1")
+    assert ask(str(run), "--name", "glyphs", code=1)["challenger"] == "models:/glyphs/4"
+    better = ask(str(judged_run(tmp_path / "better", data)), "--name", "glyphs")
+    assert (better["challenger"], champion(store)) == ("models:/glyphs/5", "5")
+    assert not resolve_model("models:/glyphs@champion").model.training
+
+
+def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
+    ask("models:/glyphs/2")
+    ask("models:/glyphs/3", "--allow-equal")
+    would = ask("models:/glyphs", "--rollback", "--dry-run")
+    assert (would["decision"], would["version"], champion(store)) == ("would be rolled back", "2", "3")
+    back = ask("models:/glyphs", "--rollback")
+    assert (back["decision"], back["version"], back["before"], champion(store)) == ("rolled back", "2", "3", "2")
+    assert ask("models:/glyphs@champion", "--rollback")["version"] == champion(store) == "1"
+    error = ask("models:/glyphs@champion", "--rollback", code=2)["error"]
+    assert "no former version to go back to; version 1 got it without a promotion on record" in error
+    assert [(move.action, move.version, move.former, move.undoes) for move in read_history(store, "glyphs")] == [
+        ("registered", "1", None, None),
+        ("promoted", "2", "1", None),
+        ("promoted", "3", "2", None),
+        ("rolled back", "2", "3", 3),
+        ("rolled back", "1", "2", 2),
+    ]
+    assert "promotion.rolled_back" in store.client.get_model_version("glyphs", "3").tags
+    assert main(["models", "glyphs"]) == 0
+    assert "promoted over 2: 5w1s +0.00 ± 0.00, rolled back" in capsys.readouterr().out
+    ask("models:/glyphs/2")
+    store.client.delete_model_version("glyphs", "1")
+    assert "models:/glyphs/1: no such version" in ask("models:/glyphs", "--rollback", code=2)["error"]
+    assert champion(store) == "2"
+
+
+@pytest.mark.parametrize("now", ["2", "3"])
+def test_an_alias_that_moved_in_the_meantime_is_left_alone(store, ask, monkeypatch, now):
+    judged = promote.evaluate_head_to_head
+
+    def slow(*request):
+        outcome = judged(*request)
+        store.client.set_registered_model_alias("glyphs", "champion", now)
+        return outcome
+
+    monkeypatch.setattr(promote, "evaluate_head_to_head", slow)
+    answer = ask("models:/glyphs/2", code=1)
+    assert (answer["decision"], champion(store)) == ("overtaken", now)
+    assert f"went from version 1 to version {now} in the meantime (moved by hand, without a record)" in answer["reason"]
+    # Where the challenger itself was promoted by another process, its tags are that one's.
+    decided = store.client.get_model_version("glyphs", "2").tags.get("promotion.decision")
+    assert decided == ("overtaken" if now == "3" else None)
+
+
+WRONG = [
+    (["models:/glyphs/1"], "is champion of glyphs already, as version 1"),
+    (["models:/glyphs/9"], "no such version; versions of glyphs: 1, 2, 3"),
+    (["models:/other/1"], "no registered model 'other'"),
+    (["runs:/abc"], "give models:/NAME/VERSION, or the run's folder"),
+    (["nowhere"], "not a run folder"),
+    (["models:/glyphs/2", "--name", "x"], "--name x: is for a run folder"),
+    (["models:/glyphs/2", "--margin", "-1"], "--margin is -1.0"),
+    (["models:/glyphs/2", "--split", "exam"], "no split 'exam'; it has"),
+    (["models:/glyphs/2", "--way", "50"], "50 ways were asked for and there are 6 classes"),
+    (["models:/glyphs/2", "--shot", "99"], "99 shots and 5 queries need 104 images"),
+    (["models:/glyphs/2", "--episodes", "3"], "an interval needs 30 episodes at least"),
+    (["models:/glyphs/2", "--rollback"], "--rollback takes models:/NAME@ALIAS"),
+    (["models:/glyphs@nobody", "--rollback"], "no such version; versions of glyphs"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), WRONG)
+def test_wrong_requests_are_one_line_and_move_nothing(store, data, capsys, words, reason):
+    assert main(["promote", "--data", str(data), *FEW, *words]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert champion(store) == "1"
+
+
+def test_data_that_is_gone_or_other_is_refused(store, ask, tmp_path):
+    assert "no dataset.json there" in ask("models:/glyphs/2", code=2, uri=tmp_path / "gone")["error"]
+    assert "name the data set to judge on with --data" in ask("models:/glyphs/2", code=2, uri=None)["error"]
+    other = tmp_path / "other"
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), other)
+    error = ask("models:/glyphs/2", code=2, uri=other)["error"]
+    assert "models:/glyphs/2 was trained on other data" in error
+    assert "name its own with --data, or say --other-data" in error
+    answer = ask("models:/glyphs/2", "--other-data", uri=other)
+    assert [warning.split(" was ")[0] for warning in answer["warnings"]] == ["models:/glyphs/2", "models:/glyphs/1"]
+
+
+def test_classes_that_should_not_choose_are_named(store, ask):
+    (warning,) = ask("models:/glyphs/2", "--split", "test", "--dry-run")["warnings"]
+    assert "use --split validation" in warning
+    both = ask("models:/glyphs/2", "--split", "train", "--dry-run")["warnings"]
+    assert len(both) == 2
+    assert all("was trained on the split 'train'" in warning for warning in both)
+
+
+def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask, data, tmp_path):
+    runs = []
+    for name, factor in (("sharp", 1.0), ("blunt", 0.0)):
+        runs.append(judged_run(tmp_path / name, data))
+        state = load_state(runs[-1] / "checkpoint.pt")
+        weights = {key: value * factor for key, value in state["model"].items() if key.startswith("encoder.")}
+        save_state(runs[-1] / "checkpoint.pt", state | {"kind": "encoder", "model": weights})
+    sharp, blunt = (str(run) for run in runs)
+    first = ask(blunt, "--name", "eyes")
+    assert (first["rule"], first["mode"]) == ("first", "inductive")
+    won = ask(sharp, "--name", "eyes")
+    assert (won["decision"], won["tasks"][0]["verdict"]) == ("promoted", "better")
+    assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
+    error = ask(sharp, "--name", "glyphs", code=2)["error"]
+    assert f"{sharp} and models:/glyphs/1: one is an encoder alone, the other a whole model" in error

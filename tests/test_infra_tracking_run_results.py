@@ -1,0 +1,95 @@
+"""What is found out about a run stands in its folder and in MLflow: results, figures, or why there are none."""
+
+import json
+
+import mlflow_template
+import pytest
+
+from metagmvae.infra.cli import main
+from metagmvae.infra.tracking.store import connect
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+
+SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_size": 20, "train.samples": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder)
+    return folder
+
+
+def train(data, out, **more) -> int:
+    settings = SMALL | {"data.uri": data, "run.out": out, "tracking.register_as": "", "validation.every": 2} | more
+    options = [f"--set={key}={value}" for key, value in (settings | {"validation.episodes": 3}).items()]
+    return main(["train", "omniglot-5way", *options])
+
+
+def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run(data, tmp_path, capsys):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    run = tmp_path / "run"
+    assert train(data, run, **{"tracking.store": store.store}) == 0
+    request = ["evaluate", str(run), "--data", str(data), "--episodes", "3", "--json"]
+    capsys.readouterr()
+    assert main(request) == 0
+    answer = json.loads(capsys.readouterr().out)
+    client = connect(store).client
+    (tracked,) = client.search_runs(["1"])
+    assert tracked.data.metrics["test/5w1s/transductive"] == answer["accuracy"]
+    assert tracked.data.metrics["test/5w1s/transductive_ci95"] == answer["ci95"]
+    (point,) = client.get_metric_history(tracked.info.run_id, "test/5w1s/transductive")
+    assert point.step == 2
+
+    def names(folder: str) -> set[str]:
+        return {item.path for item in client.list_artifacts(tracked.info.run_id, folder)}
+
+    assert names("results") == {f"results/test-5way-1shot-transductive.{kind}" for kind in ("json", "parquet")}
+    stems = ("curves", "latent-map", "modes-meta-test", "modes-meta-training", "reconstructions")
+    assert names("figures") == {"figures/curves.json", *(f"figures/{stem}.png" for stem in stems)}
+    curve = json.loads((run / "figures" / "curves.json").read_text())["validation"]
+    assert [point["global_step"] for point in curve] == [2]
+    assert {"elapsed_s", "validation/5w1s", "validation/5w1s_ci95"} <= curve[0].keys()
+
+
+def test_a_store_that_is_gone_does_not_lose_a_result(data, tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    run = tmp_path / "run"
+    assert train(data, run, **{"tracking.store": store.store}) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["tracking"]["uri"] == ""
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data), "--episodes", "3"]) == 0
+    assert "send the results later: metagmvae track" in capsys.readouterr().err
+    assert (run / "results" / "test-5way-1shot-transductive.json").exists()
+
+
+def test_what_cannot_be_drawn_is_said_and_the_run_stays(data, tmp_path, capsys):
+    few = tmp_path / "few"
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=8), few)
+    assert train(few, tmp_path / "run", **{"tracking.enabled": "false", "validation.every": 0}) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("no figures were drawn: 1 shots and 10 queries need 11 images of a class")
+    assert error.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_results_of_a_registered_version_go_to_its_tags_and_its_run(data, tmp_path, capsys, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    registered = {"tracking.store": store.store, "tracking.register_as": "glyphs"}
+    assert train(data, tmp_path / "run", **registered) == 0
+    assert "alias: models:/glyphs@champion\n" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
+    words = ["evaluate", "models:/glyphs@champion", "--data", str(data), "--episodes", "3", "--json"]
+    assert main(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["kept"] == "models:/glyphs/1"
+    client = connect(store).client
+    version = client.get_model_version("glyphs", "1")
+    assert float(version.tags["results.test.5w1s.transductive"]) == pytest.approx(answer["accuracy"], abs=1e-6)
+    assert float(version.tags["results.test.5w1s.transductive_ci95"]) == pytest.approx(answer["ci95"], abs=1e-6)
+    metrics = client.get_run(version.run_id).data.metrics
+    assert metrics["test/5w1s/transductive"] == answer["accuracy"]
+    names = {item.path for item in client.list_artifacts(version.run_id, "results")}
+    assert names == {f"results/test-5w1s-transductive.{kind}" for kind in ("json", "parquet")}

@@ -1,0 +1,248 @@
+"""The mirror of a run folder in MLflow: whole, once, in spite of interruptions."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import mlflow_template
+import pytest
+from mlflow_template import STARTED_MS, VALUES, ended_run, history, line
+
+from metagmvae.configs.schema import Settings, TrackingSettings
+from metagmvae.infra.runs.status import read_status, write_status
+from metagmvae.infra.tracking import run_uploader
+from metagmvae.infra.tracking.convert import flatten, tags, unsent_chunks
+from metagmvae.infra.tracking.cursor import locked
+from metagmvae.infra.tracking.run_tracker import track
+from metagmvae.infra.tracking.run_uploader import upload_run
+from metagmvae.infra.tracking.store import TrackingError, connect, redact, store_uri
+from metagmvae.infra.tracking.system_metrics import SystemSampler, gpu_values
+from metagmvae.pipelines.records import DataError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return mlflow_template.new_store(tmp_path / "store")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return ended_run(tmp_path / "runs" / "five way")
+
+
+def test_everything_of_a_run_arrives(run, store):
+    report = upload_run(run, store)
+    client = connect(store).client
+    sent = client.get_run(report.run_id)
+    assert (report.metrics, report.status) == (200 * 4, "FINISHED")  # loss, elbo, images_per_s, elapsed_s
+    assert history(store, report.run_id, "loss") == [
+        (step, 1000.0 - step, STARTED_MS + 500 * step) for step in range(1, 201)
+    ]
+    assert set(sent.data.metrics) == {*VALUES, "elapsed_s"}
+    assert sent.data.params["train.batch"] == "4"
+    assert sent.data.params["validation.shots"] == "[1, 5]"
+    assert not any(key.startswith(("run.", "tracking.")) for key in sent.data.params)
+    assert sent.data.tags["run.engine"] == sent.data.tags["engine"] == "local"
+    assert sent.data.tags["data_fingerprint"] == "d" * 64
+    assert sent.data.tags["mlflow.source.git.commit"] == "c0ffee"
+    assert (sent.info.status, sent.info.start_time) == ("FINISHED", STARTED_MS)
+    assert sent.info.end_time == STARTED_MS + 100_000
+    assert sent.info.run_name == "five way"
+    files = {item.path for item in client.list_artifacts(report.run_id)}
+    assert files == {"settings.json", "run.json", "metrics.jsonl", "checkpoint.pt", "figures"}
+    assert [item.path for item in client.list_artifacts(report.run_id, "figures")] == ["figures/curves.png"]
+
+
+def test_a_second_mirror_sends_nothing(run, store):
+    first = upload_run(run, store)
+    second = upload_run(run, store)
+    assert (second.run_id, second.metrics, second.artifacts) == (first.run_id, 0, [])
+    assert len(history(store, first.run_id, "loss")) == 200
+
+
+def test_a_batch_that_is_sent_twice_is_there_once(run, store):
+    """As after a crash between the store's acceptance and the cursor: the cursor knows of nothing."""
+    first = upload_run(run, store)
+    cursor = json.loads((run / "tracking.json").read_text())
+    entry = cursor["stores"][store_uri(store)]
+    cursor["stores"][store_uri(store)] = {**entry, "run_id": None, "lines": {}, "artifacts": {}}
+    (run / "tracking.json").write_text(json.dumps(cursor))
+    second = upload_run(run, store)
+    assert second.run_id == first.run_id
+    assert second.metrics == first.metrics
+    assert len(history(store, first.run_id, "loss")) == 200
+    assert len(connect(store).client.search_runs(["1"])) == 1
+
+
+def test_an_interrupted_mirror_is_completed_later(run, store, monkeypatch):
+    """The store goes away after two batches; what it accepted is noted, and only the rest is sent again."""
+    monkeypatch.setattr(run_uploader, "METRICS_PER_BATCH", 100)
+    client = connect(store).client
+    accepted = []
+    real = type(client).log_batch
+
+    def failing(self, run_id, metrics=(), params=(), tags=()):
+        if metrics:
+            if len(accepted) == 2:
+                raise ConnectionError("gone")
+            accepted.append(len(metrics))
+        return real(self, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(type(client), "log_batch", failing)
+    with pytest.raises(TrackingError, match="gone"):
+        upload_run(run, store)
+    monkeypatch.setattr(type(client), "log_batch", real)
+    cursor = json.loads((run / "tracking.json").read_text())
+    assert cursor["stores"][cursor["uri"]]["lines"]["metrics.jsonl"]["lines"] == 50
+    rest = upload_run(run, store)
+    assert rest.metrics == 800 - sum(accepted) == 600
+    assert len(history(store, rest.run_id, "elbo")) == 200
+
+
+def test_a_growing_file_is_sent_by_whole_lines(run):
+    path = run / "metrics.jsonl"
+    path.write_text(line(1) + line(2) + line(3)[:10])
+    (chunk,) = unsent_chunks(path, {}, 0, 1000)
+    assert [point.step for point in chunk.points] == [1] * 4 + [2] * 4
+    assert list(unsent_chunks(path, chunk.position, 0, 1000)) == []
+    path.write_text(line(1) + line(2) + line(3))
+    (rest,) = unsent_chunks(path, chunk.position, 0, 1000)
+    assert {point.step for point in rest.points} == {3}
+    path.write_text(line(1) + line(2, steps=99) + line(3))  # cut back and written again by a resumed run
+    (again,) = unsent_chunks(path, rest.position, 0, 1000)
+    assert {point.step for point in again.points} == {1, 2, 3}
+
+
+def test_chunks_hold_whole_lines_and_keep_to_the_limit(run):
+    chunks = list(unsent_chunks(run / "metrics.jsonl", {}, 0, 10))
+    assert [len(chunk.points) for chunk in chunks] == [8] * 100
+    assert [chunk.position["lines"] for chunk in chunks] == list(range(2, 201, 2))
+    assert chunks[-1].position["bytes"] == (run / "metrics.jsonl").stat().st_size
+
+
+def test_the_warm_up_has_its_own_curves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1, stage="pretrain") + line(2))
+    (chunk,) = unsent_chunks(path, {}, 0, 1000)
+    keys = {point.key for point in chunk.points}
+    assert {"pretrain/loss", "loss"} <= keys
+
+
+def test_a_broken_line_is_named(run, store):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("{half\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl line 201: not a metric line"):
+        upload_run(run, store)
+
+
+def test_flatten_and_secrets():
+    assert flatten({"a": {"b": [1, 2], "c": "x"}, "d": None, "e": True}) == {
+        "a.b": "[1, 2]",
+        "a.c": "x",
+        "e": "true",
+    }
+    assert redact("http://me:secret@host:5000") == "http://host:5000"
+    record = {"command": "metagmvae train x --set tracking.uri=http://me:secret@host"}
+    assert tags({}, record)["command"].endswith("tracking.uri=http://host")
+    with pytest.raises(DataError, match="set MLFLOW_TRACKING_URI instead"):
+        store_uri(TrackingSettings(uri="http://me:secret@host"))
+
+
+def test_relative_stores_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert store_uri(TrackingSettings()) == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
+    assert store_uri(TrackingSettings(uri="sqlite:///x.db")) == f"sqlite:///{tmp_path}/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-outside:5000")
+    assert store_uri(TrackingSettings()) == "http://from-outside:5000"
+    assert store_uri(TrackingSettings(uri="http://set:5000")) == "http://set:5000"
+
+
+def test_a_run_is_resumed_in_the_same_mlflow_run(run, store):
+    first = upload_run(run, store)
+    write_status(run, "RUNNING")
+    settings = Settings.model_validate_json((run / "settings.json").read_text())
+    workers = settings.model_copy(update={"run": settings.run.model_copy(update={"workers": 4})})
+    (run / "settings.json").write_text(workers.model_dump_json())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line(201, steps=201))
+    second = upload_run(run, store)
+    going = connect(store).client.get_run(second.run_id)
+    assert (second.run_id, second.metrics) == (first.run_id, 4)
+    assert going.info.status == "RUNNING"
+    assert going.data.tags["run.workers"] == "4"
+    write_status(run, "FAILED")
+    upload_run(run, store)
+    ended = connect(store).client.get_run(second.run_id).info
+    assert (ended.status, ended.start_time) == ("FAILED", STARTED_MS)
+
+
+def test_track_goes_to_the_store_of_before_from_any_folder(run, store, tmp_path, monkeypatch):
+    """The settings of the run name the default store, relative to where it was trained."""
+    first = upload_run(run, store)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line(201, steps=201))
+    monkeypatch.chdir(tmp_path)
+    again = track(run)
+    assert (again.run_id, again.uri, again.metrics) == (first.run_id, store_uri(store), 4)
+    assert track(run, uri=store_uri(mlflow_template.new_store(tmp_path / "other"))).metrics == 804
+
+
+def test_a_run_deleted_on_the_server_is_not_sent_again_unasked(run, store):
+    report = upload_run(run, store)
+    connect(store).client.delete_run(report.run_id)
+    with pytest.raises(TrackingError, match=r"was deleted there; restore it, or delete .*tracking\.json"):
+        upload_run(run, store)
+
+
+def test_status_of_runs_that_ended_without_saying_so(run, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    status = json.loads((run / "status.json").read_text())
+    owner = {"pid": gone.pid, "host": socket.gethostname()}
+    (run / "status.json").write_text(json.dumps({**status, "status": "RUNNING", "owner": owner}))
+    assert read_status(run)[0] == "KILLED"
+    (run / "status.json").unlink()  # tracking was off during training
+    assert read_status(run)[0] == "FINISHED"
+    (run / "metrics.jsonl").write_text(line(10))
+    assert read_status(run)[0] == "KILLED"
+
+
+def test_two_mirrors_at_once_are_refused(run, store):
+    with locked(run), pytest.raises(TrackingError, match="being sent to MLflow just now"):
+        upload_run(run, store)
+
+
+def test_not_a_run_folder(tmp_path, store):
+    with pytest.raises(DataError, match=r"not a run folder \(no settings\.json\)"):
+        upload_run(tmp_path, store)
+    with pytest.raises(DataError, match="not a run folder"):
+        track(tmp_path)
+
+
+def test_a_store_folder_that_cannot_be_made(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match=r"tracking\.store"):
+        upload_run(run, TrackingSettings(store=str(tmp_path / "file" / "store")))
+
+
+def test_system_metrics(tmp_path):
+    (tmp_path / "stat").write_text("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 750 kB\n")
+    sampler = SystemSampler(tmp_path)
+    sampler.smi = None
+    (tmp_path / "stat").write_text("cpu  150 0 125 900 125 0 0 0 0 0\ncpu0 1\n")
+    sample = sampler.sample()
+    assert sample["system/cpu_utilization_percentage"] == pytest.approx(100 * 75 / 300)
+    assert sample["system/system_memory_usage_percentage"] == pytest.approx(25)
+    assert sample["system/system_memory_usage_megabytes"] == pytest.approx(0.256)
+    assert gpu_values("0, 55, 1000, 4000, 80.5\n1, [N/A], 0, 4000, [N/A]\n") == {
+        "system/gpu_0_utilization_percentage": 55,
+        "system/gpu_0_memory_usage_megabytes": pytest.approx(1048.576),
+        "system/gpu_0_memory_usage_percentage": 25,
+        "system/gpu_0_power_usage_watts": 80.5,
+        "system/gpu_1_memory_usage_megabytes": 0,
+        "system/gpu_1_memory_usage_percentage": 0,
+    }
+
+    assert gpu_values("No devices were found\n") == {}

@@ -1,0 +1,157 @@
+"""A sweep on Ray Tune goes on when its worker or its driver is killed; trials that fail do not end it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_infra_cluster_train_on_ray import end, family, leave_nothing
+from typed import set_words, small_glyphs
+
+from metagmvae.configs.load import load_settings
+from metagmvae.evaluation.sweeps.trials import read_trials
+from metagmvae.infra.runs.run_folder import METRICS, read_lines
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+SETTINGS = {
+    "model.channels": 8,
+    "model.width": 32,
+    "model.latent": 8,
+    "train.batch": 2,
+    "train.set_size": 50,
+    "train.samples": 4,
+    "train.checkpoint_every": 5,
+    "train.log_every": 5,
+    "train.precision": "float32",
+    "validation.every": 10,
+    "validation.episodes": 5,
+    "adapt.samples": 4,
+    "tracking.enabled": "false",
+}
+SPACE = """
+train.learning_rate = { choice = [1e-3, 3e-3, 1e30] }
+train.components = { choice = [5, 60] }
+train.em_iterations = { choice = [1, 2] }
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
+
+
+def start(data: Path, out: Path, *more: str, space: str = SPACE, **settings: object) -> subprocess.Popen:
+    """A driver in a session of its own, as in the tests of `train`."""
+    (out.parent / "space.toml").write_text(space)
+    pairs = SETTINGS | {"data.uri": data} | settings
+    options = set_words(pairs)
+    request = ["tune", "omniglot-5way", "--space", "space.toml", "--out", out, "--steps", STEPS, "--json", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "metagmvae", *map(str, request), *options]
+    with open(out.parent / "log", "a") as log, open(out.parent / "answer", "w") as answer:
+        return subprocess.Popen(
+            command, env=environment, stdout=answer, stderr=log, start_new_session=True, cwd=out.parent
+        )
+
+
+def progress(out: Path) -> dict[int, int]:
+    """Steps of each trial that its metric lines tell of."""
+    lines = {folder.name: read_lines(folder / METRICS) for folder in (out / "trials").glob("*")}
+    return {int(name): int(seen[-1]["step"]) for name, seen in lines.items() if seen}
+
+
+def wait_until(driver: subprocess.Popen, out: Path, condition) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        log = (out.parent / "log").read_text()
+        assert driver.poll() is None, log
+        assert time.monotonic() < deadline, log
+        time.sleep(0.05)
+
+
+def under_way(out: Path, besides: set[int]) -> set[int]:
+    """Trials that have a checkpoint and are not near their end."""
+    return {number for number, step in progress(out).items() if 5 <= step <= STEPS - 20} - besides
+
+
+def ended(out: Path) -> dict[int, str]:
+    return {trial.number: trial.status for trial in read_trials(out / "trials.jsonl")}
+
+
+def test_a_sweep_whose_driver_and_worker_are_killed_runs_each_trial_once(data, tmp_path):
+    out = tmp_path / "sweep"
+    request = ("--search", "grid", "--scheduler", "none")
+    driver = start(data, out, *request)
+    try:
+        wait_until(driver, out, lambda: "finished" in ended(out).values() and under_way(out, set(ended(out))))
+        driver.kill()
+    finally:
+        leave_nothing(driver)
+    before = read_trials(out / "trials.jsonl")
+    interrupted = under_way(out, {trial.number for trial in before})
+    written = {t.number: (out / "trials" / f"{t.number:05d}" / METRICS) for t in before if t.status == "finished"}
+    stamps = {number: path.stat().st_mtime_ns for number, path in written.items()}
+
+    second = start(data, out, *request)
+    assert end(second) == 2
+    assert "not empty; go on with --resume" in (tmp_path / "log").read_text()
+    driver = start(data, out, *request, "--resume")
+    try:
+        known = set(ended(out))
+        wait_until(driver, out, lambda: under_way(out, set(ended(out)) | interrupted | known))
+        workers = [p for p in family(driver) if "ImplicitFunc" in " ".join(p.cmdline())]
+        assert workers, [" ".join(p.cmdline())[:80] for p in family(driver)]
+        workers[0].kill()
+    finally:
+        code = end(driver, 300)
+    assert code == 0, (tmp_path / "log").read_text()
+
+    trials = read_trials(out / "trials.jsonl")
+    assert sorted(trial.number for trial in trials) == list(range(12))
+    for trial in trials:
+        impossible = trial.settings["train.components"] > 50
+        diverges = trial.settings["train.learning_rate"] > 1
+        assert trial.status == ("refused" if impossible else "failed" if diverges else "finished"), trial
+        lines = read_lines(out / "trials" / f"{trial.number:05d}" / METRICS)
+        if trial.status == "finished":
+            # No step twice, none left out: what was cut off went on from its checkpoint.
+            assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+            assert [point.step for point in trial.curve] == list(range(10, STEPS + 1, 10))
+        elif diverges and not impossible:
+            assert "the update was refused" in trial.reason
+    for earlier in before:
+        assert earlier in [trial.model_copy(update={"run_id": earlier.run_id}) for trial in trials]
+    assert {number: path.stat().st_mtime_ns for number, path in written.items()} == stamps
+
+    answer = json.loads((tmp_path / "answer").read_text())
+    best = max(trials, key=lambda trial: trial.last.accuracy if trial.last else 0)
+    assert answer["best"]["accuracy"] == best.last.accuracy
+    assert answer["trials"] == {"finished": 4, "failed": 2, "refused": 6}
+    settings = load_settings(out / "best.toml")
+    assert settings.train.em_iterations == answer["settings"]["train.em_iterations"]
+    assert not (out / "ray").exists()
+
+
+POSSIBLE = """
+train.learning_rate = { choice = [1e-3, 3e-3] }
+train.em_iterations = { choice = [1, 2] }
+"""
+
+
+def test_trials_on_several_workers_are_stopped_early_and_free_what_they_held(data, tmp_path):
+    """Ray frees the workers of a stopped trial only through its dashboard; without it the sweep would wait for ever."""
+    out = tmp_path / "sweep"
+    several = {"run.engine": "ray", "run.workers": 2}
+    driver = start(data, out, "--trials", "3", "--seed", "1", space=POSSIBLE, **several)
+    code = end(driver, 550)
+    assert code == 0, (tmp_path / "log").read_text()
+    trials = read_trials(out / "trials.jsonl")
+    assert {trial.status for trial in trials} == {"finished", "stopped"}
+    assert len(trials) == 3
+    assert trials[-1].number > next(trial.number for trial in trials if trial.status == "stopped")

@@ -1,0 +1,116 @@
+"""The folder of a sweep: whose it is, what it can be resumed with, and one sweep in it at a time."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from small_sweep import open_sweep
+
+from metagmvae.configs.load import SettingsError, load_settings
+from metagmvae.configs.search_space import load_space
+from metagmvae.infra.runs.folder_lock import LOCK, lock_run_folder
+from metagmvae.infra.tune.request import SweepRequest, run
+from metagmvae.infra.tune.sweep_folder import SweepPlan
+from metagmvae.pipelines.records import DataError
+
+
+def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tmp_path):
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    with lock_run_folder(tmp_path / "sweep"):
+        sweep.folder.clear()
+        sweep.folder.make(resume=False)
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [LOCK, "trials"]
+
+
+def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp_path, monkeypatch):
+    @contextmanager
+    def broken(*request):
+        raise RuntimeError("no cluster")
+        yield
+
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", broken)
+    request = SweepRequest(base=plan.base, space=plan.space, out=tmp_path / "sweep")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no cluster"):
+            run(request)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
+
+
+def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
+    root = tmp_path / "sweep"
+    open_sweep(plan, dataset, root)
+    with pytest.raises(DataError, match="not empty; go on with --resume"):
+        open_sweep(plan, dataset, root)
+    base = load_settings("omniglot-5way", ["train.steps=30", "validation.every=10", f"data.uri={dataset.uri}"])
+    other = SweepPlan("mine", base, plan.space, "tpe", "none", 1, "5w5s")
+    with pytest.raises(SettingsError) as error:
+        open_sweep(other, dataset, root, resume=True)
+    for part in ("search: 'tpe', 'random'", "seed: 1, 0", "task: '5w5s', '5w1s'", "train.steps: 30, 20"):
+        assert part in str(error.value)
+    (tmp_path / "space.toml").write_text("train.components = {range=[2, 5]}")
+    wider = SweepPlan("mine", plan.base, load_space(tmp_path / "space.toml"), "random", "none", 0, "5w1s")
+    with pytest.raises(SettingsError, match=r'space train\.components: .*"high": 5.*, .*"high": 9'):
+        open_sweep(wider, dataset, root, resume=True)
+    open_sweep(SweepPlan("mine", plan.base, plan.space, "random", "none", 0, "5w1s"), dataset, root, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"task": 1, "search": 1, "scheduler": 1, "seed": 0, "space": []}'])
+def test_a_plan_that_cannot_be_read_is_named(plan, dataset, tmp_path, content):
+    open_sweep(plan, dataset, tmp_path / "sweep")
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    with pytest.raises(DataError, match=r"sweep\.json: not the plan of a sweep that this version knows .*--out DIR"):
+        open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
+
+
+@pytest.mark.parametrize("what", ["code", "torch", "data"])
+def test_changed_code_or_data_is_found_out(plan, dataset, tmp_path, what):
+    root = tmp_path / "sweep"
+    open_sweep(plan, dataset, root)
+    kept = json.loads((root / "sweep.json").read_text())
+    if what == "data":
+        kept["data_fingerprint"] = "0" * 64
+    else:
+        kept["code"]["torch" if what == "torch" else "training/objective.py"] = "1.0"
+    (root / "sweep.json").write_text(json.dumps(kept))
+    reasons = {"code": r"code: training/objective\.py", "torch": r"code: torch: .*, 1\.0", "data": "holds other data"}
+    with pytest.raises(SettingsError, match=reasons[what]):
+        open_sweep(plan, dataset, root, resume=True)
+
+
+def test_a_folder_of_something_else(plan, dataset, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(DataError, match="mine: not"):
+            open_sweep(plan, dataset, tmp_path / "mine", resume=resume)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be made"):
+        open_sweep(plan, dataset, tmp_path / "file" / "sweep")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from metagmvae.infra.runs.folder_lock import lock_run_folder
+with lock_run_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_sweeps_in_one_folder(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    root = str(Path(__file__).parents[1])
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, text=True, **pipes)
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(DataError, match=r"another process trains there.*--out DIR"),
+        lock_run_folder(tmp_path, setting="--out DIR"),
+    ):
+        pass
+    other.kill()
+    with lock_run_folder(tmp_path, patience_s=60):
+        other.communicate()

@@ -1,0 +1,174 @@
+"""A sweep in MLflow: a parent and its trials, once each, whatever goes away in between."""
+
+import json
+import threading
+import time
+from contextlib import ExitStack
+
+import mlflow_template
+import pytest
+from mlflow_template import closed_port
+from small_sweep import open_sweep, train
+
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.evaluation.sweeps.trials import read_trials
+from metagmvae.infra.runs.run_folder import CURSOR
+from metagmvae.infra.runs.status import read_status
+from metagmvae.infra.tracking.store import connect
+from metagmvae.infra.tune.request import finish
+from metagmvae.infra.tune.sweep_tracker import SweepTracker
+from metagmvae.infra.tune.sweep_uploader import NUMBER, PARENT, REASON, STATUS, SweepUploader, track_sweep
+
+
+@pytest.fixture
+def store(tmp_path):
+    return mlflow_template.new_store(tmp_path / "store")
+
+
+@pytest.fixture
+def sweep(plan, dataset, tmp_path):
+    return open_sweep(plan, dataset, tmp_path / "sweep")
+
+
+def run_some(sweep, accuracies):
+    """Trials that end well, one of them stopped early where it has one accuracy only."""
+    for some in accuracies:
+        number = sweep.next()
+        train(sweep, number, some)
+        sweep.has_ended(number)
+
+
+def children(store, parent):
+    client = connect(store).client
+    experiment = client.get_run(parent).info.experiment_id
+    return {int(r.data.tags[NUMBER]): r for r in client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")}
+
+
+def sent(sweep, store, **more):
+    folder = sweep.folder
+    sender = SweepUploader(folder, connect(store), store.experiment)
+    return sender.send_sweep(list(sweep.ended.values()), list(sweep.running), **({"artifacts": False} | more))
+
+
+def test_a_parent_with_its_trials_and_how_each_ended(sweep, store):
+    with SweepTracker(sweep, store, interval_s=0.05) as tracker:
+        run_some(sweep, [[0.3, 0.5], [0.2]])
+        running = sweep.next()
+        train(sweep, running, [0.4])
+        while not _points(sweep, running):
+            time.sleep(0.02)  # until a trial that still runs is there
+        (sweep.folder.folder(running) / "failed.txt").write_text("meta step 12: loss nan\n")
+        sweep.has_ended(running)
+        tracker.close()
+        trials = tracker.with_runs(sweep.ended.values())
+    assert not any(thread.name == "mlflow-sweep" for thread in threading.enumerate())
+    cursor = json.loads((sweep.folder.root / CURSOR).read_text())
+    client = connect(store).client
+    parent = client.get_run(cursor["run_id"])
+    assert (parent.info.status, parent.info.run_name) == ("FINISHED", "mine")
+    assert parent.data.metrics["best_accuracy"] == 0.5
+    assert parent.data.metrics["trials"] == 3
+    assert parent.data.params["train.steps"] == "20"
+    assert parent.data.tags["sweep.search"] == "random"
+    assert "trials.jsonl" in {item.path for item in client.list_artifacts(cursor["run_id"])}
+    there = children(store, cursor["run_id"])
+    taken = [trial for trial in trials if trial.status != "refused"]
+    assert set(there) == {trial.number for trial in taken}
+    assert [there[t.number].info.status for t in taken] == ["FINISHED", "KILLED", "FAILED"]
+    for trial in taken:
+        run = there[trial.number]
+        assert run.info.run_id == trial.run_id
+        assert run.data.tags[STATUS] == trial.status
+        assert run.data.params == {name: str(value) for name, value in trial.settings.items()}
+        assert run.data.metrics["validation/5w1s"] == trial.last.accuracy
+        history = client.get_metric_history(trial.run_id, "validation/5w1s")
+        assert [(p.step, p.value) for p in history] == [(p.step, p.accuracy) for p in trial.curve]
+        assert run.info.end_time - run.info.start_time == round(1000 * trial.seconds)
+    assert there[running].data.tags[REASON] == "meta step 12: loss nan"
+    assert all(not trial.run_id for trial in trials if trial.status == "refused")
+
+
+def test_the_report_names_the_run_of_the_best_trial(sweep, store):
+    with SweepTracker(sweep, store, interval_s=0.05) as tracker:
+        run_some(sweep, [[0.3, 0.5]])
+        finish(sweep, tracker)
+    (trial,) = [trial for trial in read_trials(sweep.folder.table) if trial.status == "finished"]
+    assert trial.run_id
+    assert json.loads((sweep.folder.root / "summary.json").read_text())["best"]["run_id"] == trial.run_id
+
+
+def _points(sweep, number):
+    path = sweep.folder.root / CURSOR
+    stores = json.loads(path.read_text())["stores"].values() if path.exists() else []
+    return sum(store.get("trials", {}).get(str(number), {}).get("points", 0) for store in stores)
+
+
+def test_nothing_is_sent_twice_and_a_crash_before_the_note_makes_no_second_run(sweep, store):
+    run_some(sweep, [[0.3, 0.5], [0.2, 0.4]])
+    first = sent(sweep, store)
+    assert first.metrics == 2 * 2 * 3 + 3
+    assert sent(sweep, store).metrics == 0
+    cursor = json.loads((sweep.folder.root / CURSOR).read_text())
+    for entry in cursor["stores"].values():
+        entry["trials"].clear()  # as if killed after the store had them
+    (sweep.folder.root / CURSOR).write_text(json.dumps(cursor))
+    before = {number: run.info.run_id for number, run in children(store, first.run_id).items()}
+    sent(sweep, store)
+    assert {number: run.info.run_id for number, run in children(store, first.run_id).items()} == before
+    client = connect(store).client
+    for run_id in before.values():
+        assert len(client.get_metric_history(run_id, "validation/5w1s")) == 2
+
+
+def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_waits(sweep, tmp_path, capfd, monkeypatch):
+    """A real `mlflow server`: there at first, killed in the middle, up again on the same port."""
+    port = closed_port()
+    tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with ExitStack() as stack:
+        with mlflow_template.running_server(tmp_path / "server", port):
+            tracker = stack.enter_context(SweepTracker(sweep, tracking, interval_s=0.1))
+            run_some(sweep, [[0.3, 0.5]])
+            while not (sweep.folder.root / CURSOR).exists() or (not _points(sweep, 0) and not _any(sweep)):
+                time.sleep(0.05)
+        run_some(sweep, [[0.2, 0.6]])
+        while not tracker._failing:
+            time.sleep(0.05)
+        stack.enter_context(mlflow_template.running_server(tmp_path / "server", port))
+        run_some(sweep, [[0.2, 0.7]])
+        while tracker._failing:
+            time.sleep(0.05)
+        tracker.close()
+        said = [line for line in capfd.readouterr().err.splitlines() if "metagmvae track" in line]
+        assert len(said) == 1
+        assert "the sweep goes on" in said[0]
+        cursor = json.loads((sweep.folder.root / CURSOR).read_text())
+        there = children(tracking, cursor["run_id"])
+        assert len(there) == 3
+        assert {run.info.status for run in there.values()} == {"FINISHED"}
+        assert connect(tracking).client.get_run(cursor["run_id"]).data.metrics["best_accuracy"] == 0.7
+
+
+def _any(sweep):
+    return any(_points(sweep, number) for number in sweep.ended)
+
+
+def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, store, capfd, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    with SweepTracker(sweep, TrackingSettings(), interval_s=0.05):
+        run_some(sweep, [[0.3, 0.5]])
+    assert f"metagmvae track {sweep.folder.root}" in capfd.readouterr().err
+    assert read_status(sweep.folder.root)[0] == "FINISHED"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.store}/mlflow.db")
+    report = track_sweep(sweep.folder.root)
+    assert report.status == "FINISHED"
+    assert len(children(store, report.run_id)) == 1
+
+
+def test_tracking_that_is_off_leaves_only_the_status(sweep):
+    with SweepTracker(sweep, TrackingSettings(enabled=False)) as tracker:
+        run_some(sweep, [[0.3, 0.5]])
+        assert tracker.with_runs(sweep.ended.values()) == list(sweep.ended.values())
+    assert not (sweep.folder.root / CURSOR).exists()
+    assert read_status(sweep.folder.root)[0] == "FINISHED"

@@ -1,0 +1,177 @@
+"""The same files zipped or not; hostile archives are refused in one line."""
+
+import errno
+import io
+import os
+import struct
+import tarfile
+import tempfile
+import tracemalloc
+import zipfile
+import zlib
+
+import pytest
+
+from metagmvae.pipelines.archives import entries
+from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
+from metagmvae.pipelines.records import DataError
+
+FILES = {"b/2.png": b"two", "b/10.PNG": b"ten", "a.png": b"one", "notes.txt": b"-", ".hidden/1.png": b"-"}
+
+
+def make_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return str(path)
+
+
+def refused(call, *words):
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def test_a_folder_and_its_zip_list_and_read_the_same(tmp_path):
+    for name, data in FILES.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    zipped = make_zip(tmp_path / "files.zip", [*FILES.items(), ("__MACOSX/b/2.png", b"-"), ("empty/", b"")])
+    entries = list_entries(tmp_path / "folder", (".png",))
+    assert entries == [Entry(name, zlib.crc32(FILES[name]), 3) for name in ("a.png", "b/10.PNG", "b/2.png")]
+    assert list_entries(zipped, (".png",)) == entries
+    for entry in entries:
+        assert read_entry(zipped, entry.name) == read_entry(str(tmp_path / "folder"), entry.name) == FILES[entry.name]
+
+
+@pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/etc/out.png", "C:/out.png", "..\\out.png"])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+    path = make_zip(tmp_path / "x.zip", [("good.png", b"1"), (name, b"1")])
+    refused(lambda: list_entries(path, (".png",)), "x.zip", "leads out of the archive")
+    refused(lambda: read_entry(path, name), "leads out of the archive")
+
+
+def test_backslashes_for_folders_are_refused(tmp_path):
+    path = make_zip(tmp_path / "x.zip", [("cat\\1.png", b"1")])
+    refused(lambda: list_entries(path, (".png",)), "backslashes")
+
+
+def test_a_link_is_refused(tmp_path):
+    info = zipfile.ZipInfo("link.png")
+    info.external_attr = 0o120777 << 16
+    path = make_zip(tmp_path / "x.zip", [(info, b"/etc/passwd")])
+    refused(lambda: list_entries(path, (".png",)), "'link.png' is a link")
+
+
+def test_an_encrypted_member_is_refused(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, [("a.png", b"12345")])
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    data[6] |= 1
+    path.write_bytes(data)
+    refused(lambda: list_entries(path, (".png",)), "encrypted")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate"):
+        path = make_zip(tmp_path / "x.zip", [("a.png", b"1"), ("a.png", b"2")])
+    refused(lambda: list_entries(path, (".png",)), "two members are named 'a.png'")
+    path = make_zip(tmp_path / "y.zip", [("a.png", b"1"), ("./a.png", b"2")])
+    refused(lambda: list_entries(path, (".png",)), "two members are named")
+
+
+def test_bombs_are_refused(tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "one.zip", [("a.png", bytes(4 * 2**20))])
+    refused(lambda: list_entries(path, (".png",)), "unpacks to 4194304 bytes from")
+    refused(lambda: read_entry(path, "a.png"), "unpacks to 4194304 bytes from")
+    path = make_zip(tmp_path / "many.zip", [(f"{number}.png", bytes(2**20)) for number in range(300)])
+    refused(lambda: list_entries(path, (".png",)), "bytes that unpack to 314572800 in all")
+    monkeypatch.setattr(entries, "MAX_MEMBER_BYTES", 10)
+    path = make_zip(tmp_path / "large.zip", [("a.png", b"0123456789a")])
+    refused(lambda: list_entries(path, (".png",)), "unpacks to 11 bytes")
+
+
+def test_a_compressed_tar_without_room_for_its_content_is_not_called_damaged(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 9000
+        tar.addfile(info, io.BytesIO(b"x" * 9000))
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    refused(
+        lambda: list_entries(tmp_path / "x.tar.gz", (".png",)), "No space left on device", "make some, or set TMPDIR"
+    )
+
+
+def test_a_member_that_lies_about_its_size_is_not_unpacked_beyond_it(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, [("a.png", bytes(64 * 2**20))])
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, 22, 100)
+    struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 100)
+    path.write_bytes(data)
+    assert list_entries(path, (".png",))[0].size == 100
+    tracemalloc.start()
+    refused(lambda: read_entry(path, "a.png"), "a.png cannot be read")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_truncated_zip_is_refused_at_every_length(tmp_path):
+    whole = make_zip(tmp_path / "whole.zip", [("a.png", os.urandom(200)), ("b.png", os.urandom(200))])
+    with open(whole, "rb") as file:
+        data = file.read()
+    path = tmp_path / "cut.zip"
+    for length in range(0, len(data) - 1, 7):
+        path.write_bytes(data[:length])
+        refused(lambda: list_entries(path, (".png",)), "cut.zip: not a whole zip file")
+
+
+def test_a_damaged_member_is_named(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, [("a.png", b"a" * 50), ("b.png", os.urandom(300))])
+    data = bytearray(path.read_bytes())
+    data[data.index(b"b.png") + 100] ^= 255
+    path.write_bytes(data)
+    assert read_entry(path, "a.png") == b"a" * 50
+    refused(lambda: read_entry(path, "b.png"), "b.png", "fetch the file again")
+    refused(lambda: read_entry(path, "c.png"), "no member c.png")
+
+
+def test_what_is_not_there_or_no_plain_file_is_refused(tmp_path):
+    refused(lambda: list_entries(tmp_path / "none", (".png",)), "no such file or folder", "--source")
+    refused(lambda: read_entry(tmp_path / "none", "a.png"), "a.png cannot be read")
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    refused(lambda: list_entries(tmp_path, (".png",)), "a.png", "link to none")
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    refused(lambda: list_entries(tmp_path, (".png",)), "no plain file")
+
+
+def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "1.png").write_bytes(b"1")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "near").symlink_to(tmp_path / "far")
+    assert [entry.name for entry in list_entries(tmp_path / "root", (".png",))] == ["near/1.png"]
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "root")
+    refused(lambda: list_entries(tmp_path / "root", (".png",)), "read already")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"two\nlines.png"])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    try:
+        (tmp_path / os.fsdecode(name)).write_bytes(b"1")
+    except OSError:
+        pytest.skip("this file system refuses the name itself")
+    refused(lambda: list_entries(tmp_path, (".png",)), "not text in UTF-8")

@@ -1,0 +1,105 @@
+"""Streams and episodes are functions of (seed, step) and (seed, index) alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.indexed import ImageBatchStream, SetStream
+
+IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+
+
+def sets(**options):
+    stream = SetStream(IMAGES, **{"batch": 4, "set_size": 6, "seed": 1, "split": "train", "steps": 5} | options)
+    batches = list(stream)
+    stream.close()
+    return batches
+
+
+def test_ranks_share_out_the_episodes_of_one_process():
+    whole, ranks = sets(), [sets(rank=r, world=2) for r in range(2)]
+    for step, batch in enumerate(whole):
+        assert batch.step == step
+        assert batch.images.shape == (4, 6, 1, 1, 1)
+        joined = {int(e): x for rank in ranks for e, x in zip(rank[step].episodes, rank[step].images, strict=True)}
+        assert sorted(joined) == batch.episodes.tolist() == list(range(4 * step, 4 * step + 4))
+        for episode, images in zip(batch.episodes, batch.images, strict=True):
+            assert np.array_equal(joined[int(episode)], images)
+
+
+def test_a_stream_from_a_later_step_is_the_tail_of_the_whole():
+    for late, early in zip(sets(start_step=3), sets()[3:], strict=True):
+        assert np.array_equal(late.images, early.images)
+    assert not np.array_equal(sets(seed=2)[0].images, sets()[0].images)
+
+
+def test_image_batches_hold_every_image_once_an_epoch():
+    position = {"batch": 8, "seed": 0, "split": "train", "steps": 10}
+    stream = ImageBatchStream(IMAGES, **position)
+    batches = list(stream)
+    stream.close()
+    for epoch in (batches[:5], batches[5:]):
+        assert sorted(np.concatenate([images.ravel() for images, _ in epoch])) == list(range(40))
+    assert not np.array_equal(batches[0][0], batches[5][0])
+    half = next(iter(ImageBatchStream(IMAGES, **position, rank=1, world=2)))[0]
+    assert np.array_equal(half, batches[0][0][1::2])
+
+
+def test_a_stream_left_early_ends_its_thread_and_passes_errors_on():
+    endless = SetStream(IMAGES, batch=2, set_size=3, seed=0, split="train")
+    assert len(list(itertools.islice(endless, 3))) == 3
+    endless.close()
+    assert not endless._thread.is_alive()
+
+    class Broken:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, rows):
+            raise OSError("disk is gone")
+
+    with pytest.raises(OSError, match="disk is gone"):
+        next(iter(SetStream(Broken(), batch=1, set_size=2, seed=0, split="train")))
+
+
+def test_impossible_streams_are_refused():
+    with pytest.raises(DataError, match="does not divide among 3 ranks"):
+        sets(world=3)
+    with pytest.raises(DataError, match="holds no images"):
+        SetStream(IMAGES[:0], batch=1, set_size=1, seed=0, split="train")
+    with pytest.raises(DataError, match="do not make one batch"):
+        ImageBatchStream(IMAGES, batch=41, seed=0, split="train")
+
+
+LABELS = np.repeat(np.arange(7), 6)
+
+
+def test_an_episode_depends_on_seed_and_index_alone():
+    sampler = EpisodeSampler(LABELS, way=5, shot=2, query=3, seed=0)
+    later, again = sampler.episode(9), EpisodeSampler(LABELS, way=5, shot=2, query=3, seed=0).episode(9)
+    assert np.array_equal(later.support, again.support)
+    assert np.array_equal(later.query, again.query)
+    assert len(set(later.classes.tolist())) == 5
+    for k, class_id in enumerate(later.classes):
+        rows = np.concatenate([later.support[k], later.query[k]])
+        assert len(set(rows.tolist())) == 5
+        assert (LABELS[rows] == class_id).all()
+    support, query = sampler.batch(8, 2)
+    assert np.array_equal(support[1], later.support)
+    assert query.shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"way": 8, "shot": 1, "query": 1}, "8 ways were asked for and there are 7 classes"),
+        ({"way": 5, "shot": 3, "query": 4}, "need 7 images of a class, and class 0 has 6"),
+        ({"way": 1, "shot": 1, "query": 1}, "way must be 2 or more"),
+    ],
+)
+def test_impossible_episodes_are_refused_with_counts(request_, said):
+    with pytest.raises(DataError, match=said):
+        EpisodeSampler(LABELS, seed=0, **request_)

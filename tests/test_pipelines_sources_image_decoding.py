@@ -1,0 +1,154 @@
+"""What image files really hold becomes 8-bit pixels of one size, or one line that names the file."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources import image_decoding
+from metagmvae.pipelines.sources.image_decoding import decode_image
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decoded(image, kind="PNG", *, size=4, channels=1, invert=False, **options):
+    return decode_image(encoded(image, kind, **options), "x", size=size, channels=channels, invert=invert)
+
+
+def flat(mode, value, size=(4, 4)):
+    return Image.new(mode, size, value)
+
+
+@pytest.mark.parametrize(
+    ("image", "grey"),
+    [
+        (flat("L", 90), 90),
+        (flat("1", 1), 255),
+        (flat("LA", (90, 255)), 90),
+        (flat("LA", (90, 0)), 255),
+        (flat("RGB", (90, 90, 90)), 90),
+        (flat("RGBA", (0, 0, 0, 0)), 255),
+        (flat("RGBA", (90, 90, 90, 255)), 90),
+        (Image.fromarray(np.full((4, 4), 65_535, np.uint16)), 255),
+        (Image.fromarray(np.full((4, 4), 257 * 90, np.uint16)), 90),
+    ],
+)
+def test_modes_become_grey_on_white(image, grey):
+    pixels = decoded(image)
+    assert pixels.shape == (1, 4, 4)
+    assert pixels.dtype == np.uint8
+    assert (pixels == grey).all()
+    assert (decoded(image, invert=True) == 255 - grey).all()
+    assert (decoded(image, channels=3) == grey).all()
+
+
+def test_palettes_with_and_without_transparency():
+    palette = flat("P", 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert decoded(palette, channels=3)[:, 0, 0].tolist() == [10, 200, 30]
+    assert decoded(palette, channels=3, transparency=1)[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_colour_comes_channels_first():
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    assert np.array_equal(decoded(image, channels=3), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_a_wide_picture_is_cut_to_its_centre():
+    picture = np.zeros((4, 12), np.uint8)
+    picture[:, 4:8] = 200
+    assert (decoded(Image.fromarray(picture)) == 200).all()
+    assert (decoded(Image.fromarray(picture.T)) == 200).all()
+
+
+def test_one_pixel_and_long_thin_pictures_are_fine():
+    assert (decoded(flat("L", 7, (1, 1)), size=28) == 7).all()
+    assert decoded(flat("L", 7, (1, 3000)), size=5).shape == (1, 5, 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation):
+    upright = np.array([[10, 60], [110, 160]], np.uint8).repeat(8, 0).repeat(8, 1)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decoded(Image.fromarray(np.ascontiguousarray(stored)), size=16, exif=exif)
+    assert np.array_equal(pixels[0], upright)
+
+
+def test_the_first_frame_of_an_animation_counts():
+    frames = [flat("L", 10), flat("L", 250)]
+    assert (decoded(frames[0], "GIF", save_all=True, append_images=frames[1:]) == 10).all()
+    assert (decoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]) == 10).all()
+
+
+def test_a_large_jpeg_gives_what_its_full_decoding_gives():
+    ramp = np.add.outer(np.arange(800), np.arange(1000)) / 1800 * 255
+    data = encoded(Image.fromarray(ramp.astype(np.uint8)), "JPEG", quality=95)
+    with Image.open(io.BytesIO(data)) as image:
+        full = np.asarray(image.crop((100, 0, 900, 800)).resize((28, 28), Image.Resampling.LANCZOS))
+    pixels = decode_image(data, "x", size=28, channels=1)[0]
+    assert np.abs(pixels.astype(int) - full).max() <= 3
+
+
+def refused(data, *words):
+    with pytest.raises(DataError) as caught:
+        decode_image(data, "cat/1.png", size=4, channels=1)
+    assert "\n" not in str(caught.value)
+    for word in ("cat/1.png", *words):
+        assert word in str(caught.value)
+
+
+def test_what_is_no_picture_is_refused(monkeypatch):
+    refused(b"", "broken image")
+    refused(b"hello", "not an image that can be read")
+    whole = encoded(Image.effect_noise((64, 64), 60))
+    refused(whole[: len(whole) // 2], "broken image")
+    refused(encoded(flat("F", 0.5), "TIFF"), "floating-point")
+    refused(encoded(flat("I", 70_000), "TIFF"), "outside 16 bits")
+    refused(b"P5\n0 0\n255\n", "cat/1.png")
+    header = bytearray(encoded(flat("L", 1)))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    refused(bytes(header), "more than 64000000 pixels")
+    monkeypatch.setattr(image_decoding, "MAX_PIXELS", 15)
+    refused(encoded(flat("L", 1)), "4 x 4 pixels, more than 15")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("JPEG", {"exif": True}), ("GIF", {}), ("TIFF", {}), ("BMP", {})]
+)
+def test_damaged_bytes_are_refused_or_decoded_but_raise_nothing_else(kind, options):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 24), dtype=np.uint8))
+    if options:
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010E] = 6, "description"
+        options = {"exif": exif}
+    data = np.frombuffer(encoded(image, kind, **options), np.uint8)
+    messages = []
+    for _ in range(300):
+        damaged = data.copy()
+        damaged[rng.integers(0, min(len(data), 200), 4)] = rng.integers(0, 256, 4)
+        try:
+            decode_image(damaged.tobytes(), "x", size=4, channels=1)
+        except DataError as error:
+            messages.append(str(error))
+    assert messages
+    assert not any("\n" in message for message in messages)

@@ -1,0 +1,154 @@
+"""Encoders by name: sizes of the paper's tables, torchvision's networks without their heads, one digest each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from metagmvae.training.models.encoders import (
+    BackboneError,
+    EncoderModel,
+    build_encoder,
+    build_projector,
+    encoder_digest,
+    published_encoder,
+)
+from metagmvae.training.trainer.lars import Lars
+
+
+def test_conv5_has_the_sizes_of_table_6() -> None:
+    encoder = build_encoder("conv5", (3, 84, 84), 64).eval()
+    x, sizes = torch.rand(2, 3, 84, 84), []
+    for block in encoder.blocks:  # type: ignore[union-attr]
+        x = block(x)
+        sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(64, 42, 42), (64, 21, 21), (64, 10, 10), (64, 5, 5), (64, 2, 2)]
+    assert encoder.features == 256
+    literal = [(nn.Conv2d(3 if n == 0 else 64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)) for n in range(5)]
+    x = y = torch.rand(2, 3, 84, 84)
+    with torch.no_grad():
+        for (conv, norm), block in zip(literal, encoder.blocks, strict=True):  # type: ignore[arg-type]
+            conv.load_state_dict(block.conv.state_dict())
+            y = nn.functional.max_pool2d(torch.relu(norm.eval()(conv(y))), 2)
+        assert torch.allclose(encoder(x), y.flatten(1), atol=1e-5)
+
+
+def test_images_are_resized_before_the_encoder_and_left_alone_at_its_size() -> None:
+    encoder = build_encoder("conv4", (3, 84, 84), 8, image_size=28).eval()
+    assert encoder.features == 8 * 2 * 2
+    x = torch.rand(3, 3, 84, 84)
+    small = nn.functional.interpolate(x, (28, 28), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), encoder(small))
+        assert torch.equal(encoder(small), encoder.net(small))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 1024), ("vgg11", 4096)])
+def test_networks_of_torchvision_give_what_their_heads_would_take(name: str, features: int) -> None:
+    encoder = build_encoder(name, (1, 64, 64), 64).eval()
+    assert encoder.features == features
+    with torch.no_grad():
+        h = encoder(torch.rand(2, 1, 64, 64))
+    assert h.shape == (2, features)
+    assert torch.isfinite(h).all()
+
+
+def test_what_cannot_be_an_encoder_is_refused_in_one_line() -> None:
+    for name, shape, text in [
+        ("resnet81", (3, 84, 84), "no such encoder; known: conv4, conv5, alexnet"),
+        ("alexnet", (3, 28, 28), "does not take images of (3, 28, 28)"),
+        ("conv5", (3, 28, 28), "too small for 5 poolings"),
+        ("squeezenet1_0", (3, 84, 84), "has no last linear layer"),
+    ]:
+        with pytest.raises(BackboneError) as caught:
+            build_encoder(name, shape, 64)
+        assert text in str(caught.value)
+        assert str(caught.value).startswith(f"model.encoder ({name})")
+        assert "\n" not in str(caught.value)
+
+
+def test_published_weights_are_loaded_as_plain_tensors_and_their_absence_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(BackboneError, match="publishes no weights"):
+        published_encoder("conv4", (3, 84, 84))
+    weights = torchvision.models.get_model_weights("resnet18").DEFAULT
+    whole = torchvision.models.resnet18(weights=None).state_dict()
+    file = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(whole, file)
+    encoder = published_encoder("resnet18", (3, 64, 64)).encoder
+    assert torch.equal(encoder.net.conv1.weight, whole["conv1.weight"])  # type: ignore[union-attr]
+    file.unlink()
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(BackboneError, match=r"its weights cannot be had \(no network\)"):
+        published_encoder("resnet18", (3, 64, 64))
+
+
+def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
+    first, again = (build_encoder("conv4", (1, 28, 28), 4) for _ in range(2))
+    again.load_state_dict(first.state_dict())
+    assert encoder_digest(first) == encoder_digest(again.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    assert len(encoder_digest(first)) == len(hashlib.sha256().hexdigest())
+    with torch.no_grad():
+        next(again.parameters())[0, 0, 0, 0] += 1e-6
+    assert encoder_digest(first) != encoder_digest(again)
+    again.load_state_dict(first.state_dict())
+    again.blocks[0].norm.running_mean[0] = 0.5  # type: ignore[union-attr,index]
+    assert encoder_digest(first) != encoder_digest(again)
+    again = build_encoder("conv4", (1, 28, 28), 4, rectified=False)
+    again.load_state_dict(first.state_dict())
+    assert encoder_digest(first) != encoder_digest(again)
+
+
+def test_a_model_begins_with_its_encoder_alone() -> None:
+    model = EncoderModel(build_encoder("conv4", (1, 28, 28), 4), (1, 28, 28)).eval()
+    x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model.encode_images(model.scale_images(x)), model.encoder(x.float() / 255))
+
+
+def test_the_projector_is_simclrs_head() -> None:
+    head = build_projector(8, (6, 4))
+    assert [type(layer) for layer in head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert head(torch.rand(2, 8)).shape == (2, 4)
+    x = torch.rand(2, 8)
+    assert build_projector(8, ())(x) is x
+
+
+def test_lars_against_its_formula() -> None:
+    """v <- m v + lr * eta |w| / |g + d w| * (g + d w); w <- w - v. One dimension: v <- m v + lr g."""
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.randn(3, 2, dtype=torch.float64)), nn.Parameter(torch.randn(3).double())
+    optimizer = Lars([weight, bias], lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.01)
+    w, b = weight.detach().clone(), bias.detach().clone()
+    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
+    for _ in range(4):
+        gw, gb = torch.randn_like(w), torch.randn_like(b)
+        weight.grad, bias.grad = gw.clone(), gb.clone()
+        optimizer.step()
+        slope = gw + 0.1 * w
+        ratio = 0.01 * math.sqrt(float((w * w).sum())) / math.sqrt(float((slope * slope).sum()))
+        vw, vb = 0.9 * vw + 0.5 * ratio * slope, 0.9 * vb + 0.5 * gb
+        w, b = w - vw, b - vb
+        assert torch.allclose(weight.detach(), w)
+        assert torch.allclose(bias.detach(), b)
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv5"])
+def test_features_of_an_encoder_without_its_last_relu_have_both_signs(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 32, 32)
+    assert build_encoder(name, (1, 32, 32), 4)(x).amin() >= 0
+    assert build_encoder(name, (1, 32, 32), 4, rectified=False)(x).amin() < 0

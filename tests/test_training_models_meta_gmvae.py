@@ -1,0 +1,104 @@
+"""q(z | x, D) of Eq. 5: equivariant in the points of a set, blind to other sets, sized as in Table 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
+
+
+def tiny(**settings: Any) -> MetaGMVAE:
+    torch.manual_seed(0)
+    sizes = {"latent": 3, "channels": 4, "width": 8, "heads": 2, "layers": 2}
+    return MetaGMVAE((1, 8, 8), **{**sizes, **settings}).double().eval()
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"attention_block": "set-attention", "attention_scale": "model", "attention_activation": "relu"},
+    {"posterior": "isotropic"},
+    {"layers": 0},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_posterior_is_permutation_equivariant_and_sets_do_not_leak(settings: dict[str, Any]) -> None:
+    model = tiny(**settings)
+    x = torch.rand(2, 6, 1, 8, 8, dtype=torch.float64)
+
+    def posterior(sets: torch.Tensor) -> torch.Tensor:
+        h = model.encode_images(sets.flatten(0, 1)).unflatten(0, sets.shape[:2])
+        return torch.cat(model.posterior(h), dim=-1)
+
+    together = posterior(x)
+    order = torch.randperm(6)
+    assert torch.allclose(posterior(x[:, order]), together[:, order], rtol=0, atol=1e-13)
+    for b in range(2):
+        assert torch.allclose(posterior(x[b : b + 1])[0], together[b], rtol=0, atol=1e-13)
+    other = x.clone()
+    other[0, 0] = 1 - other[0, 0]
+    moved = (posterior(other) - together).abs().sum(dim=-1) > 1e-12
+    # One image moves its whole set when the set is looked at, itself alone without attention; no other set.
+    assert moved[0].all() if settings.get("layers", 2) else moved[0].tolist() == [True] + [False] * 5
+    assert not moved[1].any()
+
+
+def test_posterior_is_affine_in_the_set_encoding() -> None:
+    """mu_j = W_mu H_j + b_mu, log sigma^2_j = W H_j + b (Eq. 5)."""
+    model = tiny()
+    h = torch.randn(2, 5, model.encoder.features, dtype=torch.float64)
+    mean, log_variance = model.posterior(h)
+    encoding = model.attention(model.inlet(h))
+    weight, bias = model.head.weight, model.head.bias
+    assert torch.allclose(mean, encoding @ weight[:3].T + bias[:3], atol=1e-13)
+    assert torch.allclose(log_variance, encoding @ weight[3:].T + bias[3:], atol=1e-13)
+
+
+def test_isotropic_posterior_has_one_variance_per_point() -> None:
+    mean, log_variance = tiny(posterior="isotropic").posterior(torch.randn(2, 5, 4).double())
+    assert mean.shape == log_variance.shape == (2, 5, 3)
+    assert torch.equal(log_variance, log_variance[..., :1].expand(2, 5, 3))
+
+
+def test_the_papers_sizes() -> None:
+    model = MetaGMVAE((1, 28, 28))
+    assert isinstance(model.inlet, torch.nn.Identity)  # Conv4 gives 256 features, the width, itself
+    assert (model.head.in_features, model.head.out_features) == (256, 128)
+    h = model.encode_images(torch.rand(10, 1, 28, 28))
+    mean, log_variance = model.posterior(h.view(2, 5, 256))
+    assert mean.shape == log_variance.shape == (2, 5, 64)
+    assert model.decode(mean[0]).shape == (5, 1, 28, 28)
+
+
+def test_other_image_sizes_get_a_projection() -> None:
+    model = MetaGMVAE((3, 84, 84), channels=64, width=256)
+    assert isinstance(model.inlet, torch.nn.Linear)
+    mean, _ = model.posterior(model.encode_images(torch.rand(4, 3, 84, 84))[None])
+    assert mean.shape == (1, 4, 64)
+
+
+def test_scale_images_is_exact() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    scaled = MetaGMVAE.scale_images(levels)
+    assert scaled.dtype == torch.float32
+    assert torch.equal(scaled, torch.arange(256.0) / 255)
+
+
+def test_samples_are_mean_plus_sigma_noise() -> None:
+    mean, log_variance = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    noise = torch.randn(2, 3, 5, 4)
+    z = sample_latents(mean, log_variance, noise)
+    for n in range(5):
+        assert torch.allclose(z[:, :, n], mean + log_variance.exp().sqrt() * noise[:, :, n], atol=1e-6)
+
+
+def test_samples_follow_the_posterior() -> None:
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, log_variance = torch.tensor([1.5]).double(), torch.tensor([np.log(0.25)]).double()
+    z = sample_latents(mean, log_variance, noise)
+    assert kstest(z[:, 0].numpy(), "norm", args=(1.5, 0.5)).pvalue > 1e-3

@@ -1,0 +1,77 @@
+"""An encoder sees images at one size, and its features are the mean over views of them once it is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metagmvae.configs.schema import Average
+from metagmvae.training.models.encoders import EncoderModel, build_encoder, encoder_digest
+from metagmvae.training.models.multi_crop import MultiCropEncoder, with_average
+
+SHAPE = (3, 20, 26)
+CROP = (17, 22)
+"""85% of the sides."""
+
+
+def images() -> Tensor:
+    return torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def encoder(average: Average, image_size: int = 0) -> MultiCropEncoder:
+    torch.manual_seed(0)
+    net = build_encoder("conv4", SHAPE, 4, image_size, average=average)
+    assert isinstance(net, MultiCropEncoder)
+    return net.eval()
+
+
+def literal_mean(net: MultiCropEncoder, x: Tensor) -> Tensor:
+    """Every view cut out by its rows and columns, each at the size of the network."""
+    height, width = CROP
+    _, _, H, W = x.shape
+    corners = [
+        (0, 0),
+        (0, W - width),
+        (H - height, 0),
+        (H - height, W - width),
+        (round((H - height) / 2), (W - width) // 2),
+    ]
+    views = [x] + [x[:, :, top : top + height, left : left + width] for top, left in corners]
+    total = torch.zeros(len(x), net.features)
+    for view in views:
+        for seen in (view, torch.stack([image.flip(-1) for image in view])):
+            total += net.net(F.interpolate(seen, net.size, mode="bilinear", antialias=True))
+    return total / 12
+
+
+@pytest.mark.parametrize("image_size", [0, 16])
+@torch.no_grad()
+def test_features_are_the_mean_over_the_views(image_size: int) -> None:
+    x, net = images(), encoder("crops", image_size)
+    assert net.size == ((16, 16) if image_size else SHAPE[1:])
+    assert torch.allclose(net(x), literal_mean(net, x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_image_and_its_mirror_image_have_the_same_features() -> None:
+    x, net = images(), encoder("mirror")
+    assert torch.allclose(net(x), net(x.flip(-1)), atol=1e-6)
+    assert not torch.allclose(net(x), net.net(x), atol=1e-3)
+
+
+def test_training_sees_each_image_once() -> None:
+    x, net = images(), encoder("crops").train()
+    alone = encoder("crops").train().net
+    assert torch.equal(net(x), alone(x))
+
+
+def test_features_of_other_views_are_of_another_encoder() -> None:
+    nets = [encoder(average, 16) for average in ("none", "mirror", "crops")]
+    assert len({encoder_digest(net) for net in nets}) == 3
+    assert encoder_digest(with_average(nets[0], SHAPE[1:], "crops")) == encoder_digest(nets[2])
+    plain = build_encoder("conv4", SHAPE, 4)
+    again = with_average(plain, SHAPE[1:], "mirror")
+    assert again.net is plain
+    assert EncoderModel(again, SHAPE).features == plain.features

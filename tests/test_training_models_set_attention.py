@@ -1,0 +1,104 @@
+"""Set attention against plain loops, permutation equivariance, and sets that do not leak into each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from metagmvae.training.models.set_attention import SetAttention, SetAttentionBlock
+
+BLOCKS: list[Literal["transformer", "set-attention"]] = ["transformer", "set-attention"]
+SCALES: list[Literal["head", "model"]] = ["head", "model"]
+ACTIVATIONS: list[Literal["elu", "relu"]] = ["elu", "relu"]
+
+
+def weights(block: SetAttentionBlock) -> dict[str, np.ndarray]:
+    """The block's parameters under the names that the transcription uses."""
+    named = {}
+    parts = zip(("query", "key", "value"), block.project.weight.chunk(3), block.project.bias.chunk(3), strict=True)
+    for name, weight, bias in parts:
+        named |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    for name in ("inner", "output", "outer"):
+        layer = getattr(block, name)
+        if layer is not None:
+            named |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+    return {name: value.detach().numpy() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("width", "heads", "points"), [(4, 1, 3), (6, 3, 5), (8, 2, 1)])
+def test_a_block_is_the_transcription(
+    block: Literal["transformer", "set-attention"],
+    scale: Literal["head", "model"],
+    activation: Literal["elu", "relu"],
+    width: int,
+    heads: int,
+    points: int,
+) -> None:
+    torch.manual_seed(0)
+    layer = SetAttentionBlock(width, heads, scale, block, activation).double()
+    x = torch.randn(2, points, width, dtype=torch.float64)
+    literal = reference.transformer_block if block == "transformer" else reference.set_attention_block
+    for b in range(2):
+        expected = literal(x[b].numpy(), weights(layer), heads, scale, activation)
+        assert np.allclose(layer(x)[b].detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_both_scales_are_the_ones_of_row_2() -> None:
+    """At the paper's sizes: 1/8 = 1/sqrt(256 / 4), and 1/16 = 1/sqrt(256) in the published code."""
+    assert SetAttentionBlock(256, 4, "head").scale == 1 / 8
+    assert SetAttentionBlock(256, 4, "model").scale == 1 / 16
+
+
+def test_the_published_block_has_neither_output_nor_second_inner_layer() -> None:
+    names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2, block="set-attention").named_parameters()}
+    assert names == {"project", "inner"}
+    names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2).named_parameters()}
+    assert names == {"project", "inner", "output", "outer"}
+
+
+def test_layers_follow_one_another_and_none_is_the_identity() -> None:
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(SetAttention(8, 2, 0)(x), x)
+    assert not list(SetAttention(8, 2, 0).parameters())
+    two = SetAttention(8, 2, 2)
+    assert torch.equal(two(x), two.blocks[1](two.blocks[0](x)))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_permuting_a_set_permutes_its_encoding(block: Literal["transformer", "set-attention"]) -> None:
+    torch.manual_seed(1)
+    encoder = SetAttention(16, 4, 2, block=block).double()
+    x = torch.randn(3, 11, 16, dtype=torch.float64)
+    for _ in range(5):
+        order = torch.randperm(11)
+        assert torch.allclose(encoder(x[:, order]), encoder(x)[:, order], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_sets_do_not_leak_into_each_other(block: Literal["transformer", "set-attention"]) -> None:
+    torch.manual_seed(2)
+    encoder = SetAttention(16, 4, 2, block=block).double()
+    x = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    together = encoder(x)
+    for b in range(3):
+        assert torch.allclose(together[b], encoder(x[b : b + 1])[0], rtol=0, atol=1e-13)
+    (gradient,) = torch.autograd.grad(together[1].sum(), x)
+    assert torch.equal(gradient[0], torch.zeros(7, 16).double())
+    assert torch.equal(gradient[2], torch.zeros(7, 16).double())
+    # Within the set every point does depend on every other one.
+    (gradient,) = torch.autograd.grad(encoder(x)[1, 0].sum(), x)
+    assert (gradient[1].abs().sum(dim=1) > 0).all()
+
+
+def test_gradient_is_the_finite_difference() -> None:
+    torch.manual_seed(3)
+    encoder = SetAttention(4, 2, 2).double()
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(encoder, (x,))

@@ -1,0 +1,276 @@
+"""EM (Eq. 7) against its slow transcription, scikit-learn and closed forms; memory and hard cases."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import reference
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metagmvae.training.objectives.mixture import (
+    VARIANCE_FLOOR,
+    ClassMixture,
+    Mixture,
+    MixtureError,
+    class_log_posterior,
+    fit_mixture,
+    fit_semi_supervised,
+    init_indices,
+    mixture_log_prob,
+)
+
+
+def groups(rng: np.random.Generator, points: int, size: int, centres: int, spread: float = 3.0) -> np.ndarray:
+    """Points around a few centres, (P, D) float64."""
+    means = rng.normal(size=(centres, size)) * spread
+    return means[rng.integers(0, centres, size=points)] + rng.normal(size=(points, size))
+
+
+def keyed(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# --- Eq. 7 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("points", "size", "components"), [(7, 1, 1), (12, 3, 1), (40, 2, 3), (30, 8, 5), (60, 4, 50)])
+def test_em_is_the_transcription(points: int, size: int, components: int) -> None:
+    rng = np.random.default_rng(points)
+    z = np.stack([groups(rng, points, size, 3) for _ in range(2)])
+    rows = np.stack([rng.permutation(points)[:components] for _ in range(2)])
+    mixture = fit_mixture(torch.tensor(z), torch.tensor(rows), 4)
+    log_prob = mixture_log_prob(mixture, torch.tensor(z))
+    for e in range(2):
+        weights, means = reference.em(z[e], list(rows[e]), 4)
+        assert np.allclose(mixture.mean_EKD[e].numpy(), means, atol=1e-10)
+        assert np.allclose(mixture.log_weight_EK[e].exp().numpy(), weights, atol=1e-12)
+        expected = [reference.mixture_log_density(point, weights, means) for point in z[e]]
+        assert np.allclose(log_prob[e].numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_em_in_float32_stays_with_the_transcription_however_far_the_points_lie(offset: float) -> None:
+    """The transcription sees the very float32 points, so what differs is the arithmetic alone."""
+    rng = np.random.default_rng(3)
+    z = (groups(rng, 60, 16, 4, 1.0) + offset).astype(np.float32)
+    mixture = fit_mixture(torch.tensor(z)[None], torch.arange(4)[None], 10)
+    weights, means = reference.em(z.astype(np.float64), [0, 1, 2, 3], 10)
+    resolution = 1e-5 if offset == 0.0 else 1.5e-4  # float32 steps are 6e-5 at 1e3
+    assert np.allclose(mixture.mean_EKD[0].numpy(), means, rtol=0, atol=resolution)
+    assert np.allclose(mixture.log_weight_EK[0].exp().numpy(), weights, rtol=0, atol=2e-5)
+    log_prob = mixture_log_prob(mixture, torch.tensor(z)[None])[0].numpy()
+    expected = [reference.mixture_log_density(point.astype(np.float64), weights, means) for point in z]
+    assert np.allclose(log_prob, expected, rtol=0, atol=1e-4 if offset == 0.0 else 2e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_em_is_scikit_learns_with_covariances_held_at_the_identity(seed: int) -> None:
+    """GaussianMixture re-estimates covariances, but only after an E-step under the given ones: one iteration
+    from precisions of one yields the means and weights of Eq. 7, and such iterations are chained."""
+    rng = np.random.default_rng(seed)
+    size, components = 3, 4
+    z = groups(rng, 80, size, components, 2.0)
+    rows = rng.permutation(80)[:components]
+    weights, means = np.full(components, 1 / components), z[rows]
+    ones = np.ones(components)
+    for iteration in range(1, 9):
+        theirs = GaussianMixture(
+            components,
+            covariance_type="spherical",
+            max_iter=1,
+            reg_covar=0.0,
+            weights_init=weights,
+            means_init=means,
+            precisions_init=ones,
+            init_params="random_from_data",
+            random_state=0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            theirs.fit(z)
+        weights, means = theirs.weights_, theirs.means_
+        ours = fit_mixture(torch.tensor(z)[None], torch.tensor(rows)[None], iteration)
+        assert np.allclose(ours.mean_EKD[0].numpy(), means, atol=1e-10)
+        assert np.allclose(ours.log_weight_EK[0].exp().numpy(), weights, atol=1e-12)
+        theirs.precisions_cholesky_ = ones
+        log_prob = mixture_log_prob(ours, torch.tensor(z)[None])[0].numpy()
+        assert np.allclose(log_prob, theirs.score_samples(z), atol=1e-9)
+
+
+def nasty_points(kind: str, rng: np.random.Generator) -> np.ndarray:
+    base = groups(rng, 50, 4, 3)
+    if kind == "duplicates":
+        return np.concatenate([np.repeat(base[:5], 9, axis=0), base[5:10]])
+    if kind == "far":
+        return base + 1e3
+    if kind == "outlier":
+        base[0] += 200
+        return base
+    if kind == "line":
+        return np.outer(np.linspace(-50, 50, 50), np.ones(4))
+    if kind == "tiny":
+        return base * 1e-6
+    return base
+
+
+@pytest.mark.parametrize("kind", ["plain", "duplicates", "far", "outlier", "line", "tiny"])
+@pytest.mark.parametrize("components", [1, 2, 7, 20])
+def test_log_likelihood_never_falls(kind: str, components: int) -> None:
+    for seed in range(6):
+        rng = np.random.default_rng([seed, components])
+        z = torch.tensor(nasty_points(kind, rng))[None]
+        rows = torch.tensor(rng.permutation(z.shape[1])[:components])[None]
+        values = [float(mixture_log_prob(fit_mixture(z, rows, i), z).sum()) for i in range(12)]
+        # An empty component keeps a weight of 1e-6 points: that may cost so many nats, and no more.
+        slack = 1e-6 * components + 1e-11 * abs(values[0])
+        assert all(after >= before - slack for before, after in pairwise(values)), values
+
+
+def test_float32_log_likelihood_never_falls_by_more_than_rounding() -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        z = torch.tensor(groups(rng, 200, 16, 6, 1.0), dtype=torch.float32)[None]
+        rows = torch.tensor(rng.permutation(200)[:6])[None]
+        values = [float(mixture_log_prob(fit_mixture(z, rows, i), z).double().sum()) for i in range(12)]
+        assert all(b >= a - 2e-6 * abs(a) for a, b in pairwise(values)), values
+
+
+def test_zero_iterations_are_the_start() -> None:
+    z = torch.tensor(groups(np.random.default_rng(0), 10, 2, 2))[None]
+    mixture = fit_mixture(z, torch.tensor([[3, 8]]), 0)
+    assert torch.allclose(mixture.mean_EKD[0], z[0, [3, 8]], atol=1e-12)
+    assert torch.allclose(mixture.log_weight_EK.exp(), torch.full((1, 2), 0.5, dtype=torch.float64))
+
+
+STARVING = [-6.6, -5.7, -3.3, 2.9, 11.2, 11.21, 11.34, 11.53, 40.0, 42.0, 48.1, 66.6]
+"""Started at 11.2, -6.6, 11.21 and 2.9, the first component loses all its points in the second step."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_component_keeps_its_mean_and_a_vanishing_weight(dtype: torch.dtype) -> None:
+    z = torch.tensor(STARVING, dtype=dtype)[None, :, None]
+    rows = torch.tensor([[4, 0, 5, 3]])
+    alive, starved, later = (fit_mixture(z, rows, i) for i in (1, 2, 10))
+    assert float(alive.log_weight_EK[0, 0].exp()) > 0.1
+    assert float(starved.log_weight_EK[0, 0].exp()) < 1e-6
+    assert torch.equal(later.mean_EKD[0, 0], starved.mean_EKD[0, 0])
+    assert torch.isfinite(later.mean_EKD).all()
+    assert torch.allclose(later.log_weight_EK.exp().sum(dim=1), torch.ones(1, dtype=dtype))
+    without = Mixture(later.mean_EKD[:, 1:], later.log_weight_EK[:, 1:])
+    assert torch.allclose(mixture_log_prob(later, z), mixture_log_prob(without, z), atol=1e-5)
+
+
+def test_points_that_all_coincide_are_one_component() -> None:
+    z = torch.full((1, 9, 3), 2.5)
+    mixture = fit_mixture(z, torch.tensor([[4]]), 10)
+    assert torch.equal(mixture.mean_EKD, torch.full((1, 1, 3), 2.5))
+    assert torch.equal(mixture.log_weight_EK, torch.zeros(1, 1))
+    expected = reference.mixture_log_density(np.full(3, 2.5), np.ones(1), np.full((1, 3), 2.5))
+    assert torch.allclose(mixture_log_prob(mixture, z), torch.full((1, 9), expected))
+
+
+def test_episodes_do_not_see_each_other() -> None:
+    rng = np.random.default_rng(1)
+    z = torch.tensor(np.stack([groups(rng, 30, 4, 3) + 50 * e for e in range(3)]))
+    rows = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8], [9, 3, 1, 0]])
+    together = fit_mixture(z, rows, 5)
+    for e in range(3):
+        alone = fit_mixture(z[e : e + 1], rows[e : e + 1], 5)
+        assert torch.allclose(together.mean_EKD[e], alone.mean_EKD[0], atol=1e-12)
+        assert torch.allclose(together.log_weight_EK[e], alone.log_weight_EK[0], atol=1e-12)
+
+
+def test_psi_is_a_constant_and_the_density_has_the_gradient_of_its_points() -> None:
+    z = torch.tensor(groups(np.random.default_rng(2), 12, 3, 2))[None].requires_grad_()
+    mixture = fit_mixture(z, torch.tensor([[0, 5]]), 3)
+    assert not mixture.mean_EKD.requires_grad
+    assert not mixture.log_weight_EK.requires_grad
+    assert torch.autograd.gradcheck(lambda points: mixture_log_prob(mixture, points), (z,))
+
+
+# --- where the means start --------------------------------------------------------------------------------
+
+
+def test_initial_rows_are_distinct_and_a_function_of_the_generator() -> None:
+    z = torch.randn(3, 40, 2, generator=torch.Generator().manual_seed(0))
+    rows = init_indices(z, 7, keyed(1, 2, 3))
+    assert torch.equal(rows, init_indices(z, 7, keyed(1, 2, 3)))
+    assert torch.equal(rows[1:2], init_indices(z[1:2], 7, keyed(2)))
+    assert all(len(set(row.tolist())) == 7 for row in rows)
+    assert len({tuple(init_indices(z[:1], 7, keyed(seed))[0].tolist()) for seed in range(20)}) == 20
+
+
+def test_every_row_is_equally_likely_to_start_a_component() -> None:
+    z = torch.arange(10.0)[None, :, None]
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(3000):
+        counts[init_indices(z, 3, [generator])[0]] += 1
+    # Binomial(3000, 0.3): standard deviation 25.1; five of them.
+    assert (counts - 900).abs().max() < 126
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_duplicated_points_never_start_two_components(seed: int) -> None:
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    z = values[torch.tensor([0] * 30 + [1, 2, 3])][None]
+    rows = init_indices(z, 4, keyed(seed))
+    assert len(torch.unique(z[0, rows[0]], dim=0)) == 4
+
+
+def test_more_components_than_distinct_points_is_a_clear_error() -> None:
+    z = torch.tensor([0.0, 1.0, 1.0, 0.0, 2.0])[None, :, None]
+    assert sorted(z[0, init_indices(z, 3, keyed(0))[0], 0].tolist()) == [0.0, 1.0, 2.0]
+    with pytest.raises(MixtureError, match=r"4 components need .* has 3: lower train\.components") as caught:
+        init_indices(z, 4, keyed(0))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MixtureError, match="6 components"):
+        init_indices(z, 6, keyed(0))
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation returned, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, Tensor):
+                self.numel = max(self.numel, item.numel())
+        return result
+
+
+def test_the_meter_sees_a_points_by_components_by_dimensions_tensor() -> None:
+    z, means = torch.randn(2, 50, 8), torch.randn(2, 5, 8)
+    with Largest() as largest:
+        (z[:, :, None] - means[:, None]).square().sum(-1)
+    assert largest.numel == 2 * 50 * 5 * 8
+
+
+def test_no_tensor_is_larger_than_points_by_dimensions() -> None:
+    E, P, K, D = 2, 300, 20, 24
+    z = torch.randn(E, P, D, requires_grad=True)
+    with Largest() as largest:
+        mixture = fit_mixture(z.detach(), init_indices(z.detach(), K, keyed(0, 1)), 3)
+        mixture_log_prob(mixture, z).sum().backward()
+    assert largest.numel == E * P * max(D, K)
+    with Largest() as largest:
+        fitted = fit_semi_supervised(torch.randn(E, K, 5, D), z.detach(), iterations=3)
+        class_log_posterior(fitted, z.detach())
+    # A point beside its square: twice the points (and the support, once, to centre both).
+    assert largest.numel == 2 * E * P * D
+    assert isinstance(fitted, ClassMixture)
+    assert float(fitted.variance_EKD.min()) >= VARIANCE_FLOOR

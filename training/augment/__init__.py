@@ -1,0 +1,1 @@
+"""Random views of images for contrastive pre-training and denoising."""

@@ -1,0 +1,1 @@
+"""Ranks, precision, memory allocator and random numbers."""

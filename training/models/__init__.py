@@ -1,0 +1,1 @@
+"""Networks: encoders, decoders, set attention, Meta-GMVAE."""

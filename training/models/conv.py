@@ -1,0 +1,174 @@
+"""Conv4 encoder (Table 3), its mirror, the decoder (Table 4), and the decoder of features (Table 8).
+
+Images may be of any size. Pooling rounds up (28 -> 14 -> 7 -> 4 -> 2, as in Table 3); the decoder of images
+goes through the same sizes backwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metagmvae.training.device.precision import at_least_float32
+
+LEVELS = 4
+
+
+def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:
+    """Side lengths from the image down to the last feature map: 28 -> [28, 14, 7, 4, 2]."""
+    sizes = [size]
+    for _ in range(levels):
+        sizes.append((sizes[-1] + round_up) // 2)
+    return sizes
+
+
+class ConvBlock(nn.Module):
+    """conv 3x3, batch normalisation, ReLU (if `rectified`), 2x2 max pooling: (n, c, s, s) -> (n, channels, s/2, s/2).
+
+    Pooling and ReLU commute, so pooling goes first and ReLU sees a quarter of the values. For a first block
+    (1 to 4 input channels) the normalisation is folded into the convolution: the mean and variance of
+    its outputs over the batch follow exactly from the mean and covariance of the 3x3 input patches, so the
+    largest map of the network is written once instead of being read for statistics and written again. The
+    statistics are then constants of the input, so this is done only where no gradient goes to the input.
+    """
+
+    def __init__(self, inputs: int, channels: int, round_up: bool = True, rectified: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.fold = inputs <= 4
+        self.round_up = round_up
+        self.rectified = rectified
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._folded(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
+        pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
+        return F.relu(pooled) if self.rectified else pooled
+
+    def _folded(self, x: Tensor) -> Tensor:
+        mean, variance = self._statistics(x)
+        factor = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        weight = self.conv.weight * factor[:, None, None, None]
+        return F.conv2d(x, weight, self.norm.bias - mean * factor, padding=1)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of the convolution's outputs, (channels,) each; updates running ones."""
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        if not norm.training:
+            return norm.running_mean, norm.running_var
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
+            count = patches.shape[0] * patches.shape[2]
+            middle = patches.mean(dim=(0, 2))
+            # In place, image by image: patches of a whole batch are its largest array, written once.
+            patches -= middle[:, None]
+            covariance = (patches @ patches.transpose(1, 2)).sum(dim=0) / count
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = at_least_float32(self.conv.weight).flatten(1)
+            mean = kernel @ middle
+            variance = ((kernel @ covariance) * kernel).sum(dim=1)
+        with torch.no_grad():
+            momentum = norm.momentum or 0.0
+            norm.running_mean.lerp_(mean.detach(), momentum)
+            norm.running_var.lerp_(variance.detach() * count / max(count - 1, 1), momentum)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked += 1
+        return mean, variance
+
+
+class ConvEncoder(nn.Module):
+    """Conv4 or Conv5: (n, C, H, W) in [0, 1] -> (n, features), features = channels * h * w of the last map.
+
+    Conv4 of Table 3 pools rounding up (28 -> 14 -> 7 -> 4 -> 2), Conv5 of Table 6 rounding down (84 -> 42 -> 21 ->
+    10 -> 5 -> 2). The tables end in a ReLU; without it (`rectified`) features have both signs.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        channels: int,
+        levels: int = LEVELS,
+        round_up: bool = True,
+        rectified: bool = True,
+    ) -> None:
+        super().__init__()
+        inputs, *sides = image_shape
+        last = [pooled_sizes(side, levels, round_up)[-1] for side in sides]
+        if not all(last):
+            raise ValueError(
+                f"images of {sides[0]} x {sides[1]} pixels are too small for {levels} poolings; use conv4, or set "
+                "model.image_size"
+            )
+        blocks = [
+            ConvBlock(inputs if level == 0 else channels, channels, round_up, rectified or level < levels - 1)
+            for level in range(levels)
+        ]
+        self.blocks = nn.Sequential(*blocks)
+        self.features = channels * math.prod(last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # contiguous() first: channels_last must not change the order of the flattened features.
+        return self.blocks(x).contiguous().flatten(1)
+
+
+class ConvDecoder(nn.Module):
+    """Table 4: latents (n, D) -> logits of the Bernoulli means, (n, C, H, W)."""
+
+    def __init__(self, image_shape: tuple[int, int, int], channels: int, latent: int, width: int) -> None:
+        super().__init__()
+        outputs, image_height, image_width = image_shape
+        heights = pooled_sizes(image_height)[::-1]
+        widths = pooled_sizes(image_width)[::-1]
+        self.first = (channels, heights[0], widths[0])
+        self.mlp = nn.Sequential(
+            nn.Linear(latent, width),
+            nn.ELU(),
+            nn.Linear(width, width),
+            nn.ELU(),
+            nn.Linear(width, channels * heights[0] * widths[0]),
+            nn.ELU(),
+        )
+        layers: list[nn.Module] = []
+        for level in range(LEVELS):
+            last = level == LEVELS - 1
+            # Kernel 4 doubles a side, kernel 3 gives twice the side less one.
+            kernel = (
+                4 if heights[level + 1] == 2 * heights[level] else 3,
+                4 if widths[level + 1] == 2 * widths[level] else 3,
+            )
+            out = outputs if last else channels
+            layers.append(nn.ConvTranspose2d(channels, out, kernel, stride=2, padding=1, bias=last))
+            if not last:
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        self.deconv = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        maps = self.mlp(z).unflatten(1, self.first)
+        return self.deconv(maps)
+
+
+class FeatureDecoder(nn.Module):
+    """Table 8: latents (n, D) -> means of the features, (n, F).
+
+    The last ReLU of the table belongs to features as they come out of Conv5 (`rectified`); centred features have
+    negative values.
+    """
+
+    def __init__(self, features: int, latent: int, hidden: int = 512, rectified: bool = False) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(latent, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, features),
+            *([nn.ReLU()] if rectified else []),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.mlp(z)

@@ -1,0 +1,1 @@
+"""EM, ELBO and NT-Xent as plain functions."""

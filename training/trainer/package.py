@@ -1,0 +1,172 @@
+"""A trained model as a folder of two files: weights in safetensors, everything else in JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.files import read_json, sha256_file
+from metagmvae.pipelines.records import DataError
+from metagmvae.training.models.encoders import EncoderModel
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.trainer.builders import build_encoder_model, build_model
+from metagmvae.training.trainer.checkpoint import load_state
+
+VERSION = 2
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to predict, in evaluation mode, with what is known of it."""
+
+    model: EncoderModel
+    """A `MetaGMVAE`, or an encoder alone."""
+    settings: Settings
+    image_shape: tuple[int, int, int]
+    info: dict[str, Any]
+    """Where it comes from: data fingerprint, stage, step, and the validation score it was chosen by."""
+
+
+def save_package(path: str | Path, loaded: LoadedModel) -> Path:
+    """Write a model package; the folder appears whole or not at all.
+
+    Raises:
+        DataError: the path exists already, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise DataError(f"{path}: exists already; name a new folder for the model package")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        weights = {k: v.detach().cpu().contiguous().clone() for k, v in loaded.model.state_dict().items()}
+        save_file(weights, str(folder / WEIGHTS))
+        card = {
+            "version": VERSION,
+            "kind": "meta-gmvae" if isinstance(loaded.model, MetaGMVAE) else "encoder",
+            "settings": json.loads(loaded.settings.model_dump_json()),
+            "image_shape": list(loaded.image_shape),
+            "weights_sha256": sha256_file(folder / WEIGHTS),
+            "info": loaded.info,
+        }
+        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        folder.chmod(0o755)
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return path
+
+
+def load_package(path: str | Path) -> LoadedModel:
+    """Read a model package; nothing in it can run.
+
+    Raises:
+        DataError: it is not one, is damaged, or of another version.
+    """
+    path = Path(path)
+    card = read_json(path / CARD)
+    if not isinstance(card, dict) or card.get("version") != VERSION:
+        raise DataError(f"{path / CARD}: not a model package of version {VERSION}")
+    try:
+        if sha256_file(path / WEIGHTS) != card["weights_sha256"]:
+            raise DataError(f"{path / WEIGHTS}: was altered after it was written (sha256 differs)")
+        weights = load_file(str(path / WEIGHTS))
+        settings = json.dumps(card["settings"])
+        return _assemble(weights, card["kind"], settings, card["image_shape"], card["info"], path)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise DataError(f"{path}: not a whole model package ({error!r})") from error
+
+
+def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
+    """Read a model from a package folder, a checkpoint file, or a run folder.
+
+    Where the run keeps the best model for each shot (`train.selection = "best"`) and `shot` names one of
+    them, that one is taken; otherwise the last.
+
+    Raises:
+        DataError, CheckpointError: there is no model, or it cannot be read.
+    """
+    path = Path(path)
+    if (path / CARD).is_file():
+        return load_package(path)
+    if path.is_dir() and not (path / CHECKPOINT).is_file():
+        raise DataError(f"{path}: holds neither {CARD} (a model package) nor {CHECKPOINT} (a run)")
+    state = load_state(path / CHECKPOINT if path.is_dir() else path)
+    info = {
+        "data_fingerprint": state["data_fingerprint"],
+        "stage": state["stage"],
+        "step": state["step"],
+        "elapsed_s": state["elapsed"],
+    }
+    weights = state["model"]
+    try:
+        best = _best(state, shot)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(
+            f"{path}: its settings or best models are damaged ({error!r}); use another checkpoint"
+        ) from error
+    if best is not None:
+        task, chosen = best
+        weights = chosen["model"]
+        info |= {
+            "step": chosen["step"],
+            "selected_by": f"validation/{task}",
+            "validation_accuracy": chosen["accuracy"],
+        }
+    return _assemble(weights, state["kind"], state["settings"], state["image_shape"], info, path)
+
+
+def meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
+    """The model, where only a whole one will do.
+
+    Raises:
+        DataError: it is an encoder alone.
+    """
+    if not isinstance(loaded.model, MetaGMVAE):
+        raise DataError(
+            f"{name}: is an encoder alone, which classifies nothing; write features with it (metagmvae features), and "
+            "meta-train on them"
+        )
+    return loaded.model
+
+
+def _best(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
+    """The kept model for a shot; without a shot, the one for the smallest shot there is."""
+    if not state["best"] or json.loads(state["settings"])["train"]["selection"] != "best":
+        return None
+    by_shot = {int(task.split("w")[1].rstrip("s")): task for task in state["best"]}
+    task = by_shot.get(shot if shot is not None else min(by_shot))
+    return None if task is None else (task, state["best"][task])
+
+
+def _assemble(
+    weights: dict[str, torch.Tensor], kind: str, settings: str, image_shape: Any, info: dict[str, Any], path: Path
+) -> LoadedModel:
+    try:
+        parsed = Settings.model_validate_json(settings)
+        channels, height, width = (int(size) for size in image_shape)
+        build = build_encoder_model if kind == "encoder" else build_model
+        model: EncoderModel = build(parsed.model, (channels, height, width), seed=0)
+        model.load_state_dict(weights)
+    except (ValidationError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: settings and weights do not make a model ({reason})") from error
+    model = model.to(memory_format=torch.channels_last)
+    return LoadedModel(model.eval(), parsed, (channels, height, width), info)
