@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,19 @@ class ImageRecord:
     """Empty where the source has no classes."""
     load: Callable[[], np.ndarray]
     """Decode to uint8, (C, H, W), at the size that the data set asks for."""
+
+
+class Rows(Protocol):
+    """Images (n, C, H, W) or features (n, F) of a split, read by row indices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, C, H, W) or (n, F)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray, /) -> Any:
+        """Rows at these indices, int64 (m,): a NumPy array, or a torch tensor where the rows are on a device."""
 
 
 @dataclass(frozen=True)

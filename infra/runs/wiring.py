@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Dataset, Reader
 
@@ -40,7 +41,7 @@ def train_here(settings: Settings, dataset: Dataset, surroundings: RunContext, k
     train(settings, data, image_shape, fingerprint, surroundings, validate, kind=kind, encoder=encoder)
 
 
-def _images(settings: Settings, dataset: Dataset, split: str) -> Any:
+def _images(settings: Settings, dataset: Dataset, split: str) -> Rows | StreamedImages:
     data = settings.data
     if data.reader == "stream":
         return StreamedImages(dataset, split, data.shuffle_buffer)

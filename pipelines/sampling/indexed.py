@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metagmvae.pipelines.records import DataError, SetBatch
+from metagmvae.pipelines.records import DataError, Rows, SetBatch
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.stream import Stream
 
@@ -24,7 +24,9 @@ class SetStream(Stream):
     Episode e = step * B + i depends on (seed, split, e) only; rank r takes i = r, r + W, ... of each step.
     """
 
-    def __init__(self, images: Any, *, batch: int, set_size: int, **position: Any) -> None:
+    images: Rows
+
+    def __init__(self, images: Rows, *, batch: int, set_size: int, **position: Any) -> None:
         super().__init__(images, batch=batch, **position)
         self.set_size = set_size
 
@@ -46,7 +48,9 @@ class ImageBatchStream(Stream):
     The last, incomplete batch of an epoch is left out. Yields (images of this rank, step).
     """
 
-    def __init__(self, images: Any, *, batch: int, **position: Any) -> None:
+    images: Rows
+
+    def __init__(self, images: Rows, *, batch: int, **position: Any) -> None:
         super().__init__(images, batch=batch, **position)
         self.per_epoch = len(images) // batch
         if not self.per_epoch:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 from metagmvae.pipelines.records import DataError
@@ -20,7 +20,7 @@ class Stream(ABC):
 
     def __init__(
         self,
-        images: Any,
+        images: Sized,
         *,
         batch: int,
         seed: int,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from metagmvae.pipelines.records import Rows
 
 ROWS = 4096
 """Rows that go to the device at once."""
@@ -15,7 +15,7 @@ ROWS = 4096
 class DeviceRows:
     """Images or features by row on a device: `rows[numbers] -> (n, ...)` there, in the type they are stored in."""
 
-    def __init__(self, data: Any, device: torch.device) -> None:
+    def __init__(self, data: Rows, device: torch.device) -> None:
         count = len(data)
         pieces = [np.asarray(data[np.arange(first, min(first + ROWS, count))]) for first in range(0, count, ROWS)]
         self.tensor = torch.cat([torch.from_numpy(piece).to(device) for piece in pieces])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metagmvae.pipelines.records import Rows
 from metagmvae.training.device.seeding import to_device
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, whiten
@@ -23,7 +23,7 @@ Pieces = Callable[[], Iterator[Tensor]]
 class ScaledRows:
     """Features by row at the scale that the model works on: `rows[numbers] -> float32 (n, F)`, on the CPU."""
 
-    def __init__(self, raw: Any, scale: nn.Module) -> None:
+    def __init__(self, raw: Rows, scale: nn.Module) -> None:
         self.raw = raw
         self.shape = tuple(raw.shape)
         self._scale = scale
@@ -32,12 +32,12 @@ class ScaledRows:
         return self.shape[0]
 
     @torch.no_grad()
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         return self._scale(torch.from_numpy(np.asarray(self.raw[rows], dtype=np.float32))).numpy()
 
 
 @torch.inference_mode()
-def encode_all(model: EncoderModel, images: Any, device: torch.device, channels_last: bool) -> np.ndarray:
+def encode_all(model: EncoderModel, images: Rows, device: torch.device, channels_last: bool) -> np.ndarray:
     """Features of all images as the encoder gives them, each encoded once: (n, F) float32.
 
     Every rank encodes all of them by the same weights and buffers, so all ranks have the same without a word.
@@ -53,7 +53,7 @@ def encode_all(model: EncoderModel, images: Any, device: torch.device, channels_
     return torch.cat(pieces).numpy()
 
 
-def set_scale(model: MetaGMVAE, raw: Any) -> None:
+def set_scale(model: MetaGMVAE, raw: Rows) -> None:
     """Give the model the statistics of the training features, (n, F), read twice in pieces of rows."""
     scale = model.scale
     if not isinstance(scale, FeatureScale | FeatureWhitening):
@@ -67,14 +67,14 @@ def set_scale(model: MetaGMVAE, raw: Any) -> None:
         scale.set_statistics(mean, _covariance(pieces, mean))
 
 
-def init_head(model: MetaGMVAE, scaled: Any) -> None:
+def init_head(model: MetaGMVAE, scaled: Rows) -> None:
     """Let the model begin at the principal components of its training features, at the scale that it works on."""
     pieces = _pieces(scaled)
     mean = _mean(pieces)
     init_from_pca(model, mean, _covariance(pieces, mean))
 
 
-def _pieces(rows: Any) -> Pieces:
+def _pieces(rows: Rows) -> Pieces:
     """Rows in float64, so many at once, from the first to the last at each call."""
     count = len(rows)
 
@@ -85,7 +85,7 @@ def _pieces(rows: Any) -> Pieces:
     return pieces
 
 
-def _even_pieces(rows: Any) -> Pieces:
+def _even_pieces(rows: Rows) -> Pieces:
     return lambda: map(whiten, _pieces(rows)())
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.factory import image_batches, unlabelled_sets
+from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.device import distributed
 from metagmvae.training.models.encoders import EncoderModel, build_projector
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -37,7 +39,7 @@ STAGES: dict[ModelKind, tuple[str, ...]] = {"meta-gmvae": ("pretrain", "meta"), 
 
 def train(
     settings: Settings,
-    data: Any,
+    data: Rows | StreamedImages,
     image_shape: tuple[int, int, int],
     data_fingerprint: str,
     surroundings: RunContext,
@@ -69,7 +71,7 @@ class _Trainer:
     def __init__(
         self,
         settings: Settings,
-        data: Any,
+        data: Rows | StreamedImages,
         image_shape: tuple[int, int, int],
         data_fingerprint: str,
         surroundings: RunContext,
@@ -81,8 +83,10 @@ class _Trainer:
         self.on_feature_shards = encoder is not None
         self.resident = settings.data.reader == "device"
         # Features go there at the scale of the model, which is not known yet.
-        early = self.resident and not self.on_feature_shards
-        self.data = DeviceRows(data, surroundings.device) if early else data
+        if self.resident and not self.on_feature_shards:
+            assert not isinstance(data, StreamedImages)  # which data.reader = "stream" gives
+            data = DeviceRows(data, surroundings.device)
+        self.data = data
         self.stages = STAGES[kind]
         self.surroundings = surroundings
         self.validate = validate
@@ -205,7 +209,8 @@ class _Trainer:
     def _frozen_features(self, start: int) -> ScaledRows | DeviceRows:
         """Training features at the scale of the model, which is set when the stage begins."""
         assert isinstance(self.model, MetaGMVAE)
-        raw = self.data
+        assert not isinstance(self.data, StreamedImages)  # refused by the settings
+        raw: Rows = self.data
         if not self.on_feature_shards:
             raw = encode_all(self.model, self.data, self.surroundings.device, self.settings.train.channels_last)
         if start == 0:
