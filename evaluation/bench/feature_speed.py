@@ -5,8 +5,6 @@ Rows are synthetic: a function of their number, so that what is read can be comp
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from metagmvae.evaluation.bench.memory import peak_rss
 from metagmvae.pipelines.records import ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.indexed import SetStream
@@ -95,7 +94,7 @@ def _measure(folder: Path, count: int, answer: dict[str, Any]) -> dict[str, floa
     since = time.perf_counter()
     write_dataset(SyntheticFeatures(count), folder)
     answer["written_rows_per_s"] = count / (time.perf_counter() - since)
-    written = _peak_gib()
+    written = peak_rss() / 2**30
     dataset = Dataset.open(folder)
     since = time.perf_counter()
     mapped = dataset.rows("train", "mmap")
@@ -110,9 +109,4 @@ def _measure(folder: Path, count: int, answer: dict[str, Any]) -> dict[str, floa
         if number == count:
             break
     answer["streamed_rows_per_s"] = count / (time.perf_counter() - since)
-    return {"written": written, "read": _peak_gib()}
-
-
-def _peak_gib() -> float:
-    unit = 2**20 if sys.platform != "darwin" else 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"written": written, "read": peak_rss() / 2**30}

@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from metagmvae.evaluation.bench.memory import current_rss, ray_worker_rss
 from metagmvae.pipelines.records import MapTasks
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 
 POLL_S = 0.05
-PAGE = 4096
 
 
 def bench_prepare(
@@ -69,17 +69,4 @@ class _Memory:
 
     def _follow(self) -> None:
         while not self._ending.wait(POLL_S):
-            self.peak = max(self.peak, sum(_resident()))
-
-
-def _resident() -> list[int]:
-    """Resident bytes of this process and of every process that Ray calls a worker of ours."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes()
-            if title.startswith(b"ray::write_shard") or folder.name == str(Path("/proc/self").resolve().name):
-                found.append(int((folder / "statm").read_text().split()[1]) * PAGE)
-        except (OSError, IndexError):
-            continue
-    return found
+            self.peak = max(self.peak, current_rss() + ray_worker_rss("write_shard"))

@@ -8,9 +8,7 @@ Notation: B episodes, M points, N samples, R decoded samples, K components, D la
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import ModelSettings, TrainSettings
+from metagmvae.evaluation.bench.memory import peak_rss
 from metagmvae.evaluation.bench.reference import step_loss
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.allocator import keep_freed_memory
@@ -182,8 +181,7 @@ def _seconds(step: Step) -> float:
 def _peak_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_rss() / 2**20
 
 
 def _profile(step: Step, half: bool) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from metagmvae.evaluation.bench.memory import current_rss, ray_worker_rss
 from metagmvae.evaluation.sweeps.trials import Trial
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
 PARTS = 10
 """Of a sweep, for its curves."""
@@ -55,7 +54,7 @@ def bench_tune(run: RunSweep, trials: int) -> dict[str, Any]:
 
 def _measured(run: RunSweep, trials: int, *, tracked: bool) -> dict[str, Any]:
     samples: list[Sample] = []
-    ended = run(trials, tracked, lambda: samples.append(Sample(time.perf_counter(), *resident())))
+    ended = run(trials, tracked, lambda: samples.append(_sample()))
     done = [trial for trial in ended if trial.last is not None]
     training = [trial.last.seconds for trial in done if trial.last is not None]
     rows = _rows(samples)
@@ -74,6 +73,10 @@ def _measured(run: RunSweep, trials: int, *, tracked: bool) -> dict[str, Any]:
     }
 
 
+def _sample() -> Sample:
+    return Sample(time.perf_counter(), current_rss(), ray_worker_rss(descendants=True))
+
+
 def _rows(samples: Sequence[Sample]) -> list[dict[str, float]]:
     """Means over each tenth of the sweep."""
     rows = []
@@ -89,27 +92,3 @@ def _rows(samples: Sequence[Sample]) -> list[dict[str, float]]:
             }
         )
     return rows
-
-
-def resident() -> tuple[int, int]:
-    """Resident bytes of this process, and of the workers below it that run trials."""
-    parents, sizes, titles = {}, {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            number = int(folder.name)
-            parents[number] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            sizes[number] = int((folder / "statm").read_text().split()[1]) * PAGE
-            titles[number] = (folder / "cmdline").read_bytes()
-        except (OSError, IndexError):
-            continue
-    ours = os.getpid()
-    workers = [pid for pid, title in titles.items() if title.startswith(b"ray::") and ours in _above(pid, parents)]
-    return sizes[ours], sum(sizes[pid] for pid in workers)
-
-
-def _above(number: int, parents: dict[int, int]) -> set[int]:
-    found: set[int] = set()
-    while number in parents and parents[number] not in found:
-        number = parents[number]
-        found.add(number)
-    return found
