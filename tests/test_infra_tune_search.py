@@ -5,14 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
+from metagmvae.configs.dimensions import Choice, IntegerRange, LogUniform
 from metagmvae.configs.load import SettingsError
-from metagmvae.configs.search_space import Dimension, Space
+from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
 from metagmvae.infra.tune.search import GridSearch, RandomSearch, TpeSearch, search_method
 
-RATE = Dimension("train.learning_rate", "loguniform", low=1e-4, high=1e-1)
-SIZE = Dimension("train.set_size", "int", low=10, high=35, step=10)
-KIND = Dimension("model.posterior", "choice", values=("isotropic", "diagonal"))
+RATE = LogUniform(name="train.learning_rate", low=1e-4, high=1e-1)
+SIZE = IntegerRange(name="train.set_size", low=10, high=35, step=10)
+KIND = Choice(name="model.posterior", values=("isotropic", "diagonal"))
 SPACE = Space("mine", (RATE, SIZE, KIND))
 
 

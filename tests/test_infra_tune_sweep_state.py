@@ -67,7 +67,7 @@ def test_only_the_best_trial_keeps_its_checkpoint(plan, dataset, tmp_path):
     best = sweep.write_best()
     assert best.number == number
     settings = load_settings(tmp_path / "sweep" / BEST)
-    assert plan.space.chosen(settings) == best.settings
+    assert plan.space.values_of(settings) == best.settings
     assert settings.train.steps == 20
     assert settings.name == "mine-best"
     assert "70.00 ± 1.00%" in (tmp_path / "sweep" / BEST).read_text()

@@ -16,8 +16,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from metagmvae.configs.dimensions import Choice, Dimension, IntegerRange, LogUniform, Uniform, Value
 from metagmvae.configs.load import SettingsError
-from metagmvae.configs.search_space import Dimension, Space, Value
+from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.trials import Trial
 from metagmvae.pipelines.rng import keyed_rng
 
@@ -157,13 +158,12 @@ class TpeSearch:
 
 
 def _axis(dimension: Dimension) -> tuple[Value, ...]:
-    values = dimension.all_values()
-    if values is None:
+    if not dimension.levels:
         raise SettingsError(
             f"{dimension.name}: a grid needs a list of values, and {dimension.kind} is not one; write it as choice, or "
             "use --search random or tpe"
         )
-    return values
+    return tuple(dimension.levels)
 
 
 def _seed(sweep: int, number: int) -> int:
@@ -175,14 +175,13 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.kind == "choice":
+    if isinstance(dimension, Choice):
         return CategoricalDistribution(dimension.values)
-    if dimension.kind == "int":
-        # Optuna wants a last value that a step falls on, and warns of any other.
-        count = (int(dimension.high) - int(dimension.low)) // dimension.step
-        last = int(dimension.low) + count * dimension.step
-        return IntDistribution(int(dimension.low), last, step=dimension.step)
-    return FloatDistribution(float(dimension.low), float(dimension.high), log=dimension.kind == "loguniform")
+    if isinstance(dimension, IntegerRange):
+        # Optuna warns unless the upper end is one of the values.
+        return IntDistribution(dimension.low, dimension.levels[-1], step=dimension.step)
+    assert isinstance(dimension, Uniform | LogUniform)
+    return FloatDistribution(dimension.low, dimension.high, log=isinstance(dimension, LogUniform))
 
 
 def key_of(values: Values) -> str:
