@@ -11,7 +11,8 @@ from small_sweep import open_sweep
 
 from metagmvae.configs.load import SettingsError, load_settings
 from metagmvae.configs.search_space import load_space
-from metagmvae.infra.runs.folder_lock import LOCK, lock_run_folder
+from metagmvae.infra.runs.folder_lock import lock_run_folder
+from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.infra.tune.request import SweepRequest, run
 from metagmvae.infra.tune.sweep_folder import SweepPlan
 from metagmvae.pipelines.records import DataError
@@ -22,7 +23,7 @@ def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tm
     with lock_run_folder(tmp_path / "sweep"):
         sweep.folder.clear()
         sweep.folder.make(resume=False)
-    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [LOCK, "trials"]
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [TRAINING_LOCK, "trials"]
 
 
 def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp_path, monkeypatch):
@@ -36,7 +37,7 @@ def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no cluster"):
             run(request)
-    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [TRAINING_LOCK]
 
 
 def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):

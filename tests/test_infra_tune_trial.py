@@ -12,7 +12,8 @@ import torch
 from metagmvae.configs.load import load_settings, to_json
 from metagmvae.infra.runs.local_context import LocalContext
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
-from metagmvae.infra.runs.wiring import train_here
+from metagmvae.infra.runs.train_in_process import train_in_process
+from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.infra.tune import trial
 from metagmvae.infra.tune.sweep_folder import REASON
 from metagmvae.infra.tune.trial import one_line, run_trial, shared_dataset
@@ -74,7 +75,8 @@ def test_a_trial_is_bit_for_bit_the_training_of_train(data, tmp_path, told):
     run_trial(config)
     alone = tmp_path / "alone"
     alone.mkdir()
-    train_here(settings, Dataset.open(data), LocalContext(alone, torch.device("cpu"), resume=False), "meta-gmvae")
+    context = LocalContext(alone, torch.device("cpu"), resume=False)
+    train_in_process(load_inputs(settings, Dataset.open(data)), context, "meta-gmvae")
     assert_same_lines(tmp_path / "trial", alone)
     ours, theirs = (load_state(folder / "checkpoint.pt") for folder in (tmp_path / "trial", alone))
     for key, value in theirs["model"].items():

@@ -27,7 +27,8 @@ from metagmvae.configs.load import settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.cluster.connect import cluster, cluster_address
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
-from metagmvae.infra.runs.wiring import train_here
+from metagmvae.infra.runs.train_in_process import train_in_process
+from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state, save_state
@@ -119,7 +120,7 @@ def worker(config: dict[str, Any]) -> None:
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
     try:
-        train_here(settings, Dataset.open(config["data"]), surroundings, config["kind"])
+        train_in_process(load_inputs(settings, Dataset.open(config["data"])), surroundings, config["kind"])
     except NonFiniteLossError as error:
         # Raised here Ray would start the workers again, to end alike.
         surroundings.refuse(error)

@@ -101,6 +101,8 @@ def _fetch_version(store: Store, ref: str, folder: str) -> Path:
 
 
 def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
+    from metagmvae.training.trainer.checkpoint import CHECKPOINT
+
     match = re.fullmatch(r"runs:/([0-9A-Za-z_-]+)(?:/(.+))?", ref)
     if match is None:
         raise DataError(f"{ref}: not a model reference; give {FORMS}")
@@ -111,7 +113,7 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise DataError(f"{ref}: no such run in {redact(store.uri)}") from error
-    path = path or "checkpoint.pt"
+    path = path or CHECKPOINT
     if not path.endswith(".pt"):
         return _fetch_package(store, f"{root}/{path}", folder, ref, root)
     parent = path.rpartition("/")[0]

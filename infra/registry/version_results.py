@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.resolve import find_version
+from metagmvae.infra.runs.run_folder import RESULTS
 from metagmvae.infra.tracking.run_results import result_key
 from metagmvae.infra.tracking.store import TrackingError, connect, tracking_errors
 from metagmvae.pipelines.files import write_json
@@ -44,7 +45,7 @@ def keep_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                 stem = Path(folder) / key.replace("/", "-")
                 write_json(stem.with_suffix(".json"), result.summary() | made_with)
                 result.write_parquet(stem.with_suffix(".parquet"))
-            store.client.log_artifacts(version.run_id, folder, "results")
+            store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:
         print(f"{error}; the results were not kept with the registered version", file=sys.stderr)
         return ""

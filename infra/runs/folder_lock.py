@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.pipelines.records import DataError
 
-LOCK = ".training.lock"
 POLL_S = 0.2
 
 
@@ -27,7 +27,7 @@ def lock_run_folder(run_dir: Path, *, setting: str = "--set run.out=…", patien
         DataError: another process trains there.
     """
     until = time.monotonic() + patience_s
-    with (run_dir / LOCK).open("a") as file:
+    with (run_dir / TRAINING_LOCK).open("a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

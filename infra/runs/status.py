@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metagmvae.infra.runs.run_folder import STATUS, finished
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, is_finished
 from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import DataError
 
@@ -32,11 +32,11 @@ def read_status(run_dir: Path) -> tuple[str, int, int | None]:
     has no status file: its start is the age of its settings, its end that of its last metric line.
     """
     saved = read_json(run_dir / STATUS)
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / METRICS
     changed = round(1000 * metrics.stat().st_mtime) if metrics.exists() else None
     if saved is None:
-        started = round(1000 * (run_dir / "settings.json").stat().st_mtime)
-        return ("FINISHED" if finished(metrics) else "KILLED"), started, changed
+        started = round(1000 * (run_dir / SETTINGS).stat().st_mtime)
+        return ("FINISHED" if is_finished(metrics) else "KILLED"), started, changed
     if saved["status"] == "RUNNING" and _gone(saved["owner"]):
         return "KILLED", saved["started_ms"], changed
     return saved["status"], saved["started_ms"], saved["ended_ms"]

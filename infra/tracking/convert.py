@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metagmvae.infra.runs.run_folder import EVALUATIONS, METRICS, SYSTEM
 from metagmvae.infra.tracking.store import redact
 from metagmvae.pipelines.records import DataError
 
@@ -67,9 +68,9 @@ def evaluation_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPo
 
 
 READERS = {
-    "metrics.jsonl": training_points,
-    "system.jsonl": system_points,
-    "evaluations.jsonl": evaluation_points,
+    METRICS: training_points,
+    SYSTEM: system_points,
+    EVALUATIONS: evaluation_points,
 }
 
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.runs.run_folder import METRICS, read_lines
+from metagmvae.infra.runs.run_folder import CURSOR, EVALUATIONS, METRICS, RESULTS, read_lines
 from metagmvae.pipelines.files import write_json
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.infra.runs.run_folder import EVALUATIONS
 
 
 def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> list[str]:
@@ -23,7 +22,6 @@ def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     A run that is tracked is sent at once; a store that cannot be reached is named on stderr, and
     `metagmvae track` sends it later.
     """
-    from metagmvae.infra.runs.run_folder import CURSOR
     from metagmvae.infra.tracking.run_tracker import track
     from metagmvae.infra.tracking.store import TrackingError
 
@@ -32,7 +30,7 @@ def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     files = []
     for result in results:
         stem = f"{split}-{result.way}way-{result.shot}shot-{result.mode}"
-        files += [run_dir / "results" / f"{stem}.json", run_dir / "results" / f"{stem}.parquet"]
+        files += [run_dir / RESULTS / f"{stem}.json", run_dir / RESULTS / f"{stem}.parquet"]
         write_json(files[-2], result.summary() | made_with)
         result.write_parquet(files[-1])
         key = result_key(split, result)

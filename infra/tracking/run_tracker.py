@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from metagmvae.configs.schema import Settings, TrackingSettings
+from metagmvae.infra.runs.run_folder import SETTINGS, SYSTEM
 from metagmvae.infra.runs.status import ENDED, write_status
 from metagmvae.infra.tracking.cursor import last_uri
 from metagmvae.infra.tracking.run_uploader import UploadReport, upload_run
@@ -91,7 +92,7 @@ class Tracker:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
 
     def _work(self) -> None:
-        sampler, samples = SystemSampler(), _count_lines(self.run_dir / "system.jsonl")
+        sampler, samples = SystemSampler(), _count_lines(self.run_dir / SYSTEM)
         files_due = time.monotonic() + self.artifact_interval_s
         first = True
         while True:
@@ -118,7 +119,7 @@ class Tracker:
             return str(error)
 
     def _note(self, sample: dict[str, float]) -> None:
-        with (self.run_dir / "system.jsonl").open("a") as file:
+        with (self.run_dir / SYSTEM).open("a") as file:
             file.write(json.dumps(sample) + "\n")
 
 
@@ -139,7 +140,7 @@ def tracking_of(run_dir: str | Path) -> TrackingSettings:
     Raises:
         DataError: not a run folder.
     """
-    path = Path(run_dir) / "settings.json"
+    path = Path(run_dir) / SETTINGS
     if not path.is_file():
         raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     tracking = Settings.model_validate_json(path.read_text()).tracking

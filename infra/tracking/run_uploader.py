@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.runs.run_folder import CURSOR, STATUS
+from metagmvae.infra.runs.run_folder import CURSOR, FIGURES, RECORD, RESULTS, SETTINGS, STATUS
 from metagmvae.infra.runs.status import read_json, read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import Cursor, locked
@@ -27,7 +27,7 @@ T = TypeVar("T")
 RUN_KEY = "metagmvae.run_key"
 METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100  # MLflow's limits
 ARTIFACTS = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt", ".md"}
-ARTIFACT_FOLDERS = ("figures", "results")
+ARTIFACT_FOLDERS = (FIGURES, RESULTS)
 
 
 @dataclass
@@ -57,7 +57,7 @@ def upload_run(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bo
         TrackingError: the store cannot be reached or refuses; what it accepted so far is noted.
     """
     run_dir = Path(run_dir).absolute()
-    settings = read_json(run_dir / "settings.json")
+    settings = read_json(run_dir / SETTINGS)
     if settings is None:
         raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
     with locked(run_dir):
@@ -83,7 +83,7 @@ class RunUploader:
 
     def record(self) -> Mapping[str, Any]:
         """What becomes tags of the run, besides settings."""
-        return read_json(self.run_dir / "run.json") or {}
+        return read_json(self.run_dir / RECORD) or {}
 
     def send(self, artifacts: bool) -> UploadReport:
         self._open()

@@ -11,8 +11,9 @@ from typing import Any
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
-from metagmvae.infra.runs.checks import ENCODER_KEYS, check_data, device_of, with_encoder_of
+from metagmvae.infra.runs.checks import check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
+from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, load_inputs, select_device
 from metagmvae.infra.tune.search import GridSearch, Search
 from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
 from metagmvae.infra.tune.sweep_state import BEST, SweepState, check_validated
@@ -118,18 +119,18 @@ def _plan(request: SweepRequest, dataset: Dataset) -> SweepPlan:
     Raises:
         SettingsError, DataError: naming what is wrong.
     """
-    base = with_encoder_of(request.base, dataset)
+    base = load_inputs(request.base, dataset).settings
     check_numbers(request)
     if dataset.kind == "features":
         for key in (f"model.{key}" for key in ENCODER_KEYS):
-            if key in request.space.described():
+            if key in request.space.to_dict():
                 raise SettingsError(
                     f"{key}: the features of {dataset.uri} were made with one; leave it out of the space"
                 )
-    if "train.steps" not in request.space.described():
+    if "train.steps" not in request.space.to_dict():
         check_validated(base)
-    check_data(base, dataset, "meta-gmvae")
-    device_of(base)
+    check_settings(base, dataset, "meta-gmvae")
+    select_device(base)
     tasks = [f"{base.validation.way}w{shot}s" for shot in base.validation.shots]
     task = request.task or tasks[0]
     if task not in tasks:

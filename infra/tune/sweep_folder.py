@@ -23,7 +23,7 @@ from metagmvae.configs.load import SettingsError, differences, settings_from_jso
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, lines_of, read_trials
-from metagmvae.infra.runs.folder_lock import LOCK
+from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
 from metagmvae.infra.tune.code_version import changed, code_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
@@ -62,7 +62,7 @@ class SweepPlan:
             "search": self.search,
             "scheduler": self.scheduler,
             "seed": self.seed,
-            "space": self.space.described(),
+            "space": self.space.to_dict(),
             "base": json.loads(to_json(self.base)),
             "data": dataset.uri,
             "data_fingerprint": dataset.fingerprint,
@@ -84,9 +84,9 @@ class SweepFolder:
             DataError: it is not empty, not a sweep's, or cannot be made.
         """
         there = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
-        if set(there) - {LOCK} and not resume:
+        if set(there) - {TRAINING_LOCK} and not resume:
             raise DataError(f"{self.root}: not empty; go on with --resume, or choose another folder: --out DIR")
-        if set(there) - {LOCK} and SWEEP not in there:
+        if set(there) - {TRAINING_LOCK} and SWEEP not in there:
             raise DataError(f"{self.root}: not a sweep's folder (no {SWEEP}); choose another one: --out DIR")
         try:
             (self.root / FOLDERS).mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class SweepFolder:
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name != TRAINING_LOCK:
                 path.unlink()
 
     def keep(self, plan: SweepPlan, dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.configs.search_space import with_values
 from metagmvae.evaluation.sweeps.ranking import best_trial
 from metagmvae.evaluation.sweeps.trials import Status, Trial
-from metagmvae.infra.runs.checks import check_encoder
+from metagmvae.infra.runs.checks import check_encoder_settings
 from metagmvae.infra.runs.run_folder import CHECKPOINT
 from metagmvae.infra.tune.search import Values, key_of, search_method
 from metagmvae.infra.tune.sweep_folder import REASON, SweepFolder, SweepPlan
@@ -60,7 +60,7 @@ class SweepState:
         self.taken = sum(trial.status != "refused" for trial in self.ended.values()) + len(self.waiting)
         """Trials that have or had a slot."""
         self._best = best_trial(self.ended.values())
-        chosen = {number: plan.space.chosen(folder.settings(number)) for number in self.waiting}
+        chosen = {number: plan.space.values_of(folder.settings(number)) for number in self.waiting}
         self._seen = {key_of(dict(trial.settings)) for trial in self.ended.values()} | set(map(key_of, chosen.values()))
         self.proposer = search_method(plan.search, plan.space, plan.seed, chosen, self.ended.values())
         self.next_number = max([*self.ended, *self.waiting], default=-1) + 1
@@ -133,7 +133,7 @@ class SweepState:
             except SettingsError as error:
                 self._refuse(number, values, str(error))
                 continue
-            values = self.plan.space.chosen(settings)
+            values = self.plan.space.values_of(settings)
             if key_of(values) in self._seen:  # 5 in the space is 5.0 where the setting is a real number
                 self.proposer.forget(number)
                 continue
@@ -154,7 +154,7 @@ class SweepState:
         """
         settings = with_values(self.plan.base, values)
         check_validated(settings)
-        check_encoder(settings, self.dataset, "meta-gmvae")
+        check_encoder_settings(settings, self.dataset, "meta-gmvae")
         here = {"out": str(self.folder.folder(number)), "figures": False}
         free = {"run": settings.run.model_copy(update=here), "tracking": TrackingSettings(enabled=False)}
         return settings.model_copy(update={"name": f"{self.plan.name}-{number:05d}", **free})
@@ -192,7 +192,7 @@ class SweepState:
     def _made(self, number: int, status: Status, reason: str, seconds: float) -> Trial:
         return Trial(
             number=number,
-            settings=self.plan.space.chosen(self.folder.settings(number)),
+            settings=self.plan.space.values_of(self.folder.settings(number)),
             status=status,
             reason=reason,
             curve=self.folder.curve(number, self.plan.task),

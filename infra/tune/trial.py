@@ -20,11 +20,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from metagmvae.configs.load import settings_from_json
 from metagmvae.configs.schema import Settings
-from metagmvae.infra.runs.checks import device_of
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.local_context import LocalContext
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
-from metagmvae.infra.runs.wiring import train_here
+from metagmvae.infra.runs.train_in_process import train_in_process
+from metagmvae.infra.runs.training_inputs import load_inputs, select_device
 from metagmvae.infra.tune.sweep_folder import REASON
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
@@ -150,7 +150,8 @@ def _train(settings: Settings, data: str, folder: Path, task: str) -> None:
         return
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
-    train_here(settings, dataset, TrialContext(folder, device_of(settings), task), "meta-gmvae")
+    context = TrialContext(folder, select_device(settings), task)
+    train_in_process(load_inputs(settings, dataset), context, "meta-gmvae")
 
 
 def one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Sco
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, compared_settings
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.runs.run_folder import RESULTS
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -97,7 +98,7 @@ def _row(
 
 def _stored(ref: str, loaded: LoadedModel, protocol: EvalProtocol, task: tuple[int, int]) -> EpisodeResults | None:
     """Accuracies of these very episodes by this very model, from the run folder."""
-    file = Path(ref) / "results" / f"{protocol.split}-{task[0]}way-{task[1]}shot-{protocol.mode}.json"
+    file = Path(ref) / RESULTS / f"{protocol.split}-{task[0]}way-{task[1]}shot-{protocol.mode}.json"
     if not file.with_suffix(".parquet").is_file() or not file.is_file():
         return None
     (found,) = read_recorded(file)

@@ -21,7 +21,7 @@ from metagmvae.evaluation.comparison.validation_rows import (
     validation_row,
 )
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
-from metagmvae.infra.runs.run_folder import METRICS, RECORD, SETTINGS, read_lines
+from metagmvae.infra.runs.run_folder import METRICS, RECORD, RESULTS, SETTINGS, read_lines
 from metagmvae.infra.workflows.compare_versions import version_sources
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
@@ -100,7 +100,7 @@ def _run(ref: str, path: Path) -> ComparedItem:
     """Stored results of a run; where there are none, its newest validation."""
     name = path.resolve().name
     lines = tuple(read_lines(path / METRICS))
-    found = [one for file in sorted((path / "results").glob("*.json")) for one in read_recorded(file)]
+    found = [one for file in sorted((path / RESULTS).glob("*.json")) for one in read_recorded(file)]
     rows = rows_of(name, "run", ref, found) or _validated(ref, name, path, lines)
     return ComparedItem(ref, name, tuple(rows), lines, judgeable=True, identity=str(path.resolve()))
 

@@ -19,13 +19,13 @@ from metagmvae.evaluation.comparison.validation_rows import (
     validation_row,
 )
 from metagmvae.infra.registry.resolve import find_version
+from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
 from metagmvae.infra.tracking.store import Store, connect, import_mlflow, redact, tracking_errors
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD
 
-RESULTS = "results"
-CURVES = "figures/curves.json"
+CURVES = f"{FIGURES}/curves.json"
 
 
 def version_sources(ref: str) -> list[ComparedItem]:

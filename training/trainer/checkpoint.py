@@ -14,6 +14,8 @@ from zipfile import BadZipFile
 
 import torch
 
+CHECKPOINT = "checkpoint.pt"
+"""Name of the checkpoint in a run folder."""
 VERSION = 2
 POSITION = {"stage", "step", "optimizer", "schedule", "rng", "elapsed"}
 KEYS = POSITION | {"version", "kind", "projector", "settings", "image_shape", "data_fingerprint", "model", "best"}

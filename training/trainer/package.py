@@ -20,12 +20,11 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
-from metagmvae.training.trainer.checkpoint import load_state
+from metagmvae.training.trainer.checkpoint import CHECKPOINT, load_state
 
 VERSION = 2
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     return _assemble(weights, state["kind"], state["settings"], state["image_shape"], info, path)
 
 
-def meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
+def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
     """The model, where only a whole one will do.
 
     Raises:

@@ -1,0 +1,61 @@
+"""What a training reads: its settings, its dataset and, for a dataset of features, the encoder that made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from metagmvae.configs.load import SettingsError
+from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.package import LoadedModel
+
+ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average")
+"""Keys of [model] that define the encoder."""
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Opened once per process and passed to everything that needs a part of it."""
+
+    settings: Settings
+    """For a dataset of features, [model] holds the settings of the encoder that made them."""
+    dataset: Dataset
+    encoder: LoadedModel | None
+    """The encoder that made the features; None for a dataset of images."""
+
+
+def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
+    """Load the encoder of a dataset of features and copy its settings into [model].
+
+    Raises:
+        SettingsError: the settings name another encoder.
+        DataError: the encoder is missing or damaged.
+    """
+    if dataset.kind != "features":
+        return TrainingInputs(settings, dataset, None)
+    encoder = load_dataset_encoder(dataset)
+    for key in ENCODER_KEYS:
+        requested, actual = getattr(settings.model, key), getattr(encoder.settings.model, key)
+        if requested not in (actual, type(settings.model).model_fields[key].default):
+            raise SettingsError(
+                f"model.{key} is {requested!r}, but the features of {dataset.uri} were made with {actual!r}: remove "
+                "the key, or write features with another encoder"
+            )
+    update = {key: getattr(encoder.settings.model, key) for key in ENCODER_KEYS}
+    model = settings.model.model_copy(update=update)
+    return TrainingInputs(settings.model_copy(update={"model": model}), dataset, encoder)
+
+
+def select_device(settings: Settings) -> torch.device:
+    """Return the device of `run.device`; "auto" is CUDA where it is available.
+
+    Raises:
+        SettingsError: `run.device` is "cuda" and CUDA is not available.
+    """
+    available = torch.cuda.is_available()
+    if settings.run.device == "cuda" and not available:
+        raise SettingsError('run.device = "cuda": this machine has no CUDA device; set it to "auto" or "cpu"')
+    return torch.device("cuda" if settings.run.device != "cpu" and available else "cpu")
