@@ -70,12 +70,12 @@ MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Itera
 """Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.cluster.tasks`)."""
 
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Told (done, total) as work goes on."""
-ProgressBar = Callable[[str], AbstractContextManager[Progress | None]]
+ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback | None]]
 """Opens a progress bar with a title; yields None where none is shown."""
 
 
-def no_progress(title: str) -> AbstractContextManager[Progress | None]:
+def no_progress(title: str) -> AbstractContextManager[ProgressCallback | None]:
     """A progress bar that is not shown."""
     return nullcontext()

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_words import set_words, small_glyphs
 from PIL import Image
-from typed import set_words, small_glyphs
 
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset

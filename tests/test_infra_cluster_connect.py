@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_words import set_words, small_glyphs
 from mlflow_template import closed_port
-from typed import set_words, small_glyphs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 

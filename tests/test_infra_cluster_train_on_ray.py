@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
-from typed import set_words, small_glyphs
+from command_words import set_words, small_glyphs
 
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.training.trainer.checkpoint import load_state

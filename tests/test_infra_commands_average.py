@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typed import set_words, small_glyphs
+from command_words import set_words, small_glyphs
 
 from metagmvae.evaluation.fewshot.predict import encode_images
 from metagmvae.infra.cli import main
@@ -50,7 +50,7 @@ def test_one_encoder_gives_features_of_any_average_and_a_model_keeps_to_its_own(
     assert main(["train", "omniglot-cpu", "--json", *set_words(settings)]) == 0
     model = load_model(out).model
     assert isinstance(model.encoder, MultiCropEncoder)
-    assert model.encoder.average == "crops"
+    assert model.encoder.averaging == "crops"
     written = Dataset.open(crops)
     again = encode_images(model, Dataset.open(data).images("test"), torch.device("cpu"))
     rows = np.asarray(written.rows("test")[np.arange(len(again))])

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_words import set_words, small_glyphs
 from PIL import Image
-from typed import set_words, small_glyphs
 
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
-from metagmvae.evaluation.fewshot.encoding import feature_source, load_dataset_encoder
+from metagmvae.evaluation.fewshot.encoder_package import feature_source, load_dataset_encoder
 from metagmvae.infra.cli import main
 from metagmvae.infra.cluster.tasks import ray_map
 from metagmvae.pipelines.records import DataError

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from command_words import set_words, small_glyphs
 from test_infra_cluster_train_on_ray import end, family, leave_nothing
-from typed import set_words, small_glyphs
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.sweeps.trials import read_trials

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from typed import small_glyphs
+from command_words import small_glyphs
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.fewshot import encoder_package

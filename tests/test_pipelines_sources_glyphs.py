@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sources.glyphs import GENERATOR, class_figure, draw_glyph
+from metagmvae.pipelines.sources.glyphs import GENERATOR, class_strokes, draw_glyph
 from metagmvae.pipelines.sources.source import open_source
 
 
@@ -67,10 +67,10 @@ def test_the_fingerprint_follows_the_options():
 
 def test_figures_fill_the_unit_square_and_differ():
     for number in range(30):
-        points = np.concatenate(class_figure(0, "test", number))
-        assert 2 <= len(class_figure(0, "test", number)) <= 4
+        points = np.concatenate(class_strokes(0, "test", number))
+        assert 2 <= len(class_strokes(0, "test", number)) <= 4
         assert np.abs(points).max() < 2
-        assert not np.array_equal(points[:4], np.concatenate(class_figure(0, "test", number + 1))[:4])
+        assert not np.array_equal(points[:4], np.concatenate(class_strokes(0, "test", number + 1))[:4])
 
 
 def test_ink_stays_on_the_page_and_leaves_most_of_it_free():

@@ -7,7 +7,7 @@ import pytest
 
 from metagmvae.pipelines.archives.reader import Entry
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sources.source import OPENERS, check_whole, open_source, source_fingerprint
+from metagmvae.pipelines.sources.source import OPENERS, check_integer, open_source, source_fingerprint
 
 
 def test_unknown_names_and_options_are_refused_with_what_there_is():
@@ -35,7 +35,7 @@ def test_a_block_is_its_records_stacked_and_a_copy_that_travelled_gives_the_same
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", True, None])
 def test_whole_numbers_only(value):
     with pytest.raises(DataError, match=r"size is .*; give a whole number, 1 or more"):
-        check_whole("size", value, 1)
+        check_integer("size", value, 1)
 
 
 def test_the_fingerprint_follows_content_and_options():

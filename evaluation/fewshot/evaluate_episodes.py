@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import Mode, encode_images, episodes_at_once, predict_episodes
 from metagmvae.pipelines.files import atomic_file
+from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def evaluate_features(
     episodes: int = 1000,
     seed: int = 0,
     mode: Mode = "transductive",
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
     """Judge a model on features by `encode_images`, over episodes 0 .. episodes - 1 of a seed.
 

@@ -118,10 +118,10 @@ def map_tasks_of(arguments: Namespace, gpus: int = 0) -> AbstractContextManager[
 
 def verify(arguments: Namespace) -> Answer:
     """Run `metagmvae verify`."""
-    from metagmvae.pipelines.shards.object_store import is_remote, whole_copy
+    from metagmvae.pipelines.shards.object_store import is_remote, temporary_copy
     from metagmvae.pipelines.shards.verify import verify_dataset
 
-    here = whole_copy(arguments.uri) if is_remote(arguments.uri) else nullcontext(arguments.uri)
+    here = temporary_copy(arguments.uri) if is_remote(arguments.uri) else nullcontext(arguments.uri)
     with here as root, progress_bar("files", arguments.json) as on_progress:
         problems = verify_dataset(root, on_progress)
     rows = [{"kind": problem.kind, "file": problem.path, "detail": problem.detail} for problem in problems]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from metagmvae.pipelines.records import Progress
+    from metagmvae.pipelines.records import ProgressCallback
 
 Answer = dict[str, Any]
 Parsers = Any
@@ -74,7 +74,7 @@ def _plain(value: Any) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, quiet: bool = False) -> Iterator[Progress | None]:
+def progress_bar(what: str, quiet: bool = False) -> Iterator[ProgressCallback | None]:
     """A bar on stderr when a person watches, told (done, in all); None otherwise."""
     if quiet or not sys.stderr.isatty():
         yield None

@@ -12,7 +12,7 @@ from typing import Any
 from metagmvae.infra.registry.evidence import PREFIX
 from metagmvae.infra.registry.resolve import no_such_name
 from metagmvae.infra.tracking.store import Store, paginate, tracking_errors
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import dataset_files
 
@@ -20,10 +20,9 @@ EVALUATED = re.compile(r"results\.([\w-]+\.\d+w\d+s\.(?:trans|in)ductive)")
 """As `evaluate` keeps an accuracy; beside it `…_ci95`, `…_data` and `…_data_fingerprint`."""
 GIVEN = re.compile(r"results\.(.+)\.accuracy")
 """As a caller of `register` gives one; beside it `….ci95`."""
-Progress = Callable[[int, int], None]
 
 
-def list_models(store: Store, name: str = "", on_progress: Progress | None = None) -> list[dict[str, Any]]:
+def list_models(store: Store, name: str = "", on_progress: ProgressCallback | None = None) -> list[dict[str, Any]]:
     """One row for each version, the newest of each name first.
 
     Args:

@@ -135,7 +135,7 @@ def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
 
 
 @contextmanager
-def whole_copy(uri: str) -> Iterator[Path]:
+def temporary_copy(uri: str) -> Iterator[Path]:
     """Everything under a prefix in a folder for the time being, unknown files too, nothing compared."""
     remote = RemotePrefix(uri)
     with tempfile.TemporaryDirectory() as folder:

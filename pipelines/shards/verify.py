@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from metagmvae.pipelines.files import sha256_file
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.index import read_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, parse_manifest, split_files
 from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
 
 ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Problem:
     detail: str
 
 
-def verify_dataset(root: str | Path, on_progress: Progress | None = None) -> list[Problem]:
+def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None) -> list[Problem]:
     """Compare every file of a data set with its manifest; an intact data set has no problems.
 
     `missing`: the manifest names it. `truncated`: another size. `altered`: the same size and another

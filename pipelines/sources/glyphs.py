@@ -16,7 +16,7 @@ import numpy as np
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.source import Source, check_whole
+from metagmvae.pipelines.sources.source import Source, check_integer
 
 GENERATOR = 1
 """Part of the fingerprint: to be raised when the same seed draws other pixels."""
@@ -73,9 +73,9 @@ def open_glyphs(
     if len(counts) != len(SPLITS) or not any(counts):
         raise DataError(f"classes is {classes!r}; give three counts, for train, validation and test")
     for count in counts:
-        check_whole("a count in classes", count, 0)
-    check_whole("drawings", drawings, 1)
-    check_whole("seed", seed, 0)
+        check_integer("a count in classes", count, 0)
+    check_integer("drawings", drawings, 1)
+    check_integer("seed", seed, 0)
     splits = {
         split: [_record(seed, split, number, drawing) for number in range(count) for drawing in range(drawings)]
         for split, count in zip(SPLITS, counts, strict=True)
@@ -95,7 +95,7 @@ def draw_glyph(seed: int, split: str, number: int, drawing: int) -> np.ndarray:
     rng = keyed_rng("glyph drawing", seed, split, number, drawing)
     strokes = [
         _curve(points + rng.normal(0, JITTER, (1, 2)) / 2 + _jitter(points, rng))
-        for points in class_figure(seed, split, number)
+        for points in class_strokes(seed, split, number)
     ]
     pen = rng.uniform(*PEN)
     return _render(_vary(np.concatenate(strokes), rng), pen)
@@ -108,7 +108,7 @@ def _jitter(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def class_figure(seed: int, split: str, number: int) -> Figure:
+def class_strokes(seed: int, split: str, number: int) -> Figure:
     """The figure of a class, centred at 0 and as large as the unit square."""
     rng = keyed_rng("glyph class", seed, split, number)
     strokes: list[np.ndarray] = []

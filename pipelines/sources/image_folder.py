@@ -24,7 +24,7 @@ from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import MODES, SUFFIXES, decode_image
-from metagmvae.pipelines.sources.source import Source, check_whole, source_fingerprint
+from metagmvae.pipelines.sources.source import Source, check_integer, source_fingerprint
 
 SPLITS = ("train", "validation", "test")
 SPLIT_FOLDERS = {
@@ -134,8 +134,8 @@ def broken(load: Callable[[str], np.ndarray], names: Sequence[str]) -> list[tupl
 def _check_options(
     size: int, channels: int, classes: bool, fractions: Sequence[float] | None, seed: int, max_broken: float
 ) -> None:
-    check_whole("size", size, 1)
-    check_whole("seed", seed, 0)
+    check_integer("size", size, 1)
+    check_integer("seed", seed, 0)
     if channels not in MODES:
         raise DataError(f"channels is {channels!r}; choose 1 (grey) or 3 (RGB)")
     if not 0 <= max_broken <= 1:

@@ -25,7 +25,7 @@ from metagmvae.pipelines.archives.reader import ARCHIVES, Entry, list_entries, r
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, decode_image, resize_pixels
 from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
-from metagmvae.pipelines.sources.source import Source, check_whole, source_fingerprint
+from metagmvae.pipelines.sources.source import Source, check_integer, source_fingerprint
 
 CLASSES = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS = 600
@@ -57,7 +57,7 @@ def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missi
         DataError: it cannot be downloaded and none was named, the layout is none of those above, a csv names files
             that are not there, or classes or images are missing (the report says which).
     """
-    check_whole("size", size, 1)
+    check_integer("size", size, 1)
     if source is None:
         raise DataError("Mini-ImageNet may not be passed on, so nothing is downloaded: name your copy by --source")
     root = Path(source)

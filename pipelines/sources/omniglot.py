@@ -24,7 +24,7 @@ from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import decode_image
-from metagmvae.pipelines.sources.source import Source, check_whole, source_fingerprint
+from metagmvae.pipelines.sources.source import Source, check_integer, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS = 20
@@ -62,7 +62,7 @@ def open_omniglot(
         raise DataError(f"omniglot has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if rotations not in (1, 4):
         raise DataError(f"rotations is {rotations}; choose 4 (quarter turns as classes) or 1")
-    check_whole("size", size, 1)
+    check_integer("size", size, 1)
     root = _inner(Path(source)) if source is not None else download_omniglot()
     parts = {archive: _find_part(root, archive) for archive in CHARACTERS}
     drawings: dict[Character, list[tuple[str, Entry]]] = {}

@@ -89,7 +89,7 @@ def open_source(name: str, source: str | None = None, *, map_tasks: MapTasks | N
     return opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
 
 
-def check_whole(option: str, value: Any, least: int) -> None:
+def check_integer(option: str, value: Any, least: int) -> None:
     """Refuse an option that is not a whole number of at least `least`.
 
     Raises:
