@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their fingerprints."""
+"""Atomic writing of files, JSON, and sha256 digests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from metagmvae.pipelines.records import DataError
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its name when the block ends without an error.
+    """Open a temporary file for writing; rename it to `path` when the block ends without an error.
 
     Raises:
-        DataError: the folder cannot be written or is full; nothing is left behind.
+        DataError: the folder cannot be written, or the disk is full. The temporary file is deleted.
     """
     path = Path(path)
     try:
@@ -36,7 +36,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror}); nothing was kept of it") from error
+        raise DataError(f"{path}: cannot be written ({error.strerror}); the partial file was deleted") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -49,26 +49,26 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises:
-        DataError: the file is missing or is not JSON.
+        DataError: the file is missing or not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from error
+        raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of the bytes of a file, as hexadecimal text."""
+    """sha256 of the content of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """sha256 of the canonical JSON text of a value."""
+    """sha256 of the canonical JSON form of a value, in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

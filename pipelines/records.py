@@ -1,6 +1,6 @@
-"""Plain types that cross a boundary between stages.
+"""Types shared by data sources, readers and training.
 
-Notation: B episodes per step, M points per episode, K ways, S shots, Q queries per class, C channels.
+Notation: B episodes per step, M data points per episode, K ways, S shots, Q queries per class, C channels, F features.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """The data or the request about it is wrong: one line that names what, where and the remedy."""
+    """Wrong data or a wrong request. The message is one line: what, where, remedy."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One source image, decoded on demand."""
+    """One image of a data source, decoded on demand."""
 
     key: str
-    """Unique within the source, stable between machines: a path inside the source, plus its variant."""
+    """Unique within the source and equal on all machines: path inside the source, plus the variant (a rotation)."""
     class_name: str
-    """Empty where the source has no classes."""
+    """Empty if the source has no classes."""
     load: Callable[[], np.ndarray]
-    """Decode to uint8, (C, H, W), at the size that the data set asks for."""
+    """Decodes the image: uint8, (C, H, W), in the size of the data set."""
 
 
 class Rows(Protocol):
@@ -44,38 +44,39 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class SetBatch:
-    """Unlabelled sets for one training step on one rank."""
+    """Unlabelled sets of one training step on one rank."""
 
     images: Any
-    """uint8 images, (b, M, C, H, W), or float features, (b, M, F), b = B / world size; on the host or on a device."""
+    """uint8 images, (b, M, C, H, W), or float features, (b, M, F), b = B / world size; NumPy arrays, or tensors
+    on a device."""
     episodes: np.ndarray
-    """int64, (b,): global episode indices; all randomness of the step derives from them."""
+    """int64, (b,): global episode indices, from which all random numbers of the step are derived."""
     step: int
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One labelled K-way S-shot episode as row numbers of a split."""
+    """Row indices of one labelled K-way S-shot episode in a split."""
 
     index: int
     classes: np.ndarray
-    """int64, (K,): class ids; label k is classes[k]."""
+    """int64, (K,): class ids; label k of the episode is class classes[k]."""
     support: np.ndarray
-    """int64, (K, S) rows."""
+    """int64, (K, S): row indices."""
     query: np.ndarray
-    """int64, (K, Q) rows."""
+    """int64, (K, Q): row indices."""
 
 
 MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Iterable[object]]
-"""Run a function over argument tuples, results in order: in-process, or as Ray tasks (`infra.cluster.tasks`)."""
-
+"""Calls a function with each tuple of arguments and returns the results in order, for example as Ray tasks
+(`infra.cluster.tasks`)."""
 
 ProgressCallback = Callable[[int, int], None]
-"""Told (done, total) as work goes on."""
+"""Called with (done, total) as work progresses."""
 ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback | None]]
-"""Opens a progress bar with a title; yields None where none is shown."""
+"""Opens a progress bar with a title. The context yields None if no bar is shown."""
 
 
 def no_progress(title: str) -> AbstractContextManager[ProgressCallback | None]:
-    """A progress bar that is not shown."""
+    """A `ProgressBar` that shows nothing."""
     return nullcontext()

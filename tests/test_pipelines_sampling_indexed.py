@@ -1,4 +1,4 @@
-"""Streams and episodes are functions of (seed, step) and (seed, index) alone."""
+"""Streams depend on (seed, step) alone, episodes on (seed, index) alone."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def sets(**options):
     return batches
 
 
-def test_ranks_share_out_the_episodes_of_one_process():
+def test_ranks_together_get_the_episodes_of_one_process():
     whole, ranks = sets(), [sets(rank=r, world=2) for r in range(2)]
     for step, batch in enumerate(whole):
         assert batch.step == step
@@ -30,13 +30,13 @@ def test_ranks_share_out_the_episodes_of_one_process():
             assert np.array_equal(joined[int(episode)], images)
 
 
-def test_a_stream_from_a_later_step_is_the_tail_of_the_whole():
+def test_a_stream_can_start_at_any_step():
     for late, early in zip(sets(start_step=3), sets()[3:], strict=True):
         assert np.array_equal(late.images, early.images)
     assert not np.array_equal(sets(seed=2)[0].images, sets()[0].images)
 
 
-def test_image_batches_hold_every_image_once_an_epoch():
+def test_image_batches_contain_every_image_once_per_epoch():
     position = {"batch": 8, "seed": 0, "split": "train", "steps": 10}
     stream = ImageBatchStream(IMAGES, **position)
     batches = list(stream)
@@ -48,7 +48,7 @@ def test_image_batches_hold_every_image_once_an_epoch():
     assert np.array_equal(half, batches[0][0][1::2])
 
 
-def test_a_stream_left_early_ends_its_thread_and_passes_errors_on():
+def test_close_stops_the_thread_and_errors_reach_the_consumer():
     endless = SetStream(IMAGES, batch=2, set_size=3, seed=0, split="train")
     assert len(list(itertools.islice(endless, 3))) == 3
     endless.close()
@@ -65,12 +65,12 @@ def test_a_stream_left_early_ends_its_thread_and_passes_errors_on():
         next(iter(SetStream(Broken(), batch=1, set_size=2, seed=0, split="train")))
 
 
-def test_impossible_streams_are_refused():
-    with pytest.raises(DataError, match="does not divide among 3 ranks"):
+def test_impossible_batch_sizes_are_refused():
+    with pytest.raises(DataError, match="is not a multiple of 3 ranks"):
         sets(world=3)
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         SetStream(IMAGES[:0], batch=1, set_size=1, seed=0, split="train")
-    with pytest.raises(DataError, match="do not make one batch"):
+    with pytest.raises(DataError, match="exceeds the"):
         ImageBatchStream(IMAGES, batch=41, seed=0, split="train")
 
 
@@ -93,13 +93,13 @@ def test_an_episode_depends_on_seed_and_index_alone():
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("options", "message"),
     [
-        ({"way": 8, "shot": 1, "query": 1}, "8 ways were asked for and there are 7 classes"),
-        ({"way": 5, "shot": 3, "query": 4}, "need 7 images of a class, and class 0 has 6"),
-        ({"way": 1, "shot": 1, "query": 1}, "way must be 2 or more"),
+        ({"way": 8, "shot": 1, "query": 1}, "way 8 exceeds the 7 classes"),
+        ({"way": 5, "shot": 3, "query": 4}, "need 7 images per class, but class 0 has 6"),
+        ({"way": 1, "shot": 1, "query": 1}, "way must be at least 2"),
     ],
 )
-def test_impossible_episodes_are_refused_with_counts(request_, said):
-    with pytest.raises(DataError, match=said):
-        EpisodeSampler(LABELS, seed=0, **request_)
+def test_impossible_episodes_are_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        EpisodeSampler(LABELS, seed=0, **options)

@@ -1,4 +1,4 @@
-"""The streaming reader: every row once an epoch, the same again, from any step, on any number of ranks."""
+"""Streaming reader: every row once per epoch, reproducible, from any step, on any number of ranks."""
 
 import itertools
 import json
@@ -31,16 +31,16 @@ def images(folder):
 def batches(images, kind=StreamedImageBatches, **options):
     position = {"batch": 6, "seed": 1, "split": "train", "steps": 40} | options
     stream = kind(images, **position)
-    taken = list(stream)
+    result = list(stream)
     stream.close()
-    return taken
+    return result
 
 
 def keys(rows) -> list[bytes]:
     return [row.tobytes() for row in rows]
 
 
-def test_every_row_comes_once_an_epoch_in_another_order_each_time(images, folder):
+def test_every_row_occurs_once_per_epoch_in_a_new_order(images, folder):
     everything = sorted(keys(Dataset.open(folder).images("train")))
     assert len(images) == 105
     rows = keys(row for batch, _ in batches(images, batch=7, steps=30) for row in batch)
@@ -52,7 +52,7 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(images, folder
 
 
 @pytest.mark.parametrize(("kind", "more"), [(StreamedImageBatches, {}), (StreamedSets, {"set_size": 5})])
-def test_a_later_start_is_the_tail_also_epochs_later(images, kind, more):
+def test_a_stream_can_start_at_any_step_of_any_epoch(images, kind, more):
     whole = batches(images, kind, **more)
     for start in (3, 38):
         tail = batches(images, kind, start_step=start, **more)
@@ -63,43 +63,45 @@ def test_a_later_start_is_the_tail_also_epochs_later(images, kind, more):
     assert not np.array_equal(batches(images, seed=2)[0][0], batches(images)[0][0])
 
 
-def test_ranks_make_equally_many_steps_on_uneven_shards_and_share_an_epoch(images, folder):
+def test_ranks_make_equal_numbers_of_steps_on_unequal_shards(images, folder):
     ranks = [batches(images, batch=6, rank=r, world=3, steps=60) for r in range(3)]
     assert [len(rank) for rank in ranks] == [60, 60, 60]
     assert all(batch.shape == (2, 1, 28, 28) for rank in ranks for batch, _ in rank)
-    seen = [keys(row for batch, _ in rank[:12] for row in batch) for rank in ranks]
-    assert len(set().union(*seen)) == 72  # 12 steps are within the shortest rank's first epoch: nothing twice
+    rank_rows = [keys(row for batch, _ in rank[:12] for row in batch) for rank in ranks]
+    assert (
+        len(set().union(*rank_rows)) == 72
+    )  # 12 steps are within the shortest rank's first epoch: no row occurs twice
     sets = batches(images, StreamedSets, batch=6, set_size=4, rank=1, world=3, steps=2)
     assert sets[1].episodes.tolist() == [7, 10]
     assert sets[1].images.shape == (2, 4, 1, 28, 28)
 
 
-def test_the_buffer_holds_rows_and_not_the_blocks_they_came_from(tmp_path):
+def test_the_shuffle_buffer_does_not_keep_blocks_in_memory(tmp_path):
     write_dataset(open_source("glyphs", classes=(40, 3, 3), drawings=40), tmp_path / "d", block=50, shard_rows=200)
     rows = StreamedImages(Dataset.open(tmp_path / "d"), "train", 400).rows(0, 0, 1, 0)
-    next(rows)  # what is imported on the way is not counted
+    next(rows)  # memory of the imports is not counted
     tracemalloc.start()
     rows = StreamedImages(Dataset.open(tmp_path / "d"), "train", 400).rows(0, 0, 1, 0)
-    taken = sum(1 for _ in itertools.islice(rows, 1150))
+    count = sum(1 for _ in itertools.islice(rows, 1150))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert taken == 1150
-    # 400 rows of the buffer with what Python adds to each, and the block being read; views would hold 1,000 or more.
+    assert count == 1150
+    # 400 rows of the buffer with their Python overhead, and the current block; views would keep 1,000 rows or more.
     assert held < 800 * 28 * 28
 
 
-def test_labels_are_never_read(folder, images, monkeypatch):
+def test_labels_are_not_read(folder, images, monkeypatch):
     monkeypatch.setattr("metagmvae.pipelines.shards.dataset.read_index", lambda *_: pytest.fail("the index was read"))
     assert len(batches(images, steps=2)) == 2
 
 
-def test_a_damaged_shard_is_named(tmp_path):
+def test_the_error_names_a_damaged_shard(tmp_path):
     write_dataset(open_source("glyphs", classes=(4, 3, 3), drawings=15), tmp_path / "d", block=8, shard_rows=20)
     shard = tmp_path / "d" / "train" / "shard-000001.tar"
     whole = shard.read_bytes()
     images = StreamedImages(Dataset.open(tmp_path / "d"), "train", 16)
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"train/shard-000001\.tar (is damaged|holds)"):
+    with pytest.raises(DataError, match=r"train/shard-000001\.tar (is damaged|has)"):
         batches(images)
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-000001\.tar: shard is missing"):
@@ -111,7 +113,7 @@ def test_more_ranks_than_shards(images):
         batches(images, batch=7, world=7)
 
 
-def test_training_by_stream_and_the_setting_it_cannot_serve(folder, tmp_path, capsys):
+def test_training_with_the_stream_reader(folder, tmp_path, capsys):
     small = {"model.channels": 8, "model.width": 32, "train.steps": 4, "train.set_size": 10, "train.samples": 4}
     off = {"validation.every": 0, "tracking.enabled": "false", "run.figures": "false", "train.checkpoint_every": 2}
     settings = small | off | {"data.uri": folder, "data.reader": "stream", "pretrain.steps": 2, "pretrain.batch": 6}
@@ -121,8 +123,7 @@ def test_training_by_stream_and_the_setting_it_cannot_serve(folder, tmp_path, ca
         assert main(["train", "omniglot-5way", *options, "--json", *more]) == 0
         return json.loads(capsys.readouterr().out)["last"]
 
-    whole = train("whole")
-    assert whole["global_step"] == 6
-    request = ["train", "omniglot-cpu", f"--set=data.uri={folder}", "--set=data.reader=stream"]
-    assert main(request) == 2
+    assert train("run")["global_step"] == 6
+    arguments = ["train", "omniglot-cpu", f"--set=data.uri={folder}", "--set=data.reader=stream"]
+    assert main(arguments) == 2
     assert "set data.reader to mmap" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_no_destructor_complains(tmp_pat
     """The limit is the system's own, so that buffers are left over in the tar as on a full disk."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "data")]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert "cannot be written (File too large); nothing was kept of it" in ended.stdout
+    assert "cannot be written (File too large); the partial file was deleted" in ended.stdout
     assert ended.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkey
 
     def full(path):
         if Path(path).name == "shard-000001.tar":
-            raise DataError(f"{path}: cannot be written (No space left on device); nothing was kept of it")
+            raise DataError(f"{path}: cannot be written (No space left on device); the partial file was deleted")
         return whole(path)
 
     monkeypatch.setattr(writer, "atomic_file", full)

@@ -1,1 +1,1 @@
-"""Unlabelled training sets and labelled episodes, each a function of (seed, index)."""
+"""Unlabelled training sets and labelled episodes as functions of (seed, index)."""

@@ -1,4 +1,4 @@
-"""Labelled K-way S-shot episodes by index: episode i depends on (seed, i) only.
+"""Labelled K-way S-shot episodes by index: episode i depends on (seed, i) alone.
 
 Notation: K ways, S shots, Q queries per class.
 """
@@ -12,43 +12,38 @@ from metagmvae.pipelines.rng import keyed_rng
 
 
 class EpisodeSampler:
-    """Draws K classes, and S + Q different samples of each, without replacement."""
+    """Draws K classes per episode, and S + Q samples of each class, both without replacement."""
 
-    def __init__(
-        self, labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, skip_small: bool = False
-    ) -> None:
-        """Take the class id of every row.
+    def __init__(self, labels: np.ndarray, *, way: int, shot: int, query: int, seed: int) -> None:
+        """Group the rows by class.
 
         Args:
-            labels: int64, (n,).
+            labels: class id of every row, int64, (n,).
             way, shot, query: K, S and Q.
-            seed: of all episodes.
-            skip_small: leave out classes with fewer than S + Q samples instead of refusing.
+            seed: seed of all episodes.
 
         Raises:
-            DataError: there are fewer than K classes, or a class has fewer than S + Q samples; says how many.
+            DataError: there are fewer than K classes, or a class has fewer than S + Q samples.
         """
         if way < 2 or shot < 1 or query < 1:
-            raise DataError(f"way {way}, shot {shot}, query {query}: way must be 2 or more, the others 1 or more")
+            raise DataError(f"way {way}, shot {shot}, query {query}: way must be at least 2, the others at least 1")
         order = np.argsort(labels, kind="stable")
         ids, starts = np.unique(labels[order], return_index=True)
         members = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True))
-        if skip_small:
-            members = {c: rows for c, rows in members.items() if len(rows) >= shot + query}
         if way > len(members):
-            raise DataError(f"{way} ways were asked for and there are {len(members)} classes: lower the way")
+            raise DataError(f"way {way} exceeds the {len(members)} classes of the split; lower the way")
         smallest = min(members, key=lambda c: len(members[c]))
         if len(members[smallest]) < shot + query:
             raise DataError(
-                f"{shot} shots and {query} queries need {shot + query} images of a class, and class {smallest} "
-                f"has {len(members[smallest])}: lower the shot or the query"
+                f"shot {shot} and query {query} need {shot + query} images per class, but class {smallest} has "
+                f"{len(members[smallest])}; lower shot or query"
             )
         self.way, self.shot, self.query, self.seed = way, shot, query, seed
         self.classes = np.array(sorted(members))
         self.members = members
 
     def episode(self, index: int) -> Episode:
-        """Episode `index`, the same whatever was drawn before."""
+        """Episode `index`, independent of earlier calls."""
         rng = keyed_rng("episode", self.seed, index)
         classes = rng.choice(self.classes, size=self.way, replace=False)
         rows = np.stack(
@@ -57,6 +52,6 @@ class EpisodeSampler:
         return Episode(index, classes, rows[:, : self.shot], rows[:, self.shot :])
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Episodes start .. start + count - 1 stacked: support rows (E, K, S), query rows (E, K, Q)."""
+        """Episodes start to start + count - 1: row indices of supports (E, K, S) and queries (E, K, Q)."""
         episodes = [self.episode(index) for index in range(start, start + count)]
         return np.stack([e.support for e in episodes]), np.stack([e.query for e in episodes])

@@ -1,4 +1,4 @@
-"""Training streams chosen by the reader of the settings."""
+"""Training streams for rows that are read by index and for rows that are streamed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from metagmvae.pipelines.sampling.stream import Stream
 
 
 def unlabelled_sets(images: Rows | StreamedImages, **options: Any) -> Stream:
-    """The stream of sets that suits the images: by row (`SetStream`), or as they come."""
+    """Stream of unlabelled sets: `SetStream`, or `StreamedSets` for streamed images."""
     return StreamedSets(images, **options) if isinstance(images, StreamedImages) else SetStream(images, **options)
 
 
 def image_batches(images: Rows | StreamedImages, **options: Any) -> Stream:
-    """The same for single images."""
+    """Stream of batches of single images: `ImageBatchStream`, or `StreamedImageBatches` for streamed images."""
     if isinstance(images, StreamedImages):
         return StreamedImageBatches(images, **options)
     return ImageBatchStream(images, **options)

@@ -1,10 +1,9 @@
-"""Unlabelled training streams: functions of (seed, split, step) alone, the same for any number of ranks and workers.
+"""Unlabelled training streams that read rows by index.
 
-A stream names the rows of a step from a counter-based generator, so it can start at any step, and rank r of W
-takes its share of each step: all ranks make equally many steps, however the shards are cut. One thread reads
-ahead; the seconds that the consumer waited for it are counted.
+The rows of a step depend on (seed, split, step) alone, so a stream can start at any step, and the union over the ranks
+is the same for any number of ranks. Every rank makes the same number of steps, however the shards are divided.
 
-Notation: B episodes per step over all ranks, b = B / W of this rank, M points per episode.
+Notation: B episodes per step over all W ranks, b = B / W episodes of this rank, M data points per episode.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from metagmvae.pipelines.sampling.stream import Stream
 
 
 class SetStream(Stream):
-    """Episodes for meta-training: M rows drawn with replacement each, as the paper's protocol does.
+    """Episodes for meta-training: each has M rows drawn with replacement, as in the paper.
 
-    Episode e = step * B + i depends on (seed, split, e) only; rank r takes i = r, r + W, ... of each step.
+    Episode e = step * B + i depends on (seed, split, e) alone; rank r takes i = r, r + W, ... of each step.
     """
 
     images: Rows
@@ -37,15 +36,15 @@ class SetStream(Stream):
         return SetBatch(images.reshape(len(episodes), self.set_size, *images.shape[1:]), episodes, step)
 
     def rows(self, episode: int) -> np.ndarray:
-        """Rows of one episode, (M,) int64."""
+        """Row indices of one episode, int64, (M,)."""
         rng = keyed_rng("set", self.seed, self.split, episode)
         return rng.integers(0, len(self.images), size=self.set_size)
 
 
 class ImageBatchStream(Stream):
-    """Single images for contrastive training: a fresh seeded permutation each epoch, none twice within one.
+    """Batches of single images for contrastive pre-training: a new seeded permutation each epoch.
 
-    The last, incomplete batch of an epoch is left out. Yields (images of this rank, step).
+    The last, incomplete batch of an epoch is dropped. Yields (images of this rank, step).
     """
 
     images: Rows
@@ -54,7 +53,7 @@ class ImageBatchStream(Stream):
         super().__init__(images, batch=batch, **position)
         self.per_epoch = len(images) // batch
         if not self.per_epoch:
-            raise DataError(f"{len(images)} images do not make one batch of {batch}: lower pretrain.batch")
+            raise DataError(f"pretrain.batch ({batch}) exceeds the {len(images)} images of the split; lower it")
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 

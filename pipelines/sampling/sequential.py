@@ -1,11 +1,12 @@
-"""The reader for what fits neither memory nor disk: shards in seeded order through a shuffle buffer.
+"""Streaming reader for data that fit neither into memory nor on the local disk.
 
-Approximate where the other readers are exact. An episode's M images stand near each other in this order and none comes
-twice in an epoch (the paper draws from all images, with replacement); rank r of W reads every W-th shard of an
-epoch, so what a rank sees depends on W. All else holds: the rows are a function of (seed, split, rank, W, position)
-alone, every rank makes equally many steps however uneven its shards are, since it begins its next epoch when it
-runs out, and no label is read. To start at a later step the rows before it are read and left out; whole
-epochs are left out without reading.
+It reads the shards in a seeded order through a shuffle buffer. Unlike the other readers it is approximate: the M images
+of an episode lie close together in this order, no image occurs twice in an epoch (the paper draws from all images with
+replacement), and rank r of W reads every W-th shard of an epoch, so the images of a rank depend on W.
+
+The rows depend on (seed, split, rank, W, position) alone. Every rank makes the same number of steps: a rank that has
+read all its shards starts its next epoch. Labels are not read. To start at a later step, the rows before it are read
+and skipped; complete epochs are skipped without reading.
 """
 
 from __future__ import annotations
@@ -25,64 +26,70 @@ from metagmvae.pipelines.shards.dataset import Dataset
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """A split that is read as a stream from where it lies: it has a length and a shape, and no rows by number."""
+    """A split that is read sequentially from its location. It has a length and a shape, but no access by row index."""
 
     dataset: Dataset
     split: str
     buffer: int
-    """Rows that are shuffled among each other, at least one block."""
+    """Rows in the shuffle buffer."""
 
     def __post_init__(self) -> None:
-        self.dataset.split(self.split)  # which raises where there is none
+        self.dataset.split(self.split)  # raises DataError if the split does not exist
 
     def __len__(self) -> int:
         return int(self.dataset.split(self.split)["samples"])
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(n, C, H, W)."""
         return (len(self), *self.dataset.row_shape)
 
     def rows(self, seed: int, rank: int, world: int, skip: int) -> Iterator[np.ndarray]:
-        """Images of this rank for ever, epoch after epoch, from number `skip` on: uint8 (C, H, W) each.
+        """Endless iterator over the images of a rank, epoch after epoch: uint8, (C, H, W) each.
+
+        Args:
+            seed: seed of the order.
+            rank, world: this rank and the number of ranks.
+            skip: number of images to skip at the start.
 
         Raises:
-            DataError: there are fewer shards than ranks, or a shard is damaged (its name is said).
+            DataError: there are fewer shards than ranks, or a shard is damaged.
         """
         shards = self.dataset.split(self.split)["shards"]
         if len(shards) < world:
             raise DataError(
                 f"{self.dataset.uri}: split {self.split!r} has {len(shards)} shards for {world} workers; lower "
-                "run.workers, or read it with data.reader = mmap"
+                "run.workers, or use data.reader = mmap"
             )
         epoch = 0
         while True:
             rng = keyed_rng("shard order", seed, self.split, epoch)
-            mine = [shards[number] for number in rng.permutation(len(shards))[rank::world]]
-            count = sum(shard["rows"] for shard in mine)
+            own_shards = [shards[index] for index in rng.permutation(len(shards))[rank::world]]
+            count = sum(shard["rows"] for shard in own_shards)
             if skip >= count:
                 skip -= count
             else:
-                rows = self._shuffled(mine, keyed_rng("shuffle buffer", seed, self.split, epoch, rank, world))
-                for number, row in enumerate(rows):
-                    if number >= skip:
+                rows = self._shuffled(own_shards, keyed_rng("shuffle buffer", seed, self.split, epoch, rank, world))
+                for index, row in enumerate(rows):
+                    if index >= skip:
                         yield row
                 skip = 0
             epoch += 1
 
     def _shuffled(self, shards: list[dict[str, Any]], rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Every row of the shards once: a full buffer gives a random row away for each new one."""
-        held: list[np.ndarray] = []
+        """Every row of the shards once: each new row replaces a random row of the full buffer, which is returned."""
+        buffer: list[np.ndarray] = []
         for shard in shards:
             for block in self._blocks(shard):
                 for row in block:
-                    if len(held) < self.buffer:
-                        held.append(row.copy())  # a view would keep its whole block in memory
+                    if len(buffer) < self.buffer:
+                        buffer.append(row.copy())  # a view would keep its whole block in memory
                         continue
-                    place = int(rng.integers(self.buffer))
-                    yield held[place]
-                    held[place] = row.copy()
-        for place in rng.permutation(len(held)):
-            yield held[place]
+                    index = int(rng.integers(self.buffer))
+                    yield buffer[index]
+                    buffer[index] = row.copy()
+        for index in rng.permutation(len(buffer)):
+            yield buffer[index]
 
     def _blocks(self, shard: dict[str, Any]) -> Iterator[np.ndarray]:
         from webdataset.tariterators import tar_file_iterator
@@ -97,37 +104,36 @@ class StreamedImages:
                         yield block
         except DataError:
             raise
-        except Exception as error:  # webdataset passes on whatever tarfile and NumPy raise
+        except Exception as error:  # webdataset passes on all exceptions of tarfile and NumPy
             raise DataError(f"{self.dataset.uri}: {name} is damaged ({error}); write the data set again") from error
         if count != shard["rows"]:
-            raise DataError(f"{self.dataset.uri}: {name} holds {count} of {shard['rows']} rows; write it again")
+            raise DataError(f"{self.dataset.uri}: {name} has {count} of {shard['rows']} rows; write the data set again")
 
 
 class _RowStream(Stream):
-    """Takes so many rows a step from this rank's stream of rows."""
+    """Takes a fixed number of rows per step from the row iterator of this rank."""
 
     images: StreamedImages
-    per_step: int
 
-    def _begin(self, per_step: int) -> None:
-        self.per_step = per_step
+    def __init__(self, images: StreamedImages, *, batch: int, rows_per_item: int = 1, **position: Any) -> None:
+        super().__init__(images, batch=batch, **position)
+        self._rows_per_step = batch // self.world * rows_per_item
         self._next_step = self.start_step
-        self._rows = self.images.rows(self.seed, self.rank, self.world, self.start_step * per_step)
+        self._rows = images.rows(self.seed, self.rank, self.world, self.start_step * self._rows_per_step)
 
     def _take(self, step: int) -> np.ndarray:
         if step != self._next_step:
-            raise ValueError(f"a stream of rows goes forward only: step {self._next_step} is next, not {step}")
+            raise ValueError(f"streamed rows are read in order: the next step is {self._next_step}, not {step}")
         self._next_step += 1
-        return np.stack([next(self._rows) for _ in range(self.per_step)])
+        return np.stack([next(self._rows) for _ in range(self._rows_per_step)])
 
 
 class StreamedSets(_RowStream):
-    """Like `SetStream`: unlabelled sets (b, M, C, H, W) of this rank's episodes."""
+    """Counterpart of `SetStream`: unlabelled sets (b, M, C, H, W) of this rank."""
 
     def __init__(self, images: StreamedImages, *, batch: int, set_size: int, **position: Any) -> None:
-        super().__init__(images, batch=batch, **position)
+        super().__init__(images, batch=batch, rows_per_item=set_size, **position)
         self.set_size = set_size
-        self._begin(batch // self.world * set_size)
 
     def at(self, step: int) -> SetBatch:
         episodes = np.arange(self.rank, self.batch, self.world, dtype=np.int64) + step * self.batch
@@ -136,11 +142,7 @@ class StreamedSets(_RowStream):
 
 
 class StreamedImageBatches(_RowStream):
-    """Like `ImageBatchStream`: (images of this rank, step)."""
-
-    def __init__(self, images: StreamedImages, *, batch: int, **position: Any) -> None:
-        super().__init__(images, batch=batch, **position)
-        self._begin(batch // self.world)
+    """Counterpart of `ImageBatchStream`: (images of this rank, step)."""
 
     def at(self, step: int) -> tuple[np.ndarray, int]:
         return self._take(step), step

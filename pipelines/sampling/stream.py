@@ -1,4 +1,4 @@
-"""The interface of a training stream."""
+"""Base class of the training streams: reads batches ahead in a thread."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from metagmvae.pipelines.records import DataError
 
-AHEAD = 4
-"""Steps that are read before they are asked for."""
+READ_AHEAD = 4
+"""Steps that the thread reads before they are requested."""
 
 
 class Stream(ABC):
-    """Batches of the steps from `start_step` on, read ahead by a thread. Use once; `close` ends the thread."""
+    """Iterator over the batches of the steps from `start_step` on. Iterate once; `close` stops the thread."""
 
     def __init__(
         self,
@@ -30,10 +30,24 @@ class Stream(ABC):
         start_step: int = 0,
         steps: int | None = None,
     ) -> None:
+        """Check the batch size; reading starts with the iteration.
+
+        Args:
+            images: images or features of a split.
+            batch: batch size over all ranks.
+            seed: seed of the order.
+            split: name of the split, part of the random key.
+            rank, world: this rank and the number of ranks.
+            start_step: first step.
+            steps: end of the iteration (exclusive); None: endless.
+
+        Raises:
+            DataError: the split is empty, or the batch size is not a multiple of the number of ranks.
+        """
         if not len(images):
-            raise DataError(f"split {split!r} holds no images to train on")
+            raise DataError(f"split {split!r} has no images; train on another split")
         if batch % world:
-            raise DataError(f"a batch of {batch} does not divide among {world} ranks: change the one or the other")
+            raise DataError(f"batch size {batch} is not a multiple of {world} ranks; change one of them")
         self.images = images
         self.batch = batch
         self.seed = seed
@@ -43,8 +57,9 @@ class Stream(ABC):
         self.start_step = start_step
         self.steps = steps
         self.waiting_s = 0.0
+        """Seconds that the consumer has waited for batches."""
         self._stop = threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=READ_AHEAD)
         self._thread: threading.Thread | None = None
 
     @abstractmethod
@@ -58,9 +73,9 @@ class Stream(ABC):
         return self
 
     def __next__(self) -> Any:
-        since = time.perf_counter()
+        start = time.perf_counter()
         item = self._queue.get()
-        self.waiting_s += time.perf_counter() - since
+        self.waiting_s += time.perf_counter() - start
         if item is None:
             self._queue.put(None)
             raise StopIteration
@@ -76,11 +91,11 @@ class Stream(ABC):
                     return
                 step += 1
             self._put(None)
-        except Exception as error:  # handed to the consumer, which raises it
+        except Exception as error:  # raised again in the consumer's thread
             self._put(error)
 
     def _put(self, item: Any) -> bool:
-        """Queue an item; False when the stream was closed meanwhile."""
+        """Put an item into the queue; False if the stream was closed in the meantime."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -90,7 +105,7 @@ class Stream(ABC):
         return False
 
     def close(self) -> None:
-        """End the thread; safe at any time, and twice."""
+        """Stop the thread. Can be called at any time and more than once."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
