@@ -7,7 +7,7 @@ from pathlib import Path
 import mlflow_template
 import pytest
 
-from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, lines_of
+from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, to_json_lines
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
@@ -51,7 +51,7 @@ def sweep(folder: Path, **changes: object) -> Path:
         Trial(number=1, settings={"train.em_iterations": 10}, status="finished", curve=curve(0.4, 0.7)),
         Trial(number=2, settings={"train.em_iterations": 20}, status="failed", reason="out of memory"),
     ]
-    (folder / "trials.jsonl").write_text(lines_of(trials))
+    (folder / "trials.jsonl").write_text(to_json_lines(trials))
     return folder
 
 
@@ -176,7 +176,7 @@ def test_what_was_never_judged_shows_its_validation_in_training(tmp_path, capsys
         (["RUN", "RUN/"], "name each thing once"),
         (["paper:omniglot", "--data", "DATA"], "no model to judge"),
         (["RUN", "--data", "DATA", "--episodes", "1"], "an interval needs two at least"),
-        (["RUN", "--data", "DATA", "--way", "9"], "9 ways were asked for and there are 6 classes"),
+        (["RUN", "--data", "DATA", "--way", "9"], "way 9 exceeds the 6 classes"),
         (["RUN", "--data", "DATA", "--split", "x"], "no split 'x'"),
         (["SWEEP", "--top", "0"], "--top is 0"),
         (["BAD.json"], "not a result of `metagmvae evaluate --record` (accuracy: input should be less than"),

@@ -1,1 +1,1 @@
-"""Hyper-parameter sweeps: trials read, ranked, explained and drawn."""
+"""Hyper-parameter sweeps: read, rank, analyse and plot trials."""

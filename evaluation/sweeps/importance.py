@@ -1,151 +1,175 @@
-"""How much each setting of a sweep matters: functional ANOVA on a random forest (Hutter, Hoos and Leyton-Brown,
-ICML 2014).
+"""Importance of each setting of a sweep: functional ANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) by Optuna.
 
-A forest learns accuracy from settings. A tree of it is constant on boxes, so its mean over all settings but some is an
-exact sum over leaves. The variance of that marginal, as a share of the tree's variance over the whole space, is the
-importance of those settings: of one alone, and of two together beyond what each does alone (an interaction).
+A random forest predicts accuracy from the settings. The importance of a setting is the variance of the forest's mean
+prediction as a function of that setting alone, as a fraction of the variance of the prediction over the whole space.
 
-Forests find something in noise too. So each setting is shuffled among the trials and judged again: what it then gets
-is what chance gives. A setting that does not beat that has not been shown to matter.
+A forest also finds structure in noise. The values of each setting are therefore shuffled among the trials and the
+importance is computed again. A setting matters only if its importance is larger than all importances of its shuffled
+values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from metagmvae.evaluation.sweeps.partition_tree import PartitionTree
 from metagmvae.evaluation.sweeps.ranking import TrialsAtStep
 from metagmvae.evaluation.sweeps.record import SweepRecord
 
 Array = np.ndarray
-FEWEST = 20
-PER_SETTING = 4
-"""Fewer trials than 20, or than 4 for each setting, and nothing is said."""
-TREES, SHUFFLED_TREES, SHUFFLES = 100, 16, 19
-"""19 shuffles: the largest of them is exceeded by chance once in 20 times."""
-LEAST = 0.01
-"""Less than 1% is not called something that matters, however sure it is."""
-LEAF = 3
-"""Trials in a leaf, at least: single ones are noise."""
-MOST_LEAVES = 400
-MOST_TRIALS = 1000
-"""Of more trials a seeded draw is taken: it says the same, and time stays bounded."""
+EVALUATOR = "optuna.importance.FanovaImportanceEvaluator"
+MIN_TRIALS = 20
+MIN_TRIALS_PER_SETTING = 4
+"""With fewer trials than 20, or than 4 per setting, no importance is reported."""
+TREES, SHUFFLED_TREES, SHUFFLES = 64, 8, 19
+"""19 shuffles: a setting without effect exceeds all of them once in 20 times (5% level)."""
+MIN_IMPORTANCE = 0.01
+"""A setting below 1% does not matter, however certain its importance is."""
+MAX_DEPTH = 6
+"""Of each tree. Deeper trees fit noise, and the time of Optuna's evaluator grows with the square of their leaves."""
+MAX_TRIALS = 1000
+"""A larger sweep is represented by a random sample of this size, to bound the time."""
 
 
 @dataclass(frozen=True)
-class ImportanceShare:
-    """Importance of a setting, or of two settings together beyond what each does alone."""
+class SettingImportance:
+    """Importance of one setting."""
 
-    names: tuple[str, ...]
+    name: str
     importance: float
-    """Share of the forest's variance over the space, mean over its trees."""
+    """Fraction of the variance over the space, mean over the trees."""
     low: float
     high: float
-    """2.5% and 97.5% quantiles over the trees, each of which learned from its own bootstrap sample of the trials."""
-    chance: float | None = None
-    """The most that this setting got in 19 shuffles of its values; None of an interaction, which is not shuffled."""
+    """2.5% and 97.5% quantiles over the trees. Each tree is fitted to its own bootstrap sample of the trials."""
+    chance: float
+    """Largest importance over 19 shuffles of the setting's values among the trials."""
 
     @property
     def matters(self) -> bool:
-        """Whether it beats chance (at the 5% level, for one setting) and is not negligible."""
-        return self.chance is not None and self.importance > max(self.chance, LEAST)
+        """Whether the importance exceeds chance (5% level) and is not negligible."""
+        return self.importance > max(self.chance, MIN_IMPORTANCE)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for JSON. `names` is a list because earlier versions also listed pairs of settings."""
+        numbers = {key: value for key, value in asdict(self).items() if key != "name"}
+        return {"names": [self.name], **numbers, "matters": self.matters}
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What the trials of a sweep say about its settings."""
+    """Importance of all settings of a sweep."""
 
     step: int
-    """Training steps at which all trials were judged."""
+    """Training steps at which all trials are compared."""
     trials: int
     too_few: str = ""
-    """Why nothing else is said; empty where something is."""
+    """Why there is no importance; empty if there is one."""
     explained: float = 0.0
-    """R² of the forest on trials that a tree did not learn from: the share of what differs between trials that their
-    settings foretell. The rest is noise of training and validation. At or below 0 importance means nothing."""
-    settings: tuple[ImportanceShare, ...] = ()
-    """The largest first."""
-    pairs: tuple[ImportanceShare, ...] = ()
-    """The largest interactions first."""
+    """Out-of-bag R² of a random forest: the fraction of the variance between trials that their settings predict. The
+    rest is noise of training and validation. At or below 0 the importances are meaningless."""
+    settings: tuple[SettingImportance, ...] = ()
+    """In order of decreasing importance."""
 
     def summary(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self) | {"settings": [asdict(share) | {"matters": share.matters} for share in self.settings]}
+        """Plain values for JSON."""
+        settings = [setting.summary() for setting in self.settings]
+        return {**asdict(self), "evaluator": EVALUATOR, "settings": settings}
 
 
-def importance_of(sweep: SweepRecord, judged: TrialsAtStep, seed: int = 0) -> Importance:
-    """Importance of every setting, from trials at one budget.
+def compute_importance(sweep: SweepRecord, compared: TrialsAtStep, seed: int = 0) -> Importance:
+    """Compute the importance of every setting from trials with equal budgets.
 
-    The space is taken as a product: where combinations are impossible (K > M), the forest guesses there.
+    The search space is treated as a product. Where combinations are impossible (K > M), the forest extrapolates.
 
     Raises:
         DataError: a trial does not fit the space.
     """
-    count, needed = len(judged.trials), max(FEWEST, PER_SETTING * len(sweep.axes))
+    count, needed = len(compared.trials), max(MIN_TRIALS, MIN_TRIALS_PER_SETTING * len(sweep.dimensions))
     if count < needed:
-        why = f"too few trials: {count} with an accuracy, and {needed} are needed for {len(sweep.axes)} settings"
-        return Importance(judged.step, count, why)
-    if np.ptp(judged.accuracy) == 0:
-        return Importance(judged.step, count, f"nothing to tell apart: all {count} trials have the same accuracy")
-    places, accuracy, rng = sweep.places(judged.trials), judged.accuracy, np.random.default_rng(seed)
-    if count > MOST_TRIALS:
-        drawn = np.sort(rng.choice(count, MOST_TRIALS, replace=False))
-        places, accuracy = places[drawn], accuracy[drawn]
-    levels = [len(axis.levels) for axis in sweep.axes]
-    names = [axis.name for axis in sweep.axes]
-    forest, trees = _forest(places, accuracy, levels, TREES, seed, oob=True)
-    alone = np.array([[tree.variance_of(column) for column in range(len(names))] for tree in trees])
-    total = np.array([tree.variance for tree in trees])
-    chance = [_chance(places, accuracy, levels, column, rng) for column in range(len(names))]
-    settings = [_share((name,), alone[:, j] / total, chance[j]) for j, name in enumerate(names)]
-    pairs = [
-        _share((names[i], names[j]), np.array([tree.variance_of_pair(i, j) for tree in trees]) / total)
-        for i, j in combinations(range(len(names)), 2)
+        reason = f"too few trials: {count} have an accuracy, {needed} are needed for {len(sweep.dimensions)} settings"
+        return Importance(compared.step, count, reason)
+    if np.ptp(compared.accuracy) == 0:
+        return Importance(compared.step, count, f"all {count} trials have the same accuracy")
+    unit, accuracy, rng = sweep.positions(compared.trials), compared.accuracy, np.random.default_rng(seed)
+    if count > MAX_TRIALS:
+        sample = np.sort(rng.choice(count, MAX_TRIALS, replace=False))
+        unit, accuracy = unit[sample], accuracy[sample]
+    fractions = _variance_fractions(unit, accuracy, TREES, seed)
+    low, high = np.quantile(fractions, (0.025, 0.975), axis=0)
+    settings = [
+        SettingImportance(
+            dimension.name,
+            float(fractions[:, column].mean()),
+            float(low[column]),
+            float(high[column]),
+            _chance(unit, accuracy, column, rng),
+        )
+        for column, dimension in enumerate(sweep.dimensions)
     ]
-    return Importance(judged.step, count, "", float(forest.oob_score_), _sorted(settings), _sorted(pairs))
+    ordered = sorted(settings, key=lambda setting: -setting.importance)
+    return Importance(compared.step, count, "", _explained(unit, accuracy, seed), tuple(ordered))
 
 
-def _share(names: tuple[str, ...], shares: Array, chance: float | None = None) -> ImportanceShare:
-    low, high = np.quantile(shares, (0.025, 0.975))
-    return ImportanceShare(names, float(shares.mean()), float(low), float(high), chance)
-
-
-def _sorted(shares: Sequence[ImportanceShare]) -> tuple[ImportanceShare, ...]:
-    return tuple(sorted(shares, key=lambda share: -share.importance))
-
-
-def _chance(places: Array, accuracy: Array, levels: Sequence[int], column: int, rng: np.random.Generator) -> float:
-    """The largest importance of a setting that was shuffled among the trials."""
-    found = []
+def _chance(unit: Array, accuracy: Array, column: int, rng: np.random.Generator) -> float:
+    """Largest importance of a setting over repeated shuffles of its values among the trials."""
+    largest = 0.0
     for _ in range(SHUFFLES):
-        shuffled = places.copy()
+        shuffled = unit.copy()
         rng.shuffle(shuffled[:, column])
-        _, trees = _forest(shuffled, accuracy, levels, SHUFFLED_TREES, int(rng.integers(2**31)))
-        found.append(np.mean([tree.variance_of(column) / tree.variance for tree in trees] or [0.0]))
-    return float(max(found))
+        fractions = _variance_fractions(shuffled, accuracy, SHUFFLED_TREES, int(rng.integers(2**31)))
+        largest = max(largest, float(fractions[:, column].mean()))
+    return largest
 
 
-def _forest(
-    places: Array, accuracy: Array, levels: Sequence[int], trees: int, seed: int, *, oob: bool = False
-) -> tuple[Any, list[PartitionTree]]:
-    """A fitted forest, and its trees that are not constant.
+def _variance_fractions(unit: Array, accuracy: Array, trees: int, seed: int) -> Array:
+    """Fractions of the variance that each setting has alone, one row per tree: (trees, settings).
 
     Args:
-        places: (trials, axes) in [0, 1].
+        unit: settings on the unit cube, (trials, settings).
         accuracy: (trials,).
-        levels: number of levels of each axis, 0 of a real range.
-        oob: judge each trial by the trees that did not learn from it.
+        trees: number of trees, each with its own seed.
+        seed: of the first tree.
     """
+    from optuna.importance import FanovaImportanceEvaluator
+
+    study, names = _study(unit, accuracy), [str(column) for column in range(unit.shape[1])]
+    rows = []
+    for tree in range(trees):
+        evaluator = FanovaImportanceEvaluator(n_trees=1, max_depth=MAX_DEPTH, seed=seed + tree)
+        try:
+            importances = evaluator.evaluate(study, params=names)
+        except RuntimeError:  # all accuracies in the bootstrap sample of this tree are equal
+            continue
+        rows.append([float(importances[name]) for name in names])
+    return np.array(rows or [[0.0] * len(names)])
+
+
+def _study(unit: Array, accuracy: Array) -> Any:
+    """An Optuna study of completed trials whose parameters are the columns of `unit`."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions: dict[str, Any] = {
+        str(column): optuna.distributions.FloatDistribution(0.0, 1.0) for column in range(unit.shape[1])
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trials([_trial(row, value, distributions) for row, value in zip(unit, accuracy, strict=True)])
+    return study
+
+
+def _trial(row: Sequence[float], accuracy: float, distributions: dict[str, Any]) -> Any:
+    from optuna.trial import create_trial
+
+    params = {name: float(value) for name, value in zip(distributions, row, strict=True)}
+    return create_trial(params=params, distributions=distributions, value=float(accuracy))
+
+
+def _explained(unit: Array, accuracy: Array, seed: int) -> float:
+    """Out-of-bag R² of a forest like the one that Optuna fits."""
     from sklearn.ensemble import RandomForestRegressor
 
-    forest = RandomForestRegressor(
-        trees, min_samples_leaf=LEAF, max_leaf_nodes=MOST_LEAVES, oob_score=oob, random_state=seed
-    )
-    forest.fit(places, accuracy)
-    read = [PartitionTree(estimator.tree_, levels) for estimator in forest.estimators_]
-    return forest, [tree for tree in read if tree.variance > 0]
+    forest = RandomForestRegressor(TREES, max_depth=MAX_DEPTH, oob_score=True, random_state=seed)
+    return float(forest.fit(unit, accuracy).oob_score_)

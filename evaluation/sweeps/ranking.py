@@ -1,8 +1,8 @@
-"""Which trials of a sweep can be compared with each other, and what each value of a setting was worth.
+"""Selects the trials of a sweep that can be compared, ranks them, and averages them over the values of each setting.
 
-A scheduler that stops trials early leaves them with budgets of their own: the accuracy a trial was stopped at says as
-much about its budget as about its settings, and who trains on was chosen by accuracy. So settings are judged where
-nobody had been stopped: at the largest step that nearly all trials have reached (with ASHA, its first rung).
+A scheduler that stops trials early gives them different budgets, and chooses the budget by accuracy. The accuracy at
+which a trial was stopped therefore depends on its budget as much as on its settings. Settings are compared at the
+largest step that nearly all trials have reached (with ASHA, the first rung), where none had been stopped.
 """
 
 from __future__ import annotations
@@ -15,127 +15,140 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from metagmvae.configs.dimensions import Dimension, Value, format_value
 from metagmvae.evaluation.fewshot.paired import across_seeds
-from metagmvae.evaluation.sweeps.record import Axis, SweepRecord, shown_value
-from metagmvae.evaluation.sweeps.trials import Trial, Value
+from metagmvae.evaluation.sweeps.record import SweepRecord
+from metagmvae.evaluation.sweeps.trials import Trial
 
-REACHED = 0.9
-"""Share of trials that must have come as far as the step that all are judged at. Not all of them: one trial that was
-cut off by the end of the hours would move the step for everybody."""
-FEWEST_RANKS = 8
-"""Of fewer trials a rank correlation says nothing."""
+MIN_REACHED = 0.9
+"""Fraction of trials that must have reached the common step. If all were required, a single trial that the time limit
+cut off would lower the step for every trial."""
+MIN_RANKED = 8
+"""No rank correlation is computed for fewer trials."""
 PARTS = 4
-"""A range is shown in so many equal parts of its scale."""
+"""Number of equal parts of the scale in which a setting with many values is shown."""
 
 
 @dataclass(frozen=True)
 class TrialsAtStep:
-    """Trials at one budget."""
+    """Trials compared at equal budgets."""
 
     step: int
-    """Their training steps; 0 where there are no trials."""
+    """Training steps; 0 without trials."""
     trials: tuple[Trial, ...]
     accuracy: np.ndarray
-    """(trials,), shares in [0, 1] at that step."""
+    """(trials,), fractions in [0, 1] at that step."""
     ci95: np.ndarray
-    """(trials,), half width of each one's interval over episodes."""
+    """(trials,), half-widths of the 95% confidence intervals over episodes."""
     left_out: int
-    """Trials with a validation that ended before that step."""
+    """Number of trials that were validated but ended before that step."""
 
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """The trials with one value of a setting, or within one part of its range."""
+    """The trials with one value of a setting, or with values in one part of its range."""
 
     value: Value | tuple[Value, Value]
+    """The value, or the ends of the part."""
     trials: int
     mean: float
     ci95: float | None
-    """Half width of the 95% interval of the mean (Student's t); None of a single trial."""
+    """Half-width of the 95% confidence interval of the mean (Student's t); None for a single trial."""
 
     @property
     def label(self) -> str:
-        """Its value or its range for people."""
+        """The value or the range as text."""
         if isinstance(self.value, tuple):
-            return f"{shown_value(self.value[0])} to {shown_value(self.value[1])}"
-        return shown_value(self.value)
+            return f"{format_value(self.value[0])} to {format_value(self.value[1])}"
+        return format_value(self.value)
 
     def summary(self) -> dict[str, Any]:
-        """As plain values."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 def trials_at_common_step(trials: Sequence[Trial]) -> TrialsAtStep:
-    """All finished and stopped trials at the largest step that nearly all of them have reached.
+    """Select the finished and stopped trials that reached the largest step that nearly all of them have reached.
 
-    Trials that failed are left out: where they failed early they have no accuracy, and one that they had before
-    becomes no better by that.
+    Failed trials are left out.
     """
-    curves = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.curve]
-    if not curves:
+    validated = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.curve]
+    if not validated:
         return TrialsAtStep(0, (), np.empty(0), np.empty(0), 0)
-    ends = np.array([trial.curve[-1].step for trial in curves])
-    step = max((int(end) for end in np.unique(ends) if np.mean(ends >= end) >= REACHED), default=int(ends.min()))
-    kept = [trial for trial in curves if trial.curve[-1].step >= step]
-    values = np.array([_at(trial, step) for trial in kept])
-    return TrialsAtStep(step, tuple(kept), values[:, 0], values[:, 1], len(curves) - len(kept))
+    last_steps = np.array([trial.curve[-1].step for trial in validated])
+    reached = [int(step) for step in np.unique(last_steps) if np.mean(last_steps >= step) >= MIN_REACHED]
+    step = max(reached, default=int(last_steps.min()))
+    kept = [trial for trial in validated if trial.curve[-1].step >= step]
+    values = np.array([_interpolate(trial, step) for trial in kept])
+    return TrialsAtStep(step, tuple(kept), values[:, 0], values[:, 1], len(validated) - len(kept))
 
 
-def _at(trial: Trial, step: int) -> tuple[float, float]:
-    """Accuracy and interval at a step, between two validations on the line between them."""
+def _interpolate(trial: Trial, step: int) -> tuple[float, float]:
+    """Accuracy and its interval at a step, interpolated linearly between validations."""
     steps = [point.step for point in trial.curve]
     accuracy, ci95 = ([getattr(point, key) for point in trial.curve] for key in ("accuracy", "ci95"))
     return float(np.interp(step, steps, accuracy)), float(np.interp(step, steps, ci95))
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:
-    """The best of those that trained to the end by their newest accuracy; of all others where none did.
+    """The finished trial with the highest latest accuracy; if none has finished, the best of the others.
 
-    A trial that was stopped early is not compared with finished ones: it had another budget. The first of equals
-    counts. None: no trial has an accuracy.
+    A trial that was stopped early had a smaller budget and is not compared with finished ones. Of equal trials the
+    first is returned, and None if no trial has an accuracy.
     """
-    judged = [trial for trial in trials if trial.curve]
-    pool = [trial for trial in judged if trial.status == "finished"] or judged
-    return max(pool, key=lambda trial: trial.curve[-1].accuracy, default=None)
+    validated = [trial for trial in trials if trial.curve]
+    candidates = [trial for trial in validated if trial.status == "finished"] or validated
+    return max(candidates, key=lambda trial: trial.curve[-1].accuracy, default=None)
 
 
-def agreement(judged: TrialsAtStep) -> tuple[float | None, int]:
-    """Spearman's rank correlation between accuracy at the common step and at the end, and over how many trials: those
-    that trained to the end. None of it: fewer than FEWEST_RANKS, all equal, or that step is the end."""
-    rows = [row for row, trial in enumerate(judged.trials) if trial.status == "finished"]
-    early, late = judged.accuracy[rows], np.array([judged.trials[row].curve[-1].accuracy for row in rows])
-    if len(rows) < FEWEST_RANKS or np.array_equal(early, late) or not np.ptp(early) or not np.ptp(late):
+def rank_correlation(compared: TrialsAtStep) -> tuple[float | None, int]:
+    """Spearman's correlation between accuracy at the common step and at the end, and the number of finished trials.
+
+    The correlation is None with fewer than MIN_RANKED finished trials, if all accuracies are equal, or if the common
+    step is the last one.
+    """
+    rows = [row for row, trial in enumerate(compared.trials) if trial.status == "finished"]
+    early, late = compared.accuracy[rows], np.array([compared.trials[row].curve[-1].accuracy for row in rows])
+    if len(rows) < MIN_RANKED or np.array_equal(early, late) or not np.ptp(early) or not np.ptp(late):
         return None, len(rows)
     return float(spearmanr(early, late).statistic), len(rows)
 
 
-def groups(sweep: SweepRecord, judged: TrialsAtStep) -> dict[str, list[TrialGroup]]:
-    """For each setting its values or the parts of its range that have trials, by rising value, with their means."""
-    places = sweep.places(judged.trials)
-    return {axis.name: _groups(axis, places[:, column], judged.accuracy) for column, axis in enumerate(sweep.axes)}
+def group_trials(sweep: SweepRecord, compared: TrialsAtStep) -> dict[str, list[TrialGroup]]:
+    """Mean accuracy for each value, or each part of the range, of every setting. Values without trials are left out."""
+    positions = sweep.positions(compared.trials)
+    return {
+        dimension.name: _groups(dimension, positions[:, column], compared.accuracy)
+        for column, dimension in enumerate(sweep.dimensions)
+    }
 
 
-def parts_of(axis: Axis) -> int:
-    """Parts that an axis is shown in."""
-    return len(axis.levels) if axis.listed else PARTS
+def part_count(dimension: Dimension) -> int:
+    """Number of parts in which a setting is shown."""
+    return len(dimension.levels) if dimension.is_listed else PARTS
 
 
-def _groups(axis: Axis, places: np.ndarray, accuracy: np.ndarray) -> list[TrialGroup]:
-    parts = parts_of(axis)
-    part_of = np.minimum((places * parts).astype(int), parts - 1)
-    found = []
-    for part in range(parts):
-        inside = accuracy[part_of == part]
+def part_indices(dimension: Dimension, positions: np.ndarray) -> np.ndarray:
+    """Index of the part that contains each position, int64 (trials,)."""
+    parts = part_count(dimension)
+    return np.minimum((positions * parts).astype(int), parts - 1)
+
+
+def _groups(dimension: Dimension, positions: np.ndarray, accuracy: np.ndarray) -> list[TrialGroup]:
+    indices, groups = part_indices(dimension, positions), []
+    for part in range(part_count(dimension)):
+        inside = accuracy[indices == part]
         if inside.size:
             mean, ci95 = across_seeds(inside) if inside.size > 1 else (float(inside[0]), None)
-            found.append(TrialGroup(_value(axis, part, parts), inside.size, mean, ci95))
-    return found
+            groups.append(TrialGroup(_part_value(dimension, part), inside.size, mean, ci95))
+    return groups
 
 
-def _value(axis: Axis, part: int, parts: int) -> Value | tuple[Value, Value]:
-    if axis.listed:
-        return axis.levels[part]
-    if axis.levels:  # a long range of whole numbers: those whose middle lies in the part
-        first, after = (math.ceil(end * len(axis.levels) / parts - 0.5) for end in (part, part + 1))
-        return axis.levels[first], axis.levels[after - 1]
-    return axis.at(part / parts), axis.at((part + 1) / parts)
+def _part_value(dimension: Dimension, part: int) -> Value | tuple[Value, Value]:
+    levels, parts = dimension.levels, part_count(dimension)
+    if dimension.is_listed:
+        return levels[part]
+    if levels:  # a long integer range: the integers whose position lies in the part
+        first, after = (math.ceil(end * len(levels) / parts - 0.5) for end in (part, part + 1))
+        return levels[first], levels[after - 1]
+    return dimension.value_at(part / parts), dimension.value_at((part + 1) / parts)

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind of each trial: one line of JSON in `trials.jsonl` of the sweep's folder."""
+"""The trials of a sweep: one line of JSON per ended trial in `trials.jsonl` of the sweep's folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from metagmvae.configs.dimensions import Value
 from metagmvae.pipelines.records import DataError
 
 TRIALS = "trials.jsonl"
-Value = bool | int | float | str
 Status = Literal["finished", "stopped", "failed", "refused"]
-"""Trained to the end; stopped early by the scheduler; failed in training (the reason says how); an impossible
-combination that took no slot."""
+"""finished: trained to the last step; stopped: ended early by the scheduler or the time limit; failed: training raised
+an error; refused: the combination of settings is impossible, nothing was trained."""
 
 
 class CurvePoint(BaseModel):
@@ -25,10 +25,11 @@ class CurvePoint(BaseModel):
 
     step: int
     accuracy: float
-    """A share in [0, 1]."""
+    """Fraction in [0, 1]."""
     ci95: float
+    """Half-width of the 95% confidence interval over episodes."""
     seconds: float
-    """Trained until then."""
+    """Training time up to this step."""
 
 
 class Trial(BaseModel):
@@ -39,44 +40,44 @@ class Trial(BaseModel):
     number: int
     """From 0, in the order in which the search proposed them."""
     settings: dict[str, Value]
-    """The settings that the sweep varies, by dotted name."""
+    """Values of the settings that the sweep varies, by dotted key."""
     status: Status
     reason: str = ""
-    """One line, where it failed or was refused."""
+    """Why the trial failed, was refused or was stopped by the time limit, in one line."""
     curve: tuple[CurvePoint, ...] = ()
-    """Its validations, by rising step."""
+    """Validations in order of increasing step."""
     seconds: float = 0.0
-    """From its start to its end, everything counted."""
+    """Wall time from start to end, including everything besides training."""
     run_id: str = ""
-    """Its run in MLflow."""
+    """ID of the trial's run in MLflow."""
 
     @property
     def last(self) -> CurvePoint | None:
-        """Its newest validation, which it is judged by."""
+        """The latest validation; trials are ranked by its accuracy."""
         return self.curve[-1] if self.curve else None
 
 
 def read_trials(path: Path) -> list[Trial]:
-    """Trials of a sweep in the order in which they ended; the last line of each number counts.
+    """Read the trials of a sweep in the order in which they ended. Of several lines with one number the last counts.
 
-    A last line without its end is still being written, or was cut off by a kill, and is left out.
+    A last line without a line break is ignored: it is being written, or the process was killed while writing it.
 
     Raises:
         DataError: a line is not a trial.
     """
-    found: dict[int, Trial] = {}
-    # Not splitlines(): a reason may hold characters that it takes for the end of a line.
+    trials: dict[int, Trial] = {}
+    # str.splitlines would also split at other characters, which a reason may contain.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             trial = Trial.model_validate_json(line)
         except ValidationError as error:
             raise DataError(f"{path}, line {number}: not a trial ({error.errors()[0]['msg']})") from error
-        found.pop(trial.number, None)
-        found[trial.number] = trial
-    return list(found.values())
+        trials.pop(trial.number, None)
+        trials[trial.number] = trial
+    return list(trials.values())
 
 
-def lines_of(trials: Iterable[Trial]) -> str:
-    """The lines that `read_trials` reads."""
+def to_json_lines(trials: Iterable[Trial]) -> str:
+    """Format trials as the lines that `read_trials` reads."""
     return "".join(json.dumps(trial.model_dump(mode="json"), ensure_ascii=False) + "\n" for trial in trials)

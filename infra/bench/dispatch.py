@@ -1,76 +1,106 @@
-"""The benchmarks by name, with what each needs of the request."""
+"""The table of benchmarks that `metagmvae bench NAME` runs. Heavy modules are imported when a benchmark starts."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.dataset import Dataset
+if TYPE_CHECKING:
+    from metagmvae.pipelines.shards.dataset import Dataset
 
 TUNE_TRIALS = 200
-SIMULATED_TRIALS = 10_000
 
 
 def run_bench(request: Namespace) -> dict[str, Any]:
-    """Run `request.name`; see `metagmvae bench --help` for the rest of the request.
+    """Run the benchmark `request.name` with the options of `metagmvae bench --help`.
 
     Raises:
-        DataError: the benchmark needs a data set and none was given.
+        DataError: the benchmark needs a data set or a source that was not given, or it does not fit.
     """
-    if request.name == "step":
-        from metagmvae.evaluation.bench.step_speed import bench_step
-
-        return bench_step(request.repeats, torch.get_num_threads())
-    if request.name == "tune":
-        from metagmvae.infra.bench.sweep_speed import bench_sweep
-
-        return bench_sweep(request.trials or TUNE_TRIALS)
-    if request.name == "features":
-        from metagmvae.evaluation.bench.feature_speed import bench_features
-
-        return bench_features(request.rows)
-    if request.name == "prepare":
-        from metagmvae.evaluation.bench.prepare_speed import bench_prepare
-        from metagmvae.infra.cluster.tasks import ray_map
-
-        if not request.source:
-            raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
-        return bench_prepare(request.kind, request.source, request.workers, ray_map)
-    if request.name == "sweep-scale":
-        from metagmvae.infra.bench.sweep_scale import bench_sweep_scale
-
-        trials = request.trials or SIMULATED_TRIALS
-        counts = [count for count in (100, 1000, 10_000) if count < trials]
-        return bench_sweep_scale([*counts, trials], request.runs, request.stores, request.writers)
-    return _on_data(request)
+    return BENCHES[request.name](request)
 
 
-def _on_data(request: Namespace) -> dict[str, Any]:
-    """The benchmarks of a data set."""
-    if not request.data:
-        raise DataError(f"bench {request.name} reads a data set: name it with --data")
-    dataset = Dataset.open(request.data)
-    dataset.split(request.split)
-    about = {"data": str(request.data), "data_fingerprint": dataset.fingerprint, "split": request.split}
-    if request.name == "loader":
-        from metagmvae.evaluation.bench.loader_speed import bench_loader
+def _step(request: Namespace) -> dict[str, Any]:
+    import torch
 
-        return about | bench_loader(dataset, request.split, request.pictures, request.repeats)
-    if request.name == "simclr":
-        from metagmvae.evaluation.bench.simclr_speed import bench_simclr
+    from metagmvae.evaluation.bench.step_speed import bench_step
 
-        return about | bench_simclr(dataset, request.split, request.repeats)
+    return bench_step(request.repeats, torch.get_num_threads())
+
+
+def _loader(request: Namespace) -> dict[str, Any]:
+    from metagmvae.evaluation.bench.loader_speed import bench_loader
+
+    dataset, header = _open_data(request)
+    return header | bench_loader(dataset, request.split, request.pictures, request.repeats)
+
+
+def _episodes(request: Namespace) -> dict[str, Any]:
+    import torch
+
     from metagmvae.configs.schema import AdaptSettings, ModelSettings
     from metagmvae.evaluation.bench.episode_speed import bench_episodes
     from metagmvae.training.trainer.builders import build_model
 
-    # Time does not depend on what was learned: the model of the paper as it was initialised will do.
+    dataset, header = _open_data(request)
+    # Speed does not depend on the values of the weights, so the paper's model is used as initialised.
     model = build_model(ModelSettings(), dataset.image_shape, 0).to(memory_format=torch.channels_last)
     images, labels = dataset.images(request.split), dataset.labels(request.split)
-    episodes, literal = request.episodes, min(request.literal_episodes, request.episodes)
-    return about | bench_episodes(
-        model, AdaptSettings(), images, labels, episodes=episodes, literal_episodes=max(2, literal)
+    literal = max(2, min(request.literal_episodes, request.episodes))
+    return header | bench_episodes(
+        model, AdaptSettings(), images, labels, episodes=request.episodes, literal_episodes=literal
     )
+
+
+def _simclr(request: Namespace) -> dict[str, Any]:
+    from metagmvae.evaluation.bench.simclr_speed import bench_simclr
+
+    dataset, header = _open_data(request)
+    return header | bench_simclr(dataset, request.split, request.repeats)
+
+
+def _features(request: Namespace) -> dict[str, Any]:
+    from metagmvae.evaluation.bench.feature_speed import bench_features
+
+    return bench_features(request.rows)
+
+
+def _prepare(request: Namespace) -> dict[str, Any]:
+    from metagmvae.evaluation.bench.prepare_speed import bench_prepare
+    from metagmvae.infra.cluster.tasks import ray_map
+    from metagmvae.pipelines.records import DataError
+
+    if not request.source:
+        raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
+    return bench_prepare(request.kind, request.source, request.workers, ray_map)
+
+
+def _tune(request: Namespace) -> dict[str, Any]:
+    from metagmvae.infra.bench.sweep_speed import bench_sweep
+
+    return bench_sweep(request.trials or TUNE_TRIALS)
+
+
+def _open_data(request: Namespace) -> tuple[Dataset, dict[str, Any]]:
+    """Open the data set of `--data`; also return the keys that name it in the result."""
+    from metagmvae.pipelines.records import DataError
+    from metagmvae.pipelines.shards.dataset import Dataset
+
+    if not request.data:
+        raise DataError(f"bench {request.name} reads a data set: name it with --data")
+    dataset = Dataset.open(request.data)
+    dataset.split(request.split)  # raises if the data set has no such split
+    return dataset, {"data": str(request.data), "data_fingerprint": dataset.fingerprint, "split": request.split}
+
+
+BENCHES: dict[str, Callable[[Namespace], dict[str, Any]]] = {
+    "step": _step,
+    "loader": _loader,
+    "episodes": _episodes,
+    "simclr": _simclr,
+    "features": _features,
+    "prepare": _prepare,
+    "tune": _tune,
+}
+"""Benchmarks by the name that the command line takes."""

@@ -1,41 +1,38 @@
-"""`doctor` and `bench`: is this machine fit, and how fast is it."""
+"""`doctor` checks the installation; `bench` measures speed."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
+from metagmvae.infra.bench.dispatch import BENCHES, run_bench
 from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command
-
-BENCHES = ("step", "loader", "episodes", "simclr", "features", "prepare", "tune", "sweep-scale")
 
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
-    what = "check versions, devices, Ray, the MLflow store and disks, with a remedy for what is wrong"
+    what = "check versions, devices, Ray, the MLflow store and disks, and print a remedy for each problem"
     add_command(parsers, "doctor", doctor, what, "metagmvae doctor")
 
     example = "metagmvae bench step --record bench-step.json"
-    what = "time a stage, beside the slow or usual form of it, in one run"
+    what = "measure the speed of one stage next to a literal or conventional implementation"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("name", choices=tuple(BENCHES))
     parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
     parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts (3)")
-    parser.add_argument("--pictures", type=int, default=5000, help="loader: size of the image folder (5000)")
-    parser.add_argument("--episodes", type=int, default=1000, help="episodes: of the fast form (1000)")
-    parser.add_argument("--literal-episodes", type=int, default=10, help="episodes: of the slow form (10)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="features: rows that are written (1,000,000)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the median is reported (3)")
+    parser.add_argument("--pictures", type=int, default=5000, help="loader: images in the image folder (5000)")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes: number for the fast evaluation (1000)")
+    help_text = "episodes: number for the literal evaluation (10)"
+    parser.add_argument("--literal-episodes", type=int, default=10, help=help_text)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="features: rows to write and read (1,000,000)")
     parser.add_argument("--source", help="prepare: folder or archive of raw images")
-    parser.add_argument("--from", dest="kind", default="mini-imagenet", help="prepare: which source (mini-imagenet)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="prepare: numbers to try (0 1 2)")
-    parser.add_argument("--trials", type=int, help="tune: of the sweep (200); sweep-scale: simulated ones (10,000)")
-    parser.add_argument("--runs", type=int, default=200, help="sweep-scale: trials written into each store (200)")
-    parser.add_argument("--writers", type=int, default=4, help="sweep-scale: processes that write at once; 0: none (4)")
-    parser.add_argument(
-        "--stores", nargs="*", default=[], metavar="URI", help="sweep-scale: MLflow stores beside SQLite"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: as many as torch takes by itself")
-    parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
+    help_text = "prepare: kind of the source (mini-imagenet)"
+    parser.add_argument("--from", dest="kind", default="mini-imagenet", help=help_text)
+    help_text = "prepare: numbers of workers to compare (0 1 2)"
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help=help_text)
+    parser.add_argument("--trials", type=int, help="tune: number of trials (200)")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads (0: PyTorch's default)")
+    parser.add_argument("--record", metavar="FILE.json", help="also write the result and the environment to this file")
 
 
 def doctor(arguments: Namespace) -> Answer:
@@ -52,14 +49,13 @@ def bench(arguments: Namespace) -> Answer:
     import torch
 
     from metagmvae.evaluation.provenance import provenance
-    from metagmvae.infra.bench.dispatch import run_bench
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.records import DataError
 
-    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials", "runs"):
-        wanted = getattr(arguments, option)
-        if wanted is not None and wanted < 1:
-            raise DataError(f"--{option.replace('_', '-')} is {wanted}; give 1 or more")
+    for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise DataError(f"--{option.replace('_', '-')} is {value}; give 1 or more")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     answer = {"bench": arguments.name, **run_bench(arguments)}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.configs.load import SettingsError, differences, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
-from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, lines_of, read_trials
+from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, to_json_lines, read_trials
 from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
 from metagmvae.infra.tune.code_version import changed, code_fingerprint
@@ -188,7 +188,7 @@ class SweepFolder:
         """
         try:
             with open(self.table, "a", encoding="utf-8") as file:
-                file.write(lines_of([trial]))
+                file.write(to_json_lines([trial]))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -197,7 +197,7 @@ class SweepFolder:
     def rewrite(self, trials: Iterable[Trial]) -> None:
         """Replace the table."""
         with atomic_file(self.table) as file:
-            file.write(lines_of(trials).encode())
+            file.write(to_json_lines(trials).encode())
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
