@@ -1,1 +1,43 @@
-"""Unsupervised meta-learning with Meta-GMVAE: the public Python API, imported on first use."""
+"""Unsupervised meta-learning with Meta-GMVAE: the public Python API.
+
+Each name is imported when it is first used (PEP 562), so that `import metagmvae` loads no library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
+    from metagmvae.infra.workflows.api import load_model, train
+    from metagmvae.infra.workflows.estimator import FewShotClassifier
+    from metagmvae.pipelines.shards.dataset import Dataset
+
+    __version__: str
+
+__all__ = ["Dataset", "FewShotClassifier", "__version__", "evaluate_tasks", "load_model", "train"]
+
+_MODULE_BY_NAME = {
+    "Dataset": "pipelines.shards.dataset",
+    "FewShotClassifier": "infra.workflows.estimator",
+    "evaluate_tasks": "evaluation.fewshot.evaluate_tasks",
+    "load_model": "infra.workflows.api",
+    "train": "infra.workflows.api",
+}
+
+if not TYPE_CHECKING:  # type checkers read the imports above, and report every other name
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            value = metadata.version("metagmvae")
+        elif name in _MODULE_BY_NAME:
+            value = getattr(import_module(f"metagmvae.{_MODULE_BY_NAME[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

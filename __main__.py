@@ -1,4 +1,4 @@
-"""`python -m metagmvae`: the command line."""
+"""Entry point of `python -m metagmvae`: the command line."""
 
 from metagmvae.infra.cli import main
 

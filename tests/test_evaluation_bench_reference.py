@@ -6,9 +6,10 @@ import torch
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from metagmvae.evaluation.bench import reference
-from metagmvae.evaluation.fewshot.predict import _noise, encode_images, predict_episodes
+from metagmvae.evaluation.fewshot.predict import latent_noise, predict_episodes
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import sample_latents
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model
@@ -54,7 +55,7 @@ def test_one_episode(covariance, temperature):
     device = torch.device("cpu")
     h = encode_images(model, picture, device)
     fast = predict_episodes(model, adapt, h[:6].reshape(1, 3, 2, -1), h[None, 6:], seed_by_episode=[4])[0]
-    noise = _noise(4, 15, adapt, model, device)
+    noise = latent_noise(model, adapt, 15, 4, device)
     tensors = torch.as_tensor(picture)
     with torch.inference_mode():
         slow = reference.predict_episode(model, adapt, tensors[:6].reshape(3, 2, *SHAPE), tensors[6:], noise)

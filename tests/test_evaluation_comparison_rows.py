@@ -20,7 +20,6 @@ from metagmvae.evaluation.comparison.rows import (
 )
 from metagmvae.evaluation.comparison.table import compare
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.evaluation.fewshot.metrics import Reliability, calibration_error
 from metagmvae.pipelines.records import DataError
 
 TEST = EvalProtocol("transductive", "test", "f" * 64, 15, 50, 0)
@@ -126,20 +125,6 @@ def test_one_episode_decides_nothing():
 def _one(accuracy: float) -> Score:
     each = EpisodeResults(5, 1, 15, 0, "transductive", np.array([accuracy]), 1.0)
     return Score(accuracy, 0.0, each)
-
-
-def test_reliability_in_batches_is_the_calibration_error_of_all_at_once():
-    rng = np.random.default_rng(0)
-    probabilities, labels = rng.dirichlet(np.full(5, 0.3), 3000), rng.integers(0, 5, 3000)
-    collected = Reliability()
-    for first in range(0, 3000, 700):
-        collected.add(probabilities[first : first + 700], labels[first : first + 700])
-    assert collected.error == pytest.approx(calibration_error(probabilities, labels))
-    bins = collected.summary()["bins"]
-    assert sum(one["queries"] for one in bins) == 3000
-    certain = Reliability()
-    certain.add(np.array([[1.0000001, 0.0]]), np.array([0]))
-    assert certain.error == pytest.approx(0, abs=1e-6)
 
 
 def test_published_rows_are_found_by_name_and_the_tables_agree_where_they_overlap():

@@ -1,4 +1,4 @@
-"""Baselines against plain loops, on the episodes of the benchmark."""
+"""Baselines against plain loops on the same episodes."""
 
 import math
 
@@ -11,8 +11,8 @@ from metagmvae.evaluation.fewshot.baselines import (
     BASELINES,
     logistic_regression,
     nearest_class_mean,
-    refined_posterior,
     soft_k_means,
+    soft_k_means_posterior,
 )
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 
@@ -39,11 +39,11 @@ def test_soft_k_means_against_loops():
     means = [(rows[0] + rows[1]) / 2 for rows in s]
 
     def soft(means: list) -> list:
-        answer = []
+        rows = []
         for x in q:
             weights = [math.exp(7.0 * float(x @ unit(mean))) for mean in means]
-            answer.append([w / sum(weights) for w in weights])
-        return answer
+            rows.append([w / sum(weights) for w in weights])
+        return rows
 
     for _ in range(3):
         weights = soft(means)
@@ -53,8 +53,8 @@ def test_soft_k_means_against_loops():
                 total = total + weights[p][k] * q[p]
                 count += weights[p][k]
             means[k] = total / count
-    found = refined_posterior(torch.as_tensor(support), torch.as_tensor(query), 7.0, 3)
-    np.testing.assert_allclose(found, soft(means), rtol=1e-10)
+    actual = soft_k_means_posterior(torch.as_tensor(support), torch.as_tensor(query), 7.0, 3)
+    np.testing.assert_allclose(actual, soft(means), rtol=1e-10)
 
 
 def test_nearest_class_mean_against_loops():
@@ -64,16 +64,16 @@ def test_nearest_class_mean_against_loops():
     for index in range(6):
         episode = sampler.episode(index)
         means = [unit(unit(x[a]) + unit(x[b])) for a, b in episode.support]
-        right = sum(
+        correct = sum(
             int(np.argmax([unit(x[row]) @ mean for mean in means]) == k) for k in range(4) for row in episode.query[k]
         )
-        accuracies.append(right / 20)
+        accuracies.append(correct / 20)
     result = nearest_class_mean(features(), LABELS, **TASK)
     np.testing.assert_allclose(result.accuracies, accuracies)
     assert result.mode == "inductive"
 
 
-def test_logistic_regression_is_that_of_scikit_learn_on_the_same_episodes():
+def test_logistic_regression_equals_scikit_learn_on_the_same_episode():
     x = features().numpy()
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     episode = EpisodeSampler(LABELS, way=4, shot=2, query=5, seed=3).episode(0)
@@ -83,14 +83,14 @@ def test_logistic_regression_is_that_of_scikit_learn_on_the_same_episodes():
     assert result.accuracies.tolist() == pytest.approx([expected])
 
 
-def test_queries_help_soft_k_means_where_classes_are_clear():
+def test_soft_k_means_gains_from_the_queries_of_separated_classes():
     x = features(noise=0.6)
     task = TASK | {"shot": 1, "query": 11, "episodes": 100}
     assert soft_k_means(x, LABELS, **task).mean > nearest_class_mean(x, LABELS, **task).mean
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_chance_on_noise_and_no_error_on_clear_classes(name):
+def test_baselines_are_at_chance_on_noise_and_perfect_on_separated_classes(name):
     noise = torch.as_tensor(np.random.default_rng(2).normal(0, 1, (len(LABELS), 6)))
     task = TASK | {"episodes": 100}
     assert abs(BASELINES[name](noise, LABELS, **task).mean - 0.25) < 0.05

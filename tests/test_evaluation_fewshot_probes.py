@@ -1,4 +1,4 @@
-"""Probes: on separated classes all is right, on noise chance; the vote of neighbours against loops."""
+"""Probes on separated classes and on noise; the vote of the neighbours against a loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metagmvae.evaluation.fewshot.probes import _halves, knn_probe, linear_probe
+from metagmvae.evaluation.fewshot.probes import _split_classes, knn_probe, linear_probe
 from metagmvae.pipelines.records import DataError
 
 
@@ -19,32 +19,33 @@ def blobs(spread: float, classes: int = 5, each: int = 40, size: int = 8) -> tup
 
 
 @pytest.mark.parametrize("probe", [knn_probe, linear_probe])
-def test_separated_classes_are_found_and_noise_is_chance(probe) -> None:
+def test_separated_classes_give_accuracy_1_and_shuffled_labels_chance(probe) -> None:
     assert probe(*blobs(0.1)) == 1.0
     h, labels = blobs(1.0, each=200)
     shuffled = np.random.default_rng(1).permutation(labels)
     assert probe(h, shuffled) == pytest.approx(0.2, abs=0.06)
 
 
-def test_neighbours_vote_as_wu_et_al_say() -> None:
+def test_vote_of_the_neighbours_equals_wu_et_al() -> None:
     h, labels = blobs(3.0)
-    reference, asked = _halves(labels)
+    reference, queries = _split_classes(labels)
     unit = torch.nn.functional.normalize(h, dim=1).double().numpy()
-    right = 0
-    for row in asked:
+    correct = 0
+    for row in queries:
         cosine = np.array([float(unit[row] @ unit[other]) for other in reference])
         votes: dict[int, float] = {}
-        for place in np.argsort(-cosine)[:20]:
-            votes[labels[reference[place]]] = votes.get(labels[reference[place]], 0) + np.exp(cosine[place] / 0.07)
-        right += max(votes, key=lambda name: votes[name]) == labels[row]
-    assert knn_probe(h, labels) == pytest.approx(right / len(asked))
-    assert 0.3 < right / len(asked) < 1
+        for rank in np.argsort(-cosine)[:20]:
+            label = labels[reference[rank]]
+            votes[label] = votes.get(label, 0) + np.exp(cosine[rank] / 0.07)
+        correct += max(votes, key=lambda label: votes[label]) == labels[row]
+    assert knn_probe(h, labels) == pytest.approx(correct / len(queries))
+    assert 0.3 < correct / len(queries) < 1
 
 
-def test_halves_are_disjoint_and_hold_every_class() -> None:
+def test_reference_and_queries_are_disjoint_halves_of_each_class() -> None:
     labels = np.repeat([4, 7], [9, 20])
-    reference, asked = _halves(labels, most=10)
-    assert len(set(reference) | set(asked)) == len(reference) + len(asked) == 19
+    reference, queries = _split_classes(labels, most=10)
+    assert len(set(reference) | set(queries)) == len(reference) + len(queries) == 19
     assert np.bincount(labels[reference])[[4, 7]].tolist() == [4, 5]
     with pytest.raises(DataError, match="class 3 has one image"):
-        _halves(np.array([3, 4, 4]))
+        _split_classes(np.array([3, 4, 4]))

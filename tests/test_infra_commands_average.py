@@ -9,9 +9,9 @@ import pytest
 import torch
 from command_words import set_words, small_glyphs
 
-from metagmvae.evaluation.fewshot.predict import encode_images
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.multi_crop import MultiCropEncoder
 from metagmvae.training.trainer.package import load_model
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.fewshot.predict import encode_images, predict_episodes
+from metagmvae.evaluation.fewshot.predict import predict_episodes
 from metagmvae.infra.registry.alias_history import read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import connect, import_mlflow
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.checkpoint import load_state
 
 REPOSITORY = Path(__file__).parents[1]

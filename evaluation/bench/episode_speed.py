@@ -13,7 +13,7 @@ import torch
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.bench.reference import predict_episode
-from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate
+from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_images
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -31,7 +31,7 @@ def bench_episodes(
 
     Args:
         model, adapt: what is judged.
-        images, labels: of a split, see `evaluate`.
+        images, labels: of a split, see `evaluate_images`.
         episodes: 20-way 5-shot episodes of the fast way, encoding of all images included.
         literal_episodes: the first of the same episodes.
     """
@@ -39,7 +39,7 @@ def bench_episodes(
     half = literal_episodes // 2
     before, accuracies = _literal(model, adapt, images, labels, range(half))
     since = time.perf_counter()
-    result = evaluate(model, adapt, images, labels, way=WAY, shot=SHOT, query=QUERY, episodes=episodes)
+    result = evaluate_images(model, adapt, images, labels, way=WAY, shot=SHOT, query=QUERY, episodes=episodes)
     fast = time.perf_counter() - since
     after, more = _literal(model, adapt, images, labels, range(half, literal_episodes))
     accuracies += more

@@ -24,6 +24,7 @@ from metagmvae.evaluation.bench.memory import peak_rss
 from metagmvae.evaluation.bench.reference import step_loss
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.device.default import default_device
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model, build_optimizer
 from metagmvae.training.trainer.steps import MetaStep
@@ -134,7 +135,7 @@ def _serve(name: str, threads: int, pipe: Any) -> None:
 def _variant(name: str) -> Step:
     """One whole step: forward, backward, update; on the GPU where there is one."""
     settings = TrainSettings.model_validate(VARIANTS[name])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model = build_model(ModelSettings(), SHAPE, 0).to(device)
     optimizer = build_optimizer(model, settings)
     images = np.random.default_rng(0).integers(0, 2, (settings.batch, settings.set_size, *SHAPE), dtype=np.uint8) * 255
@@ -208,7 +209,7 @@ def _profile(step: Step, half: bool) -> dict[str, Any]:
 
 def _matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
     """GFLOP/s of a large square matrix product here: what the processor can do."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):

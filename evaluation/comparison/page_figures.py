@@ -1,7 +1,6 @@
-"""Pictures of a comparison as data URIs: curves side by side, reliability, and what each model makes of an episode.
+"""Figures of the comparison page as data URIs: training curves, reliability diagrams, and one episode of each model.
 
-Nothing of what stands in them comes from outside but numbers: names are left to the page, which escapes them and has a
-font for them.
+The figures contain no names of models. The page shows these itself, escaped and in its own font.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.metrics import Reliability
 from metagmvae.evaluation.figures import plots
@@ -27,22 +27,22 @@ from metagmvae.training.trainer.package import LoadedModel
 
 COLOURS = [*plots.COLOURS[:6], "#999933", "#882255"]
 THEMES = {"light": ("#1c1e21", "#d5d8dc"), "dark": ("#e6e8eb", "#4a4f57")}
-"""Of each theme the colours of text and of lines behind the data; the ground is the page's."""
+"""Theme -> colours of text and of grid lines. The background is that of the page."""
 
-SQUARES = 2.2
-"""Width over height of two square panels with a title."""
+TWO_PANELS = 2.2
+"""Width divided by height of a figure with two square panels and a title."""
 
 
 @dataclass(frozen=True)
 class PageImage:
-    """An image for light and for dark pages, with what it shows."""
+    """An image for light and dark pages, with its caption."""
 
     caption: str
     light: str
     """Data URI."""
     dark: str
     columns: Literal[1, 2, 3] = 1
-    """How much of the width of a wide page it takes."""
+    """Number of the page's three columns that it spans."""
 
 
 @dataclass(frozen=True)
@@ -54,40 +54,41 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class ModelPage:
-    """A model and what it was judged by."""
+class EvaluatedModel:
+    """A model with its results by task."""
 
     name: str
     loaded: LoadedModel
-    results: Mapping[tuple[int, int], EpisodeResults]
+    results: Mapping[Task, EpisodeResults]
 
 
 @dataclass(frozen=True)
 class ModelImages:
-    """What a page shows of one model."""
+    """The figures and calibration errors of one model."""
 
     name: str
-    pictures: tuple[PageImage, ...]
-    errors: Mapping[tuple[int, int], float]
-    """Expected calibration error of each task, a share in [0, 1]."""
+    images: tuple[PageImage, ...]
+    calibration_errors: Mapping[Task, float]
+    """Expected calibration error of each task, a fraction in [0, 1]."""
 
 
-def draw_models(pages: Sequence[ModelPage], dataset: Dataset, split: str) -> list[ModelImages]:
-    """Reliability, the latent map, and an episode of a split, of every model."""
-    answer = []
-    for page in pages:
-        known = {task: result.reliability for task, result in page.results.items() if result.reliability is not None}
-        pictures = [draw_reliability(known)] if known else []
-        nameless = replace(page.loaded, settings=page.loaded.settings.model_copy(update={"name": "model"}))
-        # The latent map fits beside the reliability diagram, the grid of an episode takes a row.
-        drawn = sorted(episode_figures(nameless, dataset, split).items(), key=lambda item: _aspect(item[1]))
-        pictures += [_on_white(caption, figure) for caption, figure in drawn]
-        answer.append(ModelImages(page.name, tuple(pictures), {task: one.error for task, one in known.items()}))
-    return answer
+def draw_models(models: Sequence[EvaluatedModel], dataset: Dataset, split: str) -> list[ModelImages]:
+    """Draw the reliability diagram, the latent map and one episode of the split for every model."""
+    drawn = []
+    for model in models:
+        known = {task: result.reliability for task, result in model.results.items() if result.reliability is not None}
+        images = [_draw_reliability(known)] if known else []
+        unnamed = replace(model.loaded, settings=model.loaded.settings.model_copy(update={"name": "model"}))
+        # The latent map fits beside the reliability diagram; the grid of an episode fills a row.
+        figures = sorted(episode_figures(unnamed, dataset, split).items(), key=lambda item: _aspect(item[1]))
+        images += [_on_white(caption, figure) for caption, figure in figures]
+        errors = {task: reliability.calibration_error for task, reliability in known.items()}
+        drawn.append(ModelImages(model.name, tuple(images), errors))
+    return drawn
 
 
 def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
-    """Validation accuracy over steps and over seconds, a picture for each task, and the loss of meta-training."""
+    """Draw validation accuracy over steps and over seconds for each task, and the loss of meta-training."""
     tasks = sorted(
         {
             k
@@ -97,14 +98,14 @@ def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
             if k.startswith("validation/") and "_ci95" not in k
         }
     )
-    answer = []
+    images = []
     for task in tasks:
         for key, label in (("global_step", "step"), ("elapsed_s", "seconds of training")):
             caption = f"Validation accuracy, {task.removeprefix('validation/')}, over {label}"
-            answer.append(_themed(caption, partial(_accuracy, curves, task, key, label)))
+            images.append(_themed(caption, partial(_accuracy, curves, task, key, label)))
     if any("loss" in line and line.get("stage") == "meta" for curve in curves for line in curve.lines):
-        answer.append(_themed("Loss of meta-training over step", partial(_loss, curves)))
-    return answer
+        images.append(_themed("Meta-training loss over step", partial(_loss, curves)))
+    return images
 
 
 def _accuracy(curves: Sequence[Curve], task: str, key: str, label: str) -> Figure:
@@ -128,30 +129,29 @@ def _loss(curves: Sequence[Curve]) -> Figure:
     return figure
 
 
-def draw_reliability(tasks: Mapping[tuple[int, int], Reliability]) -> PageImage:
-    """Accuracy over confidence, a line for each task; on the diagonal the model knows what it knows."""
+def _draw_reliability(tasks: Mapping[Task, Reliability]) -> PageImage:
+    """Draw accuracy over confidence, one line for each task; a calibrated model lies on the diagonal."""
 
     def draw() -> Figure:
         figure, axes = _panel("confidence, %", "accuracy, %")
         axes.plot([0, 100], [0, 100], color=matplotlib.rcParams["grid.color"], linewidth=1.2, zorder=0)
-        for number, ((way, shot), one) in enumerate(sorted(tasks.items())):
-            filled = one.count > 0
-            confidence, right = (
-                100 * total[filled] / one.count[filled] for total in (one.confidence, one.right.astype(float))
-            )
-            sizes = 12 + 90 * one.count[filled] / one.count.max()
+        for number, (task, bins) in enumerate(sorted(tasks.items())):
+            filled = bins.count > 0
+            count = bins.count[filled]
+            confidence, accuracy = 100 * bins.confidence[filled] / count, 100 * bins.correct[filled] / count
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(confidence, right, color=colour, linewidth=1, label=f"({way},{shot})")
-            axes.scatter(confidence, right, s=sizes, color=colour, alpha=0.7, linewidths=0)
+            axes.plot(confidence, accuracy, color=colour, linewidth=1, label=task_name(task))
+            sizes = 12 + 90 * count / bins.count.max()
+            axes.scatter(confidence, accuracy, s=sizes, color=colour, alpha=0.7, linewidths=0)
         axes.set(xlim=(0, 102), ylim=(0, 102))
         axes.legend(frameon=False, fontsize=9)
         return figure
 
-    return _themed("Reliability: accuracy over confidence; larger dots hold more queries", draw)
+    return _themed("Reliability diagram: accuracy over confidence; larger dots stand for more queries", draw)
 
 
 def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    """One small panel: pages put them side by side, or below one another on a phone."""
+    """Make one small panel. Wide pages show several side by side."""
     figure = Figure(figsize=(4.4, 3.1), layout="constrained")
     axes = figure.subplots(1, 1)
     axes.spines[["top", "right"]].set_visible(False)
@@ -162,7 +162,7 @@ def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
 
 
 def _themed(caption: str, draw: Callable[[], Figure]) -> PageImage:
-    """Draw twice, in the colours of both themes, on no ground of its own."""
+    """Draw twice, in the colours of both themes, with a transparent background."""
     uris = []
     for text, faint in THEMES.values():
         style: dict[str, Any] = {
@@ -180,15 +180,15 @@ def _themed(caption: str, draw: Callable[[], Figure]) -> PageImage:
 
 
 def _on_white(caption: str, figure: Figure) -> PageImage:
-    """A picture of images, which stands on white in both themes."""
+    """Encode a figure that contains images; its background is white in both themes."""
     buffer = io.BytesIO()
     plots.write_png(figure, buffer)
     uri = _uri("png", buffer.getvalue())
-    return PageImage(caption, uri, uri, 2 if _aspect(figure) <= SQUARES else 3)
+    return PageImage(caption, uri, uri, 2 if _aspect(figure) <= TWO_PANELS else 3)
 
 
 def _aspect(figure: Figure) -> float:
-    """Width over height."""
+    """Return width divided by height."""
     width, height = figure.get_size_inches()
     return float(width / height)
 

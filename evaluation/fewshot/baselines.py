@@ -1,4 +1,4 @@
-"""What a result stands beside, on the very same features and episodes.
+"""Simple classifiers that are evaluated on the same features and episodes as a model.
 
 Notation: n images, F features, K ways, S shots, P queries of an episode.
 """
@@ -17,81 +17,118 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.evaluation.fewshot.predict import Mode
+from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
-Guess = Callable[[Tensor, Tensor], Tensor]
-"""Support (K, S, F) and queries (P, F) of an episode -> class of each query, (P,)."""
+Classifier = Callable[[Tensor, Tensor], Tensor]
+"""Support (K, S, F) and queries (P, F) of an episode -> predicted class of each query, 0 to K - 1, (P,)."""
 
 
 def nearest_class_mean(x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
-    """Each query goes to the class whose mean support vector is nearest (cosine); every query by itself.
+    """Evaluate the nearest class mean: a query gets the class whose mean support vector has the largest cosine.
+
+    Vectors are normalised before the mean is taken. Inductive: each query is classified alone.
 
     Args:
-        x_nF: one vector per row: pixels or features, any length.
-        labels: class ids, (n,).
-        task: way, shot, query, episodes and seed as in `evaluate_features`, whose episodes these are.
+        x_nF: one vector per image: pixels or features.
+        labels: their classes, (n,).
+        task: way, shot, query, episodes and seed, as in `evaluate_features`, which draws the same episodes.
+
+    Raises:
+        DataError: the split has too few classes, or a class too few images, for the task.
     """
-    return _evaluate(_nearest_mean, "inductive", x_nF, labels, **task)
+
+    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
+        mean_KF = F.normalize(F.normalize(support_KSF, dim=2).mean(dim=1), dim=1)
+        return (F.normalize(query_PF, dim=1) @ mean_KF.T).argmax(dim=1)
+
+    return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
+
+
+def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
+    """Evaluate an encoder-only model: nearest class mean on features that are centred on the mean of the split.
+
+    Arguments and errors are those of `nearest_class_mean`.
+    """
+    return nearest_class_mean(h_nF - h_nF.mean(dim=0), labels, **task)
 
 
 def soft_k_means(
     x_nF: Tensor, labels: np.ndarray, *, temperature: float = 20.0, iterations: int = 10, **task: Any
 ) -> EpisodeResults:
-    """Class means refined by soft assignments of the queries (Ren et al., ICLR 2018), all queries together.
+    """Evaluate class means that are refined by soft assignments of all queries (Ren et al., ICLR 2018).
 
-    On features centred on the episode's mean and normalised; assignments are the softmax of
-    `temperature` times the cosine to each mean. The rest as in `nearest_class_mean`.
+    Arguments and errors are those of `nearest_class_mean`, and two of `soft_k_means_posterior`. Transductive.
     """
 
-    def guess(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        return refined_posterior(support_KSF, query_PF, temperature, iterations).argmax(dim=1)
+    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
+        return soft_k_means_posterior(support_KSF, query_PF, temperature, iterations).argmax(dim=1)
 
-    return _evaluate(guess, "transductive", x_nF, labels, **task)
+    return evaluate_classifier(classify, "transductive", x_nF, labels, **task)
 
 
 def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1.0, **task: Any) -> EpisodeResults:
-    """scikit-learn's logistic regression on the normalised support (the paper's "LR"); every query by itself.
+    """Evaluate scikit-learn's logistic regression on the normalised support (the paper's "LR"). Inductive.
 
     Args:
-        strength: C, the inverse of the L2 penalty; the rest as in `nearest_class_mean`.
+        x_nF: as in `nearest_class_mean`.
+        labels: as in `nearest_class_mean`.
+        strength: C of scikit-learn, the inverse of the L2 penalty.
+        task: as in `nearest_class_mean`.
+
+    Raises:
+        DataError: as in `nearest_class_mean`.
+        ConvergenceWarning: the fit of an episode did not converge.
     """
 
-    def guess(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
+    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         K, S, _ = support_KSF.shape
         model = LogisticRegression(C=strength, max_iter=1000)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", ConvergenceWarning)  # a baseline that was cut short is none
+            # An unfinished fit would be a weaker baseline than the one that is named.
+            warnings.simplefilter("error", ConvergenceWarning)
             model.fit(F.normalize(support_KSF.flatten(0, 1), dim=1).numpy(), np.repeat(np.arange(K), S))
         return torch.as_tensor(model.predict(F.normalize(query_PF, dim=1).numpy()))
 
-    return _evaluate(guess, "inductive", x_nF, labels, **task)
+    return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
 
 
-def plain_em(
+def em_on_features(
     e_step: Literal["identity", "diagonal"], x_nF: Tensor, labels: np.ndarray, *, iterations: int = 10, **task: Any
 ) -> EpisodeResults:
-    """The model's semi-supervised EM (Eq. 10 and 11) on the features themselves: no posterior, no latents, no training.
+    """Evaluate semi-supervised EM (Eq. 10 and 11) on the features themselves, without a trained model. Transductive.
 
     Args:
-        e_step: covariance, in the E-steps and in the final posterior.
-        iterations: of EM; the rest as in `nearest_class_mean`, all queries together.
+        e_step: covariance in the E-steps and in the final posterior.
+        x_nF: as in `nearest_class_mean`.
+        labels: as in `nearest_class_mean`.
+        iterations: of EM.
+        task: as in `nearest_class_mean`.
     """
 
-    def guess(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        unlabelled_1PF = query_PF[None]
-        mixture = fit_semi_supervised(support_KSF[None], unlabelled_1PF, iterations=iterations, e_step=e_step)
-        return class_log_posterior(mixture, unlabelled_1PF, e_step)[0].argmax(dim=1)
+    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
+        query_1PF = query_PF[None]
+        mixture = fit_semi_supervised(support_KSF[None], query_1PF, iterations=iterations, e_step=e_step)
+        return class_log_posterior(mixture, query_1PF, e_step)[0].argmax(dim=1)
 
-    return _evaluate(guess, "transductive", x_nF, labels, **task)
+    return evaluate_classifier(classify, "transductive", x_nF, labels, **task)
 
 
-def refined_posterior(support_KSF: Tensor, query_PF: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Soft assignments of the queries after so many refinements of the class means: (P, K)."""
+def soft_k_means_posterior(support_KSF: Tensor, query_PF: Tensor, temperature: float, iterations: int) -> Tensor:
+    """Return the soft assignments of the queries after the class means were refined: (P, K).
+
+    Features are centred on the mean of the episode and normalised.
+
+    Args:
+        support_KSF: labelled vectors by class.
+        query_PF: vectors of the queries.
+        temperature: assignments are the softmax of `temperature` times the cosine to each class mean.
+        iterations: number of refinements.
+    """
     centre_F = torch.cat([support_KSF.flatten(0, 1), query_PF]).mean(dim=0)
     support_KSF, query_PF = (F.normalize(x - centre_F, dim=-1) for x in (support_KSF, query_PF))
     mean_KF = support_KSF.mean(dim=1)
@@ -102,15 +139,10 @@ def refined_posterior(support_KSF: Tensor, query_PF: Tensor, temperature: float,
     return torch.softmax(temperature * query_PF @ F.normalize(mean_KF, dim=1).T, dim=1)
 
 
-def _nearest_mean(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-    means_KF = F.normalize(F.normalize(support_KSF, dim=2).mean(dim=1), dim=1)
-    return (F.normalize(query_PF, dim=1) @ means_KF.T).argmax(dim=1)
-
-
 @torch.inference_mode()
-def _evaluate(
-    guess: Guess,
-    mode: Mode,
+def evaluate_classifier(
+    classify: Classifier,
+    mode: PredictionMode,
     x_nF: Tensor,
     labels: np.ndarray,
     *,
@@ -120,26 +152,42 @@ def _evaluate(
     episodes: int = 1000,
     seed: int = 0,
 ) -> EpisodeResults:
+    """Evaluate a classifier of one episode, in float32 on the CPU, over the episodes of `evaluate_features`.
+
+    Args:
+        classify: predicts the queries of one episode; its classes are the rows of the support.
+        mode: what the classifier is: `inductive` if it classifies each query alone, else `transductive`.
+        x_nF: one vector per image.
+        labels: their classes, (n,).
+        way: classes per episode.
+        shot: labelled images per class.
+        query: queries per class.
+        episodes: number of episodes.
+        seed: of the draw of the episodes.
+
+    Raises:
+        DataError: the split has too few classes, or a class too few images, for the task.
+    """
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
     x_nF = x_nF.float().cpu()
     truth_P = torch.arange(way).repeat_interleave(query)
     accuracies = []
-    since = time.perf_counter()
+    start = time.perf_counter()
     for index in range(episodes):
         episode = sampler.episode(index)
         support_KSF = x_nF[torch.as_tensor(episode.support)]
-        guess_P = guess(support_KSF, x_nF[torch.as_tensor(episode.query.reshape(-1))])
-        accuracies.append(float((guess_P == truth_P).double().mean()))
-    return EpisodeResults(way, shot, query, seed, mode, np.array(accuracies), time.perf_counter() - since)
+        predicted_P = classify(support_KSF, x_nF[torch.as_tensor(episode.query.reshape(-1))])
+        accuracies.append(float((predicted_P == truth_P).double().mean()))
+    return EpisodeResults(way, shot, query, seed, mode, np.array(accuracies), time.perf_counter() - start)
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {
     "nearest class mean": nearest_class_mean,
     "logistic regression": logistic_regression,
     "soft k-means": soft_k_means,
-    "EM on features, identity": partial(plain_em, "identity"),
-    "EM on features, diagonal": partial(plain_em, "diagonal"),
+    "EM on features, identity": partial(em_on_features, "identity"),
+    "EM on features, diagonal": partial(em_on_features, "diagonal"),
 }
-"""By the name that tables show."""
-UNSCALED = ("nearest class mean", "logistic regression")
-"""Those that are also shown on features as the encoder gives them, where a model brings them to a scale of its own."""
+"""Baselines by the name that tables show; `evaluate --baselines` runs all of them."""
+UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
+"""Baselines that are also run on the raw features of the encoder if the model scales its features."""

@@ -1,10 +1,10 @@
-"""Few-shot accuracy over seeded episodes, with intervals; every image is encoded once for all of them."""
+"""Few-shot accuracy of a model over seeded episodes. Every image is encoded once for all episodes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,44 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
-from metagmvae.evaluation.fewshot.predict import Mode, encode_images, episodes_at_once, predict_episodes
+from metagmvae.evaluation.fewshot.predict import PredictionMode, episodes_per_batch, predict_episodes
 from metagmvae.pipelines.files import atomic_file
-from metagmvae.pipelines.records import ProgressCallback
+from metagmvae.pipelines.records import ProgressCallback, Rows
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 
 @dataclass(frozen=True)
 class EpisodeResults:
-    """Accuracies of the episodes of one (way, shot)."""
+    """Accuracies of one model over the episodes of one task."""
 
     way: int
     shot: int
     query: int
+    """Queries per class."""
     seed: int
-    mode: Mode
+    mode: PredictionMode
     accuracies: np.ndarray
-    """Share of queries that were right, (episodes,)."""
+    """Fraction of correct queries in each episode, (episodes,)."""
     seconds: float
     reliability: Reliability | None = None
-    """Of the probabilities, over all queries; None where there are none."""
+    """Calibration of the probabilities over all queries; None for classifiers without probabilities."""
+    baselines: Mapping[str, EpisodeResults] = field(default_factory=dict)
+    """Results of the baselines on the same features and episodes, by name; empty unless requested."""
 
     @property
     def mean(self) -> float:
+        """Mean accuracy, a fraction in [0, 1]."""
         return mean_ci95(self.accuracies)[0]
 
     @property
     def ci95(self) -> float:
+        """Half-width of the 95% confidence interval over episodes."""
         return mean_ci95(self.accuracies)[1]
 
     def summary(self) -> dict[str, Any]:
-        """As plain values; accuracy and ci95 are shares in [0, 1]."""
+        """Return plain values; accuracy and ci95 are fractions in [0, 1]."""
         return {
             "accuracy": self.mean,
             "ci95": self.ci95,
@@ -61,7 +67,7 @@ class EpisodeResults:
         }
 
     def write_parquet(self, path: str | Path) -> None:
-        """One row per episode: its number and accuracy, and what it was an episode of."""
+        """Write one row per episode: its number, its accuracy, and the task."""
         count = len(self.accuracies)
         table = pa.table(
             {
@@ -75,26 +81,12 @@ class EpisodeResults:
             pq.write_table(table, file)
 
 
-def evaluate(
-    model: MetaGMVAE,
-    adapt: AdaptSettings,
-    images: Any,
-    labels: np.ndarray,
-    *,
-    way: int,
-    shot: int,
-    query: int = 15,
-    episodes: int = 1000,
-    seed: int = 0,
-    mode: Mode = "transductive",
-    device: torch.device | None = None,
+def evaluate_images(
+    model: MetaGMVAE, adapt: AdaptSettings, images: Rows, labels: np.ndarray, **task: Any
 ) -> EpisodeResults:
-    """Judge a model on images of a split; see `evaluate_features`."""
-    device = device or next(model.parameters()).device
-    h_nF = encode_images(model, images, device)
-    return evaluate_features(
-        model, adapt, h_nF, labels, way=way, shot=shot, query=query, episodes=episodes, seed=seed, mode=mode
-    )
+    """Evaluate a model on the images of a split, uint8 (n, C, H, W); see `evaluate_features` for the task."""
+    h_nF = encode_images(model, images, next(model.parameters()).device)
+    return evaluate_features(model, adapt, h_nF, labels, **task)
 
 
 @torch.inference_mode()
@@ -109,25 +101,38 @@ def evaluate_features(
     query: int = 15,
     episodes: int = 1000,
     seed: int = 0,
-    mode: Mode = "transductive",
+    mode: PredictionMode = "transductive",
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
-    """Judge a model on features by `encode_images`, over episodes 0 .. episodes - 1 of a seed.
+    """Evaluate a model on features by `encode_images`, over episodes 0 to `episodes` - 1 of a seed.
 
-    Any way and shot will do, whatever K was in training. Accuracies do not depend on the batching.
+    Way and shot need not be those of training. The accuracies do not depend on how episodes are batched.
+
+    Args:
+        model: on the device of the features.
+        adapt: settings of EM.
+        h_nF: features of all images of the split.
+        labels: their classes, (n,).
+        way: classes per episode.
+        shot: labelled images per class.
+        query: queries per class.
+        episodes: number of episodes.
+        seed: of the draw of the episodes.
+        mode: as in `predict_episodes`.
+        on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
-        DataError: too few classes or images for the request; says how many there are.
+        DataError: the split has too few classes, or a class too few images, for the task.
     """
-    since = time.perf_counter()
+    start = time.perf_counter()
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
-    at_once = episodes_at_once(way * (shot + query), adapt, model.latent, h_nF.device)
+    per_batch = episodes_per_batch(way * (shot + query), adapt, model.latent, h_nF.device)
     truth_P = torch.arange(way, device=h_nF.device).repeat_interleave(query)
-    correct, reliability = [], Reliability()
-    for first in range(0, episodes, at_once):
-        count = min(at_once, episodes - first)
+    accuracies, reliability = [], Reliability()
+    for first in range(0, episodes, per_batch):
+        count = min(per_batch, episodes - first)
         support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        probabilities = predict_episodes(
+        probabilities_EPK = predict_episodes(
             model,
             adapt,
             h_nF[support_EKS],
@@ -135,23 +140,9 @@ def evaluate_features(
             mode=mode,
             seed_by_episode=range(first, first + count),
         )
-        reliability.add(probabilities.flatten(0, 1).cpu().numpy(), truth_P.repeat(count).cpu().numpy())
-        correct.append((probabilities.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
+        reliability.add(probabilities_EPK.flatten(0, 1).cpu().numpy(), truth_P.repeat(count).cpu().numpy())
+        accuracies.append((probabilities_EPK.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
         if on_progress is not None:
             on_progress(first + count, episodes)
-    seconds = time.perf_counter() - since
-    return EpisodeResults(way, shot, query, seed, mode, torch.cat(correct).numpy(), seconds, reliability)
-
-
-def cross_way(
-    model: MetaGMVAE,
-    adapt: AdaptSettings,
-    h_nF: Tensor,
-    labels: np.ndarray,
-    *,
-    ways: Sequence[int] = (2, 5, 10, 15, 20, 30, 40, 50),
-    shot: int = 1,
-    **options: Any,
-) -> list[EpisodeResults]:
-    """Table 2, right: one model on tasks of many ways; components at test follow the way."""
-    return [evaluate_features(model, adapt, h_nF, labels, way=way, shot=shot, **options) for way in ways]
+    seconds = time.perf_counter() - start
+    return EpisodeResults(way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds, reliability)

@@ -1,47 +1,45 @@
-"""From images to class probabilities: each image through the convolutions once, episodes in batches.
+"""Class probabilities of the queries of few-shot episodes with equal shots, many episodes at a time.
 
-Notation: E episodes, K ways, S shots, P queries of an episode, N Monte Carlo samples, F features, D latent size.
+An episode is the set D = support + queries. The posterior draws N latents of each image (Eq. 5),
+
+    z^(n) ~ q(z | x, D),    n = 1 .. N,
+
+semi-supervised EM fits one Gaussian per class to them (Eq. 10), with weights fixed at 1/K,
+
+    E-step: Q_qn(k) = N(z_q^(n); mu_k, s2_k) / sum_j N(z_q^(n); mu_j, s2_j)
+    M-step: mu_k and s2_k are the mean and variance of the support latents of class k and of all query latents,
+            the latter weighted by Q_qn(k)
+
+and the prediction averages Bayes' rule over the latents of a query (Eq. 11):
+
+    p(y = k | x_q, D) = 1/N sum_n N(z_q^(n); mu_k, s2_k) / sum_j N(z_q^(n); mu_j, s2_j)
+
+The published code differs from Eq. 10: it uses the identity instead of s2 in all E-steps, and s2 in the final
+posterior only. `AdaptSettings` selects either: `e_step` for Eq. 10, `final_covariance` for Eq. 11.
+
+Notation: E episodes, K ways, S shots, P queries of an episode, T labelled points per class (images times samples),
+N Monte Carlo samples, F features, D latent size. Equations are those of Lee et al., ICLR 2021.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
-from metagmvae.pipelines.records import DataError
-from metagmvae.training.device.allocator import keep_freed_memory
-from metagmvae.training.device.seeding import keyed_generator, to_device
-from metagmvae.training.models.encoders import EncoderModel
+from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.mixture import ClassMixture, class_log_posterior, fit_semi_supervised
 
-Mode = Literal["transductive", "inductive"]
+PredictionMode = Literal["transductive", "inductive"]
+"""Whether the queries of an episode are classified together or one at a time; see `predict_episodes`."""
 
-VALUES_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
-"""Bound on latent values (points x samples x D) that a batch holds; about four arrays of this size live at once. On a
-processor small batches are the fast ones (a quarter faster than 2^25, measured): they stay in its caches."""
-
-
-@torch.inference_mode()
-def encode_images(model: EncoderModel, images: Any, device: torch.device, batch: int = 512) -> Tensor:
-    """Features of images, each encoded once in evaluation mode: uint8 (n, C, H, W) -> (n, F) on the device.
-
-    On a processor this process keeps freed memory from then on (`training.device.allocator`): twice as fast.
-    """
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.eval()
-    pieces = []
-    for first in range(0, len(images), batch):
-        rows = np.arange(first, min(first + batch, len(images)))
-        x = model.scale_images(to_device(images[rows], device))
-        pieces.append(model.encode_images(x.contiguous(memory_format=torch.channels_last)))
-    return torch.cat(pieces)
+MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
+"""Most latent values (points x samples x D) in a batch, by device type; about four arrays of this size exist at once.
+On a CPU small batches are the fast ones, because they fit its caches (a quarter faster than 2^25, measured)."""
 
 
 @torch.inference_mode()
@@ -51,164 +49,106 @@ def predict_episodes(
     h_support_EKSF: Tensor,
     h_query_EPF: Tensor,
     *,
-    mode: Mode = "transductive",
+    mode: PredictionMode = "transductive",
     seed_by_episode: Sequence[int],
 ) -> Tensor:
-    """p(y | x, D) of every query (Eq. 10 and 11): probabilities, (E, P, K).
-
-    `transductive`, the paper's protocol: attention and EM see the support and all queries of an episode.
-    `inductive`: each query is judged alone. Its set is the support and itself; class means and variances
-    come from the support's latents in that set; no query changes what is said of another.
+    """Return p(y | x, D) of every query (Eq. 10 and 11), (E, P, K).
 
     Args:
-        h_support_EKSF, h_query_EPF: features by `encode_images`.
-        mode: see above.
-        seed_by_episode: key of each episode's Monte Carlo noise: results do not depend on the batch.
+        model: on the device of the features.
+        adapt: settings of EM.
+        h_support_EKSF: features by `encode_images`.
+        h_query_EPF: features by `encode_images`.
+        mode: `transductive`, the protocol of the paper: the attention and EM see the support and all queries of an
+            episode. `inductive`: each query is classified alone, in a set of the support and this query; the class
+            means and variances come from the support latents only. No query influences another.
+        seed_by_episode: seeds of the Monte Carlo noise, so that results do not depend on the batching.
     """
     model.eval()
     if mode == "inductive":
-        pairs = zip(h_support_EKSF, h_query_EPF, seed_by_episode, strict=True)
-        return torch.stack([_inductive(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in pairs])
+        episodes = zip(h_support_EKSF, h_query_EPF, seed_by_episode, strict=True)
+        return torch.stack([_predict_inductively(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in episodes])
     _, K, S, _ = h_support_EKSF.shape
     P = h_query_EPF.shape[1]
-    noise = torch.stack([_noise(seed, K * S + P, adapt, model, h_query_EPF.device) for seed in seed_by_episode])
-    z_ETND = _latents(model, torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1), noise)
-    support = z_ETND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-    return fit_and_classify(adapt, support, z_ETND[:, K * S :])[1]
+    noise = torch.stack([latent_noise(model, adapt, K * S + P, seed, h_query_EPF.device) for seed in seed_by_episode])
+    h_EMF = torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1)
+    return _classify_sets(model, adapt, h_EMF, noise, (K, S), fit_on_queries=True)
 
 
-def _inductive(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
-    """One episode, every query in a set of its own, in chunks: (P, K)."""
+def _predict_inductively(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
+    """Classify each query of one episode in a set of its own, several such sets at a time: (P, K)."""
     K, S, _ = h_KSF.shape
-    P = len(h_PF)
-    noise_PND = _noise(seed, K * S + P, adapt, model, h_PF.device)
-    support_noise, query_noise = noise_PND[: K * S], noise_PND[K * S :]
-    per_set = (K * S + 1) * adapt.samples * model.latent
-    chunk = max(1, VALUES_AT_ONCE[h_PF.device.type] // (4 * per_set))
-    answers = []
-    for first in range(0, P, chunk):
-        queries, own = h_PF[first : first + chunk, None], query_noise[first : first + chunk, None]
-        count = len(queries)
-        sets = torch.cat([h_KSF.flatten(0, 1).expand(count, -1, -1), queries], dim=1)
-        noise = torch.cat([support_noise.expand(count, -1, -1, -1), own], dim=1)
-        z_CTND = _latents(model, sets, noise)
-        support = z_CTND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-        answers.append(fit_and_classify(adapt, support, z_CTND[:, K * S :], fit_on_queries=False)[1][:, 0])
-    return torch.cat(answers)
+    noise_MND = latent_noise(model, adapt, K * S + len(h_PF), seed, h_PF.device)
+    support_noise, query_noise = noise_MND[: K * S], noise_MND[K * S :]
+    values_per_set = (K * S + 1) * adapt.samples * model.latent
+    sets_per_batch = max(1, MAX_LATENT_VALUES[h_PF.device.type] // (4 * values_per_set))
+    probabilities = []
+    for first in range(0, len(h_PF), sets_per_batch):
+        rows = slice(first, first + sets_per_batch)
+        query, own_noise = h_PF[rows, None], query_noise[rows, None]
+        h_EMF = torch.cat([h_KSF.flatten(0, 1).expand(len(query), -1, -1), query], dim=1)
+        noise = torch.cat([support_noise.expand(len(query), -1, -1, -1), own_noise], dim=1)
+        probabilities.append(_classify_sets(model, adapt, h_EMF, noise, (K, S), fit_on_queries=False)[:, 0])
+    return torch.cat(probabilities)
 
 
-def _noise(seed: int, points: int, adapt: AdaptSettings, model: MetaGMVAE, device: torch.device) -> Tensor:
-    generator = keyed_generator(device, "predict", int(seed))
-    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
-
-
-def _latents(model: MetaGMVAE, h_ETF: Tensor, noise_ETND: Tensor) -> Tensor:
-    mean, log_variance = model.posterior(h_ETF)
-    return sample_latents(mean, log_variance, noise_ETND)
+def _classify_sets(
+    model: MetaGMVAE,
+    adapt: AdaptSettings,
+    h_EMF: Tensor,
+    noise_EMND: Tensor,
+    ways_and_shots: tuple[int, int],
+    *,
+    fit_on_queries: bool,
+) -> Tensor:
+    """Classify the last P of the M = K * S + P points of each set; the others are the support by class: (E, P, K)."""
+    K, S = ways_and_shots
+    mean, log_variance = model.posterior(h_EMF)
+    z_EMND = sample_latents(mean, log_variance, noise_EMND)
+    support_EKTD = z_EMND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
+    return fit_and_classify(adapt, support_EKTD, z_EMND[:, K * S :], fit_on_queries=fit_on_queries)[1]
 
 
 def fit_and_classify(
     adapt: AdaptSettings,
     support_EKTD: Tensor,
-    z_EPND: Tensor,
+    query_EPND: Tensor,
     *,
     fit_on_queries: bool = True,
     mask_EKT: Tensor | None = None,
 ) -> tuple[ClassMixture, Tensor]:
-    """Semi-supervised EM (Eq. 10), then the mean over samples of p(y | z) (Eq. 11): the mixture, and (E, P, K).
+    """Fit one Gaussian per class by semi-supervised EM (Eq. 10) and classify the queries by it (Eq. 11).
 
-    The one place that takes the settings of an adaptation apart.
+    Args:
+        adapt: settings of EM; no other function reads them one by one.
+        support_EKTD: latents of the labelled images, by class.
+        query_EPND: latents of the queries.
+        fit_on_queries: False fits the Gaussians to the support alone (inductive).
+        mask_EKT: 1 for a labelled point, 0 for padding, where shots differ between classes. None: no padding.
+
+    Returns:
+        The Gaussians, and the probabilities (E, P, K).
     """
-    E, P, N, _ = z_EPND.shape
-    query_EPD = z_EPND.flatten(1, 2)
+    E, P, N, _ = query_EPND.shape
+    points_EPD = query_EPND.flatten(1, 2)
     mixture = fit_semi_supervised(
         support_EKTD,
-        query_EPD if fit_on_queries else query_EPD[:, :0],
+        points_EPD if fit_on_queries else points_EPD[:, :0],
         iterations=adapt.iterations,
         e_step=adapt.e_step,
         temperature=adapt.temperature,
         mask_EKT=mask_EKT,
     )
-    log_posterior = class_log_posterior(mixture, query_EPD, adapt.final_covariance, adapt.temperature)
+    log_posterior = class_log_posterior(mixture, points_EPD, adapt.final_covariance, adapt.temperature)
     return mixture, log_posterior.exp().view(E, P, N, -1).mean(dim=2)
 
 
-def episodes_at_once(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:
-    """How many episodes of so many points (support and queries) one batch takes within the bound."""
-    return max(1, VALUES_AT_ONCE[device.type] // (8 * points * adapt.samples * latent))
+def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:
+    """Draw the standard normal noise of the latents of one episode, (points, N, D)."""
+    generator = keyed_generator(device, "predict", int(seed))
+    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
 
 
-@torch.inference_mode()
-def predict_queries(
-    model: MetaGMVAE,
-    adapt: AdaptSettings,
-    h_TF: Tensor,
-    label_T: np.ndarray,
-    h_PF: Tensor,
-    *,
-    mode: Mode = "transductive",
-    seed: int = 0,
-) -> Tensor:
-    """p(y | x, D) of every query by Eq. 10 and 11, (P, K); equals `predict_episodes` where shots are equal.
-
-    Args:
-        model, adapt, mode: as there.
-        h_TF: features of the labelled images; label_T: their classes, 0 to K - 1, each at least once.
-        h_PF: features of the queries.
-        seed: of the Monte Carlo noise.
-
-    Raises:
-        DataError: the model gives NaN, which would pass for an answer: its largest is the first class.
-    """
-    model.eval()
-    order = np.argsort(label_T, kind="stable")
-    h_TF, label_T = h_TF[torch.as_tensor(order)], label_T[order]
-    generator = keyed_generator(h_TF.device, "predict", seed)
-    noise = torch.randn(len(h_TF) + len(h_PF), adapt.samples, model.latent, generator=generator, device=h_TF.device)
-    T = len(h_TF)
-    if mode == "transductive":
-        return _numbers(_classify_queries(model, adapt, h_TF, label_T, h_PF, noise[:T], noise[T:], fit_on_queries=True))
-    rows = [
-        _classify_queries(
-            model, adapt, h_TF, label_T, h_PF[p : p + 1], noise[:T], noise[T + p : T + p + 1], fit_on_queries=False
-        )
-        for p in range(len(h_PF))
-    ]
-    return _numbers(torch.cat(rows))
-
-
-def _numbers(probabilities: Tensor) -> Tensor:
-    if not torch.isfinite(probabilities).all():
-        raise DataError("the model gives NaN instead of probabilities: its weights are broken; use another checkpoint")
-    return probabilities
-
-
-def _classify_queries(
-    model: MetaGMVAE,
-    adapt: AdaptSettings,
-    h_TF: Tensor,
-    label_T: np.ndarray,
-    h_PF: Tensor,
-    support_noise: Tensor,
-    query_noise: Tensor,
-    *,
-    fit_on_queries: bool,
-) -> Tensor:
-    mean, log_variance = model.posterior(torch.cat([h_TF, h_PF])[None])
-    z_UND = sample_latents(mean, log_variance, torch.cat([support_noise, query_noise])[None])[0]
-    return classify_latents(adapt, z_UND[: len(h_TF)], label_T, z_UND[len(h_TF) :], fit_on_queries=fit_on_queries)
-
-
-def classify_latents(
-    adapt: AdaptSettings, z_TND: Tensor, label_T: np.ndarray, z_PND: Tensor, *, fit_on_queries: bool
-) -> Tensor:
-    """Semi-supervised EM over labelled and query latents, then the mean of p(y | z) over samples: (P, K)."""
-    counts = np.bincount(label_T)
-    longest, N = int(counts.max()), z_TND.shape[1]
-    support = z_TND.new_zeros(len(counts), longest, N, z_TND.shape[2])
-    present = z_TND.new_zeros(len(counts), longest, N)
-    for k, count in enumerate(counts):
-        support[k, :count] = z_TND[torch.as_tensor(label_T == k)]
-        present[k, :count] = 1
-    support_1KTD, present_1KT = support.flatten(1, 2)[None], present.flatten(1, 2)[None]
-    return fit_and_classify(adapt, support_1KTD, z_PND[None], fit_on_queries=fit_on_queries, mask_EKT=present_1KT)[1][0]
+def episodes_per_batch(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:
+    """Return how many episodes of this many points (support and queries) fit one batch; at least 1."""
+    return max(1, MAX_LATENT_VALUES[device.type] // (8 * points * adapt.samples * latent))

@@ -1,6 +1,8 @@
-"""Probes of an encoder on labelled classes that it was not trained on: nearest neighbours, and a linear classifier.
+"""Probes of an encoder on labelled classes: nearest neighbours, and a linear classifier.
 
-Half of each class is the reference, the other half is asked about. Labels of the training classes are not used.
+Half of the images of each class are the reference, the other half are classified. The classes are those of the
+validation or test split; labels of the training classes are not used.
+
 Notation: n images, F features.
 """
 
@@ -17,58 +19,63 @@ from metagmvae.pipelines.rng import keyed_rng
 
 NEIGHBOURS = 20
 SHARPNESS = 1 / 0.07
-"""Weight of a neighbour is exp(cosine * sharpness), as Wu et al. (CVPR 2018) have it."""
+"""The vote of a neighbour has weight exp(cosine * sharpness), as in Wu et al. (CVPR 2018)."""
 LINEAR_ROWS = 200
-"""Images of a class that a linear probe takes at most, half of them to learn from."""
+"""Most images of a class in a linear probe; half of them are the reference."""
 
 
 def knn_probe(h_nF: Tensor, labels: np.ndarray) -> float:
-    """Share of images whose class a weighted vote of their nearest neighbours (cosine, faiss) names.
+    """Return the accuracy of a weighted vote of the nearest neighbours by cosine (faiss), a fraction in [0, 1].
 
     Raises:
-        DataError: a class has one image only.
+        DataError: a class has only one image.
     """
     import faiss
 
-    unit = F.normalize(h_nF.float(), dim=1).cpu().numpy()
-    reference, asked = _halves(labels)
-    index = faiss.IndexFlatIP(unit.shape[1])
-    index.add(unit[reference])
-    cosine, rows = index.search(unit[asked], min(NEIGHBOURS, len(reference)))
-    classes, number = np.unique(labels, return_inverse=True)
-    votes = np.zeros((len(asked), len(classes)))
-    np.add.at(votes, (np.arange(len(asked))[:, None], number[reference][rows]), np.exp(cosine * SHARPNESS))
-    return float((votes.argmax(axis=1) == number[asked]).mean())
+    unit_nF = F.normalize(h_nF.float(), dim=1).cpu().numpy()
+    reference, queries = _split_classes(labels)
+    index = faiss.IndexFlatIP(unit_nF.shape[1])
+    index.add(unit_nF[reference])
+    cosine, neighbours = index.search(unit_nF[queries], min(NEIGHBOURS, len(reference)))
+    classes, class_n = np.unique(labels, return_inverse=True)
+    votes = np.zeros((len(queries), len(classes)))
+    np.add.at(votes, (np.arange(len(queries))[:, None], class_n[reference][neighbours]), np.exp(cosine * SHARPNESS))
+    return float((votes.argmax(axis=1) == class_n[queries]).mean())
 
 
 def linear_probe(h_nF: Tensor, labels: np.ndarray) -> float:
-    """Share of images that logistic regression on standardised features gets right.
+    """Return the accuracy of logistic regression on standardised features, a fraction in [0, 1].
 
     Raises:
-        DataError: a class has one image only.
+        DataError: a class has only one image.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    h = h_nF.float().cpu().numpy()
-    reference, asked = _halves(labels, LINEAR_ROWS)
+    h_nF = h_nF.float().cpu().numpy()
+    reference, queries = _split_classes(labels, LINEAR_ROWS)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe for comparison, not a result
-        model.fit(h[reference], labels[reference])
-    return float(model.score(h[asked], labels[asked]))
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the probe compares encoders; it is not a result
+        model.fit(h_nF[reference], labels[reference])
+    return float(model.score(h_nF[queries], labels[queries]))
 
 
-def _halves(labels: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from and rows to ask about: a seeded draw, half of each class."""
-    reference, asked = [], []
-    for number in np.unique(labels):
-        rows = keyed_rng("probe", int(number)).permutation(np.flatnonzero(labels == number))[:most]
+def _split_classes(labels: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the reference and of the queries: a seeded random half of each class is the reference.
+
+    Args:
+        labels: classes, (n,).
+        most: images that are drawn from each class; None: all.
+    """
+    reference, queries = [], []
+    for class_id in np.unique(labels):
+        rows = keyed_rng("probe", int(class_id)).permutation(np.flatnonzero(labels == class_id))[:most]
         if len(rows) < 2:
-            raise DataError(f"class {number} has one image: a probe needs two or more; leave small classes out")
+            raise DataError(f"class {class_id} has one image: a probe needs at least two; leave small classes out")
         half = len(rows) // 2
         reference.append(rows[:half])
-        asked.append(rows[half:])
-    return np.concatenate(reference), np.concatenate(asked)
+        queries.append(rows[half:])
+    return np.concatenate(reference), np.concatenate(queries)

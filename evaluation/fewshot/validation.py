@@ -1,4 +1,4 @@
-"""Judging during training, on validation classes: episodes for every model, probes for an encoder alone."""
+"""Validation during training, on validation classes: episodes for all models, probes for encoder-only models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
+from metagmvae.evaluation.fewshot.baselines import evaluate_encoder
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features
 from metagmvae.evaluation.fewshot.probes import knn_probe, linear_probe
 from metagmvae.training.models.encoders import EncoderModel
@@ -19,28 +19,33 @@ from metagmvae.training.models.meta_gmvae import MetaGMVAE
 def validate(
     model: EncoderModel, settings: Settings, h_nF: Tensor, labels: np.ndarray
 ) -> Mapping[str, Mapping[str, float]]:
-    """Accuracy and interval of each task, "5w1s" and so on.
+    """Return `accuracy` and `ci95` (fractions in [0, 1]) by task: `5w1s` is 5-way 1-shot.
 
-    A Meta-GMVAE classifies by its mixture. An encoder is judged by the nearest class mean, every query by itself, and
-    by two probes, which have no interval: "neighbours" and "linear".
+    A Meta-GMVAE classifies with its mixture, transductively. An encoder-only model is evaluated by the nearest class
+    mean, inductively, and by two probes without an interval: `neighbours` and `linear`.
 
     Args:
         model: in evaluation mode.
-        settings: `validation` and `adapt`.
-        h_nF: features of the validation images, (n, F).
+        settings: `validation` and `adapt` are read.
+        h_nF: features of the validation images.
         labels: their classes, (n,).
     """
-    wanted = settings.validation
+    validation = settings.validation
     scores: dict[str, Mapping[str, float]] = {}
-    for shot in wanted.shots:
-        task: dict[str, Any] = {"way": wanted.way, "shot": shot, "query": wanted.query, "seed": wanted.seed}
+    for shot in validation.shots:
+        task: dict[str, Any] = {
+            "way": validation.way,
+            "shot": shot,
+            "query": validation.query,
+            "episodes": validation.episodes,
+            "seed": validation.seed,
+        }
         if isinstance(model, MetaGMVAE):
-            result = evaluate_features(model, settings.adapt, h_nF, labels, episodes=wanted.episodes, **task)
+            result = evaluate_features(model, settings.adapt, h_nF, labels, **task)
         else:
-            centred = h_nF - h_nF.mean(dim=0)
-            result = nearest_class_mean(centred, labels, episodes=wanted.episodes, **task)
-        scores[f"{wanted.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
-    if wanted.probes and not isinstance(model, MetaGMVAE):
+            result = evaluate_encoder(h_nF, labels, **task)
+        scores[f"{validation.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
+    if validation.probes and not isinstance(model, MetaGMVAE):
         scores["neighbours"] = {"accuracy": knn_probe(h_nF, labels)}
         scores["linear"] = {"accuracy": linear_probe(h_nF, labels)}
     return scores

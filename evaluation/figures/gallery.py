@@ -17,7 +17,7 @@ from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
 POOL = 4096
 """Images that generated features are shown by, the nearest of them."""
@@ -67,7 +67,7 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
     Raises:
         DataError: as `draw_gallery`.
     """
-    model = meta_gmvae(loaded, dataset.uri)
+    model = require_meta_gmvae(loaded, dataset.uri)
     labels, drawn = dataset.labels(split), {}
     if dataset.kind == "images":
         images = dataset.images(split)

@@ -118,7 +118,7 @@ def _not_evaluated(sources: list[ComparedItem]) -> list[str]:
 
 def _calibration(judged: list[EvaluatedItem]) -> dict[str, Any]:
     rows = [
-        {"name": one.source.name, "way": way, "shot": shot, "ece": result.reliability.error}
+        {"name": one.source.name, "way": way, "shot": shot, "ece": result.reliability.calibration_error}
         for one in judged
         for (way, shot), result in one.results.items()
         if result.reliability is not None

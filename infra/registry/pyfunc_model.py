@@ -16,7 +16,7 @@ from metagmvae.configs.schema import AdaptSettings
 from metagmvae.infra.tracking.store import ignore_warnings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, load_package, meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, load_package, require_meta_gmvae
 
 ignore_warnings()  # before the imports that give them
 from mlflow import MlflowException  # noqa: E402
@@ -34,10 +34,10 @@ class Predictor:
 
     def load_context(self, context: Any) -> None:
         """Load the package that was logged with the model; on a GPU where there is one."""
-        import torch
+        from metagmvae.training.device.default import default_device
 
         self.loaded = load_package(context.artifacts[PACKAGE])
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.loaded.model.to(self.device).eval()
 
     # Without hints: MLflow takes them for a signature, and wants lists of requests where the signature says arrays.
@@ -64,15 +64,16 @@ class Predictor:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        from metagmvae.evaluation.fewshot.predict import encode_images
+        from metagmvae.training.models.encode_images import encode_images
 
         images = check_images(inputs, self.loaded.image_shape)
         return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
 
     def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
-        from metagmvae.evaluation.fewshot.predict import encode_images, predict_queries
+        from metagmvae.evaluation.fewshot.predict_queries import predict_queries
+        from metagmvae.training.models.encode_images import encode_images
 
-        model, image_shape = meta_gmvae(self.loaded, PACKAGE), self.loaded.image_shape
+        model, image_shape = require_meta_gmvae(self.loaded, PACKAGE), self.loaded.image_shape
         support, label_T, query = split_request(inputs, image_shape)
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapt_settings(self.loaded.settings.adapt, params)
@@ -160,7 +161,7 @@ def signature(loaded: LoadedModel) -> ModelSignature:
     adapt = loaded.settings.adapt
     inputs = [TensorSpec(np.dtype("uint8"), (-1, *loaded.image_shape), "images")]
     if not isinstance(loaded.model, MetaGMVAE):
-        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.features))]))
+        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))]))
     inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
     params = [
         ParamSpec("mode", "string", "transductive"),

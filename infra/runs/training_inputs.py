@@ -10,6 +10,7 @@ from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel
 
 ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average")
@@ -55,7 +56,7 @@ def select_device(settings: Settings) -> torch.device:
     Raises:
         SettingsError: `run.device` is "cuda" and CUDA is not available.
     """
-    available = torch.cuda.is_available()
-    if settings.run.device == "cuda" and not available:
+    device = torch.device("cpu") if settings.run.device == "cpu" else default_device()
+    if settings.run.device == "cuda" and device.type != "cuda":
         raise SettingsError('run.device = "cuda": this machine has no CUDA device; set it to "auto" or "cpu"')
-    return torch.device("cuda" if settings.run.device != "cpu" and available else "cpu")
+    return device

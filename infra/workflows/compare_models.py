@@ -16,6 +16,7 @@ from metagmvae.infra.runs.run_folder import RESULTS
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+    from metagmvae.evaluation.fewshot.predict import PredictionMode
     from metagmvae.pipelines.records import ProgressBar
     from metagmvae.pipelines.shards.dataset import Dataset
     from metagmvae.training.trainer.package import LoadedModel
@@ -31,7 +32,7 @@ class EvalRequest:
     query: int
     episodes: int
     seed: int
-    mode: str
+    mode: PredictionMode
 
     def protocol(self, dataset: Dataset) -> EvalProtocol:
         return EvalProtocol(self.mode, self.split, dataset.fingerprint, self.query, self.episodes, self.seed)
@@ -77,10 +78,10 @@ def evaluate_item(
         same = {"query": request.query, "episodes": request.episodes, "seed": request.seed}
         wanted = [{"way": way, "shot": shot, **same} for way, shot in tasks]
         loaded = models[tasks[0][1]]
-        judged = evaluate_tasks(
-            loaded, source.name, dataset, request.split, wanted, mode=request.mode, progress=progress
-        )
-        results |= {(result.way, result.shot): result for result, _ in judged}
+        for result in evaluate_tasks(
+            loaded, dataset, wanted, split=request.split, mode=request.mode, name=source.name, progress=progress
+        ):
+            results[result.way, result.shot] = result
     first = models[request.tasks[0][1]]
     row = _row(source, first, protocol, {task: results[task] for task in request.tasks})
     return EvaluatedItem(replace(source, rows=(row,)), first, results)

@@ -15,7 +15,6 @@ from metagmvae.configs.load import load_settings
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features
-from metagmvae.evaluation.fewshot.predict import encode_images
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.workflows.classify import classify_folders
@@ -26,8 +25,9 @@ from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
+from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.package import LoadedModel, load_model, meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, load_model, require_meta_gmvae
 
 EPISODES = 300
 SHOWN_QUERIES = 3
@@ -88,7 +88,7 @@ def _evaluate(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list
     device = torch.device("cpu")
     images, labels = dataset.images("test"), dataset.labels("test")
     untrained = build_model(settings.model, dataset.image_shape, settings.train.seed)
-    model = meta_gmvae(loaded, settings.name)
+    model = require_meta_gmvae(loaded, settings.name)
     trained_nF = encode_images(model, images, device)
     untrained_nF = encode_images(untrained, images, device)
     pixels = torch.as_tensor(images[:]).flatten(1)

@@ -1,0 +1,112 @@
+"""The encoder of a model as a package of its own, and the feature data sets that are written with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from metagmvae.configs.schema import Average
+from metagmvae.evaluation.fewshot.encoding import check_encoder
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.feature_source import FeatureSource, open_features
+from metagmvae.training.device.default import default_device
+from metagmvae.training.models.encode_images import encode_images
+from metagmvae.training.models.encoders import EncoderModel, encoder_digest
+from metagmvae.training.models.multi_crop import with_averaging
+from metagmvae.training.trainer.package import CARD, WEIGHTS, LoadedModel, load_package, save_package
+
+ENCODER_FOLDER = "encoder"
+"""Folder inside a feature data set that holds the package of the encoder."""
+
+
+def load_dataset_encoder(dataset: Dataset) -> LoadedModel:
+    """Load the encoder that made the features of a data set, from the package inside the data set.
+
+    Raises:
+        DataError: the package is missing or was altered, or its encoder is not the one named in the manifest.
+    """
+    card = dataset.attachment(f"{ENCODER_FOLDER}/{CARD}")
+    dataset.attachment(f"{ENCODER_FOLDER}/{WEIGHTS}")
+    loaded = load_package(card.parent)
+    check_encoder(loaded.model, dataset)
+    return loaded
+
+
+@dataclass(frozen=True)
+class PackagedEncoder:
+    """An encoder as the bytes of its package files, so that it can be sent to workers on other machines."""
+
+    files: tuple[tuple[str, bytes], ...]
+    """(name, content) of each file."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Encode images: uint8 (n, C, H, W) -> float32 (n, F)."""
+        model, device = _unpack(self)
+        return encode_images(model, images, device).float().cpu().numpy()
+
+
+@lru_cache(maxsize=1)
+def _unpack(packaged: PackagedEncoder) -> tuple[EncoderModel, torch.device]:
+    """Load the encoder once per process, on a GPU if the process has one."""
+    device = default_device()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in packaged.files:
+            (Path(folder) / name).write_bytes(content)
+        return load_package(folder).model.to(device), device
+
+
+@contextmanager
+def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterator[FeatureSource]:
+    """Yield the features of a data set as a source that `write_dataset` can write; valid inside the context.
+
+    Args:
+        loaded: the model whose encoder computes the features.
+        dataset: images.
+        dtype: of the stored features, `float16` or `float32`.
+
+    Raises:
+        DataError: the images have another shape than the encoder takes, or the data set holds features.
+    """
+    if dataset.kind == "images" and dataset.image_shape != loaded.image_shape:
+        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the encoder takes {loaded.image_shape}")
+    encoder = encoder_only(loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        package = save_package(Path(folder) / ENCODER_FOLDER, encoder)
+        settings = encoder.settings.model
+        description = {
+            "sha256": encoder_digest(encoder.model.encoder),
+            "encoder": settings.encoder,
+            "image_size": settings.image_size,
+            "rectified": settings.rectified,
+            "average": settings.average,
+        }
+        yield open_features(
+            dataset,
+            PackagedEncoder(tuple((name, (package / name).read_bytes()) for name in (CARD, WEIGHTS))),
+            feature_size=encoder.model.feature_dim,
+            encoder=description,
+            attachments={f"{ENCODER_FOLDER}/{name}": package / name for name in (CARD, WEIGHTS)},
+            dtype=dtype,
+        )
+
+
+def encoder_only(loaded: LoadedModel) -> LoadedModel:
+    """Return the encoder of a model as an encoder-only model; the weights are shared."""
+    return replace(loaded, model=EncoderModel(loaded.model.encoder, loaded.image_shape))
+
+
+def with_encoder_average(loaded: LoadedModel, average: Average) -> LoadedModel:
+    """Return the encoder of a model with another multi-crop average (`model.average`) than it was trained with."""
+    encoder = with_averaging(loaded.model.encoder, loaded.image_shape[1:], average).eval()
+    settings = loaded.settings.model_copy(
+        update={"model": loaded.settings.model.model_copy(update={"average": average})}
+    )
+    return replace(loaded, model=EncoderModel(encoder, loaded.image_shape), settings=settings)

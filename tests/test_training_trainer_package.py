@@ -1,0 +1,73 @@
+"""Model packages and run folders: loading gives the saved weights, and damage is reported."""
+
+import json
+
+import pytest
+import torch
+
+from metagmvae.configs.schema import ModelSettings, Settings, TrainSettings
+from metagmvae.pipelines.records import DataError
+from metagmvae.training.trainer.builders import build_model
+from metagmvae.training.trainer.checkpoint import CheckpointError, save_state
+from metagmvae.training.trainer.package import LoadedModel, load_model, load_package, save_package
+
+SHAPE = (1, 12, 12)
+SETTINGS = Settings(model=ModelSettings(latent=6, channels=8, width=16, heads=2, layers=1))
+
+
+def test_package_round_trip_is_exact_and_damage_is_reported(tmp_path):
+    model = build_model(SETTINGS.model, SHAPE, seed=3).eval()
+    loaded = LoadedModel(model, SETTINGS, SHAPE, {"step": 3})
+    path = save_package(tmp_path / "p", loaded)
+    again = load_package(path)
+    assert again.settings == SETTINGS
+    assert again.info == {"step": 3}
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)
+    with pytest.raises(DataError, match="already exists"):
+        save_package(path, loaded)
+    raw = bytearray((path / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(DataError, match="changed after it was written"):
+        load_model(path)
+    card = json.loads((path / "model.json").read_text())
+    (path / "model.json").write_text(json.dumps(card | {"version": 99}))
+    with pytest.raises(DataError, match="not a model package of version 2"):
+        load_model(path)
+
+
+def test_a_run_with_selection_gives_the_best_model_of_each_shot(tmp_path):
+    settings = SETTINGS.model_copy(update={"train": TrainSettings(selection="best")})
+    weights = [build_model(SETTINGS.model, SHAPE, seed).state_dict() for seed in range(3)]
+    best = {
+        f"5w{shot}s": {"accuracy": 0.5, "ci95": 0.1, "step": 7 * shot, "model": weights[number]}
+        for number, shot in enumerate((1, 5))
+    }
+    state = {
+        "kind": "meta-gmvae",
+        "projector": {},
+        "settings": settings.model_dump_json(),
+        "image_shape": list(SHAPE),
+        "data_fingerprint": "d",
+        "stage": "meta",
+        "step": 60,
+        "model": weights[2],
+        "optimizer": {},
+        "schedule": {},
+        "rng": {},
+        "best": best,
+        "elapsed": 0.0,
+    }
+    save_state(tmp_path / "checkpoint.pt", state)
+    for shot, number in ((1, 0), (5, 1), (20, 2), (None, 0)):
+        head = load_model(tmp_path, shot=shot).model.state_dict()["head.weight"]
+        assert torch.equal(head, weights[number]["head.weight"])
+    assert load_model(tmp_path, shot=5).info["step"] == 35
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="contains neither"):
+        load_model(empty)
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK not one")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_model(tmp_path)
