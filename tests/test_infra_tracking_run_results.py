@@ -1,4 +1,4 @@
-"""What is found out about a run stands in its folder and in MLflow: results, figures, or why there are none."""
+"""Results and figures of a run are stored in its folder and in MLflow."""
 
 import json
 
@@ -12,6 +12,8 @@ from metagmvae.pipelines.sources.source import open_source
 
 SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_size": 20, "train.samples": 4}
 
+pytestmark = pytest.mark.mlflow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -20,13 +22,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def train(data, out, **more) -> int:
-    settings = SMALL | {"data.uri": data, "run.out": out, "tracking.register_as": "", "validation.every": 2} | more
+def train(data, out, **changes) -> int:
+    settings = SMALL | {"data.uri": data, "run.out": out, "tracking.register_as": "", "validation.every": 2} | changes
     options = [f"--set={key}={value}" for key, value in (settings | {"validation.episodes": 3}).items()]
     return main(["train", "omniglot-5way", *options])
 
 
-def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run(data, tmp_path, capsys):
+def test_results_and_figures_are_artifacts_and_accuracies_are_metrics(data, tmp_path, capsys):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     run = tmp_path / "run"
     assert train(data, run, **{"tracking.store": store.store}) == 0
@@ -41,18 +43,18 @@ def test_figures_and_results_are_artifacts_and_accuracies_are_metrics_of_the_run
     (point,) = client.get_metric_history(tracked.info.run_id, "test/5w1s/transductive")
     assert point.step == 2
 
-    def names(folder: str) -> set[str]:
+    def artifact_names(folder: str) -> set[str]:
         return {item.path for item in client.list_artifacts(tracked.info.run_id, folder)}
 
-    assert names("results") == {f"results/test-5way-1shot-transductive.{kind}" for kind in ("json", "parquet")}
+    assert artifact_names("results") == {f"results/test-5way-1shot-transductive.{kind}" for kind in ("json", "parquet")}
     stems = ("curves", "latent-map", "modes-meta-test", "modes-meta-training", "reconstructions")
-    assert names("figures") == {"figures/curves.json", *(f"figures/{stem}.png" for stem in stems)}
+    assert artifact_names("figures") == {"figures/curves.json", *(f"figures/{stem}.png" for stem in stems)}
     curve = json.loads((run / "figures" / "curves.json").read_text())["validation"]
     assert [point["global_step"] for point in curve] == [2]
     assert {"elapsed_s", "validation/5w1s", "validation/5w1s_ci95"} <= curve[0].keys()
 
 
-def test_a_store_that_is_gone_does_not_lose_a_result(data, tmp_path, capsys, monkeypatch):
+def test_unreachable_store_loses_no_result(data, tmp_path, capsys, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     run = tmp_path / "run"
     assert train(data, run, **{"tracking.store": store.store}) == 0
@@ -61,11 +63,11 @@ def test_a_store_that_is_gone_does_not_lose_a_result(data, tmp_path, capsys, mon
     assert settings["tracking"]["uri"] == ""
     capsys.readouterr()
     assert main(["evaluate", str(run), "--data", str(data), "--episodes", "3"]) == 0
-    assert "send the results later: metagmvae track" in capsys.readouterr().err
+    assert "upload the results later: metagmvae track" in capsys.readouterr().err
     assert (run / "results" / "test-5way-1shot-transductive.json").exists()
 
 
-def test_what_cannot_be_drawn_is_said_and_the_run_stays(data, tmp_path, capsys):
+def test_figures_that_cannot_be_drawn_are_reported_and_the_run_is_kept(data, tmp_path, capsys):
     few = tmp_path / "few"
     write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=8), few)
     assert train(few, tmp_path / "run", **{"tracking.enabled": "false", "validation.every": 0}) == 0
@@ -75,7 +77,7 @@ def test_what_cannot_be_drawn_is_said_and_the_run_stays(data, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_results_of_a_registered_version_go_to_its_tags_and_its_run(data, tmp_path, capsys, monkeypatch):
+def test_results_of_a_registered_version_are_stored_in_its_tags_and_its_run(data, tmp_path, capsys, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     registered = {"tracking.store": store.store, "tracking.register_as": "glyphs"}
     assert train(data, tmp_path / "run", **registered) == 0

@@ -1,4 +1,4 @@
-"""The mirror while a training goes on, and servers that are not there, silent, or late."""
+"""Live upload of a training run, and servers that are down, silent, or started late."""
 
 import json
 import socket
@@ -14,9 +14,11 @@ from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.status import read_status
-from metagmvae.infra.tracking.run_tracker import Tracker
+from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import TrackingError, connect, redact
+
+pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
@@ -30,14 +32,14 @@ def new_run(folder: Path) -> Path:
     return folder
 
 
-def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store):
+def test_uploads_during_training_and_at_its_end(tmp_path, store):
     run = new_run(tmp_path / "run")
-    with Tracker(run, store, interval_s=0.05):
+    with RunTracker(run, store, interval_s=0.05):
         for step in range(1, 4):
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(line(step, steps=3))
         while not (run / "tracking.json").exists() or "metrics.jsonl" not in (run / "tracking.json").read_text():
-            time.sleep(0.02)  # until it was sent, while the block still runs
+            time.sleep(0.02)  # until the metrics are uploaded, while the block still runs
         (run / "checkpoint.pt").write_bytes(b"last")
     cursor = json.loads((run / "tracking.json").read_text())
     sent = connect(store).client.get_run(cursor["run_id"])
@@ -45,68 +47,68 @@ def test_the_tracker_sends_while_training_goes_on_and_at_its_end(tmp_path, store
     assert len(history(store, cursor["run_id"], "loss")) == 3
     assert sent.data.metrics["system/system_memory_usage_percentage"] > 0
     assert "checkpoint.pt" in cursor["stores"][cursor["uri"]]["artifacts"]
-    assert not any(thread.name == "mlflow-mirror" for thread in threading.enumerate())
+    assert not any(thread.name == "mlflow-run" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("loss"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_how_a_run_ended(tmp_path, store, error, status):
+def test_exception_decides_the_final_status(tmp_path, store, error, status):
     run = new_run(tmp_path / "run")
-    with pytest.raises(type(error)), Tracker(run, store):
+    with pytest.raises(type(error)), RunTracker(run, store):
         raise error
     cursor = json.loads((run / "tracking.json").read_text())
     assert connect(store).client.get_run(cursor["run_id"]).info.status == status
 
 
-def test_tracking_that_is_off_leaves_only_the_status(tmp_path, store):
+def test_disabled_tracking_writes_only_the_status(tmp_path, store):
     run = new_run(tmp_path / "run")
-    with Tracker(run, store.model_copy(update={"enabled": False})):
+    with RunTracker(run, store.model_copy(update={"enabled": False})):
         pass
     assert {path.name for path in run.iterdir()} == {"settings.json", "status.json"}
 
 
-def test_an_unreachable_server_is_said_once_and_the_run_is_sent_later(tmp_path, store, capfd, monkeypatch):
+def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_path, store, capfd, monkeypatch):
     run = new_run(tmp_path / "run")
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    tracker = Tracker(run, TrackingSettings(), interval_s=0.02).start()
-    while not tracker._say.said:
+    tracker = RunTracker(run, TrackingSettings(), interval_s=0.02).start()
+    while not tracker._warn.warned:
         time.sleep(0.02)
     (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
     (run / "checkpoint.pt").write_bytes(b"last")
     tracker.close()
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert f"MLflow at {redact(uri)}: not reachable (Connection refused); training goes on" in said[0]
-    assert f"metagmvae track {run}" in said[0]
-    assert "secret" not in said[0] + (run / "tracking.json").read_text()
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert f"MLflow at {redact(uri)}: not reachable (Connection refused); the run continues" in errors[0]
+    assert f"metagmvae track {run}" in errors[0]
+    assert "secret" not in errors[0] + (run / "tracking.json").read_text()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     report = upload_run(run, store)
     assert (report.status, len(history(store, report.run_id, "loss"))) == ("FINISHED", 2)
     assert "checkpoint.pt" in report.artifacts
 
 
-def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path, monkeypatch, capfd):
-    """The port accepts and is silent: the wait at the end is bounded, the thread keeps no process."""
-    monkeypatch.setattr("metagmvae.infra.tracking.run_tracker.PATIENCE_S", 0.2)
+def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, capfd):
+    """The port accepts connections and never answers: the last wait is limited, and the thread is a daemon."""
+    monkeypatch.setattr("metagmvae.infra.tracking.live_tracker.PATIENCE_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        tracker = Tracker(
+        tracker = RunTracker(
             new_run(tmp_path / "run"), TrackingSettings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         ).start()
         thread = tracker._thread
         tracker.close()
         assert thread.is_alive()
         assert thread.daemon
-        assert "slow, not all of the run is there yet" in capfd.readouterr().err
+        assert "MLflow is slow: not all of the run has been uploaded yet" in capfd.readouterr().err
         assert read_status(tmp_path / "run")[0] == "FINISHED"
         thread.join()
 
 
-def test_a_server_that_comes_up_later_gets_the_run(tmp_path, capfd):
-    """A real `mlflow server`, down at first: the run stays unsent, and is sent whole once it is up."""
+def test_server_that_starts_later_gets_the_run(tmp_path, capfd):
+    """A real `mlflow server` that is down at first; once it runs, the whole run is uploaded."""
     run, port = ended_run(tmp_path / "run"), closed_port()
     tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
     with pytest.raises(TrackingError, match=str(port)):

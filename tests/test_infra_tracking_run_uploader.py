@@ -1,9 +1,10 @@
-"""The mirror of a run folder in MLflow: whole, once, in spite of interruptions."""
+"""Upload of a run folder to MLflow: complete, and each value once in spite of interruptions."""
 
 import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlflow_template
 import pytest
@@ -13,12 +14,14 @@ from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.infra.runs.status import read_status, write_status
 from metagmvae.infra.tracking import run_uploader
 from metagmvae.infra.tracking.convert import flatten, tags, unsent_chunks
-from metagmvae.infra.tracking.cursor import locked
+from metagmvae.infra.tracking.cursor import upload_lock
 from metagmvae.infra.tracking.run_tracker import track
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import TrackingError, connect, redact, store_uri
 from metagmvae.infra.tracking.system_metrics import SystemSampler, gpu_values
 from metagmvae.pipelines.records import DataError
+
+pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def run(tmp_path):
     return ended_run(tmp_path / "runs" / "five way")
 
 
-def test_everything_of_a_run_arrives(run, store):
+def test_uploads_the_whole_run(run, store):
     report = upload_run(run, store)
     client = connect(store).client
     sent = client.get_run(report.run_id)
@@ -54,15 +57,15 @@ def test_everything_of_a_run_arrives(run, store):
     assert [item.path for item in client.list_artifacts(report.run_id, "figures")] == ["figures/curves.png"]
 
 
-def test_a_second_mirror_sends_nothing(run, store):
+def test_second_upload_sends_nothing(run, store):
     first = upload_run(run, store)
     second = upload_run(run, store)
     assert (second.run_id, second.metrics, second.artifacts) == (first.run_id, 0, [])
     assert len(history(store, first.run_id, "loss")) == 200
 
 
-def test_a_batch_that_is_sent_twice_is_there_once(run, store):
-    """As after a crash between the store's acceptance and the cursor: the cursor knows of nothing."""
+def test_batch_sent_twice_is_stored_once(run, store):
+    """After a crash between the store's answer and the write of the cursor, the cursor is empty."""
     first = upload_run(run, store)
     cursor = json.loads((run / "tracking.json").read_text())
     entry = cursor["stores"][store_uri(store)]
@@ -75,8 +78,8 @@ def test_a_batch_that_is_sent_twice_is_there_once(run, store):
     assert len(connect(store).client.search_runs(["1"])) == 1
 
 
-def test_an_interrupted_mirror_is_completed_later(run, store, monkeypatch):
-    """The store goes away after two batches; what it accepted is noted, and only the rest is sent again."""
+def test_interrupted_upload_is_completed_later(run, store, monkeypatch):
+    """The store fails after two batches; the cursor records these two, and the next upload sends only the rest."""
     monkeypatch.setattr(run_uploader, "METRICS_PER_BATCH", 100)
     client = connect(store).client
     accepted = []
@@ -100,7 +103,7 @@ def test_an_interrupted_mirror_is_completed_later(run, store, monkeypatch):
     assert len(history(store, rest.run_id, "elbo")) == 200
 
 
-def test_a_growing_file_is_sent_by_whole_lines(run):
+def test_growing_file_is_read_by_complete_lines(run):
     path = run / "metrics.jsonl"
     path.write_text(line(1) + line(2) + line(3)[:10])
     (chunk,) = unsent_chunks(path, {}, 0, 1000)
@@ -109,19 +112,19 @@ def test_a_growing_file_is_sent_by_whole_lines(run):
     path.write_text(line(1) + line(2) + line(3))
     (rest,) = unsent_chunks(path, chunk.position, 0, 1000)
     assert {point.step for point in rest.points} == {3}
-    path.write_text(line(1) + line(2, steps=99) + line(3))  # cut back and written again by a resumed run
+    path.write_text(line(1) + line(2, steps=99) + line(3))  # a resumed run has deleted lines and written them again
     (again,) = unsent_chunks(path, rest.position, 0, 1000)
     assert {point.step for point in again.points} == {1, 2, 3}
 
 
-def test_chunks_hold_whole_lines_and_keep_to_the_limit(run):
+def test_chunks_hold_complete_lines_up_to_the_limit(run):
     chunks = list(unsent_chunks(run / "metrics.jsonl", {}, 0, 10))
     assert [len(chunk.points) for chunk in chunks] == [8] * 100
     assert [chunk.position["lines"] for chunk in chunks] == list(range(2, 201, 2))
     assert chunks[-1].position["bytes"] == (run / "metrics.jsonl").stat().st_size
 
 
-def test_the_warm_up_has_its_own_curves(tmp_path):
+def test_pretraining_has_its_own_metric_keys(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1, stage="pretrain") + line(2))
     (chunk,) = unsent_chunks(path, {}, 0, 1000)
@@ -129,14 +132,14 @@ def test_the_warm_up_has_its_own_curves(tmp_path):
     assert {"pretrain/loss", "loss"} <= keys
 
 
-def test_a_broken_line_is_named(run, store):
+def test_broken_line_is_named(run, store):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{half\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl line 201: not a metric line"):
         upload_run(run, store)
 
 
-def test_flatten_and_secrets():
+def test_flatten_and_redaction_of_passwords():
     assert flatten({"a": {"b": [1, 2], "c": "x"}, "d": None, "e": True}) == {
         "a.b": "[1, 2]",
         "a.c": "x",
@@ -149,7 +152,7 @@ def test_flatten_and_secrets():
         store_uri(TrackingSettings(uri="http://me:secret@host"))
 
 
-def test_relative_stores_are_made_absolute(tmp_path, monkeypatch):
+def test_relative_store_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert store_uri(TrackingSettings()) == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
     assert store_uri(TrackingSettings(uri="sqlite:///x.db")) == f"sqlite:///{tmp_path}/x.db"
@@ -158,7 +161,7 @@ def test_relative_stores_are_made_absolute(tmp_path, monkeypatch):
     assert store_uri(TrackingSettings(uri="http://set:5000")) == "http://set:5000"
 
 
-def test_a_run_is_resumed_in_the_same_mlflow_run(run, store):
+def test_resumed_run_uses_the_same_mlflow_run(run, store):
     first = upload_run(run, store)
     write_status(run, "RUNNING")
     settings = Settings.model_validate_json((run / "settings.json").read_text())
@@ -177,8 +180,8 @@ def test_a_run_is_resumed_in_the_same_mlflow_run(run, store):
     assert (ended.status, ended.start_time) == ("FAILED", STARTED_MS)
 
 
-def test_track_goes_to_the_store_of_before_from_any_folder(run, store, tmp_path, monkeypatch):
-    """The settings of the run name the default store, relative to where it was trained."""
+def test_track_uses_the_previous_store_from_any_folder(run, store, tmp_path, monkeypatch):
+    """The settings name the default store, a path relative to the working directory of the training."""
     first = upload_run(run, store)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line(201, steps=201))
@@ -188,14 +191,14 @@ def test_track_goes_to_the_store_of_before_from_any_folder(run, store, tmp_path,
     assert track(run, uri=store_uri(mlflow_template.new_store(tmp_path / "other"))).metrics == 804
 
 
-def test_a_run_deleted_on_the_server_is_not_sent_again_unasked(run, store):
+def test_run_deleted_on_the_server_is_an_error(run, store):
     report = upload_run(run, store)
     connect(store).client.delete_run(report.run_id)
     with pytest.raises(TrackingError, match=r"was deleted there; restore it, or delete .*tracking\.json"):
         upload_run(run, store)
 
 
-def test_status_of_runs_that_ended_without_saying_so(run, tmp_path):
+def test_status_of_runs_that_ended_without_writing_it(run, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     status = json.loads((run / "status.json").read_text())
@@ -208,34 +211,39 @@ def test_status_of_runs_that_ended_without_saying_so(run, tmp_path):
     assert read_status(run)[0] == "KILLED"
 
 
-def test_two_mirrors_at_once_are_refused(run, store):
-    with locked(run), pytest.raises(TrackingError, match="being sent to MLflow just now"):
+def test_simultaneous_uploads_are_refused(run, store):
+    with upload_lock(run), pytest.raises(TrackingError, match="another process is uploading it to MLflow"):
         upload_run(run, store)
 
 
-def test_not_a_run_folder(tmp_path, store):
+def test_folder_without_settings_is_an_error(tmp_path, store):
     with pytest.raises(DataError, match=r"not a run folder \(no settings\.json\)"):
         upload_run(tmp_path, store)
     with pytest.raises(DataError, match="not a run folder"):
         track(tmp_path)
 
 
-def test_a_store_folder_that_cannot_be_made(run, tmp_path):
+def test_store_folder_that_cannot_be_created_is_an_error(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackingError, match=r"tracking\.store"):
         upload_run(run, TrackingSettings(store=str(tmp_path / "file" / "store")))
 
 
-def test_system_metrics(tmp_path):
-    (tmp_path / "stat").write_text("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n")
-    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 750 kB\n")
-    sampler = SystemSampler(tmp_path)
-    sampler.smi = None
-    (tmp_path / "stat").write_text("cpu  150 0 125 900 125 0 0 0 0 0\ncpu0 1\n")
+def test_system_metrics(monkeypatch):
+    memory = SimpleNamespace(total=1000 * 1024, available=750 * 1024)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    sampler = SystemSampler()
+    sampler.nvidia_smi = None
     sample = sampler.sample()
-    assert sample["system/cpu_utilization_percentage"] == pytest.approx(100 * 75 / 300)
-    assert sample["system/system_memory_usage_percentage"] == pytest.approx(25)
-    assert sample["system/system_memory_usage_megabytes"] == pytest.approx(0.256)
+    assert 0 <= sample.pop("system/cpu_utilization_percentage") <= 100
+    assert sample.pop("system/process_memory_megabytes") > 10
+    assert sample == {
+        "system/system_memory_usage_percentage": pytest.approx(25),
+        "system/system_memory_usage_megabytes": pytest.approx(0.256),
+    }
+
+
+def test_gpu_metrics():
     assert gpu_values("0, 55, 1000, 4000, 80.5\n1, [N/A], 0, 4000, [N/A]\n") == {
         "system/gpu_0_utilization_percentage": 55,
         "system/gpu_0_memory_usage_megabytes": pytest.approx(1048.576),
@@ -244,5 +252,4 @@ def test_system_metrics(tmp_path):
         "system/gpu_1_memory_usage_megabytes": 0,
         "system/gpu_1_memory_usage_percentage": 0,
     }
-
     assert gpu_values("No devices were found\n") == {}

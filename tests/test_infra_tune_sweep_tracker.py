@@ -1,4 +1,4 @@
-"""A sweep in MLflow: a parent and its trials, once each, whatever goes away in between."""
+"""A sweep in MLflow: a parent run and one run per trial, each created once in spite of crashes and lost servers."""
 
 import json
 import threading
@@ -19,6 +19,8 @@ from metagmvae.infra.tune.request import finish
 from metagmvae.infra.tune.sweep_tracker import SweepTracker
 from metagmvae.infra.tune.sweep_uploader import NUMBER, PARENT, REASON, STATUS, SweepUploader, track_sweep
 
+pytestmark = pytest.mark.mlflow
+
 
 @pytest.fixture
 def store(tmp_path):
@@ -31,7 +33,7 @@ def sweep(plan, dataset, tmp_path):
 
 
 def run_some(sweep, accuracies):
-    """Trials that end well, one of them stopped early where it has one accuracy only."""
+    """Run trials that end without an error; a trial with only one accuracy is stopped early."""
     for some in accuracies:
         number = sweep.next()
         train(sweep, number, some)
@@ -44,19 +46,18 @@ def children(store, parent):
     return {int(r.data.tags[NUMBER]): r for r in client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")}
 
 
-def sent(sweep, store, **more):
-    folder = sweep.folder
-    sender = SweepUploader(folder, connect(store), store.experiment)
-    return sender.send_sweep(list(sweep.ended.values()), list(sweep.running), **({"artifacts": False} | more))
+def upload(sweep, store):
+    uploader = SweepUploader(sweep.folder, connect(store), store.experiment)
+    return uploader.send_sweep(list(sweep.ended.values()), list(sweep.running), artifacts=False)
 
 
-def test_a_parent_with_its_trials_and_how_each_ended(sweep, store):
+def test_parent_run_and_trials_with_their_statuses(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
         run_some(sweep, [[0.3, 0.5], [0.2]])
         running = sweep.next()
         train(sweep, running, [0.4])
-        while not _points(sweep, running):
-            time.sleep(0.02)  # until a trial that still runs is there
+        while not _points_sent(sweep, running):
+            time.sleep(0.02)  # until a trial that is still running is uploaded
         (sweep.folder.folder(running) / "failed.txt").write_text("meta step 12: loss nan\n")
         sweep.has_ended(running)
         tracker.close()
@@ -88,7 +89,7 @@ def test_a_parent_with_its_trials_and_how_each_ended(sweep, store):
     assert all(not trial.run_id for trial in trials if trial.status == "refused")
 
 
-def test_the_report_names_the_run_of_the_best_trial(sweep, store):
+def test_report_names_the_run_of_the_best_trial(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
         run_some(sweep, [[0.3, 0.5]])
         finish(sweep, tracker)
@@ -97,31 +98,31 @@ def test_the_report_names_the_run_of_the_best_trial(sweep, store):
     assert json.loads((sweep.folder.root / "summary.json").read_text())["best"]["run_id"] == trial.run_id
 
 
-def _points(sweep, number):
+def _points_sent(sweep, number):
     path = sweep.folder.root / CURSOR
     stores = json.loads(path.read_text())["stores"].values() if path.exists() else []
     return sum(store.get("trials", {}).get(str(number), {}).get("points", 0) for store in stores)
 
 
-def test_nothing_is_sent_twice_and_a_crash_before_the_note_makes_no_second_run(sweep, store):
+def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
     run_some(sweep, [[0.3, 0.5], [0.2, 0.4]])
-    first = sent(sweep, store)
+    first = upload(sweep, store)
     assert first.metrics == 2 * 2 * 3 + 3
-    assert sent(sweep, store).metrics == 0
+    assert upload(sweep, store).metrics == 0
     cursor = json.loads((sweep.folder.root / CURSOR).read_text())
     for entry in cursor["stores"].values():
-        entry["trials"].clear()  # as if killed after the store had them
+        entry["trials"].clear()  # as if killed before the cursor was written
     (sweep.folder.root / CURSOR).write_text(json.dumps(cursor))
     before = {number: run.info.run_id for number, run in children(store, first.run_id).items()}
-    sent(sweep, store)
+    upload(sweep, store)
     assert {number: run.info.run_id for number, run in children(store, first.run_id).items()} == before
     client = connect(store).client
     for run_id in before.values():
         assert len(client.get_metric_history(run_id, "validation/5w1s")) == 2
 
 
-def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_waits(sweep, tmp_path, capfd, monkeypatch):
-    """A real `mlflow server`: there at first, killed in the middle, up again on the same port."""
+def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(sweep, tmp_path, capfd, monkeypatch):
+    """A real `mlflow server` that is killed during the sweep and started again on the same port."""
     port = closed_port()
     tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -129,7 +130,7 @@ def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_wai
         with mlflow_template.running_server(tmp_path / "server", port):
             tracker = stack.enter_context(SweepTracker(sweep, tracking, interval_s=0.1))
             run_some(sweep, [[0.3, 0.5]])
-            while not (sweep.folder.root / CURSOR).exists() or (not _points(sweep, 0) and not _any(sweep)):
+            while not any(_points_sent(sweep, number) for number in sweep.ended):
                 time.sleep(0.05)
         run_some(sweep, [[0.2, 0.6]])
         while not tracker._failing:
@@ -139,9 +140,9 @@ def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_wai
         while tracker._failing:
             time.sleep(0.05)
         tracker.close()
-        said = [line for line in capfd.readouterr().err.splitlines() if "metagmvae track" in line]
-        assert len(said) == 1
-        assert "the sweep goes on" in said[0]
+        warnings = [line for line in capfd.readouterr().err.splitlines() if "metagmvae track" in line]
+        assert len(warnings) == 1
+        assert "the sweep continues" in warnings[0]
         cursor = json.loads((sweep.folder.root / CURSOR).read_text())
         there = children(tracking, cursor["run_id"])
         assert len(there) == 3
@@ -149,11 +150,7 @@ def test_a_server_that_goes_away_and_comes_back_gets_all_and_the_sweep_never_wai
         assert connect(tracking).client.get_run(cursor["run_id"]).data.metrics["best_accuracy"] == 0.7
 
 
-def _any(sweep):
-    return any(_points(sweep, number) for number in sweep.ended)
-
-
-def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, store, capfd, monkeypatch):
+def test_sweep_without_a_server_is_uploaded_later(plan, dataset, tmp_path, store, capfd, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with SweepTracker(sweep, TrackingSettings(), interval_s=0.05):
@@ -166,7 +163,7 @@ def test_a_sweep_that_no_server_heard_of_is_sent_later(plan, dataset, tmp_path, 
     assert len(children(store, report.run_id)) == 1
 
 
-def test_tracking_that_is_off_leaves_only_the_status(sweep):
+def test_disabled_tracking_writes_only_the_status(sweep):
     with SweepTracker(sweep, TrackingSettings(enabled=False)) as tracker:
         run_some(sweep, [[0.3, 0.5]])
         assert tracker.with_runs(sweep.ended.values()) == list(sweep.ended.values())

@@ -15,7 +15,7 @@ from metagmvae.infra.registry.evidence import Evidence, Result, keep_files, keep
 from metagmvae.infra.registry.register import checked_name, register
 from metagmvae.infra.registry.registry_lock import registry_lock
 from metagmvae.infra.registry.resolve import find_version, load_from
-from metagmvae.infra.tracking.run_tracker import tracking_of
+from metagmvae.infra.tracking.run_tracker import tracking_settings
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
 from metagmvae.pipelines.records import DataError
@@ -148,7 +148,7 @@ def _find(wish: PromotionRequest, shot: int) -> Challenger:
         return Challenger(store, TrackingSettings(), version.name, str(version.version), loaded, given)
     if given.startswith("runs:"):
         raise DataError(f"{given}: give models:/NAME/VERSION, or the run's folder, which is then registered")
-    tracking = tracking_of(given)
+    tracking = tracking_settings(given)
     name, loaded = checked_name(wish.name or tracking.register_as), load_model(given, shot=shot)
     entrant = Challenger(connect(tracking, create=not wish.dry_run), tracking, name, "", loaded, given)
     return entrant if wish.dry_run else replace(entrant, version=_registered_before(entrant))

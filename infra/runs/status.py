@@ -1,68 +1,50 @@
-"""`status.json` of a run folder: whether the run goes on, and how it ended."""
+"""`status.json` of a run folder: whether the run is going on, and how it ended."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, is_finished
-from metagmvae.pipelines.files import write_json
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.files import read_json, write_json
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def write_status(run_dir: Path, status: str) -> None:
-    """Remember in the run folder whether the run goes on or how it ended, whatever MLflow can be told."""
-    before = read_json(run_dir / STATUS) or {}
+    """Write the status (RUNNING, or one of ENDED) to the run folder; the first start time is kept."""
+    previous = _read(run_dir)
     now = round(1000 * time.time())
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
-    times = {"started_ms": before.get("started_ms", now), "ended_ms": now if status in ENDED else None}
+    times = {"started_ms": previous.get("started_ms", now), "ended_ms": now if status in ENDED else None}
     write_json(run_dir / STATUS, {"status": status, **times, "owner": owner})
 
 
 def read_status(run_dir: Path) -> tuple[str, int, int | None]:
-    """Return (status, start, end), times in ms since 1970; end is None while the run goes on.
+    """Return (status, start, end), times in ms since 1970; the end is None while the run is going on.
 
-    A run that says RUNNING while its process on this machine is gone was killed. A run that was never tracked
-    has no status file: its start is the age of its settings, its end that of its last metric line.
+    A run whose status is RUNNING and whose process on this machine no longer exists was killed. A run that was never
+    tracked has no status file: it started when its settings were written, and ended at its last metric line.
     """
-    saved = read_json(run_dir / STATUS)
+    saved = _read(run_dir)
     metrics = run_dir / METRICS
-    changed = round(1000 * metrics.stat().st_mtime) if metrics.exists() else None
-    if saved is None:
+    last_change = round(1000 * metrics.stat().st_mtime) if metrics.exists() else None
+    if not saved:
         started = round(1000 * (run_dir / SETTINGS).stat().st_mtime)
-        return ("FINISHED" if is_finished(metrics) else "KILLED"), started, changed
-    if saved["status"] == "RUNNING" and _gone(saved["owner"]):
-        return "KILLED", saved["started_ms"], changed
+        return ("FINISHED" if is_finished(metrics) else "KILLED"), started, last_change
+    owner = saved["owner"]
+    # A process ID that exists may meanwhile belong to another process: then the status stays RUNNING.
+    if saved["status"] == "RUNNING" and owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"]):
+        return "KILLED", saved["started_ms"], last_change
     return saved["status"], saved["started_ms"], saved["ended_ms"]
 
 
-def read_json(path: Path) -> Any:
-    """Return the content, or None where there is no file.
-
-    Raises:
-        DataError: the file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); delete it to start afresh") from error
-
-
-def _gone(owner: dict[str, Any]) -> bool:
-    if owner["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False  # the number is now someone else's process, or the run is: it cannot be told
-    return False
+def _read(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / STATUS
+    saved: dict[str, Any] = read_json(path) if path.exists() else {}
+    return saved

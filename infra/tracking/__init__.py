@@ -1,1 +1,1 @@
-"""Mirroring a run folder to MLflow."""
+"""Upload of a run folder to MLflow."""

@@ -1,7 +1,7 @@
-"""A run folder in MLflow's terms: settings to parameters, records to tags, metric lines to points.
+"""Converts the files of a run folder to MLflow parameters, tags and metric points.
 
-Everything here is a function of the files alone, time stamps included. So a point that is sent twice is the
-same (key, value, time, step) twice, and MLflow keeps it once.
+Every result depends on the files alone, time stamps included. A point that is uploaded twice therefore has the same
+(key, value, time, step) both times, and MLflow stores it once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from metagmvae.pipelines.records import DataError
 
 NOT_METRICS = frozenset({"step", "steps", "global_step", "checkpoint"})
 UNFINGERPRINTED = ("run", "tracking", "name")
-"""Sections of the settings that may change when a run is resumed. MLflow's parameters can never change, so
-these are tags."""
+"""Sections of the settings that may change when a run is resumed. They become tags, because MLflow parameters cannot
+change."""
 
 
 @dataclass(frozen=True)
@@ -35,53 +35,49 @@ class MetricPoint:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file that were not sent yet, and where the file stands after them."""
+    """Points of some complete lines of a file, and the position in the file after these lines."""
 
     points: list[MetricPoint]
     position: dict[str, Any]
-    """`lines`, `bytes` and the `sha256` of all bytes up to here."""
+    """`lines` and `bytes` read so far, and the `sha256` of these bytes."""
 
 
 def training_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoint]:
-    """Points of a line of metrics.jsonl, at its `global_step`.
+    """Convert a line of metrics.jsonl; the step is its `global_step`.
 
-    The time is the start of the run plus the seconds trained, so a resumed run has no gap. Keys of the
-    contrastive stage get the prefix `pretrain/`: its loss is another loss.
+    The time is the start of the run plus the seconds trained, so that a resumed run has no gap. Keys of the
+    pre-training stage get the prefix `pretrain/`, because its loss is a different one.
     """
     stage = str(line.get("stage", "meta"))
     prefix = "" if stage == "meta" else f"{stage}/"
-    at = started_ms + round(1000 * float(line["elapsed_s"]))
+    timestamp_ms = started_ms + round(1000 * float(line["elapsed_s"]))
     step = int(line["global_step"])
-    return [MetricPoint(prefix + key, value, at, step) for key, value in _numbers(line) if key not in NOT_METRICS]
+    return [
+        MetricPoint(prefix + key, value, timestamp_ms, step) for key, value in _numbers(line) if key not in NOT_METRICS
+    ]
 
 
 def system_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoint]:
-    """Points of a line of system.jsonl, at its own `time` (seconds since 1970) and `sample` number."""
-    at, step = round(1000 * float(line["time"])), int(line["sample"])
-    return [MetricPoint(key, value, at, step) for key, value in _numbers(line) if key not in ("time", "sample")]
+    """Convert a line of system.jsonl; the step is its `sample` number, the time its `time` (seconds since 1970)."""
+    return _timed_points(line, "sample")
 
 
 def evaluation_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoint]:
-    """Points of a line of evaluations.jsonl: results on a split, at the step that the model had reached."""
-    at, step = round(1000 * float(line["time"])), int(line["step"])
-    return [MetricPoint(key, value, at, step) for key, value in _numbers(line) if key not in ("time", "step")]
+    """Convert a line of evaluations.jsonl; the step is the training step that the evaluated model had reached."""
+    return _timed_points(line, "step")
 
 
-READERS = {
-    METRICS: training_points,
-    SYSTEM: system_points,
-    EVALUATIONS: evaluation_points,
-}
+READERS = {METRICS: training_points, SYSTEM: system_points, EVALUATIONS: evaluation_points}
 
 
 def unsent_chunks(path: Path, position: Mapping[str, Any], started_ms: int, limit: int) -> Iterator[Chunk]:
     """Yield the lines after `position` in chunks of at most `limit` points.
 
-    A last line without its newline is still being written and waits. Where the file no longer begins with
-    what was sent (a resumed run cuts lines off that its checkpoint does not know), reading starts over.
+    A last line without a newline is still being written and is left for the next call. If the bytes before `position`
+    have changed (a resumed run deletes the lines after its checkpoint), reading starts over at the first line.
 
     Raises:
-        DataError: a whole line is not JSON, or lacks its step or time.
+        DataError: a complete line is not JSON, or has no step or time.
     """
     data = path.read_bytes() if path.exists() else b""
     start, number = int(position.get("bytes", 0)), int(position.get("lines", 0))
@@ -104,12 +100,12 @@ def unsent_chunks(path: Path, position: Mapping[str, Any], started_ms: int, limi
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings that make the fingerprint, by dotted key."""
+    """Return the settings that the fingerprint covers, by dotted key."""
     return flatten({key: value for key, value in settings.items() if key not in UNFINGERPRINTED})
 
 
 def tags(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
-    """The other settings, and the environment record: fingerprints, commit, command, versions, machine."""
+    """Return the other settings and the record of the run: fingerprints, commit, command, versions, machine."""
     flat = flatten(record)
     mapped = {
         "mlflow.source.name": flat.get("command", ""),
@@ -122,7 +118,7 @@ def tags(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, st
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings to dotted keys; texts as they are, all else as JSON."""
+    """Convert nested mappings to one with dotted keys; strings stay as they are, other values become JSON."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -130,6 +126,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif value is not None:
             flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+def _timed_points(line: Mapping[str, Any], step_key: str) -> list[MetricPoint]:
+    timestamp_ms, step = round(1000 * float(line["time"])), int(line[step_key])
+    not_metrics = ("time", step_key)
+    return [MetricPoint(key, value, timestamp_ms, step) for key, value in _numbers(line) if key not in not_metrics]
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -142,7 +144,7 @@ def _points(path: Path, raw: bytes, number: int, started_ms: int) -> list[Metric
     try:
         return READERS[path.name](json.loads(raw), started_ms)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} line {number}: not a metric line ({error}); mend or delete it") from error
+        raise DataError(f"{path} line {number}: not a metric line ({error}); correct or delete it") from error
 
 
 def _position(lines: int, size: int, digest: str) -> dict[str, Any]:

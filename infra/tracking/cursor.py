@@ -1,53 +1,66 @@
-"""`tracking.json` and `status.json` in a run folder: what MLflow has of the run, and how the run ended."""
+"""`tracking.json` in a run folder: which MLflow stores the run was uploaded to, and how far."""
 
 from __future__ import annotations
 
-import fcntl
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from metagmvae.infra.runs.run_folder import CURSOR, TRACKING_LOCK
-from metagmvae.infra.runs.status import read_json
 from metagmvae.infra.tracking.store import TrackingError
-from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.files import read_json, write_json
 
 
 class Cursor:
-    """What one store has of a run. Written after the store accepted something, never before.
+    """What one MLflow store already has of a run. It is saved after the store accepted a request, never before.
 
-    The file holds one entry for each store that the run was sent to, and `run_id` and `uri` of the last one.
+    The file holds one entry per store, and `run_id` and `uri` of the store that the run was uploaded to last.
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
-        """Read the cursor; `uri` is the store's, without password."""
+        """Read the cursor of the store with this URI, given without a password."""
         self.path = run_dir / CURSOR
         self.uri = uri
-        self.content = read_json(self.path) or {"version": 1, "stores": {}}
+        self.content = _read(run_dir)
         empty: dict[str, Any] = {"key": uuid.uuid4().hex, "run_id": None, "lines": {}, "artifacts": {}}
         self.entry = self.content["stores"].setdefault(uri, empty)
 
     def save(self) -> None:
+        """Write the cursor to disk."""
         write_json(self.path, self.content | {"run_id": self.entry["run_id"], "uri": self.uri})
 
 
 def last_uri(run_dir: str | Path) -> str:
-    """Return the store that the run was sent to last; empty if it never was."""
-    return str((read_json(Path(run_dir) / CURSOR) or {}).get("uri", ""))
+    """Return the URI of the store that the run was uploaded to last; empty if it never was."""
+    return str(_read(Path(run_dir)).get("uri", ""))
+
+
+def last_entry(run_dir: str | Path) -> dict[str, Any]:
+    """Return what the store that the run was uploaded to last has of it; empty if it was never uploaded."""
+    content = _read(Path(run_dir))
+    entry: dict[str, Any] = content["stores"].get(content.get("uri"), {})
+    return entry
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder against a second mirror.
+def upload_lock(run_dir: Path) -> Iterator[None]:
+    """Exclusive lock for uploading a run folder. The operating system releases it when the process dies.
 
     Raises:
-        TrackingError: another process, or another thread of this one, is sending the run.
+        TrackingError: another process, or another thread of this one, is uploading the run.
     """
-    with (run_dir / TRACKING_LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrackingError(f"{run_dir}: is being sent to MLflow just now; try again later") from error
-        yield
+    try:
+        with FileLock(run_dir / TRACKING_LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise TrackingError(f"{run_dir}: another process is uploading it to MLflow; try again later") from error
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CURSOR
+    content: dict[str, Any] = read_json(path) if path.exists() else {"version": 1, "stores": {}}
+    return content

@@ -1,4 +1,4 @@
-"""What is found out about a run after its training goes into its folder, and on to MLflow: results, figures."""
+"""Stores evaluation results of a run in its folder, and in MLflow if the run is tracked."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 
 
-def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> list[str]:
-    """Put results into `results/` of a run (JSON, and accuracies by episode in Parquet), and a line for MLflow.
+def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> list[str]:
+    """Write results to `results/` of a run (JSON, and accuracies per episode as Parquet) and to evaluations.jsonl.
 
-    A run that is tracked is sent at once; a store that cannot be reached is named on stderr, and
-    `metagmvae track` sends it later.
+    A tracked run is uploaded at once. If the store cannot be reached, a line on stderr says how to upload it later.
+
+    Returns:
+        Paths of the written files.
     """
     from metagmvae.infra.tracking.run_tracker import track
     from metagmvae.infra.tracking.store import TrackingError
 
-    trained = read_lines(run_dir / METRICS)
-    line: dict[str, Any] = {"time": time.time(), "step": trained[-1]["global_step"] if trained else 0}
+    metric_lines = read_lines(run_dir / METRICS)
+    line: dict[str, Any] = {"time": time.time(), "step": metric_lines[-1]["global_step"] if metric_lines else 0}
     files = []
     for result in results:
         stem = f"{split}-{result.way}way-{result.shot}shot-{result.mode}"
@@ -41,10 +43,10 @@ def keep_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         try:
             track(run_dir)
         except TrackingError as error:
-            print(f"{error}; send the results later: metagmvae track {run_dir}", file=sys.stderr)
+            print(f"{error}; upload the results later: metagmvae track {run_dir}", file=sys.stderr)
     return [str(file) for file in files]
 
 
 def result_key(split: str, result: EpisodeResults) -> str:
-    """Name of a result as a metric: `test/5w1s/transductive`."""
+    """Return the metric name of a result: `test/5w1s/transductive`."""
     return f"{split}/{result.way}w{result.shot}s/{result.mode}"

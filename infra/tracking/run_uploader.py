@@ -1,9 +1,9 @@
-"""The run folder is the truth, MLflow is its mirror.
+"""Uploads a run folder to MLflow. The run folder holds all results; MLflow holds a copy.
 
-`upload_run` sends what a store has not got yet and notes it in `tracking.json`, each time after the store
-accepted it. A crash between the two sends a batch again. That does no harm: the run is found again by its
-key, parameters and tags are equal, an artifact replaces itself, and a metric point is the same (key, value,
-time, step), which is the primary key of MLflow's metrics.
+`upload_run` sends what a store does not have yet, and records it in `tracking.json` after the store accepted it. A
+crash between the two sends a batch again, which changes nothing: the run is found again by its key, parameters and
+tags are equal, a file replaces itself, and a metric point has the same (key, value, time, step), which is the primary
+key of MLflow's metrics.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Any, TypeVar
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.runs.run_folder import CURSOR, FIGURES, RECORD, RESULTS, SETTINGS, STATUS
-from metagmvae.infra.runs.status import read_json, read_status
+from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
-from metagmvae.infra.tracking.cursor import Cursor, locked
+from metagmvae.infra.tracking.cursor import Cursor, upload_lock
 from metagmvae.infra.tracking.store import Store, TrackingError, connect, experiment_id, redact, tracking_errors
+from metagmvae.pipelines.files import read_json, sha256_file
 from metagmvae.pipelines.records import DataError
 
 T = TypeVar("T")
 RUN_KEY = "metagmvae.run_key"
-METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100  # MLflow's limits
-ARTIFACTS = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt", ".md"}
+METRICS_PER_BATCH, STRINGS_PER_BATCH = 1000, 100  # MLflow's limits; strings are parameters and tags
+ARTIFACT_SUFFIXES = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt", ".md"}
 ARTIFACT_FOLDERS = (FIGURES, RESULTS)
 
 
 @dataclass
 class UploadReport:
-    """What one call of `upload_run` sent, and where."""
+    """What one upload sent, and where."""
 
     uri: str
     run_id: str
@@ -49,151 +50,92 @@ def upload_run(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bo
 
     Args:
         run_dir: run folder with `settings.json`; all other files may still be missing.
-        tracking: which store, which experiment.
-        artifacts: send files too; without it only settings, metrics and the status.
+        tracking: MLflow store and experiment.
+        artifacts: send files too; otherwise only settings, metrics and the status.
 
     Raises:
-        DataError: not a run folder, or a broken line in it.
-        TrackingError: the store cannot be reached or refuses; what it accepted so far is noted.
+        DataError: not a run folder, or it has a broken metric line.
+        TrackingError: the store cannot be reached or refuses; what it has accepted is recorded.
     """
     run_dir = Path(run_dir).absolute()
-    settings = read_json(run_dir / SETTINGS)
-    if settings is None:
-        raise DataError(f"{run_dir}: not a run folder (no settings.json); name one that `metagmvae train` wrote")
-    with locked(run_dir):
+    if not (run_dir / SETTINGS).is_file():
+        raise not_a_run_folder(run_dir)
+    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
+    with upload_lock(run_dir):
         store = connect(tracking)
-        sender = RunUploader(run_dir, store, tracking.experiment, settings)
+        run = RunUploader(run_dir, store, tracking.experiment, read_json(run_dir / SETTINGS), record)
         with tracking_errors(store.uri):
-            return sender.send(artifacts)
+            report = run.open()
+            report.metrics = sum(run.send_lines(name) for name in READERS)
+            if artifacts:
+                report.artifacts = run.send_files()
+            run.close()
+    return report
+
+
+def not_a_run_folder(path: str | Path) -> DataError:
+    """Return the error for a folder without settings."""
+    return DataError(f"{path}: not a run folder (no {SETTINGS}); name one that `metagmvae train` wrote")
 
 
 class RunUploader:
-    """Sends what one store does not have of a run folder."""
+    """Sends to one store what it does not have of a folder: `open`, then the other methods, then `close`."""
 
-    def __init__(self, run_dir: Path, store: Store, experiment: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, store: Store, experiment: str, settings: Mapping[str, Any], record: Mapping[str, Any]
+    ) -> None:
+        """Read the status and the cursor.
+
+        Args:
+            run_dir: folder of a run or of a sweep.
+            store: an open store.
+            experiment: name of the MLflow experiment.
+            settings: become parameters of the MLflow run, and tags where they may change.
+            record: becomes tags of the MLflow run.
+        """
         self.run_dir, self.store, self.client = run_dir, store, store.client
-        self.experiment, self.settings = experiment, settings
-        self.refresh()
+        self.experiment, self.settings, self.record = experiment, settings, record
         self.cursor = Cursor(run_dir, redact(store.uri))
         self.entry = self.cursor.entry
 
-    def refresh(self) -> None:
-        """Read again whether the run goes on."""
+    def open(self) -> UploadReport:
+        """Find or create the MLflow run, and send parameters and tags; return a report without metrics and files.
+
+        The key of the run is on disk before the run is created, so that it is created once.
+        """
         self.status, self.started_ms, self.ended_ms = read_status(self.run_dir)
-
-    def record(self) -> Mapping[str, Any]:
-        """What becomes tags of the run, besides settings."""
-        return read_json(self.run_dir / RECORD) or {}
-
-    def send(self, artifacts: bool) -> UploadReport:
-        self._open()
-        report = UploadReport(self.cursor.uri, self.entry["run_id"], self.experiment, self.status)
-        self._texts()
-        for name in READERS:
-            report.metrics += self._lines(name)
-        if artifacts:
-            report.artifacts = [name for name, path in self._files() if self._artifact(name, path)]
-        self._close()
-        return report
-
-    def _open(self) -> None:
-        """Find or make the MLflow run; its key is on disk before the run is made, so it is made once."""
         if self.entry["run_id"] is not None:
-            self._still_there(self.entry["run_id"])
-            return
-        self.cursor.save()
-        experiment = experiment_id(self.store, self.experiment)
-        ours = f"tags.`{RUN_KEY}` = '{self.entry['key']}'"
-        found = self.client.search_runs([experiment], ours, max_results=1)
-        name = self.settings.get("name", "run")
-        run = (
-            found[0]
-            if found
-            else self.client.create_run(
-                experiment,
-                start_time=self.started_ms,
-                tags={RUN_KEY: self.entry["key"]},
-                run_name=self.run_dir.name if name == "run" else name,
-            )
-        )
-        # The start is part of every point's time: it stays what it was when the run was made.
-        self.entry |= {"run_id": run.info.run_id, "started_ms": run.info.start_time, "status": "RUNNING"}
-        self.cursor.save()
-
-    def _still_there(self, run_id: str) -> None:
-        from mlflow import MlflowException
-
-        try:
-            gone = self.client.get_run(run_id).info.lifecycle_stage != "active"
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            gone = True
-        if gone:
-            raise TrackingError(
-                f"MLflow at {self.cursor.uri}: run {run_id} was deleted there; restore it, or delete "
-                f"{self.cursor.path} to send the run as a new one"
-            )
-
-    def _texts(self) -> None:
-        """Parameters once (MLflow never changes them), tags when they changed."""
-        from mlflow.entities import Param, RunTag
-
-        run_id = self.entry["run_id"]
-        wanted = tags(self.settings, self.record())
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-        if not self.entry.get("parameters_sent"):
-            params = [Param(key, value) for key, value in parameters(self.settings).items()]
-            for some in _batches(params, TEXTS_PER_BATCH):
-                self.client.log_batch(run_id, params=some)
-            self.entry["parameters_sent"] = True
+            self._check_not_deleted(self.entry["run_id"])
+        else:
             self.cursor.save()
-        if self.entry.get("tags_sha256") != digest:
-            for several in _batches([RunTag(*item) for item in wanted.items()], TEXTS_PER_BATCH):
-                self.client.log_batch(run_id, tags=several)
-            self.entry["tags_sha256"] = digest
+            run = self._find_or_create()
+            # The start is part of the time of each point, so it stays what it was when the run was created.
+            self.entry |= {"run_id": run.info.run_id, "started_ms": run.info.start_time, "status": "RUNNING"}
             self.cursor.save()
+        self._send_parameters_and_tags()
+        return UploadReport(self.cursor.uri, self.entry["run_id"], self.experiment, self.status)
 
-    def _lines(self, name: str) -> int:
+    def send_lines(self, name: str) -> int:
+        """Send the new lines of a file of metric lines; return the number of points."""
         from mlflow.entities import Metric
 
         position, sent = self.entry["lines"].get(name, {}), 0
         chunks = unsent_chunks(self.run_dir / name, position, self.entry["started_ms"], METRICS_PER_BATCH)
         for chunk in chunks:
             points = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in chunk.points]
-            for some in _batches(points, METRICS_PER_BATCH):
-                self.client.log_batch(self.entry["run_id"], metrics=some)
+            for batch in _batches(points, METRICS_PER_BATCH):
+                self.client.log_batch(self.entry["run_id"], metrics=batch)
             self.entry["lines"][name] = chunk.position
             self.cursor.save()
             sent += len(points)
         return sent
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        """Files that go along: checkpoint, records, results, figures; no folder that an engine keeps."""
-        folders = [self.run_dir, *(self.run_dir / name for name in ARTIFACT_FOLDERS)]
-        for folder in folders:
-            for path in sorted(folder.glob("*")):
-                own = path.name.startswith(".") or path.name in (CURSOR, STATUS)
-                if path.is_file() and not path.is_symlink() and not own and path.suffix in ARTIFACTS:
-                    yield path.relative_to(self.run_dir).as_posix(), path
+    def send_files(self) -> list[str]:
+        """Send new and changed files: checkpoint, records, results, figures; return their names."""
+        return [name for name, path in self._files() if self._send_file(name, path)]
 
-    def _artifact(self, name: str, path: Path) -> bool:
-        """Send a file unless the store has these bytes; one that changes meanwhile goes again next time."""
-        stat, known = path.stat(), self.entry["artifacts"].get(name, {})
-        identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if identity == {key: known.get(key) for key in identity}:
-            return False
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        changed = digest != known.get("sha256")
-        if changed:
-            folder = Path(name).parent.as_posix()
-            self.client.log_artifact(self.entry["run_id"], str(path), None if folder == "." else folder)
-        self.entry["artifacts"][name] = {**identity, "sha256": digest}
-        self.cursor.save()
-        return changed
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Send the status of the run if it has changed."""
         if self.status == self.entry["status"]:
             return
         if self.status == "RUNNING":
@@ -202,6 +144,77 @@ class RunUploader:
             self.client.set_terminated(self.entry["run_id"], self.status, self.ended_ms)
         self.entry["status"] = self.status
         self.cursor.save()
+
+    def _find_or_create(self) -> Any:
+        experiment = experiment_id(self.store, self.experiment)
+        same_key = f"tags.`{RUN_KEY}` = '{self.entry['key']}'"
+        existing = self.client.search_runs([experiment], same_key, max_results=1)
+        if existing:
+            return existing[0]
+        name = self.settings.get("name", "run")
+        return self.client.create_run(
+            experiment,
+            start_time=self.started_ms,
+            tags={RUN_KEY: self.entry["key"]},
+            run_name=self.run_dir.name if name == "run" else name,
+        )
+
+    def _check_not_deleted(self, run_id: str) -> None:
+        from mlflow import MlflowException
+
+        try:
+            deleted = self.client.get_run(run_id).info.lifecycle_stage != "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            deleted = True
+        if deleted:
+            raise TrackingError(
+                f"MLflow at {self.cursor.uri}: run {run_id} was deleted there; restore it, or delete "
+                f"{self.cursor.path} to upload the run as a new one"
+            )
+
+    def _send_parameters_and_tags(self) -> None:
+        """Send parameters once (MLflow never changes them), and tags when they have changed."""
+        from mlflow.entities import Param, RunTag
+
+        run_id = self.entry["run_id"]
+        current_tags = tags(self.settings, self.record)
+        digest = hashlib.sha256(json.dumps(current_tags, sort_keys=True).encode()).hexdigest()
+        if not self.entry.get("parameters_sent"):
+            params = [Param(key, value) for key, value in parameters(self.settings).items()]
+            for batch in _batches(params, STRINGS_PER_BATCH):
+                self.client.log_batch(run_id, params=batch)
+            self.entry["parameters_sent"] = True
+            self.cursor.save()
+        if self.entry.get("tags_sha256") != digest:
+            for tag_batch in _batches([RunTag(*item) for item in current_tags.items()], STRINGS_PER_BATCH):
+                self.client.log_batch(run_id, tags=tag_batch)
+            self.entry["tags_sha256"] = digest
+            self.cursor.save()
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the files to upload; the folders that Ray writes are left out."""
+        for folder in [self.run_dir, *(self.run_dir / name for name in ARTIFACT_FOLDERS)]:
+            for path in sorted(folder.glob("*")):
+                local_only = path.name.startswith(".") or path.name in (CURSOR, STATUS)
+                if path.is_file() and not path.is_symlink() and not local_only and path.suffix in ARTIFACT_SUFFIXES:
+                    yield path.relative_to(self.run_dir).as_posix(), path
+
+    def _send_file(self, name: str, path: Path) -> bool:
+        """Send a file unless the store has its content; if it changes during the upload, the next one sends it."""
+        stat, known = path.stat(), self.entry["artifacts"].get(name, {})
+        identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        if identity == {key: known.get(key) for key in identity}:
+            return False
+        digest = sha256_file(path)
+        changed = digest != known.get("sha256")
+        if changed:
+            folder = Path(name).parent.as_posix()
+            self.client.log_artifact(self.entry["run_id"], str(path), None if folder == "." else folder)
+        self.entry["artifacts"][name] = {**identity, "sha256": digest}
+        self.cursor.save()
+        return changed
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:

@@ -1,7 +1,7 @@
-"""The way to an MLflow store: which one, made once, quiet, impatient, and with errors of one line.
+"""Connection to an MLflow store: choice of the store, short timeouts, errors of one line.
 
-Only `MlflowClient` is used, never MLflow's fluent functions: those keep a current run and a tracking URI for
-the whole process, which a background thread beside a training run must not touch.
+Only `MlflowClient` is used, never MLflow's fluent functions: they keep a current run and a tracking URI for the whole
+process, which a background thread beside a training run must not change.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.pipelines.records import DataError
 
 ENVIRONMENT = {
-    # MLflow waits 120 s and tries 8 times by default, which is minutes for a server that is down. What could
-    # not be sent is sent by the next mirror, so one short retry is enough.
+    # By default MLflow waits 120 s and tries 8 times, which takes minutes for a server that is down. The next upload
+    # sends what this one could not, so one short retry is enough.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    # Its own lines would stand in the middle of `--json` output.
+    # MLflow's own lines would appear in the middle of `--json` output.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # A training run tells nobody outside about itself unless its owner asks for that.
+    # Usage data leaves this machine only if the user asks for it.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""Set where the user has not set them."""
+"""Environment variables that are set unless the user has set them."""
 
 
 class TrackingError(RuntimeError):
-    """The MLflow store cannot be reached or refused a request: one line; the run folder still holds all."""
+    """The MLflow store cannot be reached or refused a request. The message is one line; the run folder is complete."""
 
 
 class WarnOnce:
-    """Tells on standard error what is wrong with a store, the first time only; it is tried again all the same."""
+    """Prints the first error of a store on stderr, in one line with the remedy; later errors are not printed."""
 
     def __init__(self, remedy: str) -> None:
         self.remedy = remedy
-        self.said = False
+        self.warned = False
 
     def __call__(self, error: Exception) -> None:
-        if self.said:
+        if self.warned:
             return
-        self.said = True
+        self.warned = True
         known = isinstance(error, TrackingError | DataError)
-        what = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        print(" ".join(f"{what}; {self.remedy}".split()), file=sys.stderr, flush=True)
+        message = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
+        print(" ".join(f"{message}; {self.remedy}".split()), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Store:
     client: Any
     uri: str
     artifacts: str | None
-    """Artifact location of an experiment that is made here; None: the server decides."""
+    """Artifact location of experiments that are created here; None: the server decides."""
 
 
 def store_uri(tracking: TrackingSettings) -> str:
     """Return the tracking URI: the setting, else MLFLOW_TRACKING_URI, else SQLite in `tracking.store`.
 
-    Relative SQLite paths become absolute, so that the same store is meant from every working directory.
+    Relative SQLite paths become absolute, so that they name the same store in every working directory.
 
     Raises:
-        DataError: the setting holds a password; settings are stored with every run and every checkpoint.
+        DataError: the setting holds a password, which must not be stored with every run and every checkpoint.
     """
     if redact(tracking.uri) != tracking.uri:
         raise DataError("tracking.uri: settings must not hold a password; set MLFLOW_TRACKING_URI instead")
@@ -88,10 +88,10 @@ def redact(uri: str) -> str:
 
 
 def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
-    """Open the store; a new SQLite store is created, which takes some seconds of migrations.
+    """Open the store. A missing SQLite store is created, which takes some seconds for the migrations.
 
     Raises:
-        DataError: `create` is False and there is no store of that name.
+        DataError: `create` is False and the SQLite store does not exist.
         TrackingError: MLflow is not installed, or the store cannot be opened.
     """
     uri = store_uri(tracking)
@@ -99,33 +99,33 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
     if path is not None and not path.exists():
         if not create:
             raise DataError(f"no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI")
-        _make_folder(path.parent)
+        _create_folder(path.parent)
     with tracking_errors(uri):
         client = import_mlflow().MlflowClient(uri, registry_uri=uri)
-    # MLflow's own default beside SQLite is `mlruns` in whatever the working directory is.
+    # MLflow's default for SQLite is `mlruns` in the working directory, which changes between calls.
     return Store(client, uri, str(path.absolute().parent / "artifacts") if path is not None else None)
 
 
 def experiment_id(store: Store, name: str) -> str:
-    """Return the id of an experiment, which is made where there is none."""
+    """Return the id of an experiment, which is created if it does not exist."""
     with tracking_errors(store.uri):
-        found = store.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = store.client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return store.client.create_experiment(name, artifact_location=store.artifacts)
             except import_mlflow().MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = store.client.get_experiment_by_name(name)  # another run made it just now
-    if found.lifecycle_stage != "active":
+                experiment = store.client.get_experiment_by_name(name)  # another run has just created it
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow at {redact(store.uri)}: experiment {name!r} is deleted; restore it, or set tracking.experiment"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def paginate(search: Callable[..., Any], **request: Any) -> Iterator[Any]:
-    """All that a `search_…` of the client finds, page after page."""
+    """Yield all results of a `search_…` method of the client, page after page."""
     token = None
     while True:
         page = search(page_token=token, **request)
@@ -137,7 +137,7 @@ def paginate(search: Callable[..., Any], **request: Any) -> Iterator[Any]:
 
 @contextmanager
 def tracking_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow, its HTTP client and its database raise into a TrackingError of one line."""
+    """Convert errors of MLflow, its HTTP client and its database to a TrackingError of one line."""
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -148,26 +148,26 @@ def tracking_errors(uri: str) -> Iterator[None]:
         raise TrackingError(f"MLflow at {redact(uri)}: {_reason(error)}") from error
     except ModuleNotFoundError as error:
         raise TrackingError(
-            f"MLflow at {redact(uri)}: its database wants the Python package {error.name}, which is not installed"
+            f"MLflow at {redact(uri)}: its database needs the Python package {error.name}: pip install {error.name}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The point of an error in one line, without a password; of a connection's, what the system said."""
-    text = redact(str(error))
-    system = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)
-    if "Max retries exceeded" in text and system:
-        return f"not reachable ({system[1]})"
-    if "Read timed out" in text or "timeout" in text.lower():
+    """Return the reason in one line, without a password; for a failed connection, the operating system's message."""
+    message = redact(str(error))
+    errno = re.search(r"\[Errno -?\d+\] ([\w ]+)", message)
+    if "Max retries exceeded" in message and errno:
+        return f"not reachable ({errno[1]})"
+    if "Read timed out" in message or "timeout" in message.lower():
         return "not reachable (timed out)"
-    return (text.splitlines() or [type(error).__name__])[0][:300]
+    return (message.splitlines() or [type(error).__name__])[0][:300]
 
 
 def import_mlflow() -> Any:
-    """Import MLflow, impatient and quiet; before any other import of it, as its warnings come at import.
+    """Import MLflow with short timeouts and without its warnings, some of which it gives when it is imported.
 
     Raises:
-        TrackingError: it is not installed.
+        TrackingError: MLflow is not installed.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -183,10 +183,10 @@ def import_mlflow() -> Any:
 
 
 def ignore_warnings() -> None:
-    """Ignore three warnings that MLflow 3.17 gives at import and that nobody can act on.
+    """Ignore warnings that MLflow 3.17 gives at import and that users cannot act on.
 
-    Its tables use an SQLAlchemy option that SQLAlchemy 2.1 calls deprecated; mlflow.pyfunc warns of a type
-    hint of its own; and it asks for type hints on `predict` even where a signature is given.
+    Its tables use an option that SQLAlchemy 2.1 deprecates, mlflow.pyfunc warns about a type hint of its own, and it
+    asks for type hints on `predict` even where a signature is given.
     """
     warnings.filterwarnings("ignore", message="The ``noload`` loader", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
@@ -196,8 +196,8 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder of a new SQLite store; MLflow itself would retry for minutes where it cannot write."""
+def _create_folder(folder: Path) -> None:
+    """Create the folder of a new SQLite store; where it cannot write, MLflow itself would retry for minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

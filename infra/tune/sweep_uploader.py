@@ -1,15 +1,14 @@
-"""A sweep in MLflow's terms: a parent run, and a child for each trial that took a slot.
+"""Uploads a sweep to MLflow: one parent run, and a child run for each trial that was started.
 
-A trial costs three requests (made, all its values in one batch, ended), whatever its length, and nothing of its run
-folder but its curve is sent. What the store has got is noted in `tracking.json` of the sweep's folder after every few
-trials. A crash in between sends them again, which changes nothing: children are found by their number, and a point is
-the same point twice.
+A trial takes three requests (create the run, log all values in one batch, end the run), whatever its length. Only the
+learning curve of its run folder is sent. What the store has accepted is recorded in `tracking.json` of the sweep's
+folder after every few trials. After a crash in between, the same data is sent again, which changes nothing: child runs
+are found by the number of their trial, and MLflow stores an equal point once.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,113 +20,115 @@ from metagmvae.infra.runs.run_folder import SETTINGS
 from metagmvae.infra.runs.run_folder import STATUS as STATUS_FILE
 from metagmvae.infra.runs.status import write_status
 from metagmvae.infra.tracking.convert import flatten
-from metagmvae.infra.tracking.cursor import last_uri, locked
+from metagmvae.infra.tracking.cursor import upload_lock
+from metagmvae.infra.tracking.run_tracker import with_last_store
 from metagmvae.infra.tracking.run_uploader import RunUploader, UploadReport
-from metagmvae.infra.tracking.store import Store, connect, tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
 from metagmvae.infra.tune.sweep_folder import SWEEP, SweepFolder
 from metagmvae.pipelines.files import read_json
 
 PARENT, NUMBER, STATUS, REASON = "mlflow.parentRunId", "metagmvae.trial", "metagmvae.status", "metagmvae.reason"
-ENDINGS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-"""MLflow's words for how a trial ended."""
-POINTS = 500
-"""In a batch, which may hold 1,000 things in all."""
-TOGETHER = 20
-"""Trials between notes of what was sent."""
+RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""MLflow's status of a run, by the status of its trial."""
+POINTS_PER_BATCH = 500
+"""MLflow accepts 1,000 points, parameters and tags in all in one batch."""
+TRIALS_PER_SAVE = 20
+"""Trials between two writes of the cursor."""
 
 
-class SweepUploader(RunUploader):
-    """Sends what a store does not have of a sweep. Keep it: it looks only once for children of an earlier process."""
+class SweepUploader:
+    """Sends what a store does not have of a sweep. Reuse the object: its first upload searches for child runs."""
 
     def __init__(self, folder: SweepFolder, store: Store, experiment: str) -> None:
-        self.folder, self.plan = folder, read_json(folder.root / SWEEP)
+        self.folder, self.store, self.client = folder, store, store.client
+        self.plan = read_json(folder.root / SWEEP)
+        self._set_missing_status()
         settings = self.plan["base"] | {"name": self.plan["name"]}
-        super().__init__(folder.root, store, experiment, settings)
+        self.parent = RunUploader(folder.root, store, experiment, settings, self._record())
+        self.entry = self.parent.entry
         self.trials: dict[str, dict[str, Any]] = self.entry.setdefault("trials", {})
-        self._looked = False
+        self._children_known = False
 
     def send_sweep(self, ended: Iterable[Trial], running: Iterable[int], *, artifacts: bool) -> UploadReport:
-        """Send new trials and new points; with `artifacts` the files of the folder too, and how the sweep ended.
+        """Send new trials and new points; with `artifacts` the files of the folder and the status of the sweep, too.
 
         Raises:
-            TrackingError: the store cannot be reached or refuses; what it accepted so far is noted.
+            TrackingError: the store cannot be reached or refuses; what it has accepted is recorded.
         """
-        with locked(self.run_dir), tracking_errors(self.store.uri):
-            self.refresh()
-            self._open()
-            self._texts()
-            self._adopt()
-            report = UploadReport(self.cursor.uri, self.entry["run_id"], self.experiment, self.status)
-            done = list(ended)
-            report.metrics = self._children(done, running) + self._progress(done)
+        with upload_lock(self.folder.root), tracking_errors(self.store.uri):
+            self._set_missing_status()
+            report = self.parent.open()
+            self._find_children()
+            trials = list(ended)
+            report.metrics = self._send_children(trials, running) + self._send_progress(trials)
             if artifacts:
-                report.artifacts = [name for name, path in self._files() if self._artifact(name, path)]
-                self._close()
+                report.artifacts = self.parent.send_files()
+                self.parent.close()
         return report
 
-    def refresh(self) -> None:
-        """Read again whether the sweep goes on; one that says nothing was killed before it could."""
-        if not (self.run_dir / STATUS_FILE).exists():
-            write_status(self.run_dir, "KILLED")
-        super().refresh()
+    def _set_missing_status(self) -> None:
+        """A sweep without a status file was killed before it could write one."""
+        if not (self.folder.root / STATUS_FILE).exists():
+            write_status(self.folder.root, "KILLED")
 
-    def record(self) -> Mapping[str, Any]:
-        """The plan, as tags of the parent."""
-        free = {key: value for key, value in self.plan.items() if key not in ("base", "space", "code", "environment")}
-        return flatten({"sweep": free, "space": {k: str(v) for k, v in self.plan["space"].items()}})
+    def _record(self) -> Mapping[str, Any]:
+        """Return the plan as tags of the parent run."""
+        search = {key: value for key, value in self.plan.items() if key not in ("base", "space", "code", "environment")}
+        return flatten({"sweep": search, "space": {k: str(v) for k, v in self.plan["space"].items()}})
 
-    def _children(self, ended: Sequence[Trial], running: Iterable[int]) -> int:
+    def _send_children(self, ended: Sequence[Trial], running: Iterable[int]) -> int:
         sent = 0
-        todo = [trial for trial in ended if trial.status in ENDINGS and not self._is_done(trial)]
-        for count, trial in enumerate(todo, start=1):
-            sent += self._child(trial.number, flatten(trial.settings), trial.curve, trial)
-            if count % TOGETHER == 0:
-                self.cursor.save()
-        over = {trial.number for trial in ended}
+        unsent = [trial for trial in ended if trial.status in RUN_STATUS and not self._is_complete(trial)]
+        for count, trial in enumerate(unsent, start=1):
+            sent += self._send_child(trial.number, flatten(trial.settings), trial.curve, trial)
+            if count % TRIALS_PER_SAVE == 0:
+                self.parent.cursor.save()
+        ended_numbers = {trial.number for trial in ended}
         for number in running:
-            if number not in over:
+            if number not in ended_numbers:
                 curve = self.folder.curve(number, self.plan["task"])
-                tree = flatten(read_json(self.folder.folder(number) / SETTINGS))
-                sent += self._child(number, {name: tree[name] for name in self.plan["space"]}, curve, None)
-        self.cursor.save()
+                settings = flatten(read_json(self.folder.folder(number) / SETTINGS))
+                sent += self._send_child(number, {name: settings[name] for name in self.plan["space"]}, curve, None)
+        self.parent.cursor.save()
         return sent
 
-    def _is_done(self, trial: Trial) -> bool:
+    def _is_complete(self, trial: Trial) -> bool:
         return self.trials.get(str(trial.number), {}).get("ended") == [trial.status, trial.reason]
 
-    def _child(self, number: int, values: Mapping[str, str], curve: Sequence[CurvePoint], trial: Trial | None) -> int:
-        """Bring one trial up to date; return the points sent."""
+    def _send_child(
+        self, number: int, values: Mapping[str, str], curve: Sequence[CurvePoint], ended: Trial | None
+    ) -> int:
+        """Send what is new of one trial; return the number of points."""
         from mlflow.entities import Metric, Param, RunTag
 
         known = self.trials.get(str(number))
-        began = round(1000 * (self.folder.folder(number) / SETTINGS).stat().st_mtime)
+        started_ms = round(1000 * (self.folder.folder(number) / SETTINGS).stat().st_mtime)
         if known is None:
             tags = {PARENT: self.entry["run_id"], NUMBER: str(number)}
             name = f"{self.plan['name']}-{number:05d}"
-            run = self.client.create_run(self._experiment(), start_time=began, tags=tags, run_name=name)
+            run = self.client.create_run(self._experiment_id(), start_time=started_ms, tags=tags, run_name=name)
             known = self.trials[str(number)] = {"run_id": run.info.run_id, "points": 0}
-        new = curve[known["points"] :]
         key = f"validation/{self.plan['task']}"
         metrics = [
-            Metric(name, value, began + round(1000 * point.seconds), point.step)
-            for point in new
+            Metric(name, value, started_ms + round(1000 * point.seconds), point.step)
+            for point in curve[known["points"] :]
             for name, value in ((key, point.accuracy), (f"{key}_ci95", point.ci95), ("seconds", point.seconds))
         ]
         params = [] if known["points"] else [Param(*item) for item in values.items()]
-        tags_now = [RunTag(STATUS, trial.status), RunTag(REASON, trial.reason)] if trial else []
-        if metrics or tags_now:
-            for first in range(0, max(1, len(metrics)), POINTS):
-                some = metrics[first : first + POINTS]
-                self.client.log_batch(known["run_id"], metrics=some, params=params, tags=tags_now)
+        status_tags = [RunTag(STATUS, ended.status), RunTag(REASON, ended.reason)] if ended else []
+        if metrics or status_tags:
+            for first in range(0, max(1, len(metrics)), POINTS_PER_BATCH):
+                batch = metrics[first : first + POINTS_PER_BATCH]
+                self.client.log_batch(known["run_id"], metrics=batch, params=params, tags=status_tags)
             known["points"] = len(curve)
-        if trial is not None:
-            end = began + round(1000 * trial.seconds)
-            self.client.set_terminated(known["run_id"], ENDINGS[trial.status], end)
-            known["ended"] = [trial.status, trial.reason]
+        if ended is not None:
+            ended_ms = started_ms + round(1000 * ended.seconds)
+            self.client.set_terminated(known["run_id"], RUN_STATUS[ended.status], ended_ms)
+            known["ended"] = [ended.status, ended.reason]
         return len(metrics)
 
-    def _progress(self, ended: Sequence[Trial]) -> int:
-        """The best accuracy so far over trials that ended, on the parent."""
+    def _send_progress(self, ended: Sequence[Trial]) -> int:
+        """Send the best accuracy and the number of ended trials so far, as metrics of the parent run."""
         from mlflow.entities import Metric
 
         count = sum(trial.status != "refused" for trial in ended)
@@ -135,43 +136,39 @@ class SweepUploader(RunUploader):
         if best is None or count == self.entry.get("counted"):
             return 0
         now = round(1000 * time.time())
-        pairs = {"best_accuracy": best, "trials": count, "refused": len(ended) - count}
-        self.client.log_batch(self.entry["run_id"], metrics=[Metric(k, v, now, count) for k, v in pairs.items()])
+        values = {"best_accuracy": best, "trials": count, "refused": len(ended) - count}
+        self.client.log_batch(self.entry["run_id"], metrics=[Metric(k, v, now, count) for k, v in values.items()])
         self.entry["counted"] = count
-        self.cursor.save()
-        return len(pairs)
+        self.parent.cursor.save()
+        return len(values)
 
-    def _adopt(self) -> None:
-        """Children that an earlier process made and did not come to note."""
-        if self._looked:
+    def _find_children(self) -> None:
+        """Find the child runs that an earlier process created and did not record."""
+        if self._children_known:
             return
-        ours, page = f"tags.`{PARENT}` = '{self.entry['run_id']}'", None
-        while True:
-            found = self.client.search_runs([self._experiment()], ours, max_results=1000, page_token=page)
-            for run in found:
-                self.trials.setdefault(run.data.tags[NUMBER], {"run_id": run.info.run_id, "points": 0})
-            page = found.token
-            if not page:
-                break
-        self._looked = True
+        query = f"tags.`{PARENT}` = '{self.entry['run_id']}'"
+        experiments = [self._experiment_id()]
+        for run in paginate(self.client.search_runs, experiment_ids=experiments, filter_string=query):
+            self.trials.setdefault(run.data.tags[NUMBER], {"run_id": run.info.run_id, "points": 0})
+        self._children_known = True
 
-    def _experiment(self) -> str:
-        """Of the parent: children are made where it is."""
+    def _experiment_id(self) -> str:
+        """Return the experiment of the parent run, in which child runs are created."""
         if "experiment_id" not in self.entry:
             self.entry["experiment_id"] = self.client.get_run(self.entry["run_id"]).info.experiment_id
-        return self.entry["experiment_id"]
+        experiment_id: str = self.entry["experiment_id"]
+        return experiment_id
 
 
 def track_sweep(root: str | Path) -> UploadReport:
-    """Send a sweep now: where its settings or MLFLOW_TRACKING_URI say, else where it went before.
+    """Upload a sweep to the store of its settings, else of MLFLOW_TRACKING_URI, else the one that was used last.
 
     Raises:
-        TrackingError: the store cannot be reached, or the sweep is being sent just now.
+        TrackingError: the store cannot be reached, or another process is uploading the sweep.
     """
     folder = SweepFolder(Path(root).absolute())
     tracking = settings_from_json(json.dumps(read_json(folder.root / SWEEP)["base"])).tracking
-    known = "" if os.environ.get("MLFLOW_TRACKING_URI") else last_uri(folder.root)
-    tracking = tracking.model_copy(update={"uri": tracking.uri or known})
+    tracking = with_last_store(tracking, folder.root)
     ended = folder.trials()
     running = folder.unfinished([trial.number for trial in ended])
     return SweepUploader(folder, connect(tracking), tracking.experiment).send_sweep(ended, running, artifacts=True)

@@ -19,7 +19,7 @@ from metagmvae.infra.runs.local_context import LocalContext
 from metagmvae.infra.runs.run_folder import FIGURES, METRICS, RECORD, SETTINGS, TRAINING_LOCK, read_lines
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import TrainingInputs, load_inputs, select_device
-from metagmvae.infra.tracking.run_tracker import Tracker
+from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.pipelines.files import read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -55,7 +55,7 @@ def run_training(
     total_steps = settings.pretrain.steps + (settings.train.steps if kind == "meta-gmvae" else 0)
     with lock_run_folder(run_dir):
         _write_record(run_dir, inputs, kind)
-        with Tracker(run_dir, settings.tracking), LiveLine(run_dir, total_steps, quiet=quiet):
+        with RunTracker(run_dir, settings.tracking), LiveLine(run_dir, total_steps, quiet=quiet):
             _train(inputs, run_dir, device, kind, resume)
             if settings.run.figures:
                 _draw_figures(run_dir, inputs)

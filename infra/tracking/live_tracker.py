@@ -1,0 +1,87 @@
+"""Live tracking: a background thread uploads a folder to MLflow while the work that fills it goes on."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.runs.status import ENDED, write_status
+from metagmvae.infra.tracking.store import TrackingError, WarnOnce
+
+PATIENCE_S = 120.0
+"""Longest wait for the last upload to a store that answers: the last checkpoint may be large."""
+PATIENCE_DOWN_S = 5.0
+"""Longest wait for the last upload to a store that did not answer the previous time."""
+
+
+class LiveTracker(ABC):
+    """Uploads a folder at intervals while a `with` block runs, and once more at its end.
+
+    The block never waits for MLflow, except for a limited time at its end. A store that cannot be reached is reported
+    once on stderr and tried again at each interval; `metagmvae track` uploads what is missing later.
+
+    The status at the end of the block is FINISHED, KILLED after KeyboardInterrupt or SystemExit, and FAILED after any
+    other exception. `status.json` in the folder records it even if MLflow cannot be reached. With `tracking.enabled`
+    off, that file is all that is written.
+    """
+
+    subject = "run"
+    """What the folder holds, for messages and for the name of the thread."""
+
+    def __init__(self, folder: Path, tracking: TrackingSettings, interval_s: float) -> None:
+        self.folder, self.tracking, self.interval_s = folder, tracking, interval_s
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failing = self._closed = False
+        self._warn = WarnOnce(f"the {self.subject} continues. Upload it later: metagmvae track {folder}")
+
+    @abstractmethod
+    def upload(self, *, last: bool) -> None:
+        """Upload what is new in the folder; `last` is true for the upload after the end of the block."""
+
+    def start(self) -> Self:
+        """Record the status RUNNING and start the background thread."""
+        write_status(self.folder, "RUNNING")
+        if self.tracking.enabled:
+            self._thread = threading.Thread(target=self._upload_repeatedly, name=f"mlflow-{self.subject}", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Record the final status (FINISHED, FAILED or KILLED) and wait for the last upload, for a limited time."""
+        if status not in ENDED:
+            raise ValueError(f"status {status!r} is not one of {', '.join(ENDED)}")
+        self._closed = True
+        write_status(self.folder, status)
+        if self._thread is None:
+            return
+        self._ending.set()
+        self._thread.join(PATIENCE_DOWN_S if self._failing else PATIENCE_S)
+        if self._thread.is_alive():
+            self._warn(TrackingError(f"MLflow is slow: not all of the {self.subject} has been uploaded yet"))
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._closed:
+            self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _upload_repeatedly(self) -> None:
+        last = False
+        while not last:
+            last = self._ending.is_set()
+            try:
+                self.upload(last=last)
+                self._failing = False
+            except Exception as error:  # whatever MLflow raises must not end the uploads of work that continues
+                self._failing = True
+                self._warn(error)
+            if not last:
+                self._ending.wait(self.interval_s)
