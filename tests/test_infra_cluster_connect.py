@@ -1,17 +1,22 @@
-"""Whose code runs on Ray's workers: ours, whatever lies in the working folder, and the driver's on a joined cluster."""
+"""Which Ray cluster is used, and which code its workers run."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from command_words import set_words, small_glyphs
 from mlflow_template import closed_port
+from typed import set_words, small_glyphs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 HOSTILE = 'raise RuntimeError("a module of the user was imported in place of ours")\n'
+TOKEN = "a" * 32
 SETTINGS = {
     "model.channels": 8,
     "model.width": 32,
@@ -29,23 +34,71 @@ SETTINGS = {
     "run.workers": 2,
     "run.figures": "false",
 }
-WHERE = """
+PRINT_CODE_OF_A_WORKER = """
 import sys, ray
+from metagmvae.configs.load import SettingsError
 from metagmvae.infra.cluster.connect import cluster
 
 @ray.remote
-def where():
+def code_of_the_worker():
     import metagmvae
     from metagmvae.configs.load import load_settings
     return metagmvae.__file__, load_settings("omniglot-cpu").name
 
-with cluster(sys.argv[1], 1):
-    print(*ray.get(where.remote()))
+try:
+    with cluster(sys.argv[1], 1):
+        print(*ray.get(code_of_the_worker.remote(), timeout=60))
+except SettingsError as error:
+    sys.exit(f"{error}")
 """
 
 
-def test_training_starts_where_the_user_has_folders_and_modules_of_our_names(tmp_path):
-    """In the working folder and on PYTHONPATH."""
+@pytest.fixture
+def environment():
+    """Ray's files in a new folder (with a short name: paths of sockets are limited to 107 characters), and a token."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    words = {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    yield {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | words
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def head(environment):
+    """Address of a cluster that requires the token."""
+    port = closed_port()
+    ports = [f"--port={port}", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={closed_port()}"]
+    command = ["-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=1", "--include-dashboard=false", *ports]
+    log = Path(environment["RAY_TMPDIR"]) / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--block"],
+            env=environment | {"RAY_AUTH_MODE": "token"},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # --block leaves child processes behind: they are ended as a group
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def code_of_a_worker(address, environment, folder):
+    command = [sys.executable, "-c", PRINT_CODE_OF_A_WORKER, address]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
+
+
+def test_workers_do_not_import_folders_and_modules_of_the_user(tmp_path):
+    """Neither from the working folder nor from PYTHONPATH."""
     for name in ("configs", "training", "infra"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(HOSTILE)
@@ -60,24 +113,38 @@ def test_training_starts_where_the_user_has_folders_and_modules_of_our_names(tmp
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
-def test_a_joined_cluster_runs_the_code_of_the_driver(tmp_path):
-    """Sent by Ray, not taken from what the node has installed."""
-    port = closed_port()
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    ports = ["--port", str(port), "--dashboard-agent-listen-port=0", "--ray-client-server-port", str(closed_port())]
-    start = ["ray", "start", "--head", "--num-cpus=1", "--include-dashboard=false", *ports, "--block"]
-    with open(tmp_path / "log", "w") as log:
-        head = subprocess.Popen(start, env=environment, stdout=log, stderr=log, cwd=tmp_path)
-    try:
-        command = [sys.executable, "-c", WHERE, f"127.0.0.1:{port}"]
-        for _ in range(60):
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-            if "no Ray cluster answers" not in done.stderr:
-                break
-            assert head.poll() is None, (tmp_path / "log").read_text()
-        file, preset = done.stdout.split()
-        assert "py_modules" in file, done.stderr
-        assert preset == "omniglot-cpu"
-    finally:
-        head.terminate()
-        head.wait(30)
+def test_existing_cluster_runs_the_code_of_the_driver_and_requires_its_token(head, environment, tmp_path):
+    done = code_of_a_worker(head, environment | {"RAY_AUTH_MODE": "token"}, tmp_path)
+    file, preset = done.stdout.split()
+    assert "py_modules" in file, done.stderr
+    assert preset == "omniglot-cpu"
+    # Ray tries for 20 s to connect without the token.
+    refused = code_of_a_worker(head, environment | {"RAY_NUM_REDIS_GET_RETRIES": "1"}, tmp_path)
+    assert "requires a token; set RAY_AUTH_MODE=token" in refused.stderr
+    assert refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_file_of_a_stopped_cluster_does_not_matter(environment, tmp_path):
+    """`ray.init()` without an address would read it, and try to join that cluster."""
+    (Path(environment["RAY_TMPDIR"]) / "ray").mkdir()
+    stale = Path(environment["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    stale.write_text(f"127.0.0.1:{closed_port()}")
+    done = code_of_a_worker("", environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, preset = done.stdout.split()
+    assert "py_modules" not in file
+    assert preset == "omniglot-cpu"
+
+
+def test_address_without_a_cluster_is_one_error_line_within_seconds(environment, tmp_path):
+    address = f"127.0.0.1:{closed_port()}"
+    words = ["prepare", "glyphs", "--out", "data", "--workers", "1"]
+    command = [sys.executable, "-m", "metagmvae", *words]
+    started = time.monotonic()
+    environment = environment | {"RAY_ADDRESS": address}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 30
+    assert done.returncode == 2, done.stderr
+    assert f"RAY_ADDRESS) = '{address}': no Ray cluster answers there" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -194,7 +194,7 @@ def test_wrong_requests_are_one_line_and_write_nothing(
         ("pretrain.steps is 0", command("pretrain", "omniglot-5way", **{"data.uri": data})),
         ("holds features already", ["features", str(encoder), "--data", str(features), "--out", str(out)]),
         ("no such encoder", ["features", "torchvision:nothing", "--data", str(data), "--out", str(out)]),
-        ("is an encoder alone", ["evaluate", str(encoder), "--data", str(data)]),
+        ("is an encoder-only model", ["evaluate", str(encoder), "--data", str(data)]),
         ("no such model", ["features", str(tmp_path / "none"), "--data", str(data), "--out", str(out)]),
     ]
     for text, words in cases:
@@ -219,7 +219,7 @@ def test_features_of_another_encoder_are_refused(
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    refused(capsys, "was altered", on_features(altered, tmp_path / "run"))
+    refused(capsys, "(sha256 differs)", on_features(altered, tmp_path / "run"))
     assert [problem.path for problem in verify_dataset(altered)] == ["encoder/model.safetensors"]
     manifest = json.loads((features / "dataset.json").read_text())
     for key, value in (("feature_size", 31), ("dtype", "float16")):
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_damaged_settings_or_foreign_objects_is_one_line(
         save_state(tmp_path / "x.pt", state | damage)
         refused(capsys, "x.pt", words)
     torch.save({"version": 2, "model": Path("x")}, tmp_path / "x.pt")
-    refused(capsys, "refused, it holds more than tensors and plain values", words)
+    refused(capsys, "refused, it contains more than tensors and plain values", words)
     assert not (tmp_path / "out").exists()
 
 

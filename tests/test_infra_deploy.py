@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from metagmvae.configs.load import load_settings
-from metagmvae.infra.cli import _parser
+from metagmvae.infra.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "infra" / "deploy"
@@ -35,7 +35,7 @@ def test_the_job_is_a_request_that_the_command_line_understands():
     job = yaml.safe_load((DEPLOY / "ray-job.yaml").read_text())
     program, *request = shlex.split(job["spec"]["entrypoint"])
     assert program == "metagmvae"
-    arguments = _parser().parse_args(request)
+    arguments = build_parser().parse_args(request)
     settings = load_settings(arguments.config, arguments.overrides)
     assert arguments.resume
     cluster = job["spec"]["rayClusterSpec"]

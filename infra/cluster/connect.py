@@ -1,4 +1,4 @@
-"""The Ray cluster that work runs on: one that is there, or one of this machine for the time being."""
+"""Connects to a Ray cluster: an existing one, or a temporary one on this machine."""
 
 from __future__ import annotations
 
@@ -12,91 +12,121 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from metagmvae.configs.load import SettingsError
-from metagmvae.configs.schema import Settings
 
-POLL_S = "0.5"
-PATIENCE_S = 5.0
-"""For a cluster to take a connection; Ray itself would try for minutes."""
+CONNECT_TIMEOUT_S = 5.0
+"""For the first connection to a cluster; Ray itself would try for minutes."""
 PACKAGES = ("configs", "pipelines", "training", "evaluation", "infra")
-OBJECT_STORE = 200 * 2**20
+OBJECT_STORE_BYTES = 200 * 2**20
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Tune loses a trial without a word where a busy worker has not cleared up after 2 s, its default.
+    # With Tune's default of 2 s a trial is lost without a message if a busy worker needs longer to clean up.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
-"""Set where the user has not set them."""
+"""Set only where the user has not set them."""
 
 
 @contextmanager
 def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[None]:
-    """Join a cluster, or start one on this machine and end it afterwards.
+    """Connect to a Ray cluster and disconnect at the end; a cluster started here is stopped at the end.
+
+    A process that is connected already keeps its connection. Workers of an existing cluster run the code of this
+    process, see `_package_copy`.
 
     Args:
-        address: `host:port`, `ray://host:port` or `auto`; empty: a cluster of this machine.
-        cpus: that the work needs at once.
-        dashboard: whether the work needs Ray's dashboard: a trial that trains on several workers does, as Ray frees
-            the workers of a stopped one only by asking it (without it they wait for each other for ever).
+        address: `host:port`, `ray://host:port` or `auto`. Empty: RAY_ADDRESS; if that is empty too, a new cluster on
+            this machine.
+        cpus: CPUs that the work needs at the same time.
+        dashboard: whether the work needs Ray's dashboard. Trials that train on several workers do: Ray frees the
+            workers of a stopped trial only through the dashboard, and without it they wait for each other forever.
 
     Raises:
-        SettingsError: no cluster answers there, it has fewer CPUs in all, or no dashboard.
-        RuntimeError: a cluster of this machine did not start in time.
+        SettingsError: no cluster answers at the address, it refuses the token, it has too few CPUs or no dashboard.
+        RuntimeError: a cluster on this machine did not start in time.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if ray.is_initialized():
         yield
         return
-    runtime: dict[str, Any] = {"env_vars": ENVIRONMENT}
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        if address:
-            _check_listening(address)
-            with _our_code() as package:
-                context = ray.init(address=address, runtime_env={**runtime, "py_modules": [package]}, **quiet)
-        else:
-            here = max(os.cpu_count() or 1, cpus)
-            store = {"object_store_memory": OBJECT_STORE, "include_dashboard": dashboard}
-            context = ray.init(address="local", num_cpus=here, runtime_env=runtime, **store, **quiet)
-    except ConnectionError as error:
-        text = f"run.address = {address!r}: no Ray cluster answers there; start one, or leave it empty"
-        raise SettingsError(text) from error
-    except (PermissionError, NotADirectoryError) as error:
-        # Ray keeps the token by which its processes know each other in the home folder.
-        remedy = "set HOME to a folder that can be written, or RAY_AUTH_TOKEN to a secret of your own"
-        raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
-    except Exception as error:  # Ray raises a plain one, and its 30 s are no setting of it
-        if "timed out during startup" not in str(error):
-            raise
-        remedy = "try again when there is less to do, or join a cluster that runs already: --set run.address=auto"
-        raise RuntimeError(f"Ray did not start within its 30 s, this machine is too busy: {remedy}") from error
-    try:
+        context = _join(address) if address else _start(cpus, dashboard)
         if dashboard and not context.dashboard_url:
             raise SettingsError(
                 "Ray runs without its dashboard, which a sweep of trials with several workers needs: pip install "
                 "'ray[default]', and start the cluster with --include-dashboard=true"
             )
-        there = int(ray.cluster_resources().get("CPU", 0))
-        if there < cpus:
+        available = int(ray.cluster_resources().get("CPU", 0))
+        if available < cpus:
             raise SettingsError(
-                f"{cpus} CPUs are needed at once (workers times CPUs per worker), and the cluster at {address!r} "
-                f"has {there}: lower them, or add nodes"
+                f"{cpus} CPUs are needed at once (workers times CPUs per worker), but the cluster at {address!r} "
+                f"has {available}: use fewer workers, or add nodes"
             )
         yield
     finally:
         ray.shutdown()
 
 
-@contextmanager
-def _our_code() -> Iterator[str]:
-    """A copy of this package, in a folder of its import name, for Ray to send to the nodes of a cluster.
+def _join(address: str) -> Any:
+    """Connect to an existing cluster.
 
-    Workers then run the code of the driver, whatever version their node has installed; a source checkout has another
-    folder name, and holds what workers do not need.
+    Raises:
+        SettingsError: it does not answer or refuses the connection.
+    """
+    _check_listening(address)
+    try:
+        with _package_copy() as package:
+            return _init(address=address, runtime_env={"env_vars": ENVIRONMENT, "py_modules": [package]})
+    except (ConnectionError, AuthenticationError) as error:
+        if "AuthenticationError" in repr(error) + repr(error.__cause__):
+            raise SettingsError(
+                f"run.address (or RAY_ADDRESS) = {address!r}: the cluster requires a token; set RAY_AUTH_MODE=token, "
+                "and RAY_AUTH_TOKEN to the cluster's token unless it is in ~/.ray/auth_token"
+            ) from error
+        raise _no_cluster(address) from error
+
+
+def _start(cpus: int, dashboard: bool) -> Any:
+    """Start a cluster on this machine, whatever other clusters run here or have left files in /tmp/ray.
+
+    Raises:
+        SettingsError: Ray cannot write its token into the home folder.
+        RuntimeError: the start took longer than Ray allows.
+    """
+    try:
+        return _init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+    except (PermissionError, NotADirectoryError) as error:
+        remedy = "set HOME to a writable folder, or RAY_AUTH_TOKEN to a secret of your own"
+        raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
+    except Exception as error:  # Ray raises a plain Exception, and its limit of 30 s is not configurable
+        if "timed out during startup" not in str(error):
+            raise
+        remedy = "try again when the machine is less busy, or join a running cluster: --set run.address=auto"
+        raise RuntimeError(f"Ray did not start within 30 s because this machine is too busy: {remedy}") from error
+
+
+def _init(**options: Any) -> Any:
+    return ray.init(log_to_driver=False, logging_level="ERROR", **options)
+
+
+@contextmanager
+def _package_copy() -> Iterator[str]:
+    """A copy of this package for Ray to send to all nodes, in a folder with its import name `metagmvae`.
+
+    Workers then run the code of the driver, whatever version their node has installed. The copy is needed because a
+    source checkout may have any folder name and holds files that workers do not need.
     """
     root = Path(__file__).parents[2]
     with TemporaryDirectory() as folder:
@@ -110,22 +140,24 @@ def _our_code() -> Iterator[str]:
 
 
 def _check_listening(address: str) -> None:
-    """Refuse at once an address where nothing listens.
+    """Open and close a connection to the address.
 
     Raises:
-        ConnectionError: it is not host:port, or nobody answers.
+        SettingsError: it is not host:port, or nothing listens there.
     """
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise SettingsError(f"run.address = {address!r}: give host:port, ray://host:port or auto")
+        raise SettingsError(f"run.address (or RAY_ADDRESS) = {address!r}: give host:port, ray://host:port or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ConnectionError(str(error)) from error
+        raise _no_cluster(address) from error
 
 
-def cluster_address(settings: Settings) -> str:
-    """The Ray cluster to join: the setting, RAY_ADDRESS, or none (one is started on this machine)."""
-    return settings.run.address or os.environ.get("RAY_ADDRESS", "")
+def _no_cluster(address: str) -> SettingsError:
+    return SettingsError(
+        f"run.address (or RAY_ADDRESS) = {address!r}: no Ray cluster answers there; start one, or leave it empty to "
+        "use this machine"
+    )

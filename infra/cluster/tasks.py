@@ -1,4 +1,4 @@
-"""Shard tasks as Ray tasks: `prepare --workers N`."""
+"""Runs functions as Ray tasks: `--workers N` of `metagmvae prepare` and `metagmvae features`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from ray.exceptions import RayTaskError
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.pipelines.records import DataError, MapTasks
 
-RETRIES = 3
-"""Times that a task is given to another worker when its own was lost."""
+MAX_RETRIES = 3
+"""How often a task is run again on another worker after its worker was lost."""
 
 
 @contextmanager
 def ray_map(workers: int, address: str = "", gpus: int = 0) -> Iterator[MapTasks]:
-    """Run functions over argument tuples as Ray tasks, `workers` at once, on a cluster that is joined or started.
+    """Yield a function that runs a function over argument tuples as Ray tasks, `workers` of them at the same time.
 
-    Each task has one CPU, and `gpus` GPUs, to itself.
+    Each task reserves one CPU and `gpus` GPUs. The first argument (the source), which is the same object in all
+    tuples, is sent to the object store once. The task of a lost worker is run again. An error that the function
+    raises is raised here unchanged, after the running tasks have ended.
 
-    What is the same object in all tuples (the source) travels once. A lost worker's task is run again by
-    another; an error that the function raises is raised here as it was, once the tasks in flight have ended.
+    Args:
+        workers: number of tasks at the same time.
+        address: Ray cluster, see `metagmvae.infra.cluster.connect.cluster`.
+        gpus: GPUs per task.
 
     Raises:
         SettingsError: the cluster cannot be reached, or has fewer CPUs than workers.
-        DataError: fewer than one worker was asked for.
+        DataError: `workers` is below 1.
     """
     if workers < 1:
         raise DataError(f"--workers is {workers}; give 1 or more")
@@ -38,34 +42,34 @@ def ray_map(workers: int, address: str = "", gpus: int = 0) -> Iterator[MapTasks
 def _results(
     function: Callable[..., object], tasks: Sequence[tuple[Any, ...]], workers: int, gpus: int
 ) -> Iterator[object]:
-    """Results in the order of the tasks; never more than `workers` tasks in flight."""
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
+    """Yield the results in the order of the tasks; at most `workers` tasks run at the same time."""
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
     shared: dict[int, Any] = {}
-    waiting = list(enumerate(tasks))[::-1]
+    pending = list(enumerate(tasks))[::-1]
     running: dict[Any, int] = {}
     done: dict[int, object] = {}
-    due = 0
+    next_number = 0
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number, arguments = waiting.pop()
-                running[remote.remote(*_put(arguments, shared))] = number
+        while pending or running:
+            while pending and len(running) < workers:
+                number, arguments = pending.pop()
+                running[remote.remote(*_put_source(arguments, shared))] = number
             (first, *_), _ = ray.wait(list(running), num_returns=1)
             number = running.pop(first)
             done[number] = ray.get(first)
-            while due in done:
-                yield done.pop(due)
-                due += 1
+            while next_number in done:
+                yield done.pop(next_number)
+                next_number += 1
     except RayTaskError as error:
-        # The others end by themselves, a shard each. Cancelling a task that is just about to end can abort this very
-        # process (a race in Ray: "Tried to complete task that was not pending").
+        # Wait for the other running tasks, which take a shard each. Cancelling a task that is about to end can abort
+        # this process (a race in Ray: "Tried to complete task that was not pending").
         if running:
             ray.wait(list(running), num_returns=len(running))
         raise error.cause if isinstance(error.cause, Exception) else error from error
 
 
-def _put(arguments: tuple[Any, ...], shared: dict[int, Any]) -> list[Any]:
-    """The first argument, the same object in all tasks, goes into the object store once."""
+def _put_source(arguments: tuple[Any, ...], shared: dict[int, Any]) -> list[Any]:
+    """Replace the first argument by a reference to its single copy in the object store."""
     source, *rest = arguments
     if id(source) not in shared:
         shared[id(source)] = ray.put(source)

@@ -1,9 +1,9 @@
-"""Meta-training under Ray Train: data parallel over any number of workers, with replacement of lost ones.
+"""Training with Ray Train: data parallel over any number of workers; lost workers are replaced.
 
-The run folder is the truth here too. Rank 0 reports metric lines and checkpoints; a callback in Ray's controller,
-which runs on the driver's node, puts them into the run folder. A lost worker restarts the group from the
-last checkpoint that the controller took. A lost driver is another matter: `--resume` starts a new Ray run that
-is handed the checkpoint of the run folder, so nothing depends on what Ray kept of the old one.
+The run folder holds the complete state, as with the local engine. Rank 0 reports metric lines and checkpoints, and a
+callback in Ray's controller, which runs on the driver's node, writes them into the run folder. If a worker is lost,
+Ray restarts all workers from the last reported checkpoint. If the driver is lost, `--resume` starts a new Ray run
+from the checkpoint in the run folder; nothing that Ray stored for the old run is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from metagmvae.configs.load import settings_from_json, to_json
 from metagmvae.configs.schema import Settings
-from metagmvae.infra.cluster.connect import cluster, cluster_address
+from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs
@@ -37,42 +37,46 @@ from metagmvae.training.trainer.loop import NonFiniteLossError
 from metagmvae.training.trainer.stages import ModelKind
 
 FOLDER = "ray"
-REFUSED = "refused"
-REPORT_S = 2.0
-"""Seconds of training between reports that carry no checkpoint; Ray takes in about two a second."""
+"""Ray's own files in the run folder, deleted at the end."""
+NON_FINITE = "non-finite"
+"""Key of a report, and name of a file in `FOLDER`, with the message of a loss that is not finite."""
+REPORT_INTERVAL_S = 2.0
+"""Seconds of training between reports without a checkpoint; Ray processes about two reports per second."""
 GROUP_TIMEOUT_S = 600
+"""For collective operations of torch.distributed."""
 
 
 class RayContext:
     """One rank of a Ray Train worker group."""
 
-    def __init__(self, start: bytes | None) -> None:
+    def __init__(self, initial_checkpoint: bytes | None) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world: int = context.get_world_size()
         self.device: torch.device = get_device()
-        self._start = start
+        self._initial_checkpoint = initial_checkpoint
         self._lines: list[MetricLine] = []
         self._reported_s = 0.0
 
     def load(self) -> TrainState | None:
-        """The newest checkpoint that Ray took; at the start of a resumed run the one of the run folder."""
-        newest = ray.train.get_checkpoint()
-        if newest is not None:
-            with newest.as_directory() as folder:
+        """Return the last checkpoint reported to Ray; at the start of a resumed run, that of the run folder."""
+        reported = ray.train.get_checkpoint()
+        if reported is not None:
+            with reported.as_directory() as folder:
                 return load_state(Path(folder) / CHECKPOINT)
-        if self._start is None:
+        if self._initial_checkpoint is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CHECKPOINT
-            path.write_bytes(self._start)
+            path.write_bytes(self._initial_checkpoint)
             return load_state(path)
 
     def report(self, line: MetricLine, state: TrainState | None) -> None:
+        """Report to Ray: every line with a checkpoint, other lines collected for `REPORT_INTERVAL_S`."""
         self._lines.append(line)
-        # Lines are equal on all ranks, their clock included, so all ranks decide alike.
+        # The lines, including `elapsed_s`, are equal on all ranks, so all ranks report at the same steps.
         elapsed = float(line["elapsed_s"])
-        if not line["checkpoint"] and 0 <= elapsed - self._reported_s < REPORT_S:
+        if not line["checkpoint"] and 0 <= elapsed - self._reported_s < REPORT_INTERVAL_S:
             return
         self._reported_s = elapsed
         metrics = {"lines": json.dumps(self._lines, allow_nan=False) if self.rank == 0 else "[]"}
@@ -84,19 +88,19 @@ class RayContext:
             save_state(Path(folder) / CHECKPOINT, state)
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
-    def refuse(self, error: NonFiniteLossError) -> None:
-        """Report a refused step, which all ranks refuse alike, as the last word of the run."""
-        ray.train.report({"lines": json.dumps(self._lines) if self.rank == 0 else "[]", REFUSED: str(error)})
+    def report_non_finite(self, error: NonFiniteLossError) -> None:
+        """Report a loss that is not finite, which all ranks find at the same step, as the last report of the run."""
+        ray.train.report({"lines": json.dumps(self._lines) if self.rank == 0 else "[]", NON_FINITE: str(error)})
 
 
 class RunFolderCallback(UserCallback):
-    """In the controller: metric lines and the newest checkpoint into the run folder."""
+    """Writes metric lines and checkpoints into the run folder; runs in Ray's controller."""
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = Path(run_dir)
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Take one report of all ranks: the checkpoint first, then the lines that lead up to it."""
+        """Write one report of all ranks: first the checkpoint, then the metric lines up to it."""
         if checkpoint is not None:
             with (
                 checkpoint.as_directory() as folder,
@@ -106,24 +110,28 @@ class RunFolderCallback(UserCallback):
                 shutil.copyfileobj(source, target)
         lines = [line for rank in metrics for line in json.loads(rank["lines"])]
         if lines:
-            # After a restart of the group steps come a second time: the later line stays.
+            # After a restart of the workers some steps are reported again; the later line is kept.
             drop_lines_after(self.run_dir / METRICS, int(lines[0]["global_step"]) - 1)
             append_lines(self.run_dir / METRICS, lines)
-        if REFUSED in metrics[0]:
-            (self.run_dir / FOLDER / REFUSED).write_text(metrics[0][REFUSED], encoding="utf-8")
+        if NON_FINITE in metrics[0]:
+            (self.run_dir / FOLDER / NON_FINITE).write_text(metrics[0][NON_FINITE], encoding="utf-8")
 
 
-def worker(config: dict[str, Any]) -> None:
-    """What each worker runs: the same training as the local engine."""
+def train_worker(config: dict[str, Any]) -> None:
+    """Run the training of one worker; the same as that of the local engine.
+
+    Args:
+        config: `settings` as JSON, URI of the `data`, `kind`, and `checkpoint` of the run folder or None.
+    """
     settings = settings_from_json(config["settings"])
-    surroundings = RayContext(config["start"])
+    context = RayContext(config["checkpoint"])
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
     try:
-        train_in_process(load_inputs(settings, Dataset.open(config["data"])), surroundings, config["kind"])
+        train_in_process(load_inputs(settings, Dataset.open(config["data"])), context, config["kind"])
     except NonFiniteLossError as error:
-        # Raised here Ray would start the workers again, to end alike.
-        surroundings.refuse(error)
+        # Not raised: Ray would restart the workers, with the same result.
+        context.report_non_finite(error)
 
 
 def train_on_ray(
@@ -135,75 +143,82 @@ def train_on_ray(
     resume: bool,
     callbacks: Sequence[UserCallback] = (),
 ) -> None:
-    """Train with Ray Train until the end.
+    """Train with Ray Train until the last step.
 
     Args:
-        settings: of the run.
-        data: URI of the data set.
+        settings: settings of the run.
+        data: URI of the dataset, readable on every node.
         run_dir: run folder, on this node.
-        kind: what is trained.
-        resume: go on from the checkpoint in the folder, if there is one.
-        callbacks: that hear of each report after the run folder has it.
+        kind: what is trained, the whole model or an encoder only.
+        resume: continue from the checkpoint in the folder, if it has one.
+        callbacks: called after each report has been written into the run folder.
 
     Raises:
-        NonFiniteLossError: a step was refused; not tried again, it would end alike.
+        NonFiniteLossError: a step had a loss that is not finite; it is not tried again.
         RuntimeError: the workers failed more often than `run.max_failures` allows.
     """
-    start = None
+    checkpoint = None
     if resume and (run_dir / CHECKPOINT).exists():
-        start = (run_dir / CHECKPOINT).read_bytes()
+        checkpoint = (run_dir / CHECKPOINT).read_bytes()
         drop_lines_after(run_dir / METRICS, global_step(load_state(run_dir / CHECKPOINT)))
     else:
         (run_dir / METRICS).unlink(missing_ok=True)
-    # What Ray kept of an earlier start would be resumed silently; the run folder has all that is needed.
+    # Ray would silently resume from files of an earlier start; the run folder has everything that is needed.
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    with cluster(cluster_address(settings), settings.run.workers * settings.run.cpus_per_worker):
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config={"settings": to_json(settings), "data": data, "kind": kind, "start": start},
-            torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
-            scaling_config=ScalingConfig(
-                num_workers=settings.run.workers,
-                use_gpu=settings.run.device != "cpu" and torch.cuda.is_available(),
-                resources_per_worker={"CPU": settings.run.cpus_per_worker},
-            ),
-            run_config=RunConfig(
-                name=FOLDER,
-                storage_path=str(run_dir),
-                failure_config=FailureConfig(max_failures=settings.run.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                callbacks=[RunFolderCallback(str(run_dir)), *callbacks],
-            ),
-        )
+    config = {"settings": to_json(settings), "data": data, "kind": kind, "checkpoint": checkpoint}
+    with cluster(settings.run.address, settings.run.workers * settings.run.cpus_per_worker):
+        trainer = _trainer(settings, config, run_dir, callbacks)
         try:
-            with _interruptible():
+            with _keyboard_interrupt():
                 trainer.fit()
         except Exception as error:
-            raise _cause(error) from error
-    refused = run_dir / FOLDER / REFUSED
-    reason = refused.read_text(encoding="utf-8") if refused.exists() else ""
+            raise _one_line_error(error) from error
+    message_file = run_dir / FOLDER / NON_FINITE
+    message = message_file.read_text(encoding="utf-8") if message_file.exists() else ""
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    if reason:
-        raise NonFiniteLossError(reason)
+    if message:
+        raise NonFiniteLossError(message)
+
+
+def _trainer(
+    settings: Settings, config: dict[str, Any], run_dir: Path, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=settings.run.workers,
+            use_gpu=settings.run.device != "cpu" and torch.cuda.is_available(),
+            resources_per_worker={"CPU": settings.run.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name=FOLDER,
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=settings.run.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[RunFolderCallback(str(run_dir)), *callbacks],
+        ),
+    )
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C as KeyboardInterrupt: Ray's own handler, which it leaves behind, ends the process instead."""
+def _keyboard_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C; Ray installs a handler that ends the process, and does not remove it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # a trial of a sweep: signals go to the main thread, which is Ray's
+        yield  # a trial of a sweep: signals are handled by the main thread of Ray's worker
         return
-    before = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
         raise KeyboardInterrupt from stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
-def _cause(error: Exception) -> Exception:
-    """One line with what the first failed worker said."""
+def _one_line_error(error: Exception) -> Exception:
+    """An error with the last line of the message of the first worker that failed."""
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), error)
-    return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; go on with --resume")
+    return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; continue with --resume")

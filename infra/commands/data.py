@@ -1,4 +1,4 @@
-"""`prepare` and `verify`: data sets."""
+"""`prepare` writes datasets; `verify` checks them."""
 
 from __future__ import annotations
 
@@ -17,50 +17,53 @@ if TYPE_CHECKING:
 
 
 SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken", "allow_missing")
-"""Of `prepare`: those that are given go to the source, which refuses what it does not know."""
+"""Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     _add_prepare(parsers)
     example = "metagmvae verify data/omniglot"
-    parser = add_command(
-        parsers, "verify", verify, "name every missing, damaged or foreign file of a data set", example
-    )
-    parser.add_argument("uri", metavar="URI", help="folder, or s3://bucket/prefix, of a data set")
+    description = "check every file of a dataset and list those that are missing, damaged or do not belong to it"
+    parser = add_command(parsers, "verify", verify, description, example)
+    parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix of the dataset")
 
 
 def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
-    what = "write a data set as WebDataset shards with an index"
-    parser = add_command(parsers, "prepare", prepare, what, example)
-    parser.add_argument("name", choices=("folder", "glyphs", "mini-imagenet", "omniglot"))
-    parser.add_argument("--source", help="folder with the archives (Omniglot is downloaded without), or your pictures")
-    parser.add_argument("--out", required=True, help="folder, or s3://bucket/prefix, to write")
-    parser.add_argument("--split", help="omniglot: 1200-100-323 (default) or vinyals")
-    parser.add_argument("--size", type=int, help="side of the images in pixels (28; mini-imagenet: 84)")
-    parser.add_argument("--channels", type=int, help="folder: 1 (grey, default) or 3 (RGB)")
-    parser.add_argument(
-        "--invert", action="store_true", default=None, help="folder: strokes are dark on a bright ground"
+    description = "write images as a dataset: WebDataset shards with an index"
+    parser = add_command(parsers, "prepare", prepare, description, example)
+    names = ("folder", "glyphs", "mini-imagenet", "omniglot")
+    parser.add_argument("name", choices=names, help="kind of the source; glyphs are generated and need no files")
+    help_text = (
+        "folder of images, or folder with the archives of the dataset (Omniglot is downloaded if this is left out)"
     )
-    parser.add_argument(
-        "--unlabelled", action="store_false", dest="classes", default=None, help="folder: folders are no classes"
-    )
-    parser.add_argument(
-        "--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="folder: split the classes"
-    )
-    parser.add_argument("--max-broken", type=float, help="folder: largest share of images that cannot be read (0.01)")
-    parser.add_argument(
-        "--allow-missing", action="store_true", default=None, help="mini-imagenet: take what is there of a part"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
-    add_workers(parser)
+    parser.add_argument("--source", metavar="PATH", help=help_text)
+    parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
+    parser.add_argument("--split", help="omniglot: 1200-100-323 or vinyals (default: 1200-100-323)")
+    help_text = "height and width of the images in pixels (default: 28; mini-imagenet: 84)"
+    parser.add_argument("--size", type=int, metavar="N", help=help_text)
+    parser.add_argument("--channels", type=int, help="folder: 1 for grey or 3 for RGB (default: 1)")
+    help_text = "folder: invert the images; use it for dark strokes on a bright background"
+    parser.add_argument("--invert", action="store_true", default=None, help=help_text)
+    help_text = "folder: sub-folders are not classes; everything becomes the training split"
+    parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
+    help_text = "folder: fractions of the classes for the three splits"
+    parser.add_argument("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help=help_text)
+    help_text = "folder: largest fraction of unreadable images that are skipped (default: 0.01)"
+    parser.add_argument("--max-broken", type=float, metavar="FRACTION", help=help_text)
+    help_text = "mini-imagenet: accept a source that lacks classes or images"
+    parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (default: 0)")
+    add_worker_options(parser)
 
 
-def add_workers(parser: ArgumentParser) -> None:
-    """Options of commands that write shards."""
-    parser.add_argument("--workers", type=int, default=0, help="Ray tasks at once (0: in this process, without Ray)")
-    parser.add_argument("--address", default="", help="Ray cluster for --workers (a cluster of this machine)")
+def add_worker_options(parser: ArgumentParser) -> None:
+    """Add `--workers` and `--address` to a command that writes shards."""
+    help_text = "number of Ray tasks that write shards at the same time (default: 0, this process without Ray)"
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help=help_text)
+    help_text = "Ray cluster for --workers, host:port or auto (default: RAY_ADDRESS, or a new one on this machine)"
+    parser.add_argument("--address", default="", help=help_text)
 
 
 def prepare(arguments: Namespace) -> Answer:
@@ -70,12 +73,12 @@ def prepare(arguments: Namespace) -> Answer:
 
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
-    # Absolute: Ray's workers have working directories of their own.
+    # Absolute, because Ray workers have other working directories.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
-    with map_tasks_of(arguments) as map_tasks:
+    with task_mapper(arguments) as map_tasks:
         source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
         with (
-            target(arguments.out) as (out, uri),
+            open_output(arguments.out) as (out, uri),
             progress_bar("shards", arguments.json) as on_progress,
         ):
             manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
@@ -90,25 +93,26 @@ def prepare(arguments: Namespace) -> Answer:
 
 
 @contextmanager
-def target(out: str) -> Iterator[tuple[Path, str]]:
-    """Where shards are written, and the name of the data set; for an object store they are published afterwards.
+def open_output(out: str) -> Iterator[tuple[Path, str]]:
+    """Yield the folder to write shards into and the URI of the dataset; upload the folder if `out` is remote.
 
-    They wait in the cache folder: the same command finishes what a stopped one has left there.
+    Shards for an object store are written into the cache folder first. If the command is stopped, the same command
+    continues with the shards that are already there.
     """
     from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, publish
 
     if not is_remote(out):
         yield Path(out).absolute(), str(Path(out).absolute())
         return
-    RemotePrefix(out).sizes()  # a store that refuses says so before the work
+    RemotePrefix(out).sizes()  # fails early if the store refuses access
     folder = cache_root() / "writing" / hashlib.sha256(out.encode()).hexdigest()[:16]
     yield folder, out
     publish(folder, out)
     shutil.rmtree(folder)
 
 
-def map_tasks_of(arguments: Namespace, gpus: int = 0) -> AbstractContextManager[MapTasks | None]:
-    """What runs tasks, by --workers and --address; each has so many GPUs to itself."""
+def task_mapper(arguments: Namespace, gpus: int = 0) -> AbstractContextManager[MapTasks | None]:
+    """Return a context with the function that runs tasks on Ray, `gpus` GPUs each; with None for `--workers 0`."""
     if not arguments.workers:
         return nullcontext()
     from metagmvae.infra.cluster.tasks import ray_map
@@ -121,8 +125,8 @@ def verify(arguments: Namespace) -> Answer:
     from metagmvae.pipelines.shards.object_store import is_remote, temporary_copy
     from metagmvae.pipelines.shards.verify import verify_dataset
 
-    here = temporary_copy(arguments.uri) if is_remote(arguments.uri) else nullcontext(arguments.uri)
-    with here as root, progress_bar("files", arguments.json) as on_progress:
+    local_copy = temporary_copy(arguments.uri) if is_remote(arguments.uri) else nullcontext(arguments.uri)
+    with local_copy as root, progress_bar("files", arguments.json) as on_progress:
         problems = verify_dataset(root, on_progress)
     rows = [{"kind": problem.kind, "file": problem.path, "detail": problem.detail} for problem in problems]
     answer = {"data": str(arguments.uri), "problems": rows}

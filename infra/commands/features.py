@@ -28,11 +28,11 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
     help_text = "number format of the features (default: float16)"
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help=help_text)
-    help_text = "average the features of an image over no other views, its mirror image, or several crops (default: as in the settings of the model)"
+    help_text = "features of an image are the mean over: only the image, the image and its mirror image, or several "
+    help_text += "crops (default: as in the settings of the model)"
     parser.add_argument("--average", choices=("none", "mirror", "crops"), help=help_text)
-    parser.add_argument(
-        "--shot", type=int, metavar="S", help="shot whose best model is used, if the run keeps a best model per shot"
-    )
+    help_text = "shot whose best model is used, if the run keeps a best model per shot"
+    parser.add_argument("--shot", type=int, metavar="S", help=help_text)
     add_worker_options(parser)
 
 

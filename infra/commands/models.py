@@ -1,4 +1,4 @@
-"""`evaluate`, `classify`, `figure` and `table`: trained models and what they are worth."""
+"""`evaluate`, `classify`, `figure` and `table`: accuracy, predictions, plots and result tables of trained models."""
 
 from __future__ import annotations
 
@@ -15,63 +15,78 @@ if TYPE_CHECKING:
     from metagmvae.training.trainer.package import LoadedModel
 
 
-MODEL_HELP = "run folder, checkpoint, package, or models:/name@alias"
+MODEL_HELP = "run folder, checkpoint file, model package, or registered model (models:/name@alias)"
 
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     _add_evaluate(parsers)
     example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
-    what = "name the class of images from a few labelled ones"
-    parser = add_command(parsers, "classify", classify, what, example)
+    description = "classify image files from a few labelled ones"
+    parser = add_command(parsers, "classify", classify, description, example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--support", required=True, metavar="DIR", help="DIR/<class>/*.png")
-    parser.add_argument("--query", required=True, metavar="DIR", help="DIR/*.png")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw what was recognised")
+    help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png"
+    parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
+    parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
+    help_text = "also plot the images with their predicted classes"
+    parser.add_argument("--figure", metavar="FILE.png", help=help_text)
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
-    what = "draw curves, reconstructions, the modes of episodes and the latent map; or what a sweep says"
-    parser = add_command(parsers, "figure", figure, what, example)
+    description = "plot learning curves, reconstructions, mixture modes of episodes and a map of latents; or a sweep"
+    parser = add_command(parsers, "figure", figure, description, example)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or folder of a sweep")
-    parser.add_argument("--data", metavar="URI", help="data set; a sweep needs none")
-    parser.add_argument("--split", default="validation", help="whose classes are shown (validation)")
+    parser.add_argument("--data", metavar="URI", help="dataset whose images are shown (not needed for a sweep)")
+    parser.add_argument("--split", default="validation", help="split whose classes are shown (default: validation)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files")
 
     example = "metagmvae table omniglot-cpu --results evaluation/results"
-    what = "recorded results beside the paper's, in Markdown"
-    parser = add_command(parsers, "table", table, what, example)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="NAME-5way-1shot.json and so on")
-    parser.add_argument("--results", default="evaluation/results", metavar="DIR", help="where they lie")
+    description = "print recorded results next to the paper's as a Markdown table"
+    parser = add_command(parsers, "table", table, description, example)
+    help_text = "name of a model; its results are the files NAME-5way-1shot.json and so on"
+    parser.add_argument("names", metavar="NAME", nargs="*", help=help_text)
+    help_text = "folder of the result files (default: evaluation/results)"
+    parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
+    help_text = "write all tables of README.md and evaluation/results/README.md in place instead"
+    parser.add_argument("--write", action="store_true", help=help_text)
 
 
 def _add_evaluate(parsers: Parsers) -> None:
     example = "metagmvae evaluate models:/omniglot@champion --data data/omniglot --way 5 --shot 1"
-    parser = add_command(parsers, "evaluate", evaluate, "few-shot accuracy over seeded episodes", example)
+    description = "measure the few-shot accuracy of a model on reproducible random episodes"
+    parser = add_command(parsers, "evaluate", evaluate, description, example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="URI", help="data set")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--way", type=int, default=5)
-    parser.add_argument("--ways", type=int, nargs="+", metavar="WAY", help="several ways from one model, in rows")
-    parser.add_argument("--shot", type=int, default=1)
-    parser.add_argument("--query", type=int, default=15)
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
-    parser.add_argument("--baselines", action="store_true", help="beside it, on the same features and episodes")
-    parser.add_argument("--results", metavar="FILE.parquet", help="keep the accuracy of every episode")
-    parser.add_argument("--record", metavar="FILE.json", help="keep the result with what it was made with")
+    parser.add_argument("--data", required=True, metavar="URI", help="dataset")
+    parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
+    parser.add_argument("--way", type=int, default=5, metavar="K", help="classes per episode (default: 5)")
+    help_text = "several numbers of classes instead of --way, one result row each"
+    parser.add_argument("--ways", type=int, nargs="+", metavar="K", help=help_text)
+    help_text = "labelled images per class (default: 1)"
+    parser.add_argument("--shot", type=int, default=1, metavar="S", help=help_text)
+    help_text = "images to classify per class (default: 15)"
+    parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
+    parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
+    help_text = "transductive: all queries of an episode are classified together; inductive: each query alone "
+    help_text += "(default: transductive)"
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=help_text)
+    help_text = "also evaluate baselines on the same features and episodes"
+    parser.add_argument("--baselines", action="store_true", help=help_text)
+    parser.add_argument("--results", metavar="FILE.parquet", help="write the accuracy of every episode")
+    help_text = "write the result with settings, fingerprints and versions"
+    parser.add_argument("--record", metavar="FILE.json", help=help_text)
 
 
 def evaluate(arguments: Namespace) -> Answer:
     """Run `metagmvae evaluate`."""
     from metagmvae.infra.registry.resolve import resolve_model
+    from metagmvae.infra.runs.run_folder import SETTINGS
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.shards.dataset import Dataset
 
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model, shot=arguments.shot)
-    results, beside = _evaluate(arguments, dataset, loaded)
+    results, baseline_rows = _evaluate(arguments, dataset, loaded)
     if arguments.results:
         results[0].write_parquet(arguments.results)
     about = {
@@ -84,49 +99,50 @@ def evaluate(arguments: Namespace) -> Answer:
         answer = {"rows": [result.summary() for result in results], **about}
     else:
         answer = results[0].summary() | about
-    if beside:
-        answer["baselines"] = beside
-    made_with = _made_with(loaded, dataset)
+    if baseline_rows:
+        answer["baselines"] = baseline_rows
+    origin = _origin(loaded, dataset)
     if arguments.record:
-        write_json(arguments.record, answer | made_with)
-    if (Path(arguments.model) / "settings.json").is_file():
-        from metagmvae.infra.tracking.run_results import keep_results
+        write_json(arguments.record, answer | origin)
+    if (Path(arguments.model) / SETTINGS).is_file():
+        from metagmvae.infra.tracking.run_results import save_results
 
-        answer["kept"] = keep_results(Path(arguments.model), arguments.split, results, about | made_with)
+        answer["kept"] = save_results(Path(arguments.model), arguments.split, results, about | origin)
     if str(arguments.model).startswith("models:"):
         from metagmvae.infra.registry.version_results import keep_on_version
         from metagmvae.infra.tracking.store import redact
 
-        about["data"] = redact(dataset.uri)  # found from everywhere, unlike a relative path
-        answer["kept"] = keep_on_version(arguments.model, arguments.split, results, about | made_with)
+        about["data"] = redact(dataset.uri)  # valid on other machines too, unlike a relative path
+        answer["kept"] = keep_on_version(arguments.model, arguments.split, results, about | origin)
     return answer
 
 
 def _evaluate(
     arguments: Namespace, dataset: Dataset, loaded: LoadedModel
 ) -> tuple[list[EpisodeResults], list[dict[str, Any]]]:
-    """One result for each way; rows of baselines if asked for."""
+    """Return the result for each number of ways, and the rows of the baselines if they were requested."""
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 
-    same = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
-    tasks = [{"way": way, **same} for way in arguments.ways or [arguments.way]]
-    results, beside = [], []
-    for result, rows in evaluate_tasks(
+    common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
+    tasks = [{"way": way, **common} for way in arguments.ways or [arguments.way]]
+    results = evaluate_tasks(
         loaded,
-        arguments.model,
         dataset,
-        arguments.split,
         tasks,
+        split=arguments.split,
         mode=arguments.mode,
         baselines=arguments.baselines,
+        name=arguments.model,
         progress=partial(progress_bar, quiet=arguments.json),
-    ):
-        results.append(result)
-        beside += rows
-    return results, beside
+    )
+    baseline_rows = [
+        {"baseline": name, **baseline.summary()} for result in results for name, baseline in result.baselines.items()
+    ]
+    return results, baseline_rows
 
 
-def _made_with(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
+def _origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
+    """Settings, fingerprints and versions that a result was produced with."""
     from metagmvae.configs.load import fingerprint
     from metagmvae.evaluation.provenance import provenance
 
@@ -145,8 +161,8 @@ def classify(arguments: Namespace) -> Answer:
     from metagmvae.infra.workflows.classify import classify_folders
 
     loaded = resolve_model(arguments.model)
-    picture = Path(arguments.figure) if arguments.figure else None
-    return classify_folders(loaded, Path(arguments.support), Path(arguments.query), picture)
+    figure_file = Path(arguments.figure) if arguments.figure else None
+    return classify_folders(loaded, Path(arguments.support), Path(arguments.query), figure_file)
 
 
 def figure(arguments: Namespace) -> Answer:
@@ -161,11 +177,11 @@ def figure(arguments: Namespace) -> Answer:
     if is_sweep(Path(arguments.model)):
         return _sweep_figures(Path(arguments.model), Path(arguments.out))
     if not arguments.data:
-        raise DataError(f"figures of {arguments.model} show images of a data set: name it with --data")
+        raise DataError(f"figures of {arguments.model} show images of a dataset: name it with --data")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model)
-    # A model by another name than its run folder has no curves.
+    # Learning curves are drawn only if MODEL is a run folder.
     lines = read_lines(Path(arguments.model) / METRICS)
     files = draw_gallery(loaded, dataset, arguments.split, Path(arguments.out), lines)
     return {"figures": [str(file) for file in files]}
@@ -182,6 +198,9 @@ def _sweep_figures(folder: Path, out: Path) -> Answer:
 
 def table(arguments: Namespace) -> Answer:
     """Run `metagmvae table`."""
-    from metagmvae.evaluation.comparison.readme import results_table
+    from metagmvae.evaluation.comparison.readme import write_pages
+    from metagmvae.evaluation.comparison.results_table import results_table
 
+    if arguments.write:
+        return {"changed": write_pages()}
     return {"table": results_table(Path(arguments.results), arguments.names)}

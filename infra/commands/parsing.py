@@ -1,4 +1,4 @@
-"""What all commands share: a parser with one-line errors, an answer as text or JSON, a progress bar."""
+"""Shared by all commands: a parser with one-line errors, formatting of the answer, a progress bar."""
 
 from __future__ import annotations
 
@@ -12,36 +12,43 @@ if TYPE_CHECKING:
     from metagmvae.pipelines.records import ProgressCallback
 
 Answer = dict[str, Any]
+"""What a command returns: a dictionary that `--json` prints as one object."""
 Parsers = Any
+"""The sub-parsers of argparse, which have no public type."""
 
 
 class FailedAnswer(dict[str, Any]):
-    """An answer that is printed like any other, and ends with status 1: damage was found, a check failed."""
+    """An answer that reports damage or a failed check: it is printed as usual, but the exit code is 1."""
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a wrong request."""
+    """An argument parser that reports a wrong request in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
         print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
 
 def add_command(
-    parsers: Parsers, name: str, run: Callable[[argparse.Namespace], Answer], what: str, example: str
+    parsers: Parsers, name: str, run: Callable[[argparse.Namespace], Answer], description: str, example: str
 ) -> argparse.ArgumentParser:
     """Add a command with `--json`, `--debug` and an example in its help."""
     parser: argparse.ArgumentParser = parsers.add_parser(
-        name, help=what, description=what, epilog=f"example: {example}"
+        name,
+        help=description,
+        description=f"{description[0].upper()}{description[1:]}.",
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # does not break the example at hyphens
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback if the command fails")
     return parser
 
 
 def format_answer(answer: Answer) -> str:
-    """An answer for people: one `key: value` a line, lists of rows as tables."""
+    """Format an answer as text: one `key: value` per line, lists of dictionaries as tables."""
     lines = []
     for key, value in answer.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -74,8 +81,8 @@ def _plain(value: Any) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, quiet: bool = False) -> Iterator[ProgressCallback | None]:
-    """A bar on stderr when a person watches, told (done, in all); None otherwise."""
+def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCallback | None]:
+    """Show a progress bar on stderr and yield its update function; yield None if stderr is no terminal or `quiet`."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -83,5 +90,5 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[ProgressCallback | 
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""`pretrain`, `train`, `track` and `demo`."""
+"""`train`, `pretrain`, `track` and `demo`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,33 @@ if TYPE_CHECKING:
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     example = "metagmvae train omniglot-cpu --set data.uri=data/omniglot --set run.out=runs/first"
-    _add_run(parsers, "train", train, "meta-train; CONFIG is a TOML file or a preset", example)
+    description = "meta-train a Meta-GMVAE, after contrastive pre-training if the settings ask for it"
+    _add_run(parsers, "train", train, description, example)
     example = "metagmvae pretrain mini-imagenet-cpu --set data.uri=data/mini-imagenet --set run.out=runs/simclr"
-    _add_run(parsers, "pretrain", pretrain, "train an encoder alone by contrast (SimCLR)", example)
+    _add_run(parsers, "pretrain", pretrain, "train only an encoder, by contrastive pre-training (SimCLR)", example)
 
     example = "metagmvae track runs/first"
-    parser = add_command(parsers, "track", track, "send a run or a sweep to MLflow: what is not there yet", example)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    description = "upload a run or a sweep to MLflow; what was uploaded before is not sent again"
+    parser = add_command(parsers, "track", track, description, example)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run or of a sweep")
 
-    parser = add_command(parsers, "demo", demo, "the whole way on generated glyphs", "metagmvae demo --out my-demo")
-    parser.add_argument("--out", default="metagmvae-demo", help="new folder for everything the demo makes")
-    parser.add_argument("--workers", type=int, default=2, help="Ray workers that train")
+    description = "run the whole workflow on generated glyphs: dataset, training, evaluation, registry, classification"
+    parser = add_command(parsers, "demo", demo, description, "metagmvae demo --out my-demo")
+    help_text = "new folder for all files of the demo (default: metagmvae-demo)"
+    parser.add_argument("--out", default="metagmvae-demo", metavar="DIR", help=help_text)
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="number of Ray workers (default: 2)")
 
 
-def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], what: str, example: str) -> None:
-    parser = add_command(parsers, name, run, what, example)
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out")
-    parser.add_argument("--quiet", action="store_true", help="no live line")
+def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], description: str, example: str) -> None:
+    parser = add_command(parsers, name, run, description, example)
+    parser.add_argument(
+        "config", metavar="CONFIG", help="TOML file of settings, or name of a preset, such as omniglot-cpu"
+    )
+    help_text = "change a setting, for example train.steps=500; may be given several times"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
+    help_text = "continue from the checkpoint in the run folder (setting run.out)"
+    parser.add_argument("--resume", action="store_true", help=help_text)
+    parser.add_argument("--quiet", action="store_true", help="do not show the live progress line")
 
 
 def train(arguments: Namespace) -> Answer:
@@ -75,11 +83,12 @@ def _run(arguments: Namespace, kind: ModelKind) -> Answer:
 
 def track(arguments: Namespace) -> Answer:
     """Run `metagmvae track`."""
-    from metagmvae.infra.tracking.run_tracker import track as send
+    from metagmvae.infra.tracking.run_tracker import track as track_run
     from metagmvae.infra.tune.sweep_folder import SWEEP
     from metagmvae.infra.tune.sweep_uploader import track_sweep
 
-    report = (track_sweep if (Path(arguments.run_dir) / SWEEP).is_file() else send)(arguments.run_dir)
+    upload = track_sweep if (Path(arguments.run_dir) / SWEEP).is_file() else track_run
+    report = upload(arguments.run_dir)
     return {"uri": report.uri, "run_id": report.run_id, "experiment": report.experiment, "status": report.status}
 
 

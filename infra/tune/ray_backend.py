@@ -22,7 +22,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from metagmvae.configs.schema import RunSettings, Settings
-from metagmvae.infra.cluster.connect import cluster, cluster_address
+from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.tune.sweep_state import SweepState
 from metagmvae.infra.tune.trial import run_trial
 
@@ -64,8 +64,7 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
     # Ray and Tune talk of every trial on standard output, where the answer stands, however little they are asked to;
     # what they have to say of a trial that failed is in the table.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    place = cluster_address(base)
-    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), cluster(place, wanted, dashboard=distributed):
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), cluster(run.address, wanted, dashboard=distributed):
         yield
 
 
