@@ -9,7 +9,7 @@ from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.mixture_modes import MixtureMode, ModeFinder
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import set_scale
+from metagmvae.training.trainer.frozen_features import fit_feature_scaling
 
 SHAPE = (1, 28, 28)
 PIXELS = ModelSettings(channels=8, width=32, latent=6)
@@ -37,7 +37,7 @@ def test_test_modes_put_each_query_once_and_with_its_kind(reconstruct):
     if reconstruct == "features":
         with torch.no_grad():
             model.eval()
-            set_scale(model, model.encoder(model.scale_images(torch.as_tensor(images))).numpy())
+            fit_feature_scaling(model, model.encoder(model.scale_images(torch.as_tensor(images))).numpy())
     support, query = images[:3, None], images[3:]
     finder = ModeFinder(model, images, shown=30)
     modes = finder.test_modes(support, query, AdaptSettings(samples=4, iterations=3, e_step="identity"))

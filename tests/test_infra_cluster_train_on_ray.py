@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_line(data, tmp_
     log = (tmp_path / "run.log").read_text()
     assert code == 2, log
     (line,) = [line for line in log.splitlines() if line.startswith("metagmvae train:")]
-    assert "the update was refused and the last checkpoint stays" in line
+    assert "the update was not applied and the last checkpoint stays" in line
     assert "Traceback" not in log
 
 

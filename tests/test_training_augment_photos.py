@@ -8,7 +8,7 @@ import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 from metagmvae.training.augment import photos
-from metagmvae.training.augment.photos import grey, photo_view, turn_hue
+from metagmvae.training.augment.photos import photo_view, shift_hue, to_grayscale
 
 
 def pictures(n: int = 6, channels: int = 3, size: int = 24) -> Tensor:
@@ -24,7 +24,7 @@ def test_hue_is_torchvisions() -> None:
     x[0, :, :4] = 0.5  # grey has no hue
     turns = torch.tensor([0.0, 0.1, -0.2, 0.5, -0.5, 0.2])
     theirs = torch.stack([tv.adjust_hue(image, float(turn)) for image, turn in zip(x, turns, strict=True)])
-    assert torch.allclose(turn_hue(x, turns), theirs, atol=1e-5)
+    assert torch.allclose(shift_hue(x, turns), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -32,17 +32,17 @@ def test_hue_is_torchvisions() -> None:
     [
         (lambda x, f: photos._blend(x, torch.zeros_like(x), f), tv.adjust_brightness),
         (
-            lambda x, f: photos._blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
+            lambda x, f: photos._blend(x, to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True), f),
             tv.adjust_contrast,
         ),
-        (lambda x, f: photos._blend(x, grey(x), f), tv.adjust_saturation),
+        (lambda x, f: photos._blend(x, to_grayscale(x), f), tv.adjust_saturation),
     ],
 )
 def test_the_other_colours_are_torchvisions(change, theirs) -> None:
     x, factors = pictures(), torch.tensor([0.2, 0.5, 1.0, 1.3, 1.8, 0.9])
     expected = torch.stack([theirs(image, float(factor)) for image, factor in zip(x, factors, strict=True)])
     assert torch.allclose(change(x, factors), expected, atol=1e-5)
-    assert torch.allclose(grey(x), torch.stack([tv.rgb_to_grayscale(image, 3) for image in x]), atol=1e-6)
+    assert torch.allclose(to_grayscale(x), torch.stack([tv.rgb_to_grayscale(image, 3) for image in x]), atol=1e-6)
 
 
 def test_a_view_is_a_function_of_the_generator_and_differs_from_image_to_image() -> None:
@@ -57,7 +57,7 @@ def test_a_view_is_a_function_of_the_generator_and_differs_from_image_to_image()
 
 
 def test_shares_of_jittered_and_grey_images(monkeypatch) -> None:
-    monkeypatch.setattr(photos, "_crop", lambda images, generator, size, least: images)
+    monkeypatch.setattr(photos, "_random_crop", lambda images, generator, size, min_area: images)
     x = pictures(1).repeat(2000, 1, 1, 1)
     seen = photo_view(x, generator(), 24)
     is_grey = (seen.amax(dim=1) - seen.amin(dim=1)).amax(dim=(1, 2)) < 1e-6
@@ -70,7 +70,7 @@ def test_crops_are_inside_the_image_of_the_stated_area_and_mirrored_half_of_the_
     """A picture that holds its own coordinates gives the rectangle that was cut."""
     axis = (torch.arange(64) + 0.5) / 32 - 1
     x = torch.stack([axis[None, :].expand(64, 64), axis[:, None].expand(64, 64), torch.zeros(64, 64)])
-    seen = photos._crop(x.expand(4000, -1, -1, -1), generator(), 32, 0.08)
+    seen = photos._random_crop(x.expand(4000, -1, -1, -1), generator(), 32, 0.08)
     across = (seen[:, 0, 0, -1] - seen[:, 0, 0, 0]) * 32 / 31 / 2
     down = (seen[:, 1, -1, 0] - seen[:, 1, 0, 0]) * 32 / 31 / 2
     assert float((across < 0).float().mean()) == pytest.approx(0.5, abs=0.03)

@@ -86,7 +86,7 @@ def test_strokes_grow_and_thin_for_single_channels_only() -> None:
 def test_elastic_alone_bends_by_at_most_so_many_half_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("ROTATION", "LOG_SCALE", "SHEAR", "SHIFT"):
         monkeypatch.setattr("metagmvae.training.augment.strokes." + other, 0.0)
-    monkeypatch.setattr("metagmvae.training.augment.strokes._strokes", lambda images, *_: images)
+    monkeypatch.setattr("metagmvae.training.augment.strokes._change_stroke_width", lambda images, *_: images)
     images = strokes(64)
     assert torch.allclose(stroke_view(images, generator(0), elastic=0.0), images, rtol=0, atol=1e-5)
     # Columns of ones left of a bent edge: a bend of 0.25 half widths of 28 pixels moves no edge by more than 3.5

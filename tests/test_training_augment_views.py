@@ -46,7 +46,7 @@ def test_views_go_by_the_channels_or_by_the_setting_at_the_size_of_the_encoder()
             net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3, elastic=0.2)
         )
         assert step.view.func.__name__ == kind
-        settled = {"elastic": 0.2} if kind == "stroke_view" else {"size": size or 28, "least": 0.3}
+        settled = {"elastic": 0.2} if kind == "stroke_view" else {"size": size or 28, "min_area": 0.3}
         assert step.view.keywords == settled
         images = np.random.default_rng(0).integers(0, 256, (5, channels, 28, 28), dtype=np.uint8)
         loss, _ = step.train()(images, 1)
@@ -93,7 +93,7 @@ def test_the_views_of_an_episode_do_not_depend_on_what_else_is_in_the_step() -> 
 
 
 def test_the_projector_stands_between_features_and_loss() -> None:
-    net, head = model(torch.float32), nn.Linear(model().features, 3)
+    net, head = model(torch.float32), nn.Linear(model().feature_dim, 3)
     images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
     step = ContrastiveStep(net, head, settings(), PretrainSettings(temperature=0.3)).eval()
     seen: list[Tensor] = []

@@ -21,7 +21,7 @@ from metagmvae.training.device import distributed
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.trainer.builders import build_schedule
-from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit
+from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit_stage
 from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
 
 M, SHAPE, EPISODES, CPU = 6, (1, 6, 6), 4, torch.device("cpu")
@@ -64,7 +64,7 @@ def gradient(module: nn.Module) -> Tensor:
 
 def meta(train: bool, episodes: list[int]) -> dict[str, Tensor]:
     net = model()
-    step = distributed.wrap(MetaStep(net, SETTINGS), CPU).train(train)
+    step = distributed.data_parallel(MetaStep(net, SETTINGS), CPU).train(train)
     loss, terms = step(sets(episodes[mine()]))
     loss.backward()
     return {
@@ -106,11 +106,11 @@ class Rank:
 def trained() -> dict[str, Any]:
     """Five Adam steps of the real loop, in training mode, on the model without batch normalisation."""
     net = model("features")
-    step = distributed.wrap(MetaStep(net, SETTINGS), CPU)
+    step = distributed.data_parallel(MetaStep(net, SETTINGS), CPU)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
     stage = Stage("meta", 5, step, optimizer, build_schedule(optimizer, "constant", 5), Named(), 24, 1.0)
     surroundings = Rank()
-    fit(stage, Hooks(lambda step: {}, lambda step: {}, 2, 5), surroundings, start=0, elapsed=0.0)
+    fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 2, 5), surroundings, start=0, elapsed=0.0)
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     return {"weights": weights, "losses": torch.tensor([line["loss"] for line in surroundings.lines])}
 
@@ -133,9 +133,9 @@ def poisoned() -> dict[str, Any]:
     inner = Poisoned()
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     schedule = build_schedule(optimizer, "constant", 9)
-    stage = Stage("meta", 9, distributed.wrap(inner, CPU), optimizer, schedule, Named(), 24)
+    stage = Stage("meta", 9, distributed.data_parallel(inner, CPU), optimizer, schedule, Named(), 24)
     try:
-        fit(stage, Hooks(lambda step: {}, lambda step: {}, 9, 9), Rank(), start=0, elapsed=0.0)
+        fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 9, 9), Rank(), start=0, elapsed=0.0)
     except NonFiniteLossError as error:
         return {"error": str(error), "weights": inner.w.detach(), "calls": inner.calls}
     return {"error": ""}
@@ -148,9 +148,9 @@ def contrast() -> dict[str, Tensor]:
     x = torch.randn(2, 8, 5, dtype=torch.float64)
     count = 8 // distributed.world_size()
     local = x[:, distributed.rank() * count : (distributed.rank() + 1) * count]
-    wrapped = distributed.wrap(encoder, CPU)
+    wrapped = distributed.data_parallel(encoder, CPU)
     first, second = wrapped(local.flatten(0, 1)).chunk(2)
-    loss = nt_xent(first, second, 0.2, distributed.gather, distributed.rank())
+    loss = nt_xent(first, second, 0.2, distributed.all_gather, distributed.rank())
     loss.backward()
     return {"loss": distributed.mean_over_ranks(loss), "gradient": gradient(encoder)}
 
@@ -161,9 +161,9 @@ def contrastive_step() -> dict[str, Tensor]:
     torch.manual_seed(0)
     net = MetaGMVAE(SHAPE, latent=2, channels=8, width=8, heads=2, layers=1)
     images = np.random.default_rng(3).integers(0, 256, (8, *SHAPE), dtype=np.uint8)
-    alone = ContrastiveStep(net, nn.Linear(net.features, 4), SETTINGS, PretrainSettings(temperature=0.2))
+    alone = ContrastiveStep(net, nn.Linear(net.feature_dim, 4), SETTINGS, PretrainSettings(temperature=0.2))
     alone.view = lambda x, generator: next(drawn)(x)  # type: ignore[assignment]
-    step = distributed.wrap(alone, CPU).eval()
+    step = distributed.data_parallel(alone, CPU).eval()
     loss, _ = step(np.array_split(images, distributed.world_size())[distributed.rank()], 1)
     loss.backward()
     return {"loss": distributed.mean_over_ranks(loss), "gradient": gradient(net.encoder)}
@@ -184,7 +184,7 @@ def cases() -> dict[str, dict[str, Any]]:
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        gathered = distributed.gather(torch.full((2, 3), float(rank)))
+        gathered = distributed.all_gather(torch.full((2, 3), float(rank)))
         distributed.barrier()
         helpers = {
             "rank": distributed.rank(),
@@ -269,10 +269,10 @@ def test_helpers(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_without_a_group_there_is_one_rank_and_nothing_is_wrapped_or_sent() -> None:
-    assert (distributed.rank(), distributed.world_size(), distributed.active()) == (0, 1, False)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     module, values = nn.Linear(2, 2), torch.ones(2)
-    assert distributed.wrap(module, CPU) is module
-    assert distributed.gather(values) is values
+    assert distributed.data_parallel(module, CPU) is module
+    assert distributed.all_gather(values) is values
     mean = distributed.mean_over_ranks(values)
     assert torch.equal(mean, values)
     assert mean is not values

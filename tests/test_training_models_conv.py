@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvDecoder, ConvEncoder, FeatureDecoder, pooled_sizes
-from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, whiten
+from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
 
 
 def plain(block: ConvBlock) -> nn.Sequential:
@@ -19,7 +19,7 @@ def plain(block: ConvBlock) -> nn.Sequential:
     return nn.Sequential(
         copy.deepcopy(block.conv),
         copy.deepcopy(block.norm),
-        nn.ReLU() if block.rectified else nn.Identity(),
+        nn.ReLU() if block.relu else nn.Identity(),
         nn.MaxPool2d(2, 2, ceil_mode=True),
     )
 
@@ -47,7 +47,7 @@ def test_sizes_are_those_of_table_3() -> None:
         x = block(x)
         shapes.append(tuple(x.shape[1:]))
     assert shapes == [(64, 14, 14), (64, 7, 7), (64, 4, 4), (64, 2, 2)]
-    assert encoder.features == 256
+    assert encoder.feature_dim == 256
 
 
 def test_decoder_has_the_layers_of_table_4() -> None:
@@ -73,13 +73,13 @@ def test_decoder_has_the_layers_of_table_4() -> None:
 
 @pytest.mark.parametrize("channels", [3, 4, 8])
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("final_relu", [True, False])
 def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(
-    channels: int, train: bool, rectified: bool
+    channels: int, train: bool, final_relu: bool
 ) -> None:
     torch.manual_seed(0)
-    encoder = ConvEncoder((1, 12, 10), channels, rectified=rectified).double()
-    assert [block.rectified for block in encoder.blocks] == [True, True, True, rectified]
+    encoder = ConvEncoder((1, 12, 10), channels, final_relu=final_relu).double()
+    assert [block.relu for block in encoder.blocks] == [True, True, True, final_relu]
     randomised(encoder)
     literal = table_3(encoder)
     encoder.train(train)
@@ -133,7 +133,7 @@ def test_an_input_that_needs_a_gradient_gets_the_whole_one(inputs: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84), (3, 17, 33), (1, 5, 9), (4, 16, 16), (1, 2, 2)])
 def test_any_image_size_comes_back_at_its_own_size(shape: tuple[int, int, int]) -> None:
     encoder, decoder = ConvEncoder(shape, 4).eval(), ConvDecoder(shape, 4, 3, 8).eval()
-    assert encoder(torch.rand(2, *shape)).shape == (2, encoder.features)
+    assert encoder(torch.rand(2, *shape)).shape == (2, encoder.feature_dim)
     assert decoder(torch.randn(2, 3)).shape == (2, *shape)
 
 
@@ -200,7 +200,7 @@ def test_feature_whitening_is_square_root_unit_length_half_whitening() -> None:
     h = rng.gamma(0.5, size=(400, 6)) @ rng.normal(size=(6, 6))
     h[:, 2] = 0.0  # a dimension that never varies
     scale = FeatureWhitening(6).double()
-    evened = whiten(torch.from_numpy(h))
+    evened = power_transform(torch.from_numpy(h))
     scale.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
 
     rows = []

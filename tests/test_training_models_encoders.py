@@ -12,12 +12,12 @@ import torchvision
 from torch import nn
 
 from metagmvae.training.models.encoders import (
-    BackboneError,
+    EncoderError,
     EncoderModel,
     build_encoder,
     build_projector,
     encoder_digest,
-    published_encoder,
+    pretrained_encoder,
 )
 from metagmvae.training.trainer.lars import Lars
 
@@ -29,7 +29,7 @@ def test_conv5_has_the_sizes_of_table_6() -> None:
         x = block(x)
         sizes.append(tuple(x.shape[1:]))
     assert sizes == [(64, 42, 42), (64, 21, 21), (64, 10, 10), (64, 5, 5), (64, 2, 2)]
-    assert encoder.features == 256
+    assert encoder.feature_dim == 256
     literal = [(nn.Conv2d(3 if n == 0 else 64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)) for n in range(5)]
     x = y = torch.rand(2, 3, 84, 84)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_conv5_has_the_sizes_of_table_6() -> None:
 
 def test_images_are_resized_before_the_encoder_and_left_alone_at_its_size() -> None:
     encoder = build_encoder("conv4", (3, 84, 84), 8, image_size=28).eval()
-    assert encoder.features == 8 * 2 * 2
+    assert encoder.feature_dim == 8 * 2 * 2
     x = torch.rand(3, 3, 84, 84)
     small = nn.functional.interpolate(x, (28, 28), mode="bilinear", antialias=True)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_images_are_resized_before_the_encoder_and_left_alone_at_its_size() -> N
 @pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 1024), ("vgg11", 4096)])
 def test_networks_of_torchvision_give_what_their_heads_would_take(name: str, features: int) -> None:
     encoder = build_encoder(name, (1, 64, 64), 64).eval()
-    assert encoder.features == features
+    assert encoder.feature_dim == features
     with torch.no_grad():
         h = encoder(torch.rand(2, 1, 64, 64))
     assert h.shape == (2, features)
@@ -62,11 +62,11 @@ def test_networks_of_torchvision_give_what_their_heads_would_take(name: str, fea
 def test_what_cannot_be_an_encoder_is_refused_in_one_line() -> None:
     for name, shape, text in [
         ("resnet81", (3, 84, 84), "no such encoder; known: conv4, conv5, alexnet"),
-        ("alexnet", (3, 28, 28), "does not take images of (3, 28, 28)"),
+        ("alexnet", (3, 28, 28), "does not accept images of (3, 28, 28)"),
         ("conv5", (3, 28, 28), "too small for 5 poolings"),
         ("squeezenet1_0", (3, 84, 84), "has no last linear layer"),
     ]:
-        with pytest.raises(BackboneError) as caught:
+        with pytest.raises(EncoderError) as caught:
             build_encoder(name, shape, 64)
         assert text in str(caught.value)
         assert str(caught.value).startswith(f"model.encoder ({name})")
@@ -77,14 +77,14 @@ def test_published_weights_are_loaded_as_plain_tensors_and_their_absence_is_one_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(BackboneError, match="publishes no weights"):
-        published_encoder("conv4", (3, 84, 84))
+    with pytest.raises(EncoderError, match="publishes no weights"):
+        pretrained_encoder("conv4", (3, 84, 84))
     weights = torchvision.models.get_model_weights("resnet18").DEFAULT
     whole = torchvision.models.resnet18(weights=None).state_dict()
     file = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
     file.parent.mkdir(parents=True)
     torch.save(whole, file)
-    encoder = published_encoder("resnet18", (3, 64, 64)).encoder
+    encoder = pretrained_encoder("resnet18", (3, 64, 64)).encoder
     assert torch.equal(encoder.net.conv1.weight, whole["conv1.weight"])  # type: ignore[union-attr]
     file.unlink()
 
@@ -92,8 +92,8 @@ def test_published_weights_are_loaded_as_plain_tensors_and_their_absence_is_one_
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(BackboneError, match=r"its weights cannot be had \(no network\)"):
-        published_encoder("resnet18", (3, 64, 64))
+    with pytest.raises(EncoderError, match=r"weights cannot be loaded \(no network\)"):
+        pretrained_encoder("resnet18", (3, 64, 64))
 
 
 def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
@@ -107,7 +107,7 @@ def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
     again.load_state_dict(first.state_dict())
     again.blocks[0].norm.running_mean[0] = 0.5  # type: ignore[union-attr,index]
     assert encoder_digest(first) != encoder_digest(again)
-    again = build_encoder("conv4", (1, 28, 28), 4, rectified=False)
+    again = build_encoder("conv4", (1, 28, 28), 4, final_relu=False)
     again.load_state_dict(first.state_dict())
     assert encoder_digest(first) != encoder_digest(again)
 
@@ -151,4 +151,4 @@ def test_features_of_an_encoder_without_its_last_relu_have_both_signs(name: str)
     torch.manual_seed(0)
     x = torch.randn(16, 1, 32, 32)
     assert build_encoder(name, (1, 32, 32), 4)(x).amin() >= 0
-    assert build_encoder(name, (1, 32, 32), 4, rectified=False)(x).amin() < 0
+    assert build_encoder(name, (1, 32, 32), 4, final_relu=False)(x).amin() < 0

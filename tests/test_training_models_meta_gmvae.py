@@ -51,7 +51,7 @@ def test_posterior_is_permutation_equivariant_and_sets_do_not_leak(settings: dic
 def test_posterior_is_affine_in_the_set_encoding() -> None:
     """mu_j = W_mu H_j + b_mu, log sigma^2_j = W H_j + b (Eq. 5)."""
     model = tiny()
-    h = torch.randn(2, 5, model.encoder.features, dtype=torch.float64)
+    h = torch.randn(2, 5, model.encoder.feature_dim, dtype=torch.float64)
     mean, log_variance = model.posterior(h)
     encoding = model.attention(model.inlet(h))
     weight, bias = model.head.weight, model.head.bias

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import Average
 from metagmvae.training.models.encoders import EncoderModel, build_encoder, encoder_digest
-from metagmvae.training.models.multi_crop import MultiCropEncoder, with_average
+from metagmvae.training.models.multi_crop import MultiCropEncoder, with_averaging
 
 SHAPE = (3, 20, 26)
 CROP = (17, 22)
@@ -20,9 +20,9 @@ def images() -> Tensor:
     return torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def encoder(average: Average, image_size: int = 0) -> MultiCropEncoder:
+def encoder(averaging: Average, image_size: int = 0) -> MultiCropEncoder:
     torch.manual_seed(0)
-    net = build_encoder("conv4", SHAPE, 4, image_size, average=average)
+    net = build_encoder("conv4", SHAPE, 4, image_size, averaging=averaging)
     assert isinstance(net, MultiCropEncoder)
     return net.eval()
 
@@ -39,7 +39,7 @@ def literal_mean(net: MultiCropEncoder, x: Tensor) -> Tensor:
         (round((H - height) / 2), (W - width) // 2),
     ]
     views = [x] + [x[:, :, top : top + height, left : left + width] for top, left in corners]
-    total = torch.zeros(len(x), net.features)
+    total = torch.zeros(len(x), net.feature_dim)
     for view in views:
         for seen in (view, torch.stack([image.flip(-1) for image in view])):
             total += net.net(F.interpolate(seen, net.size, mode="bilinear", antialias=True))
@@ -68,10 +68,10 @@ def test_training_sees_each_image_once() -> None:
 
 
 def test_features_of_other_views_are_of_another_encoder() -> None:
-    nets = [encoder(average, 16) for average in ("none", "mirror", "crops")]
+    nets = [encoder(averaging, 16) for averaging in ("none", "mirror", "crops")]
     assert len({encoder_digest(net) for net in nets}) == 3
-    assert encoder_digest(with_average(nets[0], SHAPE[1:], "crops")) == encoder_digest(nets[2])
+    assert encoder_digest(with_averaging(nets[0], SHAPE[1:], "crops")) == encoder_digest(nets[2])
     plain = build_encoder("conv4", SHAPE, 4)
-    again = with_average(plain, SHAPE[1:], "mirror")
+    again = with_averaging(plain, SHAPE[1:], "mirror")
     assert again.net is plain
-    assert EncoderModel(again, SHAPE).features == plain.features
+    assert EncoderModel(again, SHAPE).feature_dim == plain.feature_dim

@@ -11,7 +11,7 @@ from metagmvae.configs.schema import ModelSettings, Settings
 from metagmvae.training.models.feature_scaling import FLOOR
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import ScaledRows, init_head, set_scale
+from metagmvae.training.trainer.frozen_features import ScaledRows, fit_feature_scaling, init_from_features
 
 ROWS, SIZE, LATENT = 300, 32, 6
 
@@ -25,9 +25,9 @@ def started(**settings: object) -> tuple[MetaGMVAE, np.ndarray]:
     """A model begun at the components of its training features, and these at its scale."""
     asked = {"channels": 8, "latent": LATENT, "reconstruct": "features", "width": 16, **settings}
     model = build_model(ModelSettings.model_validate(asked), (1, 28, 28), 0)
-    set_scale(model, rows())
+    fit_feature_scaling(model, rows())
     scaled = ScaledRows(rows(), model.scale)
-    init_head(model, scaled)
+    init_from_features(model, scaled)
     return model, scaled[np.arange(ROWS)]
 
 
@@ -82,9 +82,9 @@ def test_it_is_the_same_each_time_and_every_layer_can_learn() -> None:
 @torch.no_grad()
 def test_fewer_images_than_dimensions_leave_no_unit_to_divide_by(images: int) -> None:
     model = build_model(ModelSettings(channels=8, latent=LATENT, reconstruct="features", width=16), (1, 28, 28), 0)
-    set_scale(model, rows()[:images])
+    fit_feature_scaling(model, rows()[:images])
     scaled = ScaledRows(rows()[:images], model.scale)
-    init_head(model, scaled)
+    init_from_features(model, scaled)
     x = torch.from_numpy(scaled[np.arange(images)])
     mean, _ = model.posterior(x[None])
     assert mean.abs().max() <= 1 / FLOOR * images

@@ -57,10 +57,10 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"posterior": "diagonal"}, lambda m: m.head.out_features == 6),
         ({"encoder": "conv5", "image_size": 32}, lambda m: len(m.encoder.net.blocks) == 5),
         ({"encoder": "resnet18"}, lambda m: type(m.encoder.net).__name__ == "ResNet" and m.inlet.in_features == 512),
-        ({"average": "crops"}, lambda m: m.encoder.average == "crops"),
+        ({"average": "crops"}, lambda m: m.encoder.averaging == "crops"),
         ({"image_size": 20}, lambda m: m.encoder.size == (20, 20)),
-        ({}, lambda m: [b.rectified for b in m.encoder.blocks] == [True] * 4),
-        ({"rectified": False}, lambda m: [b.rectified for b in m.encoder.blocks] == [True] * 3 + [False]),
+        ({}, lambda m: [b.relu for b in m.encoder.blocks] == [True] * 4),
+        ({"rectified": False}, lambda m: [b.relu for b in m.encoder.blocks] == [True] * 3 + [False]),
         (
             {"reconstruct": "features", "features": "raw", "rectified": False},
             lambda m: isinstance(m.decoder.mlp[-1], nn.Linear),
@@ -160,7 +160,7 @@ def test_schedules_in_closed_form() -> None:
 def test_the_schedule_of_the_published_code_goes_by_epochs() -> None:
     """Ten epochs as they are, then a cosine that is at zero 75 epochs later and up again after 75 more."""
     parameter = nn.Parameter(torch.zeros(1))
-    schedule = build_schedule(torch.optim.SGD([parameter], lr=1.0), "published-code", 600, per_epoch=3)
+    schedule = build_schedule(torch.optim.SGD([parameter], lr=1.0), "published-code", 600, steps_per_epoch=3)
     factor = schedule.lr_lambdas[0]
     assert [factor(step) for step in range(33)] == [1.0] * 33
     assert factor(33) == factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 75)))

@@ -104,7 +104,7 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(
 @pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
 def test_another_version_is_refused_by_name(tmp_path: Path, version: Any) -> None:
     save_state(tmp_path / "c.pt", state() | {"version": version})
-    with pytest.raises(CheckpointError, match=f"version {version}, and this metagmvae reads version {VERSION}"):
+    with pytest.raises(CheckpointError, match=f"version {version}, but this metagmvae reads version {VERSION}"):
         load_state(tmp_path / "c.pt")
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import ModelSettings
-from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, whiten
+from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer import frozen_features
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import ScaledRows, set_scale
+from metagmvae.training.trainer.frozen_features import ScaledRows, fit_feature_scaling
 
 ROWS, SIZE = 50, 32
 
@@ -27,19 +27,19 @@ def model(features: str) -> MetaGMVAE:
 
 @pytest.mark.parametrize("piece", [7, 1024])
 def test_the_statistics_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(frozen_features, "ROWS", piece)
+    monkeypatch.setattr(frozen_features, "CHUNK", piece)
     raw = rows()
     standard = model("standard")
     assert isinstance(standard.scale, FeatureScale)
-    set_scale(standard, raw)
+    fit_feature_scaling(standard, raw)
     assert np.allclose(standard.scale.mean.numpy(), raw.mean(axis=0), atol=1e-6)
     assert np.allclose(standard.scale.deviation.numpy(), raw.std(axis=0, ddof=1), atol=1e-6)
 
     whitened = model("whitened")
     assert isinstance(whitened.scale, FeatureWhitening)
-    set_scale(whitened, raw)
+    fit_feature_scaling(whitened, raw)
     expected = FeatureWhitening(SIZE)
-    evened = whiten(torch.from_numpy(raw).double())
+    evened = power_transform(torch.from_numpy(raw).double())
     expected.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
     assert torch.allclose(whitened.scale.mean, expected.mean, atol=1e-6)
     assert torch.allclose(whitened.scale.whitening, expected.whitening, rtol=1e-3, atol=1e-4)
@@ -48,7 +48,7 @@ def test_the_statistics_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch, p
 @pytest.mark.parametrize("features", ["standard", "whitened"])
 def test_rows_come_at_the_scale_of_the_model(features: str) -> None:
     raw, net = rows(), model(features)
-    set_scale(net, raw)
+    fit_feature_scaling(net, raw)
     scaled = ScaledRows(raw, net.scale)[np.array([3, 1])]
     assert np.allclose(scaled, net.scale_features(torch.from_numpy(raw[[3, 1]])).numpy())
     assert np.allclose((scaled**2).sum(axis=1), SIZE, rtol=1e-4)
@@ -56,5 +56,5 @@ def test_rows_come_at_the_scale_of_the_model(features: str) -> None:
 
 def test_raw_features_have_no_scale() -> None:
     net = model("raw")
-    set_scale(net, rows())
+    fit_feature_scaling(net, rows())
     assert torch.equal(net.scale_features(torch.ones(2, SIZE)), torch.ones(2, SIZE))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metagmvae.training.trainer.builders import build_schedule
 from metagmvae.training.trainer.checkpoint import load_state, random_state, save_state
 from metagmvae.training.trainer.context import MetricLine, TrainState
-from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit
+from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit_stage
 
 STEPS = 20
 
@@ -134,7 +134,7 @@ class Run:
         return {"extra": step}
 
     def go(self, elapsed: float = 0.0) -> float:
-        return fit(self.stage, self.hooks, self.where, start=self.start, elapsed=elapsed)
+        return fit_stage(self.stage, self.hooks, self.where, start=self.start, elapsed=elapsed)
 
 
 def numbers(lines: list[MetricLine]) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, killed_a
 def test_a_loss_that_is_not_finite_is_refused_before_the_update(tmp_path: Path, spoil: float) -> None:
     run = Run(Folder(tmp_path))
     run.module.spoil_at, run.module.spoil = 8, spoil
-    with pytest.raises(NonFiniteLossError, match=r"toy step 8: loss .*the update was refused") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"toy step 8: loss .*the update was not applied") as caught:
         run.go()
     assert "\n" not in str(caught.value)
     assert "lower the learning rate" in str(caught.value)
@@ -229,7 +229,7 @@ def test_a_gradient_that_is_not_finite_is_refused_although_the_loss_is(tmp_path:
     stage = Stage("toy", 3, module, optimizer, build_schedule(optimizer, "constant", 3), Numbers(0), 8)
     hooks = Hooks(lambda step: {}, lambda step: {}, 1, 1)
     with pytest.raises(NonFiniteLossError, match="loss 0, gradient norm inf"):
-        fit(stage, hooks, Folder(tmp_path), start=0, elapsed=0.0)
+        fit_stage(stage, hooks, Folder(tmp_path), start=0, elapsed=0.0)
     assert float(module.w.detach()) == 0.0
 
 

@@ -190,7 +190,7 @@ def test_keyed_generators_differ_by_every_part_of_the_key() -> None:
 
 def feature_batch(net: MetaGMVAE, episodes: tuple[int, ...] = (4, 7)) -> SetBatch:
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(len(episodes), M, net.encoder.features, generator=generator, dtype=torch.float64)
+    raw = torch.randn(len(episodes), M, net.encoder.feature_dim, generator=generator, dtype=torch.float64)
     return SetBatch(net.scale(raw).numpy(), np.array(episodes, dtype=np.int64), step=0)
 
 

@@ -25,7 +25,7 @@ def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     for block in encoder.blocks:
         assert isinstance(block, ConvBlock)
         x = block.norm(block.conv(x))
-        x = F.max_pool2d(F.relu(x) if block.rectified else x, 2, ceil_mode=True)
+        x = F.max_pool2d(F.relu(x) if block.relu else x, 2, ceil_mode=True)
     return x.flatten(1)
 
 

@@ -1,9 +1,9 @@
-"""Views of photographs for contrastive training: SimCLR's crops, flips and colours (Chen et al. 2020, appendix A).
+"""SimCLR's augmentation of photos: random crops, flips and colour changes (Chen et al., ICML 2020, appendix A).
 
-torchvision's transforms draw one set of parameters for a batch; here each image has its own, on the batch's device.
-Colours are torchvision's functions image by image (tested against them); the crop is sampled bilinearly without
-smoothing, where torchvision smooths what shrinks, and the order of the four colour changes is one for a batch. Blur is
-left out, as the paper does. All randomness comes from the generator that is passed in.
+torchvision draws one set of parameters per call; here each image of a batch has its own, drawn on the batch's device.
+The colour changes equal torchvision's functions applied image by image (tested). Two differences: crops are resized
+bilinearly without antialiasing, and one random order of the colour changes holds for a whole batch. There is no blur,
+as in Lee et al. All randomness comes from the generator argument.
 """
 
 from __future__ import annotations
@@ -17,56 +17,58 @@ from torch import Tensor
 from metagmvae.training.device.seeding import uniform
 
 CROP_RATIO = (3 / 4, 4 / 3)
+"""Range of width / height of a crop."""
 BRIGHTNESS = CONTRAST = SATURATION = 0.8
+"""Factors are drawn from [1 - value, 1 + value]."""
 HUE = 0.2
-JITTERED = 0.8
-GREYED = 0.2
-"""Shares of the images."""
+"""Largest hue shift, as a fraction of the colour circle."""
+JITTER_PROBABILITY = 0.8
+GRAYSCALE_PROBABILITY = 0.2
 LUMA = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in the luminance."""
 
 
-def photo_view(images: Tensor, generator: torch.Generator, size: int, least: float = 0.08) -> Tensor:
+def photo_view(images: Tensor, generator: torch.Generator, size: int, min_area: float = 0.08) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> (n, C, size, size) in [0, 1].
 
-    Colours change for three channels only; grey photographs change in brightness and contrast. A view shows between
-    `least` and all of the image's area.
+    Saturation and hue change for three channels only. A crop covers between `min_area` and all of the image's area.
     """
-    x = _crop(images, generator, size, least)
+    x = _random_crop(images, generator, size, min_area)
     draw = uniform((len(x), 6), x, generator)
-    jittered = draw[:, 4] < 2 * JITTERED - 1
-    factors = torch.where(jittered[:, None], draw[:, :4], 0.0)
-    change = [
-        lambda x: _blend(x, torch.zeros_like(x), 1 + BRIGHTNESS * factors[:, 0]),
-        lambda x: _blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), 1 + CONTRAST * factors[:, 1]),
+    jittered = draw[:, 4] < 2 * JITTER_PROBABILITY - 1
+    jitter = torch.where(jittered[:, None], draw[:, :4], 0.0)
+    changes = [
+        lambda x: _blend(x, torch.zeros_like(x), 1 + BRIGHTNESS * jitter[:, 0]),
+        lambda x: _blend(x, to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True), 1 + CONTRAST * jitter[:, 1]),
     ]
     if x.shape[1] == 3:
-        change.append(lambda x: _blend(x, grey(x), 1 + SATURATION * factors[:, 2]))
-        change.append(lambda x: turn_hue(x, HUE * factors[:, 3]))
-    for number in torch.randperm(len(change), generator=generator, device=generator.device).tolist():
-        x = change[number](x)
-    greyed = draw[:, 5] < 2 * GREYED - 1
-    return torch.where(greyed[:, None, None, None], grey(x), x)
+        changes.append(lambda x: _blend(x, to_grayscale(x), 1 + SATURATION * jitter[:, 2]))
+        changes.append(lambda x: shift_hue(x, HUE * jitter[:, 3]))
+    for index in torch.randperm(len(changes), generator=generator, device=generator.device).tolist():
+        x = changes[index](x)
+    grayscale = draw[:, 5] < 2 * GRAYSCALE_PROBABILITY - 1
+    return torch.where(grayscale[:, None, None, None], to_grayscale(x), x)
 
 
-def _crop(images: Tensor, generator: torch.Generator, size: int, least: float) -> Tensor:
-    """A random rectangle of each image, mirrored or not, at one size."""
+def _random_crop(images: Tensor, generator: torch.Generator, size: int, min_area: float) -> Tensor:
+    """A random rectangle of each image, flipped horizontally with probability 1/2 and resized to `size`."""
     n = len(images)
     draw = (uniform((n, 5), images, generator) + 1) / 2
-    area = least + (1 - least) * draw[:, 0]
-    low, high = (math.log(ratio) for ratio in CROP_RATIO)
-    ratio = torch.exp(low + (high - low) * draw[:, 1])
-    # Where a rectangle would stick out it is cut to the image, where torchvision draws again.
+    area = min_area + (1 - min_area) * draw[:, 0]
+    log_min, log_max = (math.log(ratio) for ratio in CROP_RATIO)
+    ratio = torch.exp(log_min + (log_max - log_min) * draw[:, 1])
+    # A rectangle larger than the image is clipped to it, where torchvision draws another one.
     width, height = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
     x, y = (1 - width) * (2 * draw[:, 2] - 1), (1 - height) * (2 * draw[:, 3] - 1)
-    mirrored = torch.where(draw[:, 4] < 0.5, -width, width)
+    flipped_width = torch.where(draw[:, 4] < 0.5, -width, width)
     zero = torch.zeros_like(x)
-    matrix = torch.stack([torch.stack([mirrored, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
+    matrix = torch.stack([torch.stack([flipped_width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     grid = F.affine_grid(matrix, [n, images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def grey(x: Tensor) -> Tensor:
-    """Luminance, as many channels as came in."""
+def to_grayscale(x: Tensor) -> Tensor:
+    """Luminance in every channel, (n, C, H, W) -> (n, C, H, W); images without three channels stay unchanged."""
     if x.shape[1] != 3:
         return x
     weight = x.new_tensor(LUMA)[:, None, None]
@@ -74,24 +76,23 @@ def grey(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * x + (1 - factor) * other, kept in [0, 1]."""
+    """factor * x + (1 - factor) * other, clipped to [0, 1]; `factor` (n,)."""
     factor = factor[:, None, None, None]
     return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 
-def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of each image by a share of the circle: (n, 3, H, W), (n,) -> (n, 3, H, W)."""
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue of each image by a fraction of the colour circle: (n, 3, H, W), (n,) -> (n, 3, H, W)."""
     high, low = x.amax(dim=1), x.amin(dim=1)
     chroma = high - low
-    safe = torch.where(chroma > 0, chroma, 1.0)
+    safe_chroma = torch.where(chroma > 0, chroma, 1.0)
     red, green, blue = x.unbind(1)
-    # Sixths of the circle from red; grey pixels have none.
+    # Hue in sixths of the circle, counted from red; arbitrary for grey pixels, whose chroma is 0.
     hue = torch.where(
         high == red,
-        (green - blue) / safe,
-        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        (green - blue) / safe_chroma,
+        torch.where(high == green, 2 + (blue - red) / safe_chroma, 4 + (red - green) / safe_chroma),
     )
-    hue = hue + 6 * turn[:, None, None]
+    hue = hue + 6 * shift[:, None, None]
     k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + hue[:, None]) % 6
-    fall = torch.minimum(k, 4 - k).clamp(0, 1)
-    return (high[:, None] - chroma[:, None] * fall).clamp(0, 1)
+    return (high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)

@@ -1,6 +1,6 @@
-"""Views of strokes for contrastive training: random affine, smooth elastic field, thicker or thinner strokes.
+"""Augmentation of stroke images (Omniglot): random affine map, smooth elastic deformation, stroke width.
 
-On whole batches, on the batch's device. All randomness comes from the generator that is passed in.
+Works on whole batches, on the batch's device. All randomness comes from the generator argument.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ ROTATION = math.radians(25)
 LOG_SCALE = 0.25
 SHEAR = 0.35
 SHIFT = 0.2
+"""Largest translation, in units of half the image side."""
 CONTROL_POINTS = 4
+"""Control points of the elastic deformation along each side."""
 
 
 def stroke_view(images: Tensor, generator: torch.Generator, elastic: float, strength: float = 1.0) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> the same shape and range.
 
-    `elastic` is the largest displacement of a control point in half widths; `strength` scales every distortion: at 0
-    the images come back as they are. Strokes grow or thin for single-channel images only, where a bright stroke on a
-    dark ground can be assumed.
+    `elastic` is the largest displacement of a control point, in units of half the image side. `strength` multiplies
+    every distortion: 0 returns the images unchanged, to rounding. The stroke width changes for single-channel images
+    only, which are assumed to be bright strokes on a dark background.
     """
     grid = _affine_grid(images, generator, strength) + _elastic_field(images, generator, elastic * strength)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return _strokes(warped, generator, strength) if images.shape[1] == 1 else warped
+    return _change_stroke_width(warped, generator, strength) if images.shape[1] == 1 else warped
 
 
 def _affine_grid(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Sampling grid of a random rotation, scaling, shear and translation, (n, H, W, 2)."""
     n = images.shape[0]
     draw = uniform((n, 6), images, generator) * strength
     angle = draw[:, 0] * ROTATION
@@ -47,18 +50,18 @@ def _affine_grid(images: Tensor, generator: torch.Generator, strength: float) ->
     return F.affine_grid(matrix, list(images.shape), align_corners=False)
 
 
-def _elastic_field(images: Tensor, generator: torch.Generator, most: float) -> Tensor:
-    """A smooth displacement from 4x4 control points: (n, H, W, 2), in half widths."""
+def _elastic_field(images: Tensor, generator: torch.Generator, max_displacement: float) -> Tensor:
+    """Smooth displacements interpolated from 4x4 control points: (n, H, W, 2), in units of half the image side."""
     n, _, height, width = images.shape
-    control = uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * most
+    control = uniform((n, 2, CONTROL_POINTS, CONTROL_POINTS), images, generator) * max_displacement
     field = F.interpolate(control, size=(height, width), mode="bicubic", align_corners=True)
     return field.permute(0, 2, 3, 1)
 
 
-def _strokes(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Blend towards a dilation (positive draw) or a softened erosion (negative draw)."""
+def _change_stroke_width(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Blend each image towards its dilation (positive draw) or a softened erosion (negative draw)."""
     amount = uniform((images.shape[0], 1, 1, 1), images, generator) * strength
     dilated = F.max_pool2d(images, 3, stride=1, padding=1)
     eroded = 0.5 * (images - F.max_pool2d(-images, 3, stride=1, padding=1))
-    grow, thin = amount.clamp_min(0), (-amount).clamp_min(0)
-    return (images + grow * (dilated - images) + thin * (eroded - images)).clamp(0, 1)
+    thicken, thin = amount.clamp_min(0), (-amount).clamp_min(0)
+    return (images + thicken * (dilated - images) + thin * (eroded - images)).clamp(0, 1)

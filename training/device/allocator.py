@@ -1,7 +1,7 @@
-"""The C library's allocator: keep the memory that every step frees, for the next step takes the same again.
+"""Memory allocator settings: keep the memory that one training step frees for the next step.
 
-glibc hands blocks above 32 MiB back to the system as soon as they are free, so each map of a network is made of new
-pages, which the kernel fills with zeros one fault at a time: up to 40% of a step's time on a processor (`bench step`).
+By default glibc returns freed blocks above 32 MiB to the system, so each feature map is made of new pages, which the
+kernel fills with zeros one page fault at a time: up to 40% of the time of a step on a CPU (`metagmvae bench step`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 """Options of mallopt(3)."""
 NEVER = -1
 PAD = 256 * 2**20
-"""Bytes that the heap grows by at once."""
+"""Bytes by which the heap grows at a time."""
 
 
 @lru_cache
 def keep_freed_memory() -> bool:
-    """From now on this process keeps freed memory for itself; whether its C library can be told so (glibc can)."""
+    """Make this process keep freed memory from now on; False where the C library has no such option (not glibc)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

@@ -1,7 +1,9 @@
-"""Conv4 encoder (Table 3), its mirror, the decoder (Table 4), and the decoder of features (Table 8).
+"""Convolutional encoders (Tables 3 and 6), the decoder of images (Table 4) and the decoder of features (Table 8).
 
-Images may be of any size. Pooling rounds up (28 -> 14 -> 7 -> 4 -> 2, as in Table 3); the decoder of images
-goes through the same sizes backwards.
+Tables of Lee et al., ICLR 2021. Images may have any size. The decoder of images goes through the sizes of Conv4
+backwards.
+
+Notation: n images or latents, C channels and H x W pixels of an image, F feature size, D latent size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ LEVELS = 4
 
 
 def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:
-    """Side lengths from the image down to the last feature map: 28 -> [28, 14, 7, 4, 2]."""
+    """Side lengths of the image and of each feature map: 28 -> [28, 14, 7, 4, 2]; `round_up` as in Table 3."""
     sizes = [size]
     for _ in range(levels):
         sizes.append((sizes[-1] + round_up) // 2)
@@ -26,36 +28,37 @@ def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list
 
 
 class ConvBlock(nn.Module):
-    """conv 3x3, batch normalisation, ReLU (if `rectified`), 2x2 max pooling: (n, c, s, s) -> (n, channels, s/2, s/2).
+    """conv 3x3, batch normalisation, ReLU (if `relu`), 2x2 max pooling: (n, C, s, s) -> (n, channels, s/2, s/2).
 
-    Pooling and ReLU commute, so pooling goes first and ReLU sees a quarter of the values. For a first block
-    (1 to 4 input channels) the normalisation is folded into the convolution: the mean and variance of
-    its outputs over the batch follow exactly from the mean and covariance of the 3x3 input patches, so the
-    largest map of the network is written once instead of being read for statistics and written again. The
-    statistics are then constants of the input, so this is done only where no gradient goes to the input.
+    ReLU and max pooling commute; pooling first leaves ReLU a quarter of the values. In a first block (1 to 4 input
+    channels) the normalisation is folded into the convolution: the mean and variance of its outputs over the batch
+    follow exactly from the mean and covariance of the 3x3 input patches. The largest feature map of the network is then
+    written once, instead of being written, read for its statistics and written again. The patch statistics carry no
+    gradient to the input, so the folded form is used only where the input needs none.
     """
 
-    def __init__(self, inputs: int, channels: int, round_up: bool = True, rectified: bool = True) -> None:
+    def __init__(self, inputs: int, channels: int, round_up: bool = True, relu: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.fold = inputs <= 4
         self.round_up = round_up
-        self.rectified = rectified
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._folded(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
+        x = self._folded_norm(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
         pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
-        return F.relu(pooled) if self.rectified else pooled
+        return F.relu(pooled) if self.relu else pooled
 
-    def _folded(self, x: Tensor) -> Tensor:
+    def _folded_norm(self, x: Tensor) -> Tensor:
+        """norm(conv(x)) as one convolution."""
         mean, variance = self._statistics(x)
         factor = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         weight = self.conv.weight * factor[:, None, None, None]
         return F.conv2d(x, weight, self.norm.bias - mean * factor, padding=1)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the convolution's outputs, (channels,) each; updates running ones."""
+        """Mean and biased variance of the convolution's outputs, (channels,) each; updates the running statistics."""
         norm = self.norm
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -64,13 +67,13 @@ class ConvBlock(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
             count = patches.shape[0] * patches.shape[2]
-            middle = patches.mean(dim=(0, 2))
-            # In place, image by image: patches of a whole batch are its largest array, written once.
-            patches -= middle[:, None]
+            patch_mean = patches.mean(dim=(0, 2))
+            # In place: the patches are the largest array of the block.
+            patches -= patch_mean[:, None]
             covariance = (patches @ patches.transpose(1, 2)).sum(dim=0) / count
         with torch.autocast(x.device.type, enabled=False):
             kernel = at_least_float32(self.conv.weight).flatten(1)
-            mean = kernel @ middle
+            mean = kernel @ patch_mean
             variance = ((kernel @ covariance) * kernel).sum(dim=1)
         with torch.no_grad():
             momentum = norm.momentum or 0.0
@@ -82,10 +85,11 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Conv4 or Conv5: (n, C, H, W) in [0, 1] -> (n, features), features = channels * h * w of the last map.
+    """Conv4 or Conv5: (n, C, H, W) in [0, 1] -> (n, F), F = channels * h * w of the last feature map.
 
-    Conv4 of Table 3 pools rounding up (28 -> 14 -> 7 -> 4 -> 2), Conv5 of Table 6 rounding down (84 -> 42 -> 21 ->
-    10 -> 5 -> 2). The tables end in a ReLU; without it (`rectified`) features have both signs.
+    Pooling rounds up in Conv4 (Table 3: 28 -> 14 -> 7 -> 4 -> 2) and down in Conv5 (Table 6: 84 -> 42 -> 21 -> 10 -> 5
+    -> 2). Both tables end in a ReLU; without it (`final_relu`) the features have both signs, which is better for a
+    contrastive loss.
     """
 
     def __init__(
@@ -94,30 +98,30 @@ class ConvEncoder(nn.Module):
         channels: int,
         levels: int = LEVELS,
         round_up: bool = True,
-        rectified: bool = True,
+        final_relu: bool = True,
     ) -> None:
         super().__init__()
         inputs, *sides = image_shape
-        last = [pooled_sizes(side, levels, round_up)[-1] for side in sides]
-        if not all(last):
+        last_map = [pooled_sizes(side, levels, round_up)[-1] for side in sides]
+        if not all(last_map):
             raise ValueError(
                 f"images of {sides[0]} x {sides[1]} pixels are too small for {levels} poolings; use conv4, or set "
                 "model.image_size"
             )
         blocks = [
-            ConvBlock(inputs if level == 0 else channels, channels, round_up, rectified or level < levels - 1)
+            ConvBlock(inputs if level == 0 else channels, channels, round_up, final_relu or level < levels - 1)
             for level in range(levels)
         ]
         self.blocks = nn.Sequential(*blocks)
-        self.features = channels * math.prod(last)
+        self.feature_dim = channels * math.prod(last_map)
 
     def forward(self, x: Tensor) -> Tensor:
-        # contiguous() first: channels_last must not change the order of the flattened features.
+        # contiguous(): the order of the flattened features must not depend on the memory format.
         return self.blocks(x).contiguous().flatten(1)
 
 
 class ConvDecoder(nn.Module):
-    """Table 4: latents (n, D) -> logits of the Bernoulli means, (n, C, H, W)."""
+    """Table 4: latents (n, D) -> logits of the Bernoulli means, (n, C, H, W). The sigmoid is part of the loss."""
 
     def __init__(self, image_shape: tuple[int, int, int], channels: int, latent: int, width: int) -> None:
         super().__init__()
@@ -136,7 +140,7 @@ class ConvDecoder(nn.Module):
         layers: list[nn.Module] = []
         for level in range(LEVELS):
             last = level == LEVELS - 1
-            # Kernel 4 doubles a side, kernel 3 gives twice the side less one.
+            # Kernel 4 doubles a side s; kernel 3 gives 2s - 1.
             kernel = (
                 4 if heights[level + 1] == 2 * heights[level] else 3,
                 4 if widths[level + 1] == 2 * widths[level] else 3,
@@ -155,19 +159,19 @@ class ConvDecoder(nn.Module):
 class FeatureDecoder(nn.Module):
     """Table 8: latents (n, D) -> means of the features, (n, F).
 
-    The last ReLU of the table belongs to features as they come out of Conv5 (`rectified`); centred features have
-    negative values.
+    `final_relu` is the last ReLU of the table, for the raw features of Conv5. Standardised features have negative
+    values, so their decoder has none.
     """
 
-    def __init__(self, features: int, latent: int, hidden: int = 512, rectified: bool = False) -> None:
+    def __init__(self, feature_dim: int, latent: int, hidden: int = 512, final_relu: bool = False) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(latent, hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, features),
-            *([nn.ReLU()] if rectified else []),
+            nn.Linear(hidden, feature_dim),
+            *([nn.ReLU()] if final_relu else []),
         )
 
     def forward(self, z: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The model: q(z | x, D) with a set encoder on Conv4 features, and p(x | z) (Lee et al. 2021, section 3.2).
+"""Meta-GMVAE: the set-conditioned posterior q(z | x, D) and the decoder p(x | z) (Lee et al., ICLR 2021, section 3.2).
 
-Notation: B sets, M points, n images, F features, D latent size, C channels.
+Notation: B sets, M data points per set, N Monte Carlo samples, n images, C x H x W image shape, F feature size,
+D latent size; in q(z | x, D), D is the set.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from metagmvae.training.models.set_attention import SetAttention
 
 
 class MetaGMVAE(EncoderModel):
-    """Set-conditioned VAE. It knows no prior: the mixture is fitted to each episode outside of it."""
+    """Variational autoencoder whose posterior depends on the whole set (Tables 3, 4, 7 and 8).
+
+    The prior is no part of it: `training.objectives.mixture` fits the mixture to each episode. Names of submodules are
+    keys of stored checkpoints. The settings are described in `configs.schema.ModelSettings`.
+    """
 
     def __init__(
         self,
@@ -27,10 +32,10 @@ class MetaGMVAE(EncoderModel):
         *,
         encoder: str = "conv4",
         image_size: int = 0,
-        rectified: bool = True,
-        average: Average = "none",
+        final_relu: bool = True,
+        averaging: Average = "none",
         reconstruct: Literal["pixels", "features"] = "pixels",
-        features: Literal["standard", "whitened", "raw"] = "standard",
+        scaling: Literal["standard", "whitened", "raw"] = "standard",
         variance: Literal["calibrated", "unit"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
@@ -42,45 +47,44 @@ class MetaGMVAE(EncoderModel):
         attention_activation: Literal["elu", "relu"] = "elu",
         posterior: Literal["isotropic", "diagonal"] = "diagonal",
     ) -> None:
-        super().__init__(build_encoder(encoder, image_shape, channels, image_size, rectified, average), image_shape)
+        super().__init__(build_encoder(encoder, image_shape, channels, image_size, final_relu, averaging), image_shape)
         self.latent = latent
-        # At 28x28 Conv4 gives the width of Table 3 itself; other sizes need one projection.
-        self.inlet = nn.Identity() if self.features == width else nn.Linear(self.features, width)
+        # Conv4 on 28x28 images has F = 256, the width of the set encoder in Table 3; other sizes need a projection.
+        self.inlet = nn.Identity() if self.feature_dim == width else nn.Linear(self.feature_dim, width)
         self.attention = SetAttention(width, heads, layers, attention_scale, attention_block, attention_activation)
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
         self.variance = variance
         scales = {"standard": FeatureScale, "whitened": FeatureWhitening}
-        scaled = reconstruct == "features" and features in scales
-        self.scale: nn.Module = scales[features](self.features) if scaled else nn.Identity()
+        scaled = reconstruct == "features" and scaling in scales
+        self.scale: nn.Module = scales[scaling](self.feature_dim) if scaled else nn.Identity()
         self.decoder: nn.Module = (
-            FeatureDecoder(self.features, latent, rectified=rectified and features == "raw")
+            FeatureDecoder(self.feature_dim, latent, final_relu=final_relu and scaling == "raw")
             if reconstruct == "features"
             else ConvDecoder(image_shape, channels, latent, width)
         )
 
-    def encode_images(self, x: Tensor) -> Tensor:
-        """f of Eq. 5, each image by itself: (n, C, H, W) in [0, 1] -> (n, F).
-
-        Where features are reconstructed they are the data of the model, brought to one scale.
-        """
-        return self.scale_features(self.encoder(x))
-
     def scale_features(self, h: Tensor) -> Tensor:
-        """Features as the encoder gives them, (n, F), to those that the model works on."""
+        """Raw features of the encoder, f(x) of Eq. 5, (n, F) -> the features that the model works on, (n, F).
+
+        The same, except that features to be reconstructed are scaled (`training.models.feature_scaling`).
+        """
         return self.scale(h)
 
     def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 5: features of whole sets -> mean and log variance of q(z_j | x_j, D), (B, M, D) each."""
+        """Eq. 5: features of whole sets, (B, M, F) -> mean and log variance of q(z_j | x_j, D), (B, M, D) each.
+
+        The variance is diagonal as in Eq. 5 and Table 3, or isotropic as the paper's text says (`posterior`).
+        """
         hidden = at_least_float32(self.head(self.attention(self.inlet(h_BMF))))
         mean_BMD, log_variance = hidden[..., : self.latent], hidden[..., self.latent :]
         return mean_BMD, log_variance.expand_as(mean_BMD)
 
     def decode(self, z: Tensor) -> Tensor:
-        """p(x | z): (n, D) -> logits of the Bernoulli means, (n, C, H, W), or means of features, (n, F)."""
+        """p(x | z): latents (n, D) -> logits of Bernoulli means (n, C, H, W), or means of the features (n, F)."""
         return self.decoder(z)
 
 
 def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """Reparameterised samples: (..., D), (..., D), (..., N, D) -> (..., N, D)."""
+    """Reparameterised samples mean + exp(log_variance / 2) * noise: (..., D), (..., D), (..., N, D) -> (..., N, D)."""
     return mean.unsqueeze(-2) + torch.exp(0.5 * log_variance).unsqueeze(-2) * noise

@@ -1,4 +1,4 @@
-"""How an encoder sees an image: at which size, and, once it is trained, in how many crops."""
+"""Resizing of images to the encoder's input size, and multi-crop averaging of features."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import Average
 
 CROP = 0.85
-"""Side of a crop, as a share of the image's."""
+"""Side of a crop, as a fraction of the image's side."""
 
 
 class MultiCropEncoder(nn.Module):
-    """An encoder that sees images at its own size, bilinear and smoothed where they shrink: (n, C, H, W) -> (n, F).
+    """Resizes images to `size` (bilinear, antialiased) and encodes them: (n, C, H, W) -> (n, F).
 
-    In evaluation mode features are the mean over views of an image that should mean the same (Krizhevsky et al.,
-    NeurIPS 2012, had ten): `mirror`, itself and its mirror image; `crops`, these two, and the four corners and the
-    centre with theirs, twelve in all. Training sees each image once.
+    In evaluation mode the features are the mean over several views of each image (10-crop testing, Krizhevsky et al.,
+    NeurIPS 2012). `mirror`: the image and its horizontal flip. `crops`: these two, and the four corner crops and the
+    centre crop with their flips, 12 views. In training mode each image is encoded once.
 
     Args:
-        net: the encoder proper, which says F as `features`.
-        size: (height, width) that `net` takes.
-        average: see above.
+        net: the encoder, with attribute `feature_dim`.
+        size: (height, width) of the images that `net` sees.
+        averaging: which views are averaged.
     """
 
-    def __init__(self, net: nn.Module, size: tuple[int, int], average: Average = "none") -> None:
+    def __init__(self, net: nn.Module, size: tuple[int, int], averaging: Average = "none") -> None:
         super().__init__()
         self.net = net
         self.size = size
-        self.average = average
-        self.features: int = net.features  # type: ignore[assignment]
+        self.averaging = averaging
+        self.feature_dim: int = net.feature_dim  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or self.average == "none":
+        if self.training or self.averaging == "none":
             return self._encode(x)
         views = [x, x.flip(-1)]
-        if self.average == "crops":
+        if self.averaging == "crops":
             from torchvision.transforms.v2.functional import ten_crop
 
             views += ten_crop(x, [max(1, round(CROP * side)) for side in x.shape[-2:]])
@@ -50,8 +50,8 @@ class MultiCropEncoder(nn.Module):
         return self.net(x)
 
 
-def with_average(net: nn.Module, size: tuple[int, int], average: Average) -> MultiCropEncoder:
-    """An encoder that averages otherwise, of the same weights; `size` is of the images, for one that has no own."""
+def with_averaging(net: nn.Module, size: tuple[int, int], averaging: Average) -> MultiCropEncoder:
+    """The same encoder with another multi-crop averaging; `size` of the images, unless `net` resizes them already."""
     if isinstance(net, MultiCropEncoder):
-        return MultiCropEncoder(net.net, net.size, average)
-    return MultiCropEncoder(net, size, average)
+        return MultiCropEncoder(net.net, net.size, averaging)
+    return MultiCropEncoder(net, size, averaging)

@@ -1,10 +1,10 @@
-"""A head that begins where a linear one would end: at the principal components of the features.
+"""Initialise the posterior and the decoder from a PCA of the features.
 
-A linear VAE's objective is best at probabilistic PCA (Lucas et al., NeurIPS 2019). A posterior that starts at random is
-a random projection into fewer dimensions, which loses much of what tells classes apart and takes thousands of steps
-to find it again; from the components on, the objective has the set and the mixture left to learn.
+The objective of a linear VAE is maximal at probabilistic PCA (Lucas et al., NeurIPS 2019). A randomly initialised
+posterior is a random projection to fewer dimensions: it loses much of what separates the classes, and needs thousands
+of steps to recover it. From a PCA, training only has to learn the set attention and the mixture.
 
-Notation: F features, D latent size, W width of the set attention.
+Notation: F feature size, D latent size.
 """
 
 from __future__ import annotations
@@ -19,45 +19,49 @@ from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 @torch.no_grad()
 def init_from_pca(model: MetaGMVAE, mean_F: Tensor, covariance_FF: Tensor) -> None:
-    """Set posterior and decoder to probabilistic PCA of features with these moments (float64), for any set.
+    """Set posterior and decoder to probabilistic PCA of features with this mean and covariance (float64).
 
-    Latents are the leading components in units of what the others leave unexplained, with variance one; the decoder is
-    their transpose. The layers of set attention add nothing yet: what goes into their sums is zero.
+    Latent means are the leading principal components divided by the standard deviation of the discarded ones, latent
+    variances are 1, and the decoder is the transpose. The set-attention layers start as the identity, because the last
+    layers of their residual branches are zero; the latents of an image do not depend on its set yet.
     """
     variance_F, basis_FF = torch.linalg.eigh(covariance_FF)
     variance_F, basis_FF = variance_F.flip(0).clamp_min(0), basis_FF.flip(1)
     basis_FF = basis_FF * _signs(basis_FF)
     F = len(mean_F)
     D = min(model.latent, F)
-    rest = float(variance_F[D:].mean() if D < F else variance_F[-1])
-    # Fewer images than dimensions leave nothing unexplained but rounding, which is no unit.
-    gain = max(rest, FLOOR**2 * float(variance_F[0])) ** -0.5 if variance_F[0] > 0 else 1.0
-    _encode(model, basis_FF, mean_F, D, gain)
+    discarded = float(variance_F[D:].mean() if D < F else variance_F[-1])
+    # With fewer images than dimensions the discarded variance is rounding error: the floor keeps latents finite.
+    gain = max(discarded, FLOOR**2 * float(variance_F[0])) ** -0.5 if variance_F[0] > 0 else 1.0
+    _set_posterior(model, basis_FF, mean_F, D, gain)
     for block in model.attention.blocks:
         for layer in (block.output, block.outer):
             assert isinstance(layer, nn.Linear)
-            _linear(layer)
-    _decode(model, basis_FF[:, :D] / gain, mean_F)
+            _set_linear(layer)
+    _set_decoder(model, basis_FF[:, :D] / gain, mean_F)
 
 
 def _signs(basis_FF: Tensor) -> Tensor:
-    """Of each column such that its largest entry is positive: eigenvectors have none of their own."""
+    """Sign of each column's largest entry, which makes the arbitrary signs of eigenvectors reproducible."""
     return torch.gather(basis_FF, 0, basis_FF.abs().argmax(dim=0, keepdim=True)).sign()
 
 
-def _encode(model: MetaGMVAE, basis_FF: Tensor, mean_F: Tensor, D: int, gain: float) -> None:
-    """Features to latent means, by way of the inlet where there is one."""
+def _set_posterior(model: MetaGMVAE, basis_FF: Tensor, mean_F: Tensor, D: int, gain: float) -> None:
+    """Linear map from features to latent means, through the input projection if there is one."""
     if isinstance(model.inlet, nn.Linear):
         rows = basis_FF[:, : model.inlet.out_features].T
-        _linear(model.inlet, rows, -rows @ mean_F)
-        _linear(model.head, gain * torch.eye(D))
+        _set_linear(model.inlet, rows, -rows @ mean_F)
+        _set_linear(model.head, gain * torch.eye(D))
     else:
         rows = gain * basis_FF[:, :D].T
-        _linear(model.head, rows, -rows @ mean_F)
+        _set_linear(model.head, rows, -rows @ mean_F)
 
 
-def _decode(model: MetaGMVAE, columns_FD: Tensor, mean_F: Tensor) -> None:
-    """z and -z through the ReLUs of Table 8, whose difference is z again; the other hidden units stay as they are."""
+def _set_decoder(model: MetaGMVAE, columns_FD: Tensor, mean_F: Tensor) -> None:
+    """Linear map from latents to features: relu(z) - relu(-z) = z passes the ReLUs of Table 8.
+
+    The hidden units beyond 2D keep their random weights.
+    """
     assert isinstance(model.decoder, FeatureDecoder)
     first, second, last = (layer for layer in model.decoder.mlp if isinstance(layer, nn.Linear))
     D = columns_FD.shape[1]
@@ -68,14 +72,14 @@ def _decode(model: MetaGMVAE, columns_FD: Tensor, mean_F: Tensor) -> None:
     second.weight[: 2 * D] = 0
     second.weight[: 2 * D, : 2 * D] = torch.eye(2 * D).to(first.weight)
     second.bias[: 2 * D] = 0
-    _linear(last, torch.cat([columns_FD, -columns_FD], dim=1), mean_F)
+    _set_linear(last, torch.cat([columns_FD, -columns_FD], dim=1), mean_F)
 
 
-def _linear(layer: nn.Linear, corner: Tensor | None = None, bias: Tensor | None = None) -> None:
-    """Zero, but for a corner of the weights and the first biases."""
+def _set_linear(layer: nn.Linear, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """Set the leading block of the weights and the leading biases; everything else becomes zero."""
     layer.weight.zero_()
     layer.bias.zero_()
-    if corner is not None:
-        layer.weight[: corner.shape[0], : corner.shape[1]] = corner.to(layer.weight)
+    if weight is not None:
+        layer.weight[: weight.shape[0], : weight.shape[1]] = weight.to(layer.weight)
     if bias is not None:
         layer.bias[: len(bias)] = bias.to(layer.bias)

@@ -1,11 +1,13 @@
-"""The set encoder of q(z | x, D): self-attention without order or LayerNorm (Eq. 5, Tables 3 and 7).
+"""The set encoder of q(z | x, D): self-attention without positions or LayerNorm (Lee et al., ICLR 2021, Eq. 5).
 
-Two forms of the layer, which differ in row 3 of the table of differences:
+The paper (Tables 3 and 7) and its published code differ in the layer:
 
 - `transformer` (paper): x + Out(attend(x)), then x + W2 act(W1 x);
-- `set-attention` (published code): Q(x) + attend(x), then x + act(W x); no output projection.
+- `set-attention` (published code): Q(x) + attend(x), then x + act(W x), without output projection.
 
-Permutation-equivariant in the points of a set. B sets, M points, F = width.
+Both are permutation-equivariant in the points of a set.
+
+Notation: B sets, M data points per set, F width, H heads, d = F / H.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "relu": F.re
 
 
 class SetAttentionBlock(nn.Module):
-    """One layer, (B, M, F) -> (B, M, F); d_ff equals the width, as in Table 3."""
+    """One layer, (B, M, F) -> (B, M, F), with d_ff = F as in Table 3.
+
+    Args:
+        width: F.
+        heads: H.
+        scale: divide attention logits by sqrt(d) (`head`: paper), or by sqrt(F) (`model`: published code).
+        block: see above.
+        activation: ELU (Table 3), or ReLU (published code for Omniglot).
+    """
 
     def __init__(
         self,
@@ -50,13 +60,14 @@ class SetAttentionBlock(nn.Module):
         return x_BMF + self.outer(self.activation(self.inner(x_BMF)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multi-head attention within each set, (B, M, F) -> (B, M, F)."""
         q_BHMd, k_BHMd, v_BHMd = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         mixed_BHMd = F.scaled_dot_product_attention(q_BHMd, k_BHMd, v_BHMd, scale=self.scale)
         return mixed_BHMd.transpose(1, 2).flatten(2)
 
 
 class SetAttention(nn.Module):
-    """TransformerEncoder of Eq. 5: `layers` blocks, (B, M, F) -> (B, M, F); with 0 layers the identity."""
+    """TransformerEncoder of Eq. 5: `layers` blocks, (B, M, F) -> (B, M, F); 0 layers are the identity."""
 
     def __init__(
         self,

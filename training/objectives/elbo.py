@@ -1,6 +1,9 @@
-"""The Monte Carlo objective of Eq. 3 and 9, under the mixture that EM fits to the very same samples.
+"""The Monte Carlo lower bound (Eq. 3) and the objective (Eq. 9) of Lee et al., ICLR 2021.
 
-Notation: B episodes, M points, N Monte Carlo samples, R <= N decoded samples, K components, D latent size.
+The prior is the mixture psi* that EM fits to the same samples (`training.objectives.mixture`).
+
+Notation: B episodes per step, M data points per episode, N Monte Carlo samples, R <= N decoded samples, P = M * R
+decoded points per episode, D latent size, F feature size; in q(z | x, D), D is the set.
 """
 
 from __future__ import annotations
@@ -17,16 +20,12 @@ from metagmvae.training.objectives.mixture import Mixture, mixture_log_prob
 CALIBRATION_FLOOR = 1e-6
 """Smallest calibrated variance: a perfect reconstruction would otherwise have infinite likelihood."""
 
-
 Likelihood = Literal["bernoulli", "calibrated", "unit"]
-"""Of pixels; of features with the variance that is best for the episode; of features with variance 1."""
+"""p(x | z): Bernoulli pixels, or Gaussian features with calibrated (paper) or unit variance (published code)."""
 
 
 class ElboTerms(NamedTuple):
-    """Terms of the lower bound of each point, averaged over its samples, in nats: (B, M) each.
-
-    elbo = reconstruction + prior + entropy.
-    """
+    """The terms of Eq. 3 for each data point, averaged over its samples, in nats: (B, M) each."""
 
     reconstruction: Tensor
     """1/R sum_r log p(x | z^(r))."""
@@ -37,21 +36,22 @@ class ElboTerms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
+        """Lower bound of each data point, (B, M)."""
         return self.reconstruction + self.prior + self.entropy
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x | z), the sum of x log p + (1 - x) log(1 - p), p = sigmoid(logits): (n, ...) -> (n,)."""
+    """log p(x | z) = sum of x log p + (1 - x) log(1 - p) over pixels, p = sigmoid(logits): (n, ...) twice -> (n,)."""
     loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), x, reduction="none")
     return -loss.flatten(1).sum(dim=1)
 
 
 def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
-    """log N(x; mean, s^2 I) with the variance that is best for the episode: (B, P, F) twice -> (B, P).
+    """log N(x; mean, s^2 I) with the optimal variance of each episode: (B, P, F) twice -> (B, P).
 
-    s^2 is the mean squared error over the points and dimensions of an episode, its maximum-likelihood value
-    (Rybkin et al. 2020, "optimal sigma"), and carries gradient as they define it. One variance for each
-    episode, not for the batch: an episode stays atomic, so ranks need not talk to each other.
+    s^2 is the mean squared error over the points and dimensions of an episode, the maximum-likelihood value ("optimal
+    sigma", Rybkin et al. 2020), and carries gradient as in that paper. It is per episode and not per batch, so that an
+    episode does not depend on the others and ranks need no communication.
     """
     error = (x - at_least_float32(mean)).square()
     variance = error.mean(dim=(1, 2), keepdim=True).clamp_min(CALIBRATION_FLOOR)
@@ -59,58 +59,62 @@ def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def unit_log_prob(x: Tensor, mean: Tensor) -> Tensor:
-    """log N(x; mean, I) up to its constant: half the summed squared error (row 6), (B, P, F) twice -> (B, P)."""
+    """log N(x; mean, I) without its constant, -|x - mean|^2 / 2: (B, P, F) twice -> (B, P).
+
+    The published code minimises the squared error without the factor 1/2.
+    """
     return -0.5 * (x - at_least_float32(mean)).square().sum(dim=2)
 
 
 def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
-    """log N(z; mu, sigma^2) at z = mu + sigma * noise, in terms of the noise: (..., D) -> (...)."""
+    """log N(z; mu, sigma^2) at z = mu + sigma * noise, (..., D) -> (...); a function of the noise and sigma alone."""
     return -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(dim=-1)
 
 
 def lower_bound(
     x: Tensor,
-    logits: Tensor,
+    decoded: Tensor,
     z_BMND: Tensor,
     noise_BMND: Tensor,
     log_variance_BMD: Tensor,
     mixture: Mixture,
     likelihood: Likelihood = "bernoulli",
 ) -> ElboTerms:
-    """The bound of Eq. 3 for every point of every episode.
+    """The lower bound of Eq. 3 for every data point of every episode.
 
-    EM and both densities use all N samples. Only the first R are decoded: the samples of a point are
-    exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R. This holds
-    as far as a sample is decoded by itself: in training mode the decoder of images normalises over all B*M*R
-    maps, and the calibrated variance of features is the mean over the R decoded samples of the episode.
+    EM and both densities use all N samples. Only the first R are decoded, where the paper decodes all: the samples of a
+    data point are exchangeable (psi* is a symmetric function of them), so the expectation does not depend on R. This
+    holds exactly where samples are decoded independently of each other; batch normalisation in the decoder of images
+    (over B*M*R maps, in training mode) and the calibrated variance (over the P points of an episode) couple them.
 
     Args:
         x: images in [0, 1], (B*M, C, H, W), or features, (B*M, F).
-        logits: decoded samples, (B*M*R, ...), sample fastest: logits of pixels or means of features.
-        z_BMND: samples; noise_BMND: the standard normal draws behind them.
-        log_variance_BMD: of q(z | x, D).
-        mixture: psi*, constant for the gradient.
-        likelihood: see `Likelihood`.
+        decoded: decoder outputs, (B*M*R, ...), samples of a data point adjacent: pixel logits or feature means.
+        z_BMND: Monte Carlo samples.
+        noise_BMND: the standard normal noise that gave them.
+        log_variance_BMD: log variance of q(z | x, D).
+        mixture: psi*, without gradient.
+        likelihood: of x given z.
     """
     B, M, _, _ = z_BMND.shape
-    decoded = logits.shape[0] // (B * M)
-    target = x if decoded == 1 else x.repeat_interleave(decoded, dim=0)
+    R = decoded.shape[0] // (B * M)
+    target = x if R == 1 else x.repeat_interleave(R, dim=0)
     if likelihood == "bernoulli":
-        log_likelihood = bernoulli_log_prob(target, logits)
+        log_likelihood = bernoulli_log_prob(target, decoded)
     else:
         log_prob = calibrated_log_prob if likelihood == "calibrated" else unit_log_prob
-        log_likelihood = log_prob(target.unflatten(0, (B, -1)), logits.unflatten(0, (B, -1)))
-    reconstruction = log_likelihood.view(B, M, decoded).mean(dim=2)
+        log_likelihood = log_prob(target.unflatten(0, (B, -1)), decoded.unflatten(0, (B, -1)))
+    reconstruction = log_likelihood.view(B, M, R).mean(dim=2)
     prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
     log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)
     return ElboTerms(reconstruction, prior, -log_q)
 
 
 def objective(terms: ElboTerms, scale: str, beta: float = 1.0) -> Tensor:
-    """Eq. 9, to be maximised: mean over episodes of the sum over points, or of their mean (row 11).
+    """Eq. 9, to be maximised: the mean over episodes of the sum over data points.
 
-    `beta` weighs the divergence from the prior, -(prior + entropy), against the reconstruction (Higgins et al., ICLR
-    2017); at 1 this is the lower bound.
+    `scale` "mean" is the mean over data points, as in the published code. `beta` is the weight of the KL divergence
+    from the prior, -(prior + entropy) (Higgins et al., ICLR 2017); 1: Eq. 9.
     """
-    points = terms.reconstruction + beta * (terms.prior + terms.entropy)
-    return (points.sum(dim=1) if scale == "sum" else points.mean(dim=1)).mean()
+    per_point = terms.reconstruction + beta * (terms.prior + terms.entropy)
+    return (per_point.sum(dim=1) if scale == "sum" else per_point.mean(dim=1)).mean()

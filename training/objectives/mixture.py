@@ -1,12 +1,12 @@
-"""Mixtures of Gaussians fitted to episodes: EM (Eq. 7) and semi-supervised EM (Eq. 10, 11).
+"""Gaussian mixtures fitted to episodes: EM (Eq. 7) and semi-supervised EM (Eq. 10, 11) of Lee et al., ICLR 2021.
 
-Plain batched functions, used by the objective and by adaptation alike. Lee et al., ICLR 2021.
+Batched functions in log space, float32 or float64, used by the training objective and at meta-test. A squared distance
+|z - mu|^2 is never formed as a (P, K, D) tensor: it is expanded into matrix products. The points are first shifted to
+their common mean, which keeps the expansion accurate however far from zero they are. (What is left is the rounding of
+the squared distance between clusters: 1e-2 nats in float32 for clusters 100 apart.)
 
-Notation: E episodes (fitted side by side), P points (data points times Monte Carlo samples), K components,
-D latent size, T labelled points per class. Everything is float32 or float64 and in log space. A distance
-|z - mu|^2 is never formed as a (P, K, D) tensor: it is expanded into matrix products, on points that are
-shifted to their common mean first, so that the expansion stays accurate however far the points lie out. (Its
-error is then the rounding of the squared distance between groups: 1e-2 nats in float32 for groups 100 apart.)
+Notation: E episodes fitted side by side, P points per episode (data points times Monte Carlo samples), K components or
+classes, D latent size, T labelled points per class, C = 2D.
 """
 
 from __future__ import annotations
@@ -19,68 +19,67 @@ from torch import Tensor
 
 Covariance = Literal["diagonal", "identity"]
 
-EMPTY = 1e-6
-"""Responsibility (in points) below which a component is empty: it keeps its mean and a vanishing weight."""
+MIN_COUNT = 1e-6
+"""Sum of responsibilities (in points) below which a component is empty: it keeps its mean and a vanishing weight."""
 
 VARIANCE_FLOOR = 1e-6
-"""Smallest variance of a class: points that coincide would otherwise give log 0."""
+"""Smallest variance of a class: coinciding points would otherwise give log 0. The paper has no floor."""
 
 
 class Mixture(NamedTuple):
-    """psi of Eq. 7: identity covariances, free means and weights."""
+    """psi of Eq. 7: means and log weights of K components with identity covariance."""
 
     mean_EKD: Tensor
     log_weight_EK: Tensor
 
 
 class ClassMixture(NamedTuple):
-    """psi of Eq. 10: one component per class, diagonal covariances, equal weights."""
+    """psi of Eq. 10: means and diagonal covariances of K classes with equal weights."""
 
     mean_EKD: Tensor
     variance_EKD: Tensor
 
 
 class MixtureError(ValueError):
-    """More components were asked for than there are distinct points."""
+    """There are fewer distinct points than components."""
 
 
 def init_indices(z_EPD: Tensor, components: int, generators: list[torch.Generator]) -> Tensor:
-    """Draw K random rows of distinct value in each episode; Eq. 7 starts its means there.
+    """Draw K random points with distinct values in each episode: the initial means of Eq. 7.
 
-    Rows that coincide would stay one component for ever, so a draw that holds equal rows is repeated among
-    the distinct ones.
+    Components that start at equal points would stay equal for ever, so a draw with equal points is repeated among the
+    distinct values.
 
     Args:
-        z_EPD: points, (E, P, D).
+        z_EPD: points.
         components: K.
-        generators: one per episode, so that the draw does not depend on what else is in the batch.
+        generators: one per episode, so that the draw does not depend on the rest of the batch.
 
     Returns:
-        (E, K) int64 row numbers.
+        int64 indices of points, (E, K).
 
     Raises:
         MixtureError: an episode has fewer than K distinct points.
     """
-    points = z_EPD.shape[1]
-    rows = []
+    indices = []
     for z_PD, generator in zip(z_EPD, generators, strict=True):
-        order = torch.randperm(points, generator=generator, device=generator.device)
-        drawn = order[:components].to(z_PD.device)
-        if len(torch.unique(z_PD[drawn], dim=0)) < components:
-            drawn = _distinct_rows(z_PD, components, generator)
-        rows.append(drawn)
-    return torch.stack(rows)
+        order = torch.randperm(len(z_PD), generator=generator, device=generator.device)
+        index_K = order[:components].to(z_PD.device)
+        if len(torch.unique(z_PD[index_K], dim=0)) < components:
+            index_K = _distinct_indices(z_PD, components, generator)
+        indices.append(index_K)
+    return torch.stack(indices)
 
 
-def _distinct_rows(z_PD: Tensor, components: int, generator: torch.Generator) -> Tensor:
+def _distinct_indices(z_PD: Tensor, components: int, generator: torch.Generator) -> Tensor:
     values, group = torch.unique(z_PD, dim=0, return_inverse=True)
     if len(values) < components:
         raise MixtureError(
-            f"{components} components need as many distinct points, and the episode has {len(values)}: "
+            f"{components} components need as many distinct points, but the episode has {len(values)}: "
             "lower train.components or raise train.set_size"
         )
     order = torch.randperm(len(z_PD), generator=generator, device=generator.device).to(z_PD.device)
-    # The first row of each value in a random order: scatter backwards so that the earliest one stays.
+    # The first point of each value in a random order: later writes win, so write in reverse order.
     first = torch.empty(len(values), dtype=torch.long, device=z_PD.device)
     first[group[order.flip(0)]] = order.flip(0)
     chosen = torch.randperm(len(values), generator=generator, device=generator.device)[:components]
@@ -89,13 +88,13 @@ def _distinct_rows(z_PD: Tensor, components: int, generator: torch.Generator) ->
 
 @torch.no_grad()
 def fit_mixture(z_EPD: Tensor, init_EK: Tensor, iterations: int) -> Mixture:
-    """Fit psi* of Eq. 7 by EM: identity covariance, means from the given rows, weights from 1/K.
+    """Fit psi* of Eq. 7 by EM: identity covariance, initial weights 1/K, initial means at the given points.
 
-    psi* is a constant of the objective (no gradient flows into it).
+    psi* is a constant of the objective: no gradient flows through it.
 
     Args:
-        z_EPD: points, (E, P, D), floating point.
-        init_EK: rows where the K means start, (E, K).
+        z_EPD: points.
+        init_EK: indices of the points where the means start, from `init_indices`.
         iterations: number of E- and M-steps.
     """
     centre_E1D = z_EPD.mean(dim=1, keepdim=True)
@@ -106,9 +105,9 @@ def fit_mixture(z_EPD: Tensor, init_EK: Tensor, iterations: int) -> Mixture:
     for _ in range(iterations):
         resp_EPK = torch.softmax(_joint_logits(z_EPD, mean_EKD, log_weight_EK), dim=2)
         count_EK = resp_EPK.sum(dim=1)
-        fresh_EKD = (resp_EPK.transpose(1, 2) @ z_EPD) / count_EK.clamp_min(EMPTY)[..., None]
-        mean_EKD = torch.where((count_EK > EMPTY)[..., None], fresh_EKD, mean_EKD)
-        weight_EK = count_EK.clamp_min(EMPTY)
+        new_mean_EKD = (resp_EPK.transpose(1, 2) @ z_EPD) / count_EK.clamp_min(MIN_COUNT)[..., None]
+        mean_EKD = torch.where((count_EK > MIN_COUNT)[..., None], new_mean_EKD, mean_EKD)
+        weight_EK = count_EK.clamp_min(MIN_COUNT)
         log_weight_EK = torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
     return Mixture(mean_EKD + centre_E1D, log_weight_EK)
 
@@ -123,7 +122,7 @@ def mixture_log_prob(mixture: Mixture, z_EPD: Tensor) -> Tensor:
 
 
 def _joint_logits(z_EPD: Tensor, mean_EKD: Tensor, log_weight_EK: Tensor) -> Tensor:
-    """log pi_k N(z; mu_k, I) up to the term of z alone, which no posterior over k depends on."""
+    """log pi_k N(z; mu_k, I) without its terms in z alone, which cancel in the posterior over k: -> (E, P, K)."""
     constant_EK = log_weight_EK - 0.5 * mean_EKD.square().sum(dim=2)
     return torch.baddbmm(constant_EK[:, None, :], z_EPD, mean_EKD.transpose(1, 2))
 
@@ -138,24 +137,24 @@ def fit_semi_supervised(
     temperature: float = 1.0,
     mask_EKT: Tensor | None = None,
 ) -> ClassMixture:
-    """Fit psi* of Eq. 10: labelled points stay with their class, unlabelled ones are shared out by EM.
+    """Fit psi* of Eq. 10 by EM: responsibilities of labelled points are fixed to their class, weights to 1/K.
 
-    Means start at the support's class means, covariances at the identity, weights stay 1/K.
+    Means start at the class means of the support, covariances at the identity.
 
     Args:
-        support_EKTD: labelled points by class, (E, K, T, D).
-        query_EPD: unlabelled points, (E, P, D); P may be 0 (then this is each class's mean and variance).
+        support_EKTD: labelled points of each class.
+        query_EPD: unlabelled points; without any (P = 0) the result is each class's mean and variance.
         iterations: number of E- and M-steps.
-        e_step: `diagonal` uses sigma_k^2 in every E-step (Eq. 10), `identity` in none (published code).
-        temperature: log-likelihoods are divided by it in every E-step (Ueda and Nakano 1998, "deterministic annealing
-            EM"); 1: Eq. 10.
-        mask_EKT: 1 for a labelled point, 0 for padding, where classes have unequal numbers of them; at least one
-            in each class. None: all are points.
+        e_step: covariance in the E-steps: `diagonal`, sigma_k^2 (Eq. 10), or `identity` (published code).
+        temperature: divides the log-likelihoods in every E-step (deterministic annealing EM, Ueda and Nakano 1998); 1:
+            Eq. 10.
+        mask_EKT: 1 for a labelled point, 0 for padding (finite values) where classes have fewer than T points; at least
+            one point per class. None: no padding.
     """
     if iterations < 1:
         raise ValueError(f"iterations ({iterations}) must be at least 1")
     mask_EKT1 = (support_EKTD.new_ones(support_EKTD.shape[:3]) if mask_EKT is None else mask_EKT)[..., None]
-    # Any centre will do (see above); padding is kept out of it, so that it may hold anything finite.
+    # Common mean of all points, without the padding.
     all_EPD = torch.cat([(support_EKTD * mask_EKT1).flatten(1, 2), query_EPD], dim=1)
     count_E11 = mask_EKT1.sum(dim=(1, 2))[:, None] + query_EPD.shape[1]
     centre_E1D = all_EPD.sum(dim=1, keepdim=True) / count_E11
@@ -178,9 +177,13 @@ def fit_semi_supervised(
 def class_log_posterior(
     mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal", temperature: float = 1.0
 ) -> Tensor:
-    """log p(y = k | z) under equal weights by Bayes' rule, the summand of Eq. 11: (E, P, D) -> (E, P, K).
+    """log p(y = k | z) by Bayes' rule with equal weights, the summand of Eq. 11: (E, P, D) -> (E, P, K).
 
-    Log-likelihoods are divided by `temperature` first, as in `fit_semi_supervised`.
+    Args:
+        mixture: psi* of Eq. 10.
+        z_EPD: points.
+        covariance: `diagonal`, sigma_k^2 of the mixture (Eq. 11), or `identity`.
+        temperature: divides the log-likelihoods; 1: Eq. 11.
     """
     centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
     variance_EKD = mixture.variance_EKD if covariance == "diagonal" else torch.ones_like(mixture.variance_EKD)
@@ -190,14 +193,14 @@ def class_log_posterior(
 
 
 def _with_squares(z: Tensor) -> Tensor:
-    """(..., D) -> (..., 2D): z beside z^2, so that a step of EM is one product each way."""
+    """z and z^2 side by side, (..., D) -> (..., 2D): an E-step and an M-step are one matrix product each."""
     return torch.cat([z, z.square()], dim=-1)
 
 
 def _class_logits(moments_EPC: Tensor, mean_EKD: Tensor, variance_EKD: Tensor, temperature: float) -> Tensor:
-    """log N(z; mu_k, sigma_k^2) / temperature up to a constant: (E, P, 2D), (E, K, D) -> (E, P, K).
+    """log N(z; mu_k, sigma_k^2) / temperature without its constant: (E, P, 2D), (E, K, D) twice -> (E, P, K).
 
-    It divides what there is of each class, not of each point.
+    The parameters of the classes are divided by the temperature: K values instead of P.
     """
     precision_EKD = variance_EKD.reciprocal()
     weights_EKC = torch.cat([mean_EKD * precision_EKD, -0.5 * precision_EKD], dim=2)

@@ -1,38 +1,43 @@
-"""Settings -> model, views, optimiser, schedule: the one place in `training` that unpacks them."""
+"""Builds models, views, optimisers and learning-rate schedules from the settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
 from metagmvae.training.augment.photos import photo_view
 from metagmvae.training.augment.strokes import stroke_view
+from metagmvae.training.augment.view import View
 from metagmvae.training.models.encoders import EncoderModel, build_encoder
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.multi_crop import MultiCropEncoder
 from metagmvae.training.trainer.lars import Lars
 
-View = Callable[[Tensor, torch.Generator], Tensor]
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "lars": Lars,
+}
 
 
 def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> MetaGMVAE:
-    """A freshly initialised model; a function of the settings and the seed, not of global random state."""
+    """A newly initialised model; a function of the settings and the seed, not of the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MetaGMVAE(
             image_shape,
             encoder=settings.encoder,
             image_size=settings.image_size,
-            rectified=settings.rectified,
-            average=settings.average,
+            final_relu=settings.rectified,
+            averaging=settings.average,
             reconstruct=settings.reconstruct,
-            features=settings.features,
+            scaling=settings.features,
             variance=settings.variance,
             latent=settings.latent,
             channels=settings.channels,
@@ -46,14 +51,8 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
         )
 
 
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Adam with coupled weight decay, as the paper's experiments use it (row 8)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
 def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> EncoderModel:
-    """A freshly initialised encoder by itself: the one that `build_model` would begin with."""
+    """A newly initialised encoder without the rest of the model; the same weights as the encoder of `build_model`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(
@@ -68,33 +67,36 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
 
 
 def build_view(settings: PretrainSettings, model: EncoderModel) -> View:
-    """What makes a random view of each image for a model's encoder: (n, C, H, W) in [0, 1], generator -> its size."""
-    of_strokes = model.image_shape[0] == 1 if settings.views == "auto" else settings.views == "strokes"
-    if of_strokes:
+    """The random augmentation of the settings, at the input size of the model's encoder."""
+    on_strokes = model.image_shape[0] == 1 if settings.views == "auto" else settings.views == "strokes"
+    if on_strokes:
         return partial(stroke_view, elastic=settings.elastic)
-    side = model.encoder.size[-1] if isinstance(model.encoder, MultiCropEncoder) else model.image_shape[-1]
-    return partial(photo_view, size=side, least=settings.crop_area)
+    size = model.encoder.size[-1] if isinstance(model.encoder, MultiCropEncoder) else model.image_shape[-1]
+    return partial(photo_view, size=size, min_area=settings.crop_area)
+
+
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Adam for meta-training, with coupled weight decay as in the published code (the paper mentions none)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def build_pretrain_optimizer(modules: Sequence[nn.Module], settings: PretrainSettings) -> torch.optim.Optimizer:
-    """AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches) over encoder and projector."""
+    """Optimiser of encoder and projector: AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches)."""
     parameters = [p for module in modules for p in module.parameters()]
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "lars": Lars}
-    kind = kinds[settings.optimizer]
-    return kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, per_epoch: int = 1) -> LambdaLR:
-    """Factors on the learning rate by step.
-
-    `constant`; `cosine` to zero; `one-cycle`, up for 30% of the steps and down for the rest; `published-code`, constant
-    for 10 epochs, then a cosine over the epochs, down to zero within 75 and up again in the next 75 (row 7).
+def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, steps_per_epoch: int = 1) -> LambdaLR:
+    """Learning-rate schedule, stepped once per training step.
 
     Args:
-        optimizer: whose rates are changed.
-        kind: see above.
-        steps: of the stage.
-        per_epoch: steps of an epoch.
+        optimizer: whose learning rates are scheduled.
+        kind: `constant`; `cosine`, to zero; `one-cycle`, from 4% up during 30% of the steps, then down to zero;
+            `published-code`, SimCLR of the published code: constant for 10 epochs, then a cosine with a half-period of
+            75 epochs.
+        steps: length of the stage.
+        steps_per_epoch: for `published-code`.
     """
 
     def factor(step: int) -> float:
@@ -104,7 +106,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, per_
         if kind == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
         if kind == "published-code":
-            return 0.5 * (1 + math.cos(math.pi * max(step // per_epoch - 10, 0) / 75))
+            return 0.5 * (1 + math.cos(math.pi * max(step // steps_per_epoch - 10, 0) / 75))
         rising = 0.3
         if done < rising:
             return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / rising))

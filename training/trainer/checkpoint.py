@@ -1,4 +1,4 @@
-"""Checkpoints: one file with all that a run needs to go on, written atomically, read without pickled code."""
+"""Checkpoints: one file with the complete state of a run, written atomically, read without running pickled code."""
 
 from __future__ import annotations
 
@@ -17,30 +17,23 @@ import torch
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in a run folder."""
 VERSION = 2
-POSITION = {"stage", "step", "optimizer", "schedule", "rng", "elapsed"}
-KEYS = POSITION | {"version", "kind", "projector", "settings", "image_shape", "data_fingerprint", "model", "best"}
-
-
-READ_ERRORS = (
-    RuntimeError,
-    BadZipFile,
-    zlib.error,
-    EOFError,
-    LookupError,
-    ValueError,
-    OSError,
-)
+KEYS = {
+    *("version", "kind", "settings", "image_shape", "data_fingerprint", "best", "elapsed"),
+    *("stage", "step", "model", "projector", "optimizer", "schedule", "rng"),
+}
+READ_ERRORS = (RuntimeError, BadZipFile, zlib.error, EOFError, LookupError, ValueError, OSError)
+"""What torch.load and zipfile raise on damaged files."""
 
 
 class CheckpointError(ValueError):
-    """The file is not a checkpoint of ours, or not one of this version."""
+    """The file is not a readable checkpoint of this version."""
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the name always holds either the old file or the new one, whole.
+    """Write a checkpoint atomically: the path holds the complete old or the complete new file at any time.
 
     Raises:
-        OSError: the folder cannot be written; the old file stays, no temporary file is left.
+        OSError: the folder cannot be written. The old file stays, and no temporary file is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,25 +50,25 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU; nothing but tensors and plain values can come out of it.
+    """Read a checkpoint onto the CPU. Only tensors and plain values are unpickled, never code.
 
     Raises:
-        CheckpointError: the file is missing, truncated, not ours, or of another version.
+        CheckpointError: the file is missing, truncated, damaged, of another version, or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; name one that `metagmvae train` wrote")
     try:
-        # torch does not check the sums that it writes: a flipped bit would come back as another weight.
+        # torch.load does not verify the CRCs in the file: a flipped bit would silently change a weight.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        # torch's own words advise to switch the guard off.
+        # torch's own message recommends weights_only=False, which would run code from the file.
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values; it was not written by metagmvae"
+            f"{path}: refused, it contains more than tensors and plain values; it was not written by metagmvae"
         ) from error
     except READ_ERRORS as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -83,20 +76,20 @@ def load_state(path: str | Path) -> dict[str, Any]:
             f"{path}: not a readable checkpoint ({reason}); it is truncated or was not written by metagmvae"
         ) from error
     if not isinstance(state, dict) or "version" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of metagmvae (no version in it)")
+        raise CheckpointError(f"{path}: not a checkpoint of metagmvae (it has no version)")
     if state["version"] != VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint version {state['version']}, and this metagmvae reads version {VERSION}: "
+            f"{path}: checkpoint version {state['version']}, but this metagmvae reads version {VERSION}: "
             "use the version of metagmvae that wrote it, or train again"
         )
     missing = sorted(KEYS - state.keys())
     if missing:
-        raise CheckpointError(f"{path}: not a whole checkpoint, it lacks {', '.join(missing)}")
+        raise CheckpointError(f"{path}: incomplete checkpoint, it lacks {', '.join(missing)}")
     return state
 
 
 def random_state() -> dict[str, Any]:
-    """Global random states. Training draws from (seed, step) alone; these keep a user's own hooks in step."""
+    """States of the global generators. Training itself uses keyed generators only; these are for a user's own hooks."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -108,7 +101,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the global random generators to a state that `random_state` returned."""
+    """Set the global generators to a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))

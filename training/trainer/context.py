@@ -1,4 +1,4 @@
-"""What training needs of its surroundings: one small interface, with a local and a Ray adapter in `infra`."""
+"""The interface between training and the engine that runs it (in one process, or on Ray)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import torch
 from metagmvae.training.models.encoders import EncoderModel
 
 MetricLine = dict[str, float | int | str]
-"""One metric line: plain numbers and strings only."""
+"""The metrics of one step: plain numbers and strings."""
 
 TrainState = dict[str, Any]
-"""A checkpoint's content: tensors and plain values, loadable with `weights_only`."""
+"""Content of a checkpoint: tensors and plain values, loadable with `weights_only`."""
 
 Validate = Callable[[EncoderModel], Mapping[str, Mapping[str, float]]]
-"""Judge the model on validation episodes: {"5w1s": {"accuracy": ..., "ci95": ...}}; called on rank 0 only."""
+"""Evaluates the model on validation episodes, {"5w1s": {"accuracy": ..., "ci95": ...}}; called on rank 0 only."""
 
 
 class RunContext(Protocol):
-    """Rank, device and memory of a training run; `training` knows nothing else about where it runs."""
+    """Rank, device, checkpoints and metrics of a run: all that `training` knows about where it runs."""
 
     rank: int
     world: int
+    """Number of ranks."""
     device: torch.device
 
     def load(self) -> TrainState | None:
-        """Return the newest checkpoint of this run, or None at its start."""
+        """Return the newest checkpoint of this run; None if there is none."""
 
     def report(self, line: MetricLine, state: TrainState | None) -> None:
-        """Take a metric line, and the state where a checkpoint is due.
+        """Record a metric line, and save a checkpoint where `state` is given.
 
-        Called on all ranks equally often, at every `log_every` steps, after every validation and at every
-        checkpoint; `line` holds means over ranks (validation on rank 0 only), `state` is given on rank 0 only
-        (None elsewhere and between checkpoints). Key `checkpoint` of the line is 1 on all ranks when a
-        checkpoint is due.
+        Called equally often on all ranks: every `log_every` steps, after each validation and at each checkpoint. The
+        numbers of `line` are means over ranks, except validation results, which are on rank 0 only. Key `checkpoint`
+        is 1 on all ranks when a checkpoint is due; `state` is then given on rank 0, and None otherwise.
         """

@@ -1,4 +1,4 @@
-"""Training data that stays on the training device: sampled there, nothing but row numbers travels."""
+"""Training data in the memory of the training device: batches are gathered there, only row indices are copied."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from metagmvae.pipelines.records import Rows
 
-ROWS = 4096
-"""Rows that go to the device at once."""
+CHUNK = 4096
+"""Rows copied to the device at a time."""
 
 
 class DeviceRows:
-    """Images or features by row on a device: `rows[numbers] -> (n, ...)` there, in the type they are stored in."""
+    """Images or features of a split on a device: `data[rows] -> (n, ...)` there, in the stored type."""
 
     def __init__(self, data: Rows, device: torch.device) -> None:
         count = len(data)
-        pieces = [np.asarray(data[np.arange(first, min(first + ROWS, count))]) for first in range(0, count, ROWS)]
+        pieces = [np.asarray(data[np.arange(first, min(first + CHUNK, count))]) for first in range(0, count, CHUNK)]
         self.tensor = torch.cat([torch.from_numpy(piece).to(device) for piece in pieces])
         self.shape = tuple(self.tensor.shape)
 

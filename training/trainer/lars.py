@@ -1,4 +1,4 @@
-"""LARS (You, Gitman, Ginsburg 2017), the optimiser of SimCLR for large batches; torch has none."""
+"""LARS, SimCLR's optimiser for large batches (You, Gitman and Ginsburg 2017). torch has no implementation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 
 class Lars(torch.optim.Optimizer):
-    """Momentum with a rate for each tensor, in proportion to |w| / |gradient|.
+    """SGD with momentum whose learning rate per tensor is proportional to |weight| / |gradient|.
 
-    Biases and scales of normalisations (one dimension) are neither decayed nor given a rate of their own, as in
+    One-dimensional tensors (biases, normalisation) have neither weight decay nor the adapted learning rate, as in
     SimCLR's published code.
 
     Args:
-        parameters: to train.
+        parameters: tensors to train.
         lr: global learning rate.
-        momentum: of the velocity.
-        weight_decay: coupled, L2.
-        trust: eta, the share of |w| that a step may be at lr = 1.
+        momentum: factor of the velocity.
+        weight_decay: coupled (L2).
+        trust: eta, the size of a step relative to |weight| at lr = 1.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Lars(torch.optim.Optimizer):
                 update = p.grad
                 if p.dim() > 1:
                     update = update + group["weight_decay"] * p
-                    size, slope = p.norm(), update.norm()
-                    ratio = torch.where((size > 0) & (slope > 0), group["trust"] * size / slope, 1.0)
-                    update = update * ratio
+                    weight_norm, update_norm = p.norm(), update.norm()
+                    safe = (weight_norm > 0) & (update_norm > 0)
+                    update = update * torch.where(safe, group["trust"] * weight_norm / update_norm, 1.0)
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.mul_(group["momentum"]).add_(update, alpha=group["lr"])
                 p.sub_(velocity)

@@ -1,4 +1,4 @@
-"""The only training loop: an iterable of batches and a few hooks come in, nothing reaches out."""
+"""The training loop, used by every stage."""
 
 from __future__ import annotations
 
@@ -16,67 +16,80 @@ from metagmvae.training.trainer.context import MetricLine, RunContext, TrainStat
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or a gradient is not finite; the update was refused and the last checkpoint stays."""
+    """The loss or a gradient is not finite. The update was not applied, and the last checkpoint stays."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing to train: batches -> (loss, terms), for a fixed number of steps."""
+    """A module to train for a fixed number of steps, with its optimiser and data."""
 
     name: str
     steps: int
     module: nn.Module
-    """Wrapped for data parallelism already."""
+    """A step module: batch -> (loss, terms), already wrapped for data parallelism (`training.trainer.steps`)."""
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     stream: Iterator[Any]
-    """Yields the arguments of `module`, from the step to start at; may have `waiting_s` and `close()`."""
+    """Batches from the first step on; a tuple is unpacked to several arguments. May have `waiting_s` and `close()`."""
     images_per_step: int
-    """Over all ranks, for the rate that is reported."""
+    """Over all ranks, for the reported throughput."""
     clip_norm: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens between steps; called on all ranks."""
+    """Functions that the loop calls between steps, on all ranks, and how often."""
 
     state: Callable[[int], TrainState]
-    """The checkpoint after a step."""
+    """Returns the checkpoint after a step."""
     after_step: Callable[[int], MetricLine]
-    """What to add to the metric line of a step: its place in the run, validation where it is due."""
+    """Returns more metrics for the line of a step, such as validation results."""
     log_every: int
     checkpoint_every: int
     validate_every: int = 0
-    """Steps between validations, each with a metric line; 0: none."""
+    """Steps between validations, each of which has a metric line; 0: none."""
 
-    def due(self, step: int) -> bool:
+    def line_due(self, step: int) -> bool:
+        """Whether a metric line is due after this step."""
         return any(every and step % every == 0 for every in (self.log_every, self.validate_every))
 
 
-def fit(stage: Stage, hooks: Hooks, surroundings: RunContext, *, start: int, elapsed: float) -> float:
-    """Train from step `start` to the end of the stage; return the seconds trained in all.
+def fit_stage(stage: Stage, hooks: Hooks, context: RunContext, *, start: int, elapsed: float) -> float:
+    """Train from step `start` to the end of the stage.
 
-    A checkpoint is due every `checkpoint_every` steps and after the last one. Averages in metric lines
-    restart at each line, and a line is written at each checkpoint, so a resumed run writes the same lines.
+    A checkpoint is due every `checkpoint_every` steps and after the last one. Each metric line averages over the steps
+    since the line before, and each checkpoint has a line, so a resumed run writes the same lines.
+
+    Args:
+        stage: what is trained.
+        hooks: called between steps.
+        context: records metric lines and checkpoints.
+        start: steps done so far.
+        elapsed: seconds trained so far.
+
+    Returns:
+        Seconds trained, `elapsed` included.
 
     Raises:
-        NonFiniteLossError: before the update, on all ranks in the same step (a gradient that is not finite on
-            one rank is not finite on any, once it is averaged).
+        NonFiniteLossError: before the update, on all ranks in the same step (after averaging over ranks, a gradient
+            that is not finite on one rank is not finite on any).
     """
     window = _Window(stage, elapsed)
     stage.module.train()
     try:
         for step in range(start + 1, stage.steps + 1):
-            loss, terms = stage.module(*next(stage.stream))
+            batch = next(stage.stream)
+            loss, terms = stage.module(*batch) if isinstance(batch, tuple) else stage.module(batch)
             norm = _update(stage, loss, step)
             window.add(loss, terms, norm)
-            checkpoint = step % hooks.checkpoint_every == 0 or step == stage.steps
-            if hooks.due(step) or checkpoint:
-                line = window.line(step) | hooks.after_step(step) | {"checkpoint": int(checkpoint)}
-                due = checkpoint and surroundings.rank == 0
-                window.pause()
-                surroundings.report(line, hooks.state(step) | {"elapsed": window.elapsed} if due else None)
-                window.restart()
+            checkpoint_due = step % hooks.checkpoint_every == 0 or step == stage.steps
+            if hooks.line_due(step) or checkpoint_due:
+                line = window.line(step) | hooks.after_step(step) | {"checkpoint": int(checkpoint_due)}
+                save = checkpoint_due and context.rank == 0
+                window.update_elapsed()
+                context.report(line, hooks.state(step) | {"elapsed": window.elapsed} if save else None)
+                window.reset()
                 stage.module.train()
     finally:
         close = getattr(stage.stream, "close", None)
@@ -93,8 +106,8 @@ def _update(stage: Stage, loss: Tensor, step: int) -> Tensor:
     norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm or float("inf"))
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise NonFiniteLossError(
-            f"{stage.name} step {step}: loss {loss.item():g}, gradient norm {norm.item():g}; the update was "
-            "refused and the last checkpoint stays: lower the learning rate, or set train.clip_norm"
+            f"{stage.name} step {step}: loss {loss.item():g}, gradient norm {norm.item():g}; the update was not "
+            "applied and the last checkpoint stays: lower the learning rate, or set train.clip_norm"
         )
     stage.optimizer.step()
     stage.schedule.step()
@@ -102,25 +115,25 @@ def _update(stage: Stage, loss: Tensor, step: int) -> Tensor:
 
 
 class _Window:
-    """Averages and rates since the last metric line."""
+    """Means and rates over the steps since the last metric line."""
 
     def __init__(self, stage: Stage, elapsed: float) -> None:
         self.stage = stage
         self.elapsed = elapsed
-        self.since = time.perf_counter()
-        self.restart()
+        self.updated_at = time.perf_counter()
+        self.reset()
 
-    def restart(self) -> None:
-        self.pause()
+    def reset(self) -> None:
+        self.update_elapsed()
         self.waited_before = getattr(self.stage.stream, "waiting_s", 0.0)
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
 
-    def pause(self) -> None:
-        """Count the time up to here; what follows until `restart` (saving) is counted as well."""
+    def update_elapsed(self) -> None:
+        """Add the time since the last call. Elapsed time includes saving and validation; throughput does not."""
         now = time.perf_counter()
-        self.elapsed += now - self.since
-        self.since = now
+        self.elapsed += now - self.updated_at
+        self.updated_at = now
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], norm: Tensor) -> None:
         self.steps += 1
@@ -128,13 +141,13 @@ class _Window:
             self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
 
     def line(self, step: int) -> MetricLine:
-        """Means over steps and ranks; the clocks are means over ranks too, so the line is equal on all of them."""
+        """The metric line: means over steps and ranks (of times too), so that all ranks have the same line."""
         waited = getattr(self.stage.stream, "waiting_s", 0.0) - self.waited_before
-        seconds = max(time.perf_counter() - self.since, 1e-9)
+        seconds = max(time.perf_counter() - self.updated_at, 1e-9)
         names = list(self.sums)
         sums = torch.stack([self.sums[name] for name in names]).double() / self.steps
-        clocks = torch.tensor([seconds, waited, self.elapsed + seconds], dtype=torch.float64, device=sums.device)
-        *means, seconds, waited, elapsed = distributed.mean_over_ranks(torch.cat([sums, clocks])).tolist()
+        times = torch.tensor([seconds, waited, self.elapsed + seconds], dtype=torch.float64, device=sums.device)
+        *means, seconds, waited, elapsed = distributed.mean_over_ranks(torch.cat([sums, times])).tolist()
         return {
             "stage": self.stage.name,
             "step": step,

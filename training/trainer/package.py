@@ -1,4 +1,4 @@
-"""A trained model as a folder of two files: weights in safetensors, everything else in JSON."""
+"""Model packages: a trained model as a folder with its weights (safetensors) and a JSON file for everything else."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ CARD = "model.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to predict, in evaluation mode, with what is known of it."""
+    """A trained model in evaluation mode, its settings, and where it comes from."""
 
     model: EncoderModel
-    """A `MetaGMVAE`, or an encoder alone."""
+    """A `MetaGMVAE`, or an encoder-only model."""
     settings: Settings
     image_shape: tuple[int, int, int]
     info: dict[str, Any]
-    """Where it comes from: data fingerprint, stage, step, and the validation score it was chosen by."""
+    """Data fingerprint, stage, step, and the validation accuracy by which it was selected."""
 
 
 def save_package(path: str | Path, loaded: LoadedModel) -> Path:
-    """Write a model package; the folder appears whole or not at all.
+    """Write a model package atomically.
 
     Raises:
-        DataError: the path exists already, or cannot be written.
+        DataError: the path already exists, or cannot be written.
     """
     path = Path(path)
     if path.exists():
-        raise DataError(f"{path}: exists already; name a new folder for the model package")
+        raise DataError(f"{path}: already exists; choose a new folder for the model package")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -74,10 +74,10 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
 
 
 def load_package(path: str | Path) -> LoadedModel:
-    """Read a model package; nothing in it can run.
+    """Read a model package. It contains no code.
 
     Raises:
-        DataError: it is not one, is damaged, or of another version.
+        DataError: it is no model package, is damaged, or is of another version.
     """
     path = Path(path)
     card = read_json(path / CARD)
@@ -85,19 +85,19 @@ def load_package(path: str | Path) -> LoadedModel:
         raise DataError(f"{path / CARD}: not a model package of version {VERSION}")
     try:
         if sha256_file(path / WEIGHTS) != card["weights_sha256"]:
-            raise DataError(f"{path / WEIGHTS}: was altered after it was written (sha256 differs)")
+            raise DataError(f"{path / WEIGHTS}: changed after it was written (sha256 differs); use another copy")
         weights = load_file(str(path / WEIGHTS))
         settings = json.dumps(card["settings"])
         return _assemble(weights, card["kind"], settings, card["image_shape"], card["info"], path)
     except (OSError, KeyError, SafetensorError) as error:
-        raise DataError(f"{path}: not a whole model package ({error!r})") from error
+        raise DataError(f"{path}: incomplete model package ({error!r})") from error
 
 
 def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     """Read a model from a package folder, a checkpoint file, or a run folder.
 
-    Where the run keeps the best model for each shot (`train.selection = "best"`) and `shot` names one of
-    them, that one is taken; otherwise the last.
+    If the run kept the best model of each number of shots (`train.selection = "best"`), the one for `shot` is loaded,
+    or the one for the fewest shots if `shot` is None; otherwise the last model.
 
     Raises:
         DataError, CheckpointError: there is no model, or it cannot be read.
@@ -106,7 +106,7 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     if (path / CARD).is_file():
         return load_package(path)
     if path.is_dir() and not (path / CHECKPOINT).is_file():
-        raise DataError(f"{path}: holds neither {CARD} (a model package) nor {CHECKPOINT} (a run)")
+        raise DataError(f"{path}: contains neither {CARD} (model package) nor {CHECKPOINT} (run)")
     state = load_state(path / CHECKPOINT if path.is_dir() else path)
     info = {
         "data_fingerprint": state["data_fingerprint"],
@@ -116,38 +116,36 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     }
     weights = state["model"]
     try:
-        best = _best(state, shot)
+        best = _best_model(state, shot)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(
-            f"{path}: its settings or best models are damaged ({error!r}); use another checkpoint"
-        ) from error
+        raise DataError(f"{path}: damaged settings or best models ({error!r}); use another checkpoint") from error
     if best is not None:
-        task, chosen = best
-        weights = chosen["model"]
+        task, kept = best
+        weights = kept["model"]
         info |= {
-            "step": chosen["step"],
+            "step": kept["step"],
             "selected_by": f"validation/{task}",
-            "validation_accuracy": chosen["accuracy"],
+            "validation_accuracy": kept["accuracy"],
         }
     return _assemble(weights, state["kind"], state["settings"], state["image_shape"], info, path)
 
 
 def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
-    """The model, where only a whole one will do.
+    """The loaded model, which must be a complete one; `name` is used in the error message.
 
     Raises:
-        DataError: it is an encoder alone.
+        DataError: it is an encoder-only model.
     """
     if not isinstance(loaded.model, MetaGMVAE):
         raise DataError(
-            f"{name}: is an encoder alone, which classifies nothing; write features with it (metagmvae features), and "
+            f"{name}: is an encoder-only model and cannot classify; write features with it (metagmvae features), and "
             "meta-train on them"
         )
     return loaded.model
 
 
-def _best(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
-    """The kept model for a shot; without a shot, the one for the smallest shot there is."""
+def _best_model(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
+    """Task and entry of the model kept for `shot`, or for the fewest shots; None where there is none."""
     if not state["best"] or json.loads(state["settings"])["train"]["selection"] != "best":
         return None
     by_shot = {int(task.split("w")[1].rstrip("s")): task for task in state["best"]}
@@ -166,6 +164,6 @@ def _assemble(
         model.load_state_dict(weights)
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: settings and weights do not make a model ({reason})") from error
+        raise DataError(f"{path}: settings and weights do not match ({reason}); use another checkpoint") from error
     model = model.to(memory_format=torch.channels_last)
     return LoadedModel(model.eval(), parsed, (channels, height, width), info)

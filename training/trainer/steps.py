@@ -1,8 +1,11 @@
-"""Step modules, batch -> (loss, terms): what the loop minimises in each stage.
+"""Step modules, batch -> (loss, terms): the loss that the training loop minimises in each stage.
 
-All randomness of a step comes from generators keyed by (seed, purpose, episode or step), never from global
-state: a step gives the same numbers after a resume, and an episode on any rank and in any world size. Views
-are keyed by step and rank: with another world size they are other views.
+Random numbers of a step come from generators keyed by (seed, purpose, episode), never from the global state: a step is
+the same after a resume, and an episode is the same on any rank and with any number of ranks. The views of contrastive
+pre-training are keyed by (seed, step, rank), so they change with the number of ranks.
+
+Notation: b = B / number of ranks episodes, M data points per episode, N Monte Carlo samples, P = M * N points, D latent
+size, F feature size, n images.
 """
 
 from __future__ import annotations
@@ -13,29 +16,32 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
+from metagmvae.training.augment.view import View
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
-from metagmvae.training.device.seeding import keyed_generator, to_device
+from metagmvae.training.device.seeding import episode_generators, keyed_generator, to_device
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective
 from metagmvae.training.objectives.mixture import fit_mixture, init_indices
 from metagmvae.training.objectives.nt_xent import nt_xent
-from metagmvae.training.trainer.builders import View, build_view
+from metagmvae.training.trainer.builders import build_view
 
 StepMetrics = dict[str, Tensor]
+"""Scalars without gradient, for the metric lines."""
 
 
 class MetaStep(nn.Module):
-    """One evaluation of the objective (Eq. 9) on b episodes of this rank; the loss is its negative.
+    """Meta-training: the negative objective (Eq. 9 of Lee et al., ICLR 2021) of this rank's b episodes.
 
-    Sets of images (uint8) go through the encoder. Where features are reconstructed the sets are features
-    already (float32, from the frozen encoder) and the encoder takes no part.
+    The data are sets of uint8 images, (b, M, C, H, W), or, where the model reconstructs features, sets of scaled
+    features of the frozen encoder, float32 (b, M, F); the encoder is then not used.
 
     Args:
-        model: that is trained.
+        model: the model to train.
         settings: of the stage.
-        view: of each image, by which the posterior sees it (`train.denoise`); None: the image itself.
+        view: denoising (`train.denoise`): the posterior sees this random view of each image, and the decoder
+            reconstructs the image itself. None: the posterior sees the image.
     """
 
     def __init__(self, model: MetaGMVAE, settings: TrainSettings, view: View | None = None) -> None:
@@ -52,43 +58,45 @@ class MetaStep(nn.Module):
         return self
 
     def forward(self, batch: SetBatch) -> tuple[Tensor, StepMetrics]:
+        """Loss, and the means over data points of the terms of the lower bound, in nats."""
         settings, model = self.settings, self.model
         data = to_device(batch.images, next(model.parameters()).device)
         M = data.shape[1]
-        x, h_BMF = self._features(data, batch.episodes)
-        generators = [keyed_generator(data.device, settings.seed, "meta", int(e)) for e in batch.episodes]
+        x, h_BMF = self._targets_and_features(data, batch.episodes)
+        generators = episode_generators(data.device, settings.seed, "meta", batch.episodes)
         noise_BMND = torch.stack(
             [torch.randn(M, settings.samples, model.latent, generator=g, device=data.device) for g in generators]
         )
         with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)
         z_BMND = sample_latents(mean_BMD, log_variance_BMD, noise_BMND)
-        points_BPD = z_BMND.detach().flatten(1, 2)
-        rows = init_indices(points_BPD, settings.components, generators)
-        mixture = fit_mixture(points_BPD, rows, settings.em_iterations)
+        # EM in the step (Eq. 7): psi* is a constant of the objective.
+        z_BPD = z_BMND.detach().flatten(1, 2)
+        init_BK = init_indices(z_BPD, settings.components, generators)
+        mixture = fit_mixture(z_BPD, init_BK, settings.em_iterations)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
         likelihood: Likelihood = model.variance if self.on_features else "bernoulli"
         terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
-        per_point = {name: value.detach().mean() for name, value in terms._asdict().items()}
+        metrics = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale, settings.beta)
-        return loss, {**per_point, "elbo": terms.elbo.detach().mean()}
+        return loss, {**metrics, "elbo": terms.elbo.detach().mean()}
 
-    def _features(self, data: Tensor, episodes: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What is reconstructed, (b*M, ...), and what the set encoder sees, (b, M, F)."""
+    def _targets_and_features(self, data: Tensor, episodes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Reconstruction targets, (b*M, ...), and the features that the set encoder sees, (b, M, F)."""
         if self.on_features:
             return data.flatten(0, 1), data
         x = self.model.scale_images(data.flatten(0, 1))
-        seen = x if self.view is None else self._views(x.unflatten(0, data.shape[:2]), episodes)
+        inputs = x if self.view is None else self._views(x.unflatten(0, data.shape[:2]), episodes)
         if self.settings.channels_last:
-            seen = seen.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with self._autocast(data.device):
-            return x, self.model.encode_images(seen).unflatten(0, data.shape[:2])
+            return x, self.model.encode_images(inputs).unflatten(0, data.shape[:2])
 
     def _views(self, sets: Tensor, episodes: np.ndarray) -> Tensor:
-        """A view of each image of each set, (b, M, C, H, W) -> (b*M, C, H, W); those of an episode by its number."""
+        """A random view of each image, (b, M, C, H, W) -> (b*M, C, H, W), keyed by episode."""
         assert self.view is not None
-        generators = [keyed_generator(sets.device, self.settings.seed, "denoise", int(e)) for e in episodes]
+        generators = episode_generators(sets.device, self.settings.seed, "denoise", episodes)
         return torch.cat([self.view(images, generator) for images, generator in zip(sets, generators, strict=True)])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
@@ -96,16 +104,16 @@ class MetaStep(nn.Module):
 
 
 class ContrastiveStep(nn.Module):
-    """NT-Xent on two views of each image of this rank, negatives from all ranks.
+    """Contrastive pre-training: NT-Xent of two views of each image of this rank, with negatives from all ranks.
 
-    Batch normalisation sees the views of this rank only: with W ranks its statistics are those of a W-th of the
-    batch, as in SimCLR without "global BN"; loss and gradient are otherwise those of one process.
+    Batch normalisation sees this rank's views only, as in SimCLR without "global BN". Otherwise loss and gradient equal
+    those of one process.
 
     Args:
-        model: whose encoder is trained.
-        projector: head between features and loss; the identity for none.
+        model: the model whose encoder is trained.
+        projector: projection head between features and loss; the identity for none.
         settings: seed, precision and memory format.
-        pretrain: temperature and kind of views.
+        pretrain: temperature and views.
     """
 
     def __init__(
@@ -119,6 +127,7 @@ class ContrastiveStep(nn.Module):
         self.view = build_view(pretrain, model)
 
     def forward(self, images: object, step: int) -> tuple[Tensor, StepMetrics]:
+        """uint8 images (n, C, H, W) and the number of the step -> loss and no further metrics."""
         device = next(self.encoder.parameters()).device
         x = EncoderModel.scale_images(to_device(images, device))
         generator = keyed_generator(device, self.settings.seed, "views", step, distributed.rank())
@@ -128,5 +137,5 @@ class ContrastiveStep(nn.Module):
         with autocast(device, self.settings.precision):
             h = self.projector(self.encoder(views))
         first, second = h.chunk(2)
-        loss = nt_xent(first, second, self.temperature, distributed.gather, distributed.rank())
+        loss = nt_xent(first, second, self.temperature, distributed.all_gather, distributed.rank())
         return loss, {}
