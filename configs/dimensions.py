@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from metagmvae.configs.load import SettingsError
+from metagmvae.configs.load import SettingsError, mistake_text
 
 Value = bool | int | float | str
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -107,13 +107,13 @@ class Choice(_Levels):
     @classmethod
     def _check_values(cls, values: Any) -> tuple[Value, ...]:
         if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"choice = {_json(values)} has no values; give a list of values")
+            raise ValueError(f"{_json(values)} has no values; give a list of values")
         for value in values:
             if not isinstance(value, Value):
                 raise ValueError(f"{_json(value)} is not a number, string or boolean")
         # 1 and 1.0 are the same value of a setting, but true, which equals them in Python, is not.
         if len({(isinstance(value, bool), value) for value in values}) < len(values):
-            raise ValueError(f"choice = {_json(values)} contains a value twice")
+            raise ValueError(f"{_json(values)} contains a value twice")
         return tuple(values)
 
     @property
@@ -247,7 +247,7 @@ def parse_dimension(name: str, description: Any) -> Dimension:
     try:
         return KINDS[kind].model_validate({**description, "name": name})
     except ValidationError as error:
-        raise SettingsError(f"{name}: {_message(error)}") from error
+        raise SettingsError(f"{name}: {mistake_text(error.errors()[0])}") from error
 
 
 def format_value(value: Value) -> str:
@@ -262,13 +262,3 @@ def _check_order(low: float, high: float) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def _message(error: ValidationError) -> str:
-    """The first mistake in one line."""
-    first = error.errors()[0]
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "missing":
-        return f"{first['loc'][0]} is missing"
-    return f"{first['loc'][0]} = {_json(first['input'])}: {first['msg'].lower()}"

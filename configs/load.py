@@ -1,4 +1,4 @@
-"""TOML and `--set` overrides -> Settings; every mistake is one line that names the dotted key."""
+"""Reads settings from TOML files, presets and `--set` overrides. Errors are one line and name the dotted key."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from metagmvae.configs.schema import Settings
 
 
 class SettingsError(ValueError):
-    """A key, value or file of settings is wrong: one line that names it and the remedy."""
+    """A wrong key, value or file of settings. The message is one line: what is wrong, and the remedy."""
 
 
 def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read settings from a TOML file or a bundled preset, then apply overrides in order.
+    """Read settings from a TOML file or a bundled preset and apply overrides in order.
 
     Args:
         config: path of a TOML file, or the name of a preset.
-        overrides: `dotted.key=value`; the value is read as TOML, or else as the string it is.
+        overrides: `dotted.key=value`; the value is parsed as TOML, and taken as a string if it is not TOML.
 
     Raises:
         SettingsError: the file, a key or a value is wrong.
@@ -37,24 +38,24 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
 
 
 def settings_from_json(text: str) -> Settings:
-    """Settings from their JSON form.
+    """Settings from their JSON form (`to_json`).
 
     Raises:
-        SettingsError: it is not JSON, or not settings.
+        SettingsError: the text is not JSON, or not valid settings.
     """
     try:
         return _validate(json.loads(text))
     except json.JSONDecodeError as error:
-        raise SettingsError(f"settings are not JSON: {error}") from error
+        raise SettingsError(f"settings are not valid JSON: {error}") from error
 
 
 def to_json(settings: Settings) -> str:
-    """Settings as JSON text, every key written out."""
+    """Settings as JSON with all keys."""
     return settings.model_dump_json(indent=2)
 
 
 def to_toml(settings: Settings) -> str:
-    """TOML that `load_settings` reads back to equal settings."""
+    """Settings as TOML with all keys; `load_settings` reads it back to equal settings."""
     tree = json.loads(settings.model_dump_json())
     lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
     for section, keys in tree.items():
@@ -66,32 +67,32 @@ def to_toml(settings: Settings) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's too.
+    # Strings, numbers and booleans have the same form in JSON and TOML.
     return json.dumps(value, ensure_ascii=False)
 
 
 def fingerprint(settings: Settings) -> str:
-    """sha256 of all that decides the outcome: not the name, nor where it runs, nor where it is tracked."""
+    """sha256 of all settings that affect the result: without `name`, `run` and `tracking`."""
     tree = json.loads(settings.model_dump_json(exclude={"name", "run", "tracking"}))
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:
-    """Dotted keys that decide the outcome and differ, as `key: ours, theirs`."""
-    flat_ours, flat_theirs = (dict(flat(json.loads(s.model_dump_json()))) for s in (ours, theirs))
-    free = ("name", "run.", "tracking.")
+    """Settings that affect the result and differ, each as `key: ours, theirs`."""
+    flat_ours, flat_theirs = (dict(flatten(json.loads(s.model_dump_json()))) for s in (ours, theirs))
+    ignored = ("name", "run.", "tracking.")
     return [
         f"{key}: {value!r}, {flat_theirs[key]!r}"
         for key, value in flat_ours.items()
-        if value != flat_theirs[key] and not key.startswith(free)
+        if value != flat_theirs[key] and not key.startswith(ignored)
     ]
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested sections."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -110,14 +111,14 @@ def _locate(config: str | Path) -> Any:
     if name in presets():
         return resources.files("metagmvae.configs").joinpath("presets", f"{name}.toml")
     known = ", ".join(presets())
-    raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{nearest(name, presets())}")
+    raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{suggestion(name, presets())}")
 
 
 def read_toml(file: Any) -> dict[str, Any]:
-    """Content of a TOML file, or of one that is bundled.
+    """Content of a TOML file (a `Path` or a package resource).
 
     Raises:
-        SettingsError: it cannot be read, or is not TOML.
+        SettingsError: the file cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
@@ -152,19 +153,27 @@ def _validate(tree: Any) -> Settings:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first mistake, and how many more there are."""
+    """The first mistake and the number of further mistakes."""
     first, *more = error.errors()
-    key = ".".join(str(part) for part in first["loc"]) or "settings"
+    text = mistake_text(first) if first["loc"] else f"settings: {mistake_text(first)}"
     if first["type"] == "extra_forbidden":
-        text = f"{key}: no such key{nearest(str(first['loc'][-1]), _keys(first['loc'][:-1]))}"
-    elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}"
-    else:
-        text = f"{key} = {json.dumps(first['input'], default=str)}: {first['msg'].lower()}"
+        *section, key = first["loc"]
+        text = f"{'.'.join(map(str, first['loc']))}: no such key{suggestion(str(key), _keys(section))}"
     return text + (f" (and {len(more)} more mistakes)" if more else "")
 
 
-def _keys(location: tuple[Any, ...]) -> list[str]:
+def mistake_text(mistake: ErrorDetails) -> str:
+    """One mistake of a pydantic `ValidationError` as `key = value: reason`."""
+    key = ".".join(str(part) for part in mistake["loc"] if part != "[key]")
+    if mistake["type"] == "value_error":
+        return f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
+    if mistake["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} = {json.dumps(mistake['input'], default=str)}: {mistake['msg'].lower()}"
+
+
+def _keys(location: Sequence[Any]) -> list[str]:
+    """Keys of the section at a location; empty if the location is not a section."""
     model: type[BaseModel] = Settings
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
@@ -174,8 +183,8 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a message: the known word that was meant, or else all of them."""
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """End of an error message: the most similar known word, or all known words if none is similar."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"

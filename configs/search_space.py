@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
-from metagmvae.configs.load import SettingsError, flat, nearest, read_toml, settings_from_json, to_json
+from metagmvae.configs.load import SettingsError, flatten, read_toml, settings_from_json, suggestion, to_json
 from metagmvae.configs.schema import Settings
 
 KIND_BY_WORD = {"choice": "choice", "range": "int", "uniform": "uniform", "loguniform": "loguniform"}
@@ -50,7 +50,7 @@ class Space:
 
     def values_of(self, settings: Settings) -> dict[str, Value]:
         """The values of the searched keys in given settings."""
-        tree = dict(flat(json.loads(to_json(settings))))
+        tree = dict(flatten(json.loads(to_json(settings))))
         return {dimension.name: tree[dimension.name] for dimension in self.dimensions}
 
 
@@ -63,7 +63,7 @@ def load_space(space: str | Path) -> Space:
     path = Path(space)
     names = spaces()
     if not path.is_file() and str(space) not in names:
-        hint = nearest(str(space), names)
+        hint = suggestion(str(space), names)
         raise SettingsError(f"{space}: no such TOML file, and not one of the spaces {', '.join(names)}{hint}")
     file = path if path.is_file() else resources.files("metagmvae.configs").joinpath("spaces", f"{space}.toml")
     dimensions = tuple(_dimension(key, entry) for key, entry in _entries(read_toml(file)))
@@ -104,7 +104,7 @@ def _is_section(name: str) -> bool:
 
 
 def _known_keys() -> list[str]:
-    return [key for key, _ in flat(json.loads(to_json(Settings())))]
+    return [key for key, _ in flatten(json.loads(to_json(Settings())))]
 
 
 def _dimension(key: str, entry: Any) -> Dimension:
@@ -131,7 +131,7 @@ def _dimension(key: str, entry: Any) -> Dimension:
 
 
 def _suggestion(key: str) -> str:
-    hint = nearest(key, _known_keys())
+    hint = suggestion(key, _known_keys())
     # A list of all keys would be a long line.
     return hint if "did you mean" in hint else "; keys have the form section.key, for example train.learning_rate"
 

@@ -68,9 +68,7 @@ def test_ranks_make_equal_numbers_of_steps_on_unequal_shards(images, folder):
     assert [len(rank) for rank in ranks] == [60, 60, 60]
     assert all(batch.shape == (2, 1, 28, 28) for rank in ranks for batch, _ in rank)
     rank_rows = [keys(row for batch, _ in rank[:12] for row in batch) for rank in ranks]
-    assert (
-        len(set().union(*rank_rows)) == 72
-    )  # 12 steps are within the shortest rank's first epoch: no row occurs twice
+    assert len(set().union(*rank_rows)) == 72  # the first epoch of every rank: no row twice
     sets = batches(images, StreamedSets, batch=6, set_size=4, rank=1, world=3, steps=2)
     assert sets[1].episodes.tolist() == [7, 10]
     assert sets[1].images.shape == (2, 4, 1, 28, 28)

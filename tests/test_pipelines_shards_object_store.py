@@ -1,32 +1,34 @@
-"""Data sets in an object store, against a real S3 server."""
+"""Data sets in an object store, on a real S3 server."""
 
+import contextlib
 import json
 import shutil
 
 import numpy as np
-import object_store
 import pytest
+from object_store import s3_server
 
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards import object_store
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.object_store import RemotePrefix, publish
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 
+pytestmark = pytest.mark.s3
+
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    with object_store.running(tmp_path_factory.mktemp("weed")) as endpoint:
-        yield endpoint
+def server(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("weed")) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
-def _environment(endpoint, monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.SECRET)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+def _environment(server, monkeypatch, tmp_path):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("METAGMVAE_CACHE", str(tmp_path / "cache"))
 
 
@@ -49,17 +51,17 @@ def cached(tmp_path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_remote_data_set_reads_like_a_local_one_and_only_what_is_asked_for(local, uri, tmp_path):
-    here, there = Dataset.open(local), Dataset.open(uri)
-    assert there.fingerprint == here.fingerprint
+def test_a_remote_data_set_equals_the_local_one_and_only_requested_splits_are_copied(local, uri, tmp_path):
+    original, remote = Dataset.open(local), Dataset.open(uri)
+    assert remote.fingerprint == original.fingerprint
     assert cached(tmp_path) == {"dataset.json"}
-    np.testing.assert_array_equal(there.images("test"), here.images("test"))
-    np.testing.assert_array_equal(there.labels("test"), here.labels("test"))
+    np.testing.assert_array_equal(remote.images("test"), original.images("test"))
+    np.testing.assert_array_equal(remote.labels("test"), original.labels("test"))
     assert {name.split("/")[0] for name in cached(tmp_path)} == {"dataset.json", "test"}
-    np.testing.assert_array_equal(there.images("train", "mmap")[:], here.images("train"))
+    np.testing.assert_array_equal(remote.images("train", "mmap")[:], original.images("train"))
 
 
-def test_a_whole_copy_is_not_fetched_again(uri, tmp_path, monkeypatch):
+def test_a_complete_copy_is_not_downloaded_again(uri, tmp_path, monkeypatch):
     Dataset.open(uri).images("train")
     fetched = []
     real = RemotePrefix.fetch
@@ -70,19 +72,19 @@ def test_a_whole_copy_is_not_fetched_again(uri, tmp_path, monkeypatch):
     assert fetched == ["dataset.json"]
 
 
-def test_an_altered_shard_is_refused_and_leaves_nothing(local, uri, tmp_path):
+def test_an_altered_shard_is_refused_and_not_kept(local, uri, tmp_path):
     shard = sorted((local / "train").glob("*.tar"))[0]
     damaged = bytearray(shard.read_bytes())
     damaged[700] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
     RemotePrefix(uri).put(tmp_path / "damaged", f"train/{shard.name}")
-    with pytest.raises(DataError, match=rf"train/{shard.name} was altered after it was written"):
+    with pytest.raises(DataError, match=rf"train/{shard.name} was altered after writing"):
         Dataset.open(uri).images("train")
     assert cached(tmp_path) == {"dataset.json"}
     assert main(["verify", uri]) == 1
 
 
-def test_publishing_goes_on_where_it_stopped_and_refuses_another_data_set(local, uri, tmp_path, monkeypatch):
+def test_publish_continues_an_interrupted_upload_and_refuses_another_data_set(local, uri, tmp_path, monkeypatch):
     sent = []
     real = RemotePrefix.put
     monkeypatch.setattr(RemotePrefix, "put", lambda self, path, name: (sent.append(name), real(self, path, name)))
@@ -98,7 +100,7 @@ def test_publishing_goes_on_where_it_stopped_and_refuses_another_data_set(local,
     assert sent == []
     other = tmp_path / "other"
     write_dataset(open_source("glyphs", classes=(3, 3, 3), drawings=10), other)
-    with pytest.raises(DataError, match="holds another data set"):
+    with pytest.raises(DataError, match="contains another data set"):
         publish(other, uri)
 
 
@@ -119,29 +121,65 @@ def test_prepare_train_and_verify_by_uri(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("s3://nobody/here", r"no dataset\.json there|does not exist"),
-        ("s3://data/nothing", r"no dataset\.json there"),
+        ("s3://nobody/here", r"dataset\.json does not exist|bucket"),
+        ("s3://data/nothing", r"dataset\.json does not exist"),
         ("nonsense://x/y", r"not an address of an object store"),
     ],
 )
-def test_addresses_that_hold_nothing(address, reason, tmp_path):
+def test_addresses_without_a_data_set(address, reason, tmp_path):
     with pytest.raises(DataError, match=reason) as caught:
         Dataset.open(address)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
-def test_wrong_credentials_are_named_as_the_reason(uri, monkeypatch):
+def test_the_error_names_wrong_credentials(uri, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(DataError, match="look at credentials"):
+    with pytest.raises(DataError, match="check credentials"):
         Dataset.open(uri)
 
 
-def test_a_manifest_that_leads_out_of_the_cache_is_refused(local, tmp_path):
+def test_a_shard_name_that_points_outside_the_cache_is_refused(local, tmp_path):
     evil = shutil.copytree(local, tmp_path / "evil")
     manifest = json.loads((evil / "dataset.json").read_text())
     manifest["splits"]["train"]["shards"][0]["name"] = "../../../escaped.tar"
     (evil / "dataset.json").write_text(json.dumps(manifest))
     RemotePrefix("s3://data/evil").put(evil / "dataset.json", "dataset.json")
-    with pytest.raises(DataError, match="is not the name of a shard"):
+    with pytest.raises(DataError, match=r"shards\.0\.name = .*escaped\.tar"):
         Dataset.open("s3://data/evil")
+
+
+class StopsServer:
+    """A stream of a remote file whose server stops after the first read."""
+
+    def __init__(self, source, server):
+        self.source, self.server, self.reads = source, server, 0
+
+    def read(self, size):
+        if self.reads:
+            self.server.stop()
+        self.reads += 1
+        return self.source.read(size)
+
+
+def test_a_store_that_stops_during_a_download_is_the_reported_cause(local, tmp_path, monkeypatch):
+    shard = sorted((local / "train").glob("*.tar"))[0]
+    with s3_server(tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        remote = RemotePrefix("s3://data/stopping")
+        remote.put(shard, shard.name)
+        original_open = remote.open
+
+        @contextlib.contextmanager
+        def open_until_stopped(name):
+            with original_open(name) as source:
+                yield StopsServer(source, server)
+
+        monkeypatch.setattr(remote, "open", open_until_stopped)
+        monkeypatch.setattr(object_store, "CHUNK", 1024)
+        target = tmp_path / "target" / shard.name
+        with pytest.raises(DataError, match=rf"^s3://data/stopping \({shard.name}\): .*; check credentials") as error:
+            remote.fetch(shard.name, target)
+    assert "cannot be written" not in str(error.value)
+    assert list(target.parent.iterdir()) == []

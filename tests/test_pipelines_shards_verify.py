@@ -1,4 +1,4 @@
-"""Every kind of damage is named, each file of it, all at once; an intact data set has none."""
+"""`verify_dataset` reports every damaged file with the kind of damage."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def data(intact, tmp_path):
     return shutil.copytree(intact, tmp_path / "data")
 
 
-def found(root) -> set[tuple[str, str]]:
+def problems(root) -> set[tuple[str, str]]:
     return {(problem.kind, problem.path) for problem in verify_dataset(root)}
 
 
@@ -36,14 +36,14 @@ def edit(root, change) -> None:
     (root / "dataset.json").write_text(json.dumps(manifest))
 
 
-def test_an_intact_data_set_has_no_problem_and_every_file_is_compared(data):
-    told = []
-    assert verify_dataset(data, lambda done, total: told.append((done, total))) == []
+def test_an_intact_data_set_has_no_problems_and_all_files_are_compared(data):
+    progress = []
+    assert verify_dataset(data, lambda done, total: progress.append((done, total))) == []
     files = len(list(data.rglob("*.tar"))) + len(list(data.rglob("*.parquet")))
-    assert told == [(done, files) for done in range(1, files + 1)]
+    assert progress == [(done, files) for done in range(1, files + 1)]
 
 
-def test_all_damage_is_named_at_once(data):
+def test_all_damaged_files_are_reported_at_once(data):
     shards = sorted((data / "train").glob("*.tar"))
     shards[0].unlink()
     shards[1].write_bytes(shards[1].read_bytes()[:-512])
@@ -54,7 +54,7 @@ def test_all_damage_is_named_at_once(data):
     (data / "validation" / "notes.txt").write_text("mine")
     (data / "train" / "shard-000099.tar").write_bytes(b"")
     (data / "extra").mkdir()
-    assert found(data) == {
+    assert problems(data) == {
         ("missing", f"train/{shards[0].name}"),
         ("truncated", f"train/{shards[1].name}"),
         ("altered", f"train/{shards[2].name}"),
@@ -65,7 +65,7 @@ def test_all_damage_is_named_at_once(data):
     }
 
 
-def test_an_index_that_lies_with_a_manifest_that_vouches_for_it(data):
+def test_a_wrong_index_whose_sha256_is_in_the_manifest(data):
     path = data / "train" / "index.parquet"
     table = pq.read_table(path)
     moved = table.set_column(2, "offset", pa.array([o + 1 for o in table["offset"].to_pylist()], pa.int64()))
@@ -73,12 +73,12 @@ def test_an_index_that_lies_with_a_manifest_that_vouches_for_it(data):
     edit(data, lambda manifest: manifest["splits"]["train"].update(index_sha256=sha256_file(path), classes=99))
     details = [problem.detail for problem in verify_dataset(data)]
     assert len(details) == 3
-    assert "not where the shards hold them" in details[0]
-    assert "59 rows, and the manifest says 60" in details[1]
-    assert "6 classes, and the manifest says 99" in details[2]
+    assert "its shards or offsets are wrong" in details[0]
+    assert "59 rows, but 60 in the manifest" in details[1]
+    assert "6 classes, but 99 in the manifest" in details[2]
 
 
-def test_a_writer_that_was_stopped(data):
+def test_an_unfinished_data_set(data):
     (data / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"no dataset\.json"):
         verify_dataset(data)
@@ -93,14 +93,17 @@ def test_a_writer_that_was_stopped(data):
     ("change", "reason"),
     [
         (lambda m: m.update(schema_version=99), "schema version 1"),
-        (lambda m: m.update(splits=[]), "no splits"),
-        (lambda m: m["splits"].update({"../train": {}}), "'../train' is not one of ours"),
-        (lambda m: m["splits"]["train"].update(samples="60"), "'train' is damaged"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(name="../../secret"), "'../../secret' is not the name"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(name="/etc/passwd"), "'/etc/passwd' is not the name"),
-        (lambda m: m["splits"]["train"]["shards"].append(7), "7 is not the name"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(sha256="x"), "no sha256"),
-        (lambda m: m["splits"]["train"]["shards"][0].pop("bytes"), "no size"),
+        (lambda m: m.update(splits=[]), r"splits = \[\]"),
+        (lambda m: m["splits"].update({"../train": {}}), r'= "../train": string should match pattern'),
+        (
+            lambda m: m["splits"]["train"].update(samples="60"),
+            'splits.train.samples = "60": input should be a valid integer',
+        ),
+        (lambda m: m["splits"]["train"]["shards"][0].update(name="../../secret"), r'shards.0.name = "../../secret"'),
+        (lambda m: m["splits"]["train"]["shards"][0].update(name="/etc/passwd"), 'shards.0.name = "/etc/passwd"'),
+        (lambda m: m["splits"]["train"]["shards"].append(7), "= 7: input should be"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(sha256="x"), 'shards.0.sha256 = "x"'),
+        (lambda m: m["splits"]["train"]["shards"][0].pop("bytes"), "shards.0.bytes is missing"),
     ],
 )
 def test_a_damaged_or_hostile_manifest_is_refused(data, change, reason):

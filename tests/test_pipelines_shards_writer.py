@@ -1,4 +1,4 @@
-"""Shards, index, readers: the contract of a data set on disk."""
+"""Writer, index and readers of a data set on disk."""
 
 import gc
 import shutil
@@ -21,7 +21,7 @@ SHAPE = (1, 4, 4)
 
 
 @dataclass
-class Fake:
+class FakeSource:
     name: str = "fake"
     image_shape: tuple[int, int, int] = SHAPE
     fingerprint: str = "f" * 64
@@ -53,26 +53,26 @@ class Fake:
 
 
 def write(folder, **options):
-    return write_dataset(Fake(), folder, block=8, shard_rows=20, **options)
+    return write_dataset(FakeSource(), folder, block=8, shard_rows=20, **options)
 
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def backwards(function, tasks):
-    """Shards in another order, as several workers would finish them."""
+def run_in_reverse(function, tasks):
+    """Runs the tasks in another order, as several workers do."""
     for task in reversed(tasks):
         yield function(*task)
 
 
-def test_every_sample_is_there_once_where_the_index_says(tmp_path):
+def test_every_sample_is_stored_once_at_the_offset_in_the_index(tmp_path):
     write(tmp_path / "d")
     dataset = Dataset.open(tmp_path / "d")
     images, table = dataset.images("train"), dataset.index("train").to_pylist()
     assert sorted(row["key"] for row in table) == sorted(f"train/{i}" for i in range(50))
     for number, row in enumerate(table):
-        expected = Fake().image("train", int(row["key"].split("/")[1]))
+        expected = FakeSource().image("train", int(row["key"].split("/")[1]))
         raw = (tmp_path / "d" / "train" / row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["size"]]
         assert row["row"] == number
         assert np.array_equal(images[number], expected)
@@ -82,18 +82,18 @@ def test_every_sample_is_there_once_where_the_index_says(tmp_path):
     assert len(dataset.images("test")) == 0
 
 
-def test_bytes_do_not_depend_on_the_order_of_the_tasks_or_on_a_kill(tmp_path):
+def test_bytes_do_not_depend_on_task_order_or_interruption(tmp_path):
     write(tmp_path / "one")
-    write(tmp_path / "two", map_tasks=backwards)
+    write(tmp_path / "two", map_tasks=run_in_reverse)
 
-    def killed(function, tasks):
+    def interrupt(function, tasks):
         yield function(*tasks[0])
         (tmp_path / "three" / "train" / ".shard-000001.tar.x.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "three", map_tasks=killed)
-    with pytest.raises(DataError, match="was not finished"):
+        write(tmp_path / "three", map_tasks=interrupt)
+    with pytest.raises(DataError, match="not finished"):
         Dataset.open(tmp_path / "three")
     done = []
     write(tmp_path / "three", on_progress=lambda n, total: done.append((n, total)))
@@ -101,22 +101,22 @@ def test_bytes_do_not_depend_on_the_order_of_the_tasks_or_on_a_kill(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
 
 
-def test_what_a_killed_worker_was_writing_is_gone_when_the_data_set_stands(tmp_path):
-    """Its task is done again by another worker, under another temporary name."""
+def test_temporary_files_of_a_killed_worker_are_removed(tmp_path):
+    """Another worker repeats its task under another temporary name."""
 
-    def one_dies(function, tasks):
+    def lose_worker(function, tasks):
         for task in tasks:
             path = Path(task[3])
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / f".{path.name}.dead.tmp").write_bytes(b"half")
             yield function(*task)
 
-    write(tmp_path / "out", map_tasks=one_dies)
+    write(tmp_path / "out", map_tasks=lose_worker)
     write(tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-LIMITED = """
+LIMITED_FILE_SIZE = """
 import resource, sys
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.writer import write_dataset
@@ -130,51 +130,51 @@ except DataError as error:
 """
 
 
-def test_a_file_that_cannot_grow_is_one_line_and_no_destructor_complains(tmp_path):
-    """The limit is the system's own, so that buffers are left over in the tar as on a full disk."""
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "data")]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert "cannot be written (File too large); the partial file was deleted" in ended.stdout
-    assert ended.stderr == ""
+def test_full_disk_gives_one_error_line(tmp_path):
+    """A file size limit of the operating system leaves unwritten buffers in the tar file, as a full disk does."""
+    command = [sys.executable, "-c", LIMITED_FILE_SIZE, str(tmp_path / "data")]
+    process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert "cannot be written (File too large); the partial file was deleted" in process.stdout
+    assert process.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_that_fails_before_the_first_shard_leaves_nothing_and_keeps_what_is_not_ours(tmp_path, monkeypatch):
-    def broken(self, split, rows):
+def test_a_source_that_fails_leaves_no_files_and_keeps_foreign_files(tmp_path, monkeypatch):
+    def fail(self, split, rows):
         raise DataError("not finite")
 
-    monkeypatch.setattr(Fake, "load_block", broken)
+    monkeypatch.setattr(FakeSource, "load_block", fail)
     with pytest.raises(DataError, match="not finite"):
         write(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
-    def worker_lost(function, tasks):
+    def leave_temporary_file(function, tasks):
         (tmp_path / "d" / "train").mkdir()
         (tmp_path / "d" / "train" / ".shard-000000.tar.x.tmp").write_bytes(b"half")
         return [function(*task) for task in tasks]
 
     with pytest.raises(DataError, match="not finite"):
-        write(tmp_path / "d", map_tasks=worker_lost)
+        write(tmp_path / "d", map_tasks=leave_temporary_file)
     assert list(tmp_path.iterdir()) == []
 
-    def meanwhile(function, tasks):
+    def add_foreign_file(function, tasks):
         (tmp_path / "d" / "notes.txt").write_text("mine")
         return [function(*task) for task in tasks]
 
     with pytest.raises(DataError, match="not finite"):
-        write(tmp_path / "d", map_tasks=meanwhile)
+        write(tmp_path / "d", map_tasks=add_foreign_file)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["notes.txt"]
 
 
-def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkeypatch):
-    whole = writer.atomic_file
+def test_writing_continues_after_a_full_disk(tmp_path, monkeypatch):
+    original = writer.atomic_file
 
-    def full(path):
+    def fail_on_second_shard(path):
         if Path(path).name == "shard-000001.tar":
             raise DataError(f"{path}: cannot be written (No space left on device); the partial file was deleted")
-        return whole(path)
+        return original(path)
 
-    monkeypatch.setattr(writer, "atomic_file", full)
+    monkeypatch.setattr(writer, "atomic_file", fail_on_second_shard)
     with pytest.raises(DataError, match="No space left on device"):
         write(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -185,26 +185,26 @@ def test_a_full_disk_is_one_line_and_the_rest_is_finished_later(tmp_path, monkey
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_finished_data_set_is_left_alone_and_another_is_refused(tmp_path, monkeypatch):
+def test_a_finished_data_set_is_not_written_again_and_another_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "d")
     monkeypatch.setattr(writer, "write_shard", None)
     assert write(tmp_path / "d")["name"] == "fake"
-    with pytest.raises(DataError, match="holds another data set"):
+    with pytest.raises(DataError, match="contains another data set"):
         write(tmp_path / "d", seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("dear reader")
     with pytest.raises(DataError, match="not empty"):
         write(tmp_path / "other")
-    with pytest.raises(DataError, match="holds nothing"):
-        write_dataset(Fake(counts={"train": 0}), tmp_path / "empty")
+    with pytest.raises(DataError, match="has no images"):
+        write_dataset(FakeSource(counts={"train": 0}), tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
 
 
-def test_plain_webdataset_reads_the_shards_and_finds_no_labels(tmp_path):
+def test_webdataset_reads_the_shards_and_finds_no_labels(tmp_path):
     write(tmp_path / "d")
     paths = [str(p) for p in sorted((tmp_path / "d" / "train").glob("*.tar"))]
     with warnings.catch_warnings():
-        # webdataset leaves it to the collector to close its files.
+        # webdataset does not close its files.
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
         gc.collect()
@@ -213,7 +213,7 @@ def test_plain_webdataset_reads_the_shards_and_finds_no_labels(tmp_path):
     assert set(samples[0]["json"]) == {"split", "block", "rows"}
 
 
-def test_mapped_images_equal_images_in_memory_and_neither_needs_the_index(tmp_path):
+def test_memory_and_mmap_readers_agree_and_need_no_index(tmp_path):
     write(tmp_path / "d")
     (tmp_path / "d" / "train" / "index.parquet").unlink()
     dataset = Dataset.open(tmp_path / "d")
@@ -227,7 +227,7 @@ def test_mapped_images_equal_images_in_memory_and_neither_needs_the_index(tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
-def test_damage_after_writing_is_named(tmp_path, damage):
+def test_the_error_names_a_damaged_shard(tmp_path, damage):
     write(tmp_path / "d")
     shard = tmp_path / "d" / "train" / "shard-000001.tar"
     raw = bytearray(shard.read_bytes())
@@ -241,11 +241,11 @@ def test_damage_after_writing_is_named(tmp_path, damage):
         Dataset.open(tmp_path / "d").images("train")
 
 
-def test_what_is_not_a_data_set_is_refused_in_a_line(tmp_path):
+def test_missing_data_set_split_and_index(tmp_path):
     with pytest.raises(DataError, match=r"no dataset.json there"):
         Dataset.open(tmp_path)
     write(tmp_path / "d")
-    with pytest.raises(DataError, match="no split 'exam'; it has train, validation, test"):
+    with pytest.raises(DataError, match="no split 'exam'; choose one of train, validation, test"):
         Dataset.open(tmp_path / "d").images("exam")
     shutil.copy(tmp_path / "d" / "train" / "shard-000000.tar", tmp_path / "d" / "train" / "index.parquet")
     with pytest.raises(DataError, match="not a readable index"):

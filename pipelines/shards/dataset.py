@@ -1,8 +1,8 @@
-"""A data set on disk: images by row for training, labels and index for judging.
+"""Reads a data set: images or features by row for training, labels and index for evaluation.
 
-Two exact readers: `memory` decodes a split once into one array, `mmap` reads rows from the tars in place; and one
-for what fits nowhere, `stream` (`pipelines.sampling.sequential`). None
-needs the index, where the labels stand: what trains without labels cannot see them.
+There are two exact readers: `memory` reads a split into one array, and `mmap` maps the tar files into memory. A third,
+approximate one is `stream` (`pipelines.sampling.sequential`), for data that do not fit on the local disk. No reader
+needs the index, which contains the labels, so training without labels cannot see them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from metagmvae.pipelines.files import read_json, sha256_file
+from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.index import read_index
-from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, parse_manifest
+from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
 
@@ -27,7 +27,7 @@ Reader = Literal["auto", "memory", "mmap"]
 
 
 class MappedRows:
-    """Rows of a split read in place from its tars: `rows[numbers] -> (n, C, H, W) or (n, F)`."""
+    """Rows of a split, mapped from its tar files: `rows[indices] -> (n, C, H, W)` or `(n, F)`."""
 
     def __init__(self, blocks: list[np.ndarray]) -> None:
         self.blocks = blocks
@@ -42,15 +42,25 @@ class MappedRows:
         rows = np.arange(len(self))[rows]
         flat = np.atleast_1d(rows)
         out = np.empty((len(flat), *self.shape[1:]), self.dtype)
-        owner = np.searchsorted(self.starts, flat, side="right") - 1
-        for number in np.unique(owner):
-            here = owner == number
-            out[here] = self.blocks[number][flat[here] - self.starts[number]]
+        block_of_row = np.searchsorted(self.starts, flat, side="right") - 1
+        for block in np.unique(block_of_row):
+            in_block = block_of_row == block
+            out[in_block] = self.blocks[block][flat[in_block] - self.starts[block]]
         return out if np.ndim(rows) else out[0]
 
 
 class Dataset:
-    """An opened data set; see the contract in `pipelines.shards.writer`."""
+    """An open data set; `pipelines/README.md` describes its files.
+
+    >>> import metagmvae
+    >>> data = metagmvae.Dataset.open("data/glyphs")         # or s3://bucket/prefix
+    >>> data.splits
+    ['train', 'validation', 'test']
+    >>> data.images("test").shape[1:]                        # uint8 (n, C, H, W), read by row indices
+    (1, 28, 28)
+    >>> len(data.labels("test")) == len(data.images("test"))
+    True
+    """
 
     def __init__(self, root: Path, manifest: dict[str, Any], remote: RemotePrefix | None = None) -> None:
         self.root = root
@@ -60,7 +70,7 @@ class Dataset:
         self.name: str = manifest["name"]
         self.kind: Literal["images", "features"] = manifest["kind"]
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
-        """Of the images, or of those that the features were made of."""
+        """(C, H, W) of the images, or of the images that the features were computed from."""
         features = self.kind == "features"
         self.row_shape: tuple[int, ...] = (manifest["feature_size"],) if features else self.image_shape
         self.dtype = np.dtype(manifest["dtype"])
@@ -69,32 +79,31 @@ class Dataset:
 
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:
-        """Open a data set by the folder or the prefix (`s3://bucket/prefix`) that holds `dataset.json`.
+        """Open the data set in a folder or under a prefix (`s3://bucket/prefix`).
 
-        Of a prefix this node keeps a copy, each split from when it is asked for; see `pipelines.shards.object_store`.
+        A remote data set is copied to this machine, each split when it is requested (`pipelines.shards.object_store`).
 
         Raises:
-            DataError: there is none, it was not finished, or it is of another schema version.
+            DataError: no data set exists there, it is unfinished, or it has another schema version.
         """
         if is_remote(uri):
             folder, remote = open_copy(str(uri))
-            return cls(folder, read_json(folder / MANIFEST), remote)
+            return cls(folder, read_manifest(folder / MANIFEST), remote)
         root = Path(str(uri).removeprefix("file://"))
         if not (root / MANIFEST).is_file():
             if (root / PLAN).exists():
-                raise DataError(f"{root}: was not finished; run the same `metagmvae prepare` again to finish it")
+                raise DataError(f"{root}: not finished; run the same `metagmvae prepare` again to finish it")
             raise DataError(f"{root}: no {MANIFEST} there; write a data set with `metagmvae prepare`")
-        parse_manifest(root / MANIFEST)
-        return cls(root, read_json(root / MANIFEST))
+        return cls(root, read_manifest(root / MANIFEST))
 
     def split(self, name: str) -> dict[str, Any]:
-        """Manifest part of a split.
+        """Entry of a split in the manifest.
 
         Raises:
-            DataError: there is no such split; names those there are.
+            DataError: there is no such split.
         """
         if name not in self.manifest["splits"]:
-            raise DataError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
+            raise DataError(f"{self.root}: no split {name!r}; choose one of {', '.join(self.splits)}")
         return self.manifest["splits"][name]
 
     def rows(
@@ -104,13 +113,13 @@ class Dataset:
         memory_limit_mb: int = 4096,
         check: bool = True,
     ) -> np.ndarray | MappedRows:
-        """Images or features of a split in stored order, (n, C, H, W) or (n, F), indexable by arrays of rows.
+        """Images (n, C, H, W) or features (n, F) of a split in stored order, indexable by arrays of row indices.
 
         Args:
-            split: its name.
-            reader: `memory`, `mmap`, or `auto`: memory up to the limit.
-            memory_limit_mb: in MiB, of decoded rows.
-            check: compare every shard with its sha256 (a shard of another size is refused always).
+            split: name of the split.
+            reader: `memory`, `mmap`, or `auto`: memory up to the limit, else mmap.
+            memory_limit_mb: limit for `auto` in MiB.
+            check: compare every shard with its sha256. The size is always compared.
 
         Raises:
             DataError: a shard is missing, truncated or altered.
@@ -125,19 +134,19 @@ class Dataset:
         return np.concatenate(blocks)
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
-        path = self._here(f"{split}/{shard['name']}", shard["sha256"])
-        remedy = "`metagmvae verify` lists all damage; write the data set again"
+        path = self._local_path(f"{split}/{shard['name']}", shard["sha256"])
+        remedy = "`metagmvae verify` lists all damaged files; write the data set again"
         if not path.is_file():
             raise DataError(f"{path}: shard is missing; {remedy}")
         if path.stat().st_size != shard["bytes"]:
-            raise DataError(f"{path}: shard has {path.stat().st_size} bytes, not {shard['bytes']}; {remedy}")
+            raise DataError(f"{path}: shard has {path.stat().st_size} bytes instead of {shard['bytes']}; {remedy}")
         if check and sha256_file(path) != shard["sha256"]:
-            raise DataError(f"{path}: shard was altered after it was written (sha256 differs); {remedy}")
+            raise DataError(f"{path}: shard was altered after writing (sha256 differs); {remedy}")
         blocks = shard_blocks(path)
         for _, shape, dtype in blocks:
             if shape[1:] != self.row_shape or np.dtype(dtype) != self.dtype:
                 raise DataError(
-                    f"{path}: holds rows {dtype} {shape[1:]}, and the manifest says {self.dtype.str} {self.row_shape}; "
+                    f"{path}: rows are {dtype} {shape[1:]}, but {self.dtype.str} {self.row_shape} in the manifest; "
                     f"{remedy}"
                 )
         return [
@@ -149,49 +158,48 @@ class Dataset:
         """Images of a split; see `rows`.
 
         Raises:
-            DataError: the data set holds features, or a shard is damaged.
+            DataError: the data set contains features, or a shard is damaged.
         """
         if self.kind != "images":
-            raise DataError(f"{self.uri}: holds features, and images are needed here; name the data set of the images")
+            raise DataError(f"{self.uri}: contains features, but images are needed; use the data set of the images")
         return self.rows(split, reader, memory_limit_mb)
 
     def attachment(self, name: str) -> Path:
-        """A file that goes with the data set, whole and on this node.
+        """Local path of an additional file of the data set (the encoder of features).
 
         Raises:
-            DataError: there is none, or it was altered.
+            DataError: it does not exist or was altered.
         """
-        known = self.manifest.get("attachments", {})
-        if name not in known:
+        attachments = self.manifest.get("attachments", {})
+        if name not in attachments:
             raise DataError(f"{self.uri}: has no {name}; write the data set again")
-        path = self._here(name, known[name]["sha256"])
-        if not path.is_file() or sha256_file(path) != known[name]["sha256"]:
-            raise DataError(f"{path}: is missing or was altered (sha256 differs); write the data set again")
+        path = self._local_path(name, attachments[name]["sha256"])
+        if not path.is_file() or sha256_file(path) != attachments[name]["sha256"]:
+            raise DataError(f"{path}: missing or altered (sha256 differs); write the data set again")
         return path
 
     def index(self, split: str) -> pa.Table:
-        """The index of a split, samples in stored order."""
-        part = self.split(split)
-        return read_index(self._here(f"{split}/{INDEX}", part["index_sha256"]))
+        """The index of a split; its rows are the samples in stored order."""
+        return read_index(self._local_path(f"{split}/{INDEX}", self.split(split)["index_sha256"]))
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[IO[bytes]]:
-        """A file of the data set as a stream of bytes; nothing is kept on this node.
+        """Open a file of the data set as a stream of bytes, without a local copy.
 
         Raises:
-            DataError: it is missing.
+            DataError: the file is missing.
         """
         if self.remote is not None:
             with self.remote.open(name) as file:
                 yield file
             return
         if not (self.root / name).is_file():
-            raise DataError(f"{self.root / name}: shard is missing; `metagmvae verify` lists all damage")
+            raise DataError(f"{self.root / name}: shard is missing; `metagmvae verify` lists all damaged files")
         with open(self.root / name, "rb") as file:
             yield file
 
-    def _here(self, name: str, digest: str) -> Path:
-        """A file of the data set on this node, fetched if need be."""
+    def _local_path(self, name: str, digest: str) -> Path:
+        """Path of a file on this machine; a remote file is downloaded first."""
         path = self.root / name
         if self.remote is not None and not path.is_file():
             self.remote.fetch(name, path, digest)
@@ -202,7 +210,7 @@ class Dataset:
         return self.index(split)["class_id"].to_numpy().astype(np.int64)
 
     def class_names(self, split: str) -> list[str]:
-        """Names by class id."""
+        """Class names, indexed by class id."""
         table = self.index(split).select(["class_id", "class_name"])
         names = dict(zip(table["class_id"].to_pylist(), table["class_name"].to_pylist(), strict=True))
-        return [names[number] for number in sorted(names)]
+        return [names[class_id] for class_id in sorted(names)]

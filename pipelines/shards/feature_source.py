@@ -1,7 +1,7 @@
-"""Features of a data set of images, as a data set of the same contract: one row for each image, in its order.
+"""Data set of features: one row for each image of a data set of images, in the same order.
 
-The encoder is injected: this package knows none. It travels with the features (attachments), so that a model that is
-trained on them can take photographs later.
+The encoder is passed in as a function. Its files are stored with the features (attachments), so that a model which is
+trained on the features can later be applied to images.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import numpy as np
 import pyarrow as pa
 
 from metagmvae.pipelines.files import sha256_json
-from metagmvae.pipelines.records import DataError, ImageRecord
-from metagmvae.pipelines.shards.dataset import Dataset, MappedRows
-
-DTYPES = ("float16", "float32")
+from metagmvae.pipelines.records import DataError, ImageRecord, Rows
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.manifest import DTYPES
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What `write_dataset` takes: rows are encoded where they are written, block by block."""
+    """`RowSource` of features, which are computed block by block in the process that writes them."""
 
     uri: str
-    """Of the data set of images."""
+    """Data set of images."""
     splits: dict[str, Sequence[ImageRecord]]
     encode: Callable[[np.ndarray], np.ndarray]
     """uint8 images (n, C, H, W) -> float32 features (n, F); picklable."""
@@ -36,12 +35,12 @@ class FeatureSource:
     name: str
     image_shape: tuple[int, int, int]
     encoder: dict[str, Any]
-    """What the manifest says of the encoder; `sha256` at least."""
+    """Entry `encoder` of the manifest, with at least `sha256`."""
     fingerprint: str
     attachments: dict[str, Path] = field(default_factory=dict)
 
     permuted = True
-    """As the images are."""
+    """The images are stored in random order; features keep it."""
 
     @property
     def row_shape(self) -> tuple[int]:
@@ -60,7 +59,7 @@ class FeatureSource:
         """Encode images of a split: (n, F).
 
         Raises:
-            DataError: a feature is not finite, or too large for the type.
+            DataError: a feature is not finite, or too large for `dtype`.
         """
         images = _images(self.uri, split)[np.asarray(rows)]
         features = self.encode(images)
@@ -69,15 +68,15 @@ class FeatureSource:
         if not np.isfinite(stored).all():
             row, column = np.argwhere(~np.isfinite(stored))[0]
             value = features[row, column]
-            found = f"{self.uri}: feature {column} of image {rows[row]} of {split!r} is {value}"
+            message = f"{self.uri}: feature {column} of image {rows[row]} of {split!r} is {value}"
             if not np.isfinite(value):
-                raise DataError(f"{found}: the encoder is broken; train it again, or use another")
-            raise DataError(f"{found}, which {self.dtype} cannot hold; use --dtype float32 and another --out")
+                raise DataError(f"{message}; the encoder is broken, use another checkpoint")
+            raise DataError(f"{message}, too large for {self.dtype}; use --dtype float32 and another --out")
         return stored
 
 
 class IndexedRecords(Sequence[ImageRecord]):
-    """Records made from the rows of an index when they are asked for: a column of text, not a million objects."""
+    """Records of an index, created on access: the text columns need less memory than a million objects."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -85,14 +84,14 @@ class IndexedRecords(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, number: Any) -> Any:
-        key = self.table["key"][number].as_py()
-        return ImageRecord(key, self.table["class_name"][number].as_py(), partial(_encoded_in_blocks, key))
+    def __getitem__(self, index: Any) -> Any:
+        key = self.table["key"][index].as_py()
+        return ImageRecord(key, self.table["class_name"][index].as_py(), partial(_cannot_load, key))
 
 
 @lru_cache(maxsize=8)
-def _images(uri: str, split: str) -> np.ndarray | MappedRows:
-    """Opened once per process: a worker reads many blocks."""
+def _images(uri: str, split: str) -> Rows:
+    """Images of a split. They are opened once per process, because a worker reads many blocks."""
     return Dataset.open(uri).images(split, "mmap")
 
 
@@ -105,27 +104,28 @@ def open_features(
     attachments: dict[str, Path] | None = None,
     dtype: str = "float16",
 ) -> FeatureSource:
-    """Features of all splits of a data set of images.
+    """Features of all splits of a data set of images, to be written by `write_dataset`.
 
     Args:
-        dataset: images.
-        encode: uint8 (n, C, H, W) -> float32 (n, F); it travels to the workers.
+        dataset: data set of images.
+        encode: uint8 (n, C, H, W) -> float32 (n, F); picklable, because it is sent to workers.
         feature_size: F.
-        encoder: of the manifest; `sha256` at least.
-        attachments: files that go with the features, by their name in the data set.
-        dtype: float16 or float32, in which features are stored.
+        encoder: entry `encoder` of the manifest, with at least `sha256`.
+        attachments: additional files, by their name in the data set.
+        dtype: type of the stored features, float16 or float32.
 
     Raises:
-        DataError: the data set holds features, or the type is another one.
+        DataError: the data set contains features, or `dtype` is not supported.
     """
     if dataset.kind != "images":
-        raise DataError(f"{dataset.uri}: holds features already; name the data set of the images")
-    if dtype not in DTYPES:
-        raise DataError(f"dtype is {dtype!r}; it is {' or '.join(DTYPES)}")
-    splits: dict[str, Sequence[ImageRecord]] = {}
-    for split in dataset.splits:
-        splits[split] = IndexedRecords(dataset.index(split).select(["key", "class_name"]).combine_chunks())
-    made_of = {"images": dataset.fingerprint, "encoder": encoder["sha256"], "dtype": dtype}
+        raise DataError(f"{dataset.uri}: contains features; use the data set of the images")
+    if dtype not in DTYPES["features"]:
+        raise DataError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES['features'])}")
+    splits: dict[str, Sequence[ImageRecord]] = {
+        split: IndexedRecords(dataset.index(split).select(["key", "class_name"]).combine_chunks())
+        for split in dataset.splits
+    }
+    content = {"images": dataset.fingerprint, "encoder": encoder["sha256"], "dtype": dtype}
     return FeatureSource(
         dataset.uri,
         splits,
@@ -135,10 +135,10 @@ def open_features(
         f"{dataset.name} features",
         dataset.image_shape,
         encoder,
-        sha256_json(made_of),
+        sha256_json(content),
         attachments or {},
     )
 
 
-def _encoded_in_blocks(key: str) -> np.ndarray:
-    raise NotImplementedError(f"{key}: features are encoded in blocks, by load_block")
+def _cannot_load(key: str) -> np.ndarray:
+    raise NotImplementedError(f"{key}: features are computed by FeatureSource.load_block")

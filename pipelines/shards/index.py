@@ -1,4 +1,4 @@
-"""The index of a split: where each sample lies, and its class. Labels stand here and nowhere else."""
+"""The Parquet index of a split: position and class of each sample. It is the only file with labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError, ImageRecord
+from metagmvae.pipelines.shards.manifest import REMEDY
 
-PIECE = 2**17
-"""Rows of the index that are in memory at once while it is written."""
+CHUNK_ROWS = 2**17
+"""Rows that are in memory at once while an index is written."""
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -38,34 +39,39 @@ def write_index(
     class_names: Sequence[str],
     source_name: str,
 ) -> None:
-    """Write the Parquet index of one split, samples in stored order, a piece at a time.
+    """Write the index of one split, in stored order and in chunks of rows.
 
     Args:
         records: samples of the source.
-        order: which of them is stored where, (n,).
-        shards: name of each tar, and the position in it of the first byte of each of its samples.
-        sample_bytes: size of one sample.
-        class_names: sorted; a class id is a position in it.
+        order: (n,); order[i] is the index of the record that is stored in row i.
+        shards: name of each tar file, and the offset of each of its samples in bytes.
+        sample_bytes: size of one sample in bytes.
+        class_names: sorted class names; the class id is the position in this list.
         source_name: name of the source.
+
+    Raises:
+        DataError: shards and source have different numbers of samples.
     """
-    ids = {name: number for number, name in enumerate(class_names)}
+    class_ids = {name: class_id for class_id, name in enumerate(class_names)}
     count = sum(len(offsets) for _, offsets in shards)
     if count != len(order):
-        raise DataError(f"{path}: the shards hold {count} samples and the source {len(order)}")
+        raise DataError(
+            f"{path}: {count} samples in shards, {len(order)} in the source; remove the folder and write again"
+        )
     offsets = np.concatenate([np.empty(0, np.int64), *(offsets for _, offsets in shards)])
-    owner = np.repeat(np.arange(len(shards)), [len(offsets) for _, offsets in shards])
+    shard_of_row = np.repeat(np.arange(len(shards)), [len(offsets) for _, offsets in shards])
     with atomic_file(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-        for first in range(0, max(count, 1), PIECE):
-            rows = np.arange(first, min(first + PIECE, count), dtype=np.int64)
-            piece = [records[int(row)] for row in order[rows]]
-            names = [record.class_name for record in piece]
+        for first in range(0, max(count, 1), CHUNK_ROWS):
+            rows = np.arange(first, min(first + CHUNK_ROWS, count), dtype=np.int64)
+            chunk = [records[int(row)] for row in order[rows]]
+            names = [record.class_name for record in chunk]
             columns = {
-                "key": [record.key for record in piece],
-                "shard": [shards[number][0] for number in owner[rows]],
+                "key": [record.key for record in chunk],
+                "shard": [shards[shard][0] for shard in shard_of_row[rows]],
                 "offset": offsets[rows],
                 "size": np.full(len(rows), sample_bytes, dtype=np.int64),
                 "row": rows,
-                "class_id": np.array([ids[name] for name in names], dtype=np.int32),
+                "class_id": np.array([class_ids[name] for name in names], dtype=np.int32),
                 "class_name": names,
                 "source_name": [source_name] * len(rows),
             }
@@ -76,14 +82,14 @@ def read_index(path: str | Path) -> pa.Table:
     """Read an index.
 
     Raises:
-        DataError: it is missing, truncated, or has other columns.
+        DataError: it is missing, damaged, or has other columns.
     """
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such index; `metagmvae verify` says what else is missing") from error
+        raise DataError(f"{path}: index is missing; `metagmvae verify` lists all missing files") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable index ({error}); write the data set again") from error
+        raise DataError(f"{path}: not a readable index ({error}); {REMEDY}") from error
     if not table.schema.equals(SCHEMA):
-        raise DataError(f"{path}: not an index of ours, its columns are {', '.join(table.column_names)}")
+        raise DataError(f"{path}: not an index of this program (columns {', '.join(table.column_names)}); {REMEDY}")
     return table

@@ -1,9 +1,9 @@
-"""Data sets in object stores: `s3://bucket/prefix`, by Arrow's file systems.
+"""Data sets in object stores (`s3://bucket/prefix`), through the file systems of Apache Arrow.
 
-Reading keeps a copy per node: `dataset.json` at once, a split when it is asked for, every file compared with the
-manifest while it is written. Credentials, region and endpoint come from the usual places (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, instance roles) or stand in the URI's query
-(`?endpoint_override=http://host:port`).
+Reading makes a copy on this machine: `dataset.json` at once, the files of a split when the split is requested. The
+sha256 of every file is compared with the manifest during the download. Credentials, region and endpoint come from the
+usual environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), from the role of
+the instance, or from the query of the URI (`?endpoint_override=http://host:port`).
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from metagmvae.pipelines.files import atomic_file, read_json, sha256_file
+from metagmvae.pipelines.files import atomic_file, sha256_file
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, parse_manifest
+from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, read_manifest
 
 CHUNK = 2**22
+"""Bytes per read of a download or upload."""
 CACHE = "METAGMVAE_CACHE"
-REMEDY = "look at credentials, region and endpoint"
+"""Environment variable with the folder of the copies."""
+REMEDY = "check credentials, region and endpoint"
 
 
 def is_remote(uri: str | Path) -> bool:
-    """Whether it names an object store rather than a folder."""
+    """Whether a URI names an object store and not a local folder."""
     return "://" in str(uri) and not str(uri).startswith("file://")
 
 
 def cache_root() -> Path:
-    """Folder of copies: METAGMVAE_CACHE, else `metagmvae` in the user's cache folder."""
+    """Folder of the copies: METAGMVAE_CACHE, or `metagmvae` in the user's cache folder."""
     if os.environ.get(CACHE):
         return Path(os.environ[CACHE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metagmvae"
@@ -43,130 +45,130 @@ def cache_root() -> Path:
 class RemotePrefix:
     """The files of a data set under a prefix of an object store.
 
-    Raises:
-        DataError: the URI is of no known kind; on use: what the store refuses, in one line.
+    All methods raise DataError with one line if the store refuses a request or cannot be reached.
     """
 
     def __init__(self, uri: str) -> None:
+        """Connect to the store.
+
+        Raises:
+            DataError: the URI is not the address of a supported store.
+        """
         self.uri = uri
         try:
             self.files, self.prefix = fs.FileSystem.from_uri(uri)
         except OSError as error:
-            raise DataError(f"{uri}: {_first(error)}; {REMEDY}") from error
+            raise DataError(f"{uri}: {_first_line(error)}; {REMEDY}") from error
         except (pa.ArrowInvalid, ValueError) as error:
-            raise DataError(f"{uri}: not an address of an object store ({_first(error)}); give s3://…") from error
+            raise DataError(f"{uri}: not an address of an object store ({_first_line(error)}); use s3://…") from error
 
     def fetch(self, name: str, target: Path, digest: str | None = None) -> None:
-        """Copy one file; whole and with this sha256, or not at all."""
-        seen = hashlib.sha256()
-        with self._errors(name), self.open(name) as source, atomic_file(target) as file:
-            while chunk := source.read(CHUNK):
-                seen.update(chunk)
+        """Download one file and check its sha256; on an error nothing is left at `target`."""
+        sha256 = hashlib.sha256()
+        with self.open(name) as source, atomic_file(target) as file:
+            for chunk in self._chunks(source, name):
+                sha256.update(chunk)
                 file.write(chunk)
-            if digest is not None and seen.hexdigest() != digest:
-                raise DataError(
-                    f"{self.uri}: {name} was altered after it was written (sha256 differs); publish it again"
-                )
+            if digest is not None and sha256.hexdigest() != digest:
+                raise DataError(f"{self.uri}: {name} was altered after writing (sha256 differs); publish it again")
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """One file as a stream of bytes."""
-        with self._errors(name):
-            source = self.files.open_input_stream(f"{self.prefix}/{name}")
-        with source:
+        """Open one file as a stream of bytes."""
+        with self._store_errors(name), self.files.open_input_stream(f"{self.prefix}/{name}") as source:
             yield source
 
     def _chunks(self, source: IO[bytes], name: str) -> Iterator[bytes]:
-        """Bytes of a file; what goes wrong is the store's doing, not that of the file they go to."""
+        """Content of a file. Errors of the store become DataError here, or `atomic_file` would report a full disk."""
         while True:
-            with self._errors(name):
+            with self._store_errors(name):
                 chunk = source.read(CHUNK)
             if not chunk:
                 return
             yield chunk
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a local file there; objects appear whole."""
+        """Upload one local file; it appears in the store when it is complete."""
         with (
-            self._errors(name),
             open(source, "rb") as file,
+            self._store_errors(name),
             self.files.open_output_stream(f"{self.prefix}/{name}") as target,
         ):
             while chunk := file.read(CHUNK):
                 target.write(chunk)
 
     def sizes(self) -> dict[str, int]:
-        """Size by name of everything under the prefix."""
-        with self._errors(""):
-            found = self.files.get_file_info(fs.FileSelector(self.prefix, recursive=True, allow_not_found=True))
-        return {item.path[len(self.prefix) :].lstrip("/"): item.size for item in found if item.is_file}
+        """Sizes in bytes of all files under the prefix, by name."""
+        with self._store_errors():
+            infos = self.files.get_file_info(fs.FileSelector(self.prefix, recursive=True, allow_not_found=True))
+        return {info.path[len(self.prefix) :].lstrip("/"): info.size for info in infos if info.is_file}
 
     @contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
+    def _store_errors(self, name: str = "") -> Iterator[None]:
+        """Convert errors of the store to DataError."""
         try:
             yield
         except FileNotFoundError as error:
-            raise DataError(f"{self.uri}: no {name or 'such bucket or prefix'} there") from error
+            raise DataError(f"{self.uri}: {name or 'bucket or prefix'} does not exist; check the address") from error
         except (OSError, pa.ArrowException) as error:
-            what = f"{self.uri}{f' ({name})' if name else ''}"
-            raise DataError(f"{what}: {_first(error)}; {REMEDY}") from error
+            place = f"{self.uri} ({name})" if name else self.uri
+            raise DataError(f"{place}: {_first_line(error)}; {REMEDY}") from error
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
-    """The node's copy of a remote data set, with its manifest only: (folder, where the rest is).
+    """Download the manifest of a remote data set; return the folder of the copy and the remote prefix.
 
-    The folder's name is the manifest's sha256: another data set under the same prefix is another copy.
+    The folder is named by the sha256 of the manifest, so another data set under the same prefix gets another folder.
     """
     remote = RemotePrefix(uri)
-    arrivals = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
+    manifest = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
     try:
-        remote.fetch(MANIFEST, arrivals)
-        parse_manifest(arrivals)
-        folder = cache_root() / "datasets" / sha256_file(arrivals)
+        remote.fetch(MANIFEST, manifest)
+        read_manifest(manifest)
+        folder = cache_root() / "datasets" / sha256_file(manifest)
         folder.mkdir(parents=True, exist_ok=True)
-        os.replace(arrivals, folder / MANIFEST)
+        os.replace(manifest, folder / MANIFEST)
     finally:
-        arrivals.unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
     return folder, remote
 
 
 @contextmanager
 def temporary_copy(uri: str) -> Iterator[Path]:
-    """Everything under a prefix in a folder for the time being, unknown files too, nothing compared."""
+    """Copy of all files under a prefix in a temporary folder, unchecked and including unknown files."""
     remote = RemotePrefix(uri)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         for name in remote.sizes():
             target = (root / name).resolve()
             if not target.is_relative_to(root):
-                raise DataError(f"{uri}: the name {name!r} leads out of the prefix; delete that object")
+                raise DataError(f"{uri}: object name {name!r} points outside the prefix; delete the object")
             remote.fetch(name, target)
         yield root
 
 
 def publish(folder: Path, uri: str) -> dict[str, Any]:
-    """Copy a finished data set to an object store, `dataset.json` last; return its manifest.
+    """Upload a finished data set, `dataset.json` last; return its manifest.
 
-    Files that are there with their size are not sent again: a copy that was stopped is finished.
+    Files that already have the right size in the store are skipped, so an interrupted upload can be continued.
 
     Raises:
-        DataError: the prefix holds another data set, or the store refuses.
+        DataError: the prefix contains another data set, or the store refuses a request.
     """
-    manifest = read_json(folder / MANIFEST)
-    parse_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     remote = RemotePrefix(uri)
-    there = remote.sizes()
-    if MANIFEST in there:
+    stored = remote.sizes()
+    if MANIFEST in stored:
         with remote.open(MANIFEST) as file:
             if file.read() == (folder / MANIFEST).read_bytes():
                 return manifest
-        raise DataError(f"{uri}: holds another data set; choose another prefix")
+        raise DataError(f"{uri}: contains another data set; choose another prefix")
     for name, _, _ in dataset_files(manifest):
-        if there.get(name) != (folder / name).stat().st_size:
+        if stored.get(name) != (folder / name).stat().st_size:
             remote.put(folder / name, name)
     remote.put(folder / MANIFEST, MANIFEST)
     return manifest

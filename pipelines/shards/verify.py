@@ -1,4 +1,4 @@
-"""`metagmvae verify`: everything that is wrong with a data set on disk, each file by name."""
+"""Compares the files of a data set with its manifest (`metagmvae verify`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.index import read_index
-from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, parse_manifest, split_files
+from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, read_manifest, split_files
 from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
 
 ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
@@ -20,50 +20,50 @@ ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One problem of a data set."""
 
     kind: ProblemKind
     path: str
-    """Relative to the data set's folder."""
+    """Path relative to the folder of the data set."""
     detail: str
 
 
 def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None) -> list[Problem]:
     """Compare every file of a data set with its manifest; an intact data set has no problems.
 
-    `missing`: the manifest names it. `truncated`: another size. `altered`: the same size and another
-    sha256. `foreign`: nobody wrote it. `unfinished`: the writer was stopped. `inconsistent`: manifest, index and
-    shards disagree though each is as it was written.
+    Kinds of problems: `missing`: a file of the manifest does not exist. `truncated`: its size differs. `altered`: its
+    sha256 differs. `foreign`: a file is not in the manifest. `unfinished`: the writer was stopped. `inconsistent`:
+    manifest, index and shards contradict each other although every file has the right sha256.
 
     Args:
-        root: folder.
-        on_progress: told (files compared, files in all).
+        root: folder of the data set.
+        on_progress: called with (files compared, all files).
 
     Raises:
-        DataError: there is no data set, or its manifest is not one of ours.
+        DataError: there is no data set, or its manifest is damaged.
     """
     root = Path(root)
     if not (root / MANIFEST).is_file():
         if (root / PLAN).exists():
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
-        raise DataError(f"{root}: no {MANIFEST} there; name the folder of a data set")
-    manifest = parse_manifest(root / MANIFEST)
+        raise DataError(f"{root}: no {MANIFEST} there; give the folder of a data set")
+    manifest = read_manifest(root / MANIFEST)
     total = sum(1 for _ in dataset_files(manifest))
     problems, done = list(_foreign(root, manifest)), 0
     for name, file in manifest.get("attachments", {}).items():
         problems += _compare(root / name, name, file["bytes"], file["sha256"])
         done += 1
     for split, part in manifest["splits"].items():
-        whole = True
+        intact = True
         for name, size, digest in split_files(split, part):
-            found = _compare(root / name, name, size, digest)
-            problems += found
-            whole = whole and not found
+            new = _compare(root / name, name, size, digest)
+            problems += new
+            intact = intact and not new
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
-        if whole:
+        if intact:
             problems += _inconsistent(root, split, part)
     return problems
 
@@ -71,11 +71,11 @@ def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None
 def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Problem]:
     if not path.is_file():
         return [Problem("missing", name, REMEDY)]
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return [Problem("truncated", name, f"{found} bytes, not {size}; {REMEDY}")]
+    actual = path.stat().st_size
+    if size is not None and actual != size:
+        return [Problem("truncated", name, f"{actual} bytes instead of {size}; {REMEDY}")]
     if sha256_file(path) != digest:
-        return [Problem("altered", name, f"its sha256 is not that of the manifest; {REMEDY}")]
+        return [Problem("altered", name, f"its sha256 differs from the manifest; {REMEDY}")]
     return []
 
 
@@ -85,32 +85,32 @@ def _foreign(root: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name not in known:
-            yield Problem("foreign", name, "does not belong to the data set; move it elsewhere")
+            yield Problem("foreign", name, "not a file of the data set; move it elsewhere")
 
 
 def _inconsistent(root: Path, split: str, part: Mapping[str, Any]) -> Iterator[Problem]:
-    """Whether index, shards and manifest of a split tell the same story: counts, owners and offsets."""
+    """Contradictions between index, shards and manifest of a split: counts, shard names and offsets."""
     name = f"{split}/{INDEX}"
     try:
         index = read_index(root / split / INDEX)
-        owners, offsets = [], []
+        shard_of_row, offsets = [], []
         for shard in part["shards"]:
             rows = 0
             for offset, shape, dtype in shard_blocks(root / split / shard["name"]):
                 size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
                 offsets += [offset + size * row for row in range(shape[0])]
                 rows += shape[0]
-            owners += [shard["name"]] * rows
+            shard_of_row += [shard["name"]] * rows
             if rows != shard["rows"]:
-                text = f"holds {rows} rows and the manifest says {shard['rows']}; {REMEDY}"
+                text = f"{rows} rows, but {shard['rows']} in the manifest; {REMEDY}"
                 yield Problem("inconsistent", f"{split}/{shard['name']}", text)
     except DataError as error:
         yield Problem("inconsistent", name, str(error))
         return
-    if index["shard"].to_pylist() != owners or index["offset"].to_pylist() != offsets:
-        yield Problem("inconsistent", name, f"its rows are not where the shards hold them; {REMEDY}")
+    if index["shard"].to_pylist() != shard_of_row or index["offset"].to_pylist() != offsets:
+        yield Problem("inconsistent", name, f"its shards or offsets are wrong; {REMEDY}")
     if index.num_rows != part["samples"]:
-        yield Problem("inconsistent", name, f"{index.num_rows} rows, and the manifest says {part['samples']}; {REMEDY}")
+        yield Problem("inconsistent", name, f"{index.num_rows} rows, but {part['samples']} in the manifest; {REMEDY}")
     classes = len(set(index["class_id"].to_pylist()))
     if classes != part["classes"]:
-        yield Problem("inconsistent", name, f"{classes} classes, and the manifest says {part['classes']}; {REMEDY}")
+        yield Problem("inconsistent", name, f"{classes} classes, but {part['classes']} in the manifest; {REMEDY}")
