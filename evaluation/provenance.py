@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, commit and time."""
+"""Provenance of a result: command, versions, machine, commit and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("metagmvae", "torch", "torchvision", "numpy", "ray", "mlflow", "webd
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, processor, GPU, commit and UTC time as plain values; unknown things are None."""
+    """Return command, versions, processor, GPU, commit and UTC time as plain values; unknown values are None."""
     import torch
 
     return {
@@ -41,15 +41,15 @@ def _version(name: str) -> str | None:
 
 def _processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, `+` behind it where files differ from it; None for an installed package."""
+    """Return the commit of the source tree, with a `+` if tracked files differ; None for an installed package."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

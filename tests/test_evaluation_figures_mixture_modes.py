@@ -1,4 +1,4 @@
-"""The modes that figures show are those of EM, and each figure shows what it is given."""
+"""Mixture modes follow EM, and each figure shows its arguments."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PIXELS = ModelSettings(channels=8, width=32, latent=6)
 
 
 def glyph_like(count: int, seed: int = 0) -> np.ndarray:
-    """Three kinds of pictures that any encoder tells apart: a bar on the left, in the middle, on the right."""
+    """Images of three classes (row % 3) that any encoder separates: a bar on the left, in the middle, on the right."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 30, (count, *SHAPE), dtype=np.uint8)
     for row in range(count):
@@ -24,14 +24,14 @@ def glyph_like(count: int, seed: int = 0) -> np.ndarray:
     return images
 
 
-def same_row(image: np.ndarray, among: np.ndarray) -> int:
+def row_of(image: np.ndarray, among: np.ndarray) -> int:
     (rows,) = np.nonzero((among == image).all(axis=(1, 2, 3)))
     assert len(rows) == 1
     return int(rows[0])
 
 
 @pytest.mark.parametrize("reconstruct", ["pixels", "features"])
-def test_test_modes_put_each_query_once_and_with_its_kind(reconstruct):
+def test_test_modes_assign_each_query_once_and_to_its_class(reconstruct):
     model = build_model(PIXELS.model_copy(update={"reconstruct": reconstruct}), SHAPE, 0)
     images = glyph_like(33)
     if reconstruct == "features":
@@ -42,32 +42,32 @@ def test_test_modes_put_each_query_once_and_with_its_kind(reconstruct):
     finder = ModeFinder(model, images, shown=30)
     modes = finder.test_modes(support, query, AdaptSettings(samples=4, iterations=3, e_step="identity"))
     assert [np.array_equal(mode.support, support[k]) for k, mode in enumerate(modes)] == [True] * 3
-    rows = sorted(same_row(image, query) for mode in modes for image in mode.obtained)
+    rows = sorted(row_of(image, query) for mode in modes for image in mode.obtained)
     assert rows == list(range(30))
     if reconstruct == "features":
         for mode in modes:
-            assert all(same_row(image, images) >= 0 for image in mode.generated)
+            assert all(row_of(image, images) >= 0 for image in mode.generated)
         for k, mode in enumerate(modes):
-            kinds = [same_row(image, query) % 3 for image in mode.obtained]
-            assert kinds.count(k) > len(kinds) / 2
+            classes = [row_of(image, query) % 3 for image in mode.obtained]
+            assert classes.count(k) > len(classes) / 2
     else:
         assert all(mode.generated.shape == (30, *SHAPE) for mode in modes)
         assert all(mode.generated.min() >= 0 and mode.generated.max() <= 1 for mode in modes)
 
 
-def test_training_modes_hold_every_image_once_the_fullest_first():
+def test_training_modes_assign_each_image_once_and_are_sorted_by_size():
     model = build_model(PIXELS, SHAPE, 0)
     images = glyph_like(24)
     train = TrainSettings(set_size=24, samples=4, components=4, em_iterations=5)
     modes = ModeFinder(model, images, shown=24).training_modes(images, train)
-    assert sorted(same_row(image, images) for mode in modes for image in mode.obtained) == list(range(24))
+    assert sorted(row_of(image, images) for mode in modes for image in mode.obtained) == list(range(24))
     sizes = [len(mode.obtained) for mode in modes]
     assert sizes == sorted(sizes, reverse=True)
     again = ModeFinder(model, images, shown=24).training_modes(images, train)
     assert all(np.array_equal(a.generated, b.generated) for a, b in zip(modes, again, strict=True))
 
 
-def test_a_mosaic_shows_each_image_where_it_belongs(tmp_path):
+def test_mode_grid_places_each_image(tmp_path):
     white, black = np.zeros(SHAPE, np.uint8), np.full(SHAPE, 255, np.uint8)
     modes = [
         MixtureMode(black[None], np.stack([white, black]), np.stack([black / 255.0])),
@@ -82,24 +82,24 @@ def test_a_mosaic_shows_each_image_where_it_belongs(tmp_path):
     assert obtained[step + 14, 14] == 1
     assert obtained[step + 14, step + 14] == 0
     plots.save(figure, tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.width > picture.height > 100
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > image.height > 100
 
 
-def test_curves_show_the_lines_of_the_run():
+def test_curves_plot_the_metric_lines():
     lines = [
         {"stage": "pretrain", "global_step": 1, "loss": 5.0},
         {"stage": "meta", "global_step": 2, "loss": 3.0},
         {"stage": "meta", "global_step": 3, "loss": 2.0, "validation/5w1s": 0.5, "validation/5w1s_ci95": 0.1},
     ]
-    warm, meta, accuracy = plots.curves(lines, "run").axes
-    assert warm.lines[0].get_xydata().tolist() == [[1, 5]]
+    pretrain, meta, accuracy = plots.curves(lines, "run").axes
+    assert pretrain.lines[0].get_xydata().tolist() == [[1, 5]]
     assert meta.lines[0].get_xydata().tolist() == [[2, 3], [3, 2]]
     assert accuracy.lines[0].get_xydata().tolist() == [[3, 50]]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["5w1s"]
 
 
-def test_predictions_stand_beside_the_class_they_are_given():
+def test_predictions_are_drawn_beside_the_predicted_class():
     images = glyph_like(6)
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     figure = plots.predictions([images[:1], images[1:2]], ["left", "middle"], images[3:], probabilities)
@@ -109,9 +109,9 @@ def test_predictions_stand_beside_the_class_they_are_given():
     assert np.array_equal(figure.axes[2].images[0].get_array(), images[5][0] / 255)
 
 
-def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path):
+def test_dollar_signs_in_a_name_are_drawn_literally(tmp_path):
     lines = [{"stage": "meta", "global_step": step, "loss": 1.0} for step in (1, 2)]
-    figure = plots.curves(lines, "costs $5 and $\\frac")  # as mathematics: an error of matplotlib's parser
+    figure = plots.curves(lines, "costs $5 and $\\frac")  # parsed as mathematics, this would be an error
     plots.save(figure, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert not figure._suptitle.get_parse_math()

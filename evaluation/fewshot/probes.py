@@ -54,13 +54,13 @@ def linear_probe(h_nF: Tensor, labels: np.ndarray) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    h_nF = h_nF.float().cpu().numpy()
+    x = h_nF.float().cpu().numpy()
     reference, queries = _split_classes(labels, LINEAR_ROWS)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the probe compares encoders; it is not a result
-        model.fit(h_nF[reference], labels[reference])
-    return float(model.score(h_nF[queries], labels[queries]))
+        model.fit(x[reference], labels[reference])
+    return float(model.score(x[queries], labels[queries]))
 
 
 def _split_classes(labels: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,1 +1,1 @@
-"""Plots of one model: training curves, episodes, mixture modes."""
+"""Figures of one model: training curves, reconstructions, mixture modes, latent map, predictions."""

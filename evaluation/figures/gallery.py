@@ -8,129 +8,139 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.mixture_modes import ModeFinder
 from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
-POOL = 4096
-"""Images that generated features are shown by, the nearest of them."""
-SHOWN_WAYS = 5
+POOL_SIZE = 4096
+"""Images among which the nearest one to a generated feature vector is searched."""
+RECONSTRUCTION_SET = 200
+"""Images in the set that is reconstructed; the first 16 of them are shown."""
+WAYS = 5
 QUERIES = 10
 
 
 def draw_gallery(
     loaded: LoadedModel, dataset: Dataset, split: str, out: Path, lines: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Write every figure that the model, the data and the metric lines allow; return the files.
+    """Write all figures that the model, the data and the metric lines allow; return the files.
 
-    Of an encoder alone there are curves; of features, which nobody can look at, curves and the latent map.
+    An encoder-only model gives curves only. A data set of features gives curves and the latent map, because features
+    cannot be shown as images.
 
     Args:
         loaded: the model.
         dataset: its training split gives the unlabelled set, `split` the labelled episode.
-        split: whose classes are shown, say `validation`.
-        out: folder; files in it are replaced.
-        lines: metric lines of the run, for the curves.
+        split: whose classes are shown, for example `validation`.
+        out: folder; existing files in it are replaced.
+        lines: metric lines of the run, for the curves; empty: no curves.
 
     Raises:
-        DataError: the images have another shape than the model's, or the split has too few classes or images.
+        DataError: the images have another shape than those of the model, or the split has too few classes or images.
     """
     dataset.split(split)
-    drawn: dict[str, Any] = {}
+    figures: dict[str, Figure] = {}
     if isinstance(loaded.model, MetaGMVAE):
         device = next(loaded.model.parameters()).device
         h_nF = encode_split(loaded.model, dataset, split, device)
         if dataset.kind == "images":
-            drawn |= _modes(loaded, loaded.model, dataset, split)
-        drawn["latent-map"] = _latent_map(loaded.model, h_nF, dataset.labels(split), loaded.settings.name)
+            figures |= _mode_figures(loaded, loaded.model, dataset, split)
+        figures["latent-map"] = _latent_map(loaded.model, h_nF, dataset.labels(split), loaded.settings.name)
     name, files = loaded.settings.name, []
     if lines:
-        drawn["curves"] = plots.curves(lines, name)
+        figures["curves"] = plots.curves(lines, name)
         files.append(out / "curves.json")
-        write_json(files[-1], {"name": name, "validation": _validations(lines)})
-    for stem, figure in drawn.items():
+        write_json(files[-1], {"name": name, "validation": _validation_lines(lines)})
+    for stem, figure in figures.items():
         files.append(out / f"{stem}.png")
         plots.save(figure, files[-1])
     return files
 
 
-def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[str, Any]:
-    """By what they show: the modes of an episode and the latent map of the same classes, as far as the data allow.
+def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[str, Figure]:
+    """Return figures of one episode by caption: its mixture modes (for images only) and its latent map.
 
     Raises:
-        DataError: as `draw_gallery`.
+        DataError: as in `draw_gallery`, or the model is encoder-only.
     """
     model = require_meta_gmvae(loaded, dataset.uri)
-    labels, drawn = dataset.labels(split), {}
+    labels, figures = dataset.labels(split), {}
     if dataset.kind == "images":
         images = dataset.images(split)
-        finder = ModeFinder(model, np.asarray(images[: min(POOL, len(images))]))
-        kind = "nearest to decoded features" if model.reconstruct == "features" else "generated"
-        drawn["An episode: support, images that EM puts into each mode, and generated ones"] = _episode(
-            finder, loaded, images, labels, kind
-        )
+        finder = _mode_finder(model, images)
+        caption = "Modes of an episode: support, images that EM assigns to each mode, generated images"
+        figures[caption] = _episode_modes(finder, loaded, images, labels)
     h_nF = encode_split(model, dataset, split, next(model.parameters()).device)
-    drawn["Latents of an episode by t-SNE; stars are the support"] = _latent_map(
+    figures["Latents of an episode by t-SNE; stars are the support"] = _latent_map(
         model, h_nF, labels, loaded.settings.name
     )
-    return drawn
+    return figures
 
 
-def _modes(loaded: LoadedModel, model: MetaGMVAE, dataset: Dataset, split: str) -> dict[str, Any]:
-    """Reconstructions, and the modes of an unlabelled set and of an episode."""
+def _mode_figures(loaded: LoadedModel, model: MetaGMVAE, dataset: Dataset, split: str) -> dict[str, Figure]:
+    """Draw reconstructions, the modes of an unlabelled training set, and the modes of an episode."""
     name, train = loaded.settings.name, loaded.settings.train
     train_split = loaded.settings.data.train_split
     unlabelled = dataset.images(train_split if train_split in dataset.splits else split)
     images, labels = dataset.images(split), dataset.labels(split)
-    finder = ModeFinder(model, np.asarray(unlabelled[: min(POOL, len(unlabelled))]))
-    kind = "nearest to decoded features" if model.reconstruct == "features" else "generated"
-    size = min(train.set_size, len(unlabelled))
-    modes = finder.training_modes(np.asarray(unlabelled[:size]), train)[: 2 * SHOWN_WAYS]
+    finder = _mode_finder(model, unlabelled)
+    modes = finder.training_modes(_first(unlabelled, train.set_size), train)[: 2 * WAYS]
     title = f"{name}: modes of an unlabelled training set (Eq. 7)"
     return {
-        "reconstructions": _reconstructions(finder, images, kind),
-        "modes-meta-training": plots.mode_grid(modes, title, kind),
-        "modes-meta-test": _episode(finder, loaded, images, labels, kind),
+        "reconstructions": _reconstructions(finder, images),
+        "modes-meta-training": plots.mode_grid(modes, title, finder.generated_title),
+        "modes-meta-test": _episode_modes(finder, loaded, images, labels),
     }
 
 
-def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What validation said, when: steps, seconds trained, accuracies."""
-    kept = ("global_step", "elapsed_s")
+def _mode_finder(model: MetaGMVAE, images: Rows) -> ModeFinder:
+    return ModeFinder(model, _first(images, POOL_SIZE))
+
+
+def _first(images: Rows, count: int) -> np.ndarray:
+    return np.asarray(images[np.arange(min(count, len(images)))])
+
+
+def _validation_lines(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return step, training time in seconds and validation metrics of the lines that have validation metrics."""
+    clock = ("global_step", "elapsed_s")
     return [
-        {key: value for key, value in line.items() if key in kept or key.startswith("validation/")}
+        {key: value for key, value in line.items() if key in clock or key.startswith("validation/")}
         for line in lines
         if any(key.startswith("validation/") for key in line)
     ]
 
 
-def _reconstructions(finder: ModeFinder, images: Any, kind: str) -> Any:
-    some = np.asarray(images[: min(200, len(images))])
-    return plots.reconstructions(some[:16], finder.reconstruct(some)[:16], kind.replace("generated", "decoded"))
+def _reconstructions(finder: ModeFinder, images: Rows) -> Figure:
+    image_set = _first(images, RECONSTRUCTION_SET)
+    title = finder.generated_title.replace("generated", "decoded")
+    return plots.reconstructions(image_set[:16], finder.reconstruct(image_set)[:16], title)
 
 
-def _episode(finder: ModeFinder, loaded: LoadedModel, images: Any, labels: np.ndarray, kind: str) -> Any:
+def _episode_modes(finder: ModeFinder, loaded: LoadedModel, images: Rows, labels: np.ndarray) -> Figure:
     sampler = EpisodeSampler(labels, way=_ways(labels), shot=1, query=QUERIES, seed=0)
     episode = sampler.episode(0)
     support, query = images[episode.support.reshape(-1)], images[episode.query.reshape(-1)]
     modes = finder.test_modes(support[:, None], query, loaded.settings.adapt)
     title = f"{loaded.settings.name}: modes of a {sampler.way}-way 1-shot episode (Eq. 10)"
-    return plots.mode_grid(modes, title, kind)
+    return plots.mode_grid(modes, title, finder.generated_title)
 
 
 def _ways(labels: np.ndarray) -> int:
-    return min(SHOWN_WAYS, len(np.unique(labels)))
+    return min(WAYS, len(np.unique(labels)))
 
 
-def _latent_map(model: MetaGMVAE, h_nF: Tensor, labels: np.ndarray, name: str) -> Any:
-    """The same classes with 1 and with 5 shots: posterior means given the whole episode, by t-SNE."""
+def _latent_map(model: MetaGMVAE, h_nF: Tensor, labels: np.ndarray, name: str) -> Figure:
+    """Draw the posterior means of an episode by t-SNE, for the same classes with 1 and with 5 shots."""
     from sklearn.manifold import TSNE
 
     panels = []

@@ -1,6 +1,6 @@
-"""Figures: training curves, reconstructions, the modes of episodes (Fig. 3), the latent map (Fig. 4).
+"""Figures: training curves, reconstructions, mixture modes (Fig. 3), latent map (Fig. 4), predictions.
 
-Each function takes arrays and returns a matplotlib Figure of its own; nothing is kept globally.
+Each function takes arrays and returns a new matplotlib Figure; pyplot and its global state are not used.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from metagmvae.pipelines.files import atomic_file
 Array = np.ndarray
 GREY = "#666666"
 COLOURS = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB"]
-"""Told apart by all kinds of colour vision (Tol's bright scheme)."""
+"""Tol's bright scheme, which people with colour vision deficiencies can distinguish."""
 GAP = 2
-"""White pixels between the images of a mosaic."""
+"""Pixels between the images of a mosaic."""
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure to a PNG file; if that fails, no file is left."""
     with atomic_file(path) as file:
         write_png(figure, file)
 
 
 def write_png(figure: Figure, file: IO[bytes]) -> None:
-    """Write a figure as PNG into an open file."""
+    """Write a figure as PNG to an open binary file."""
     FigureCanvasAgg(figure)
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name of a run may hold dollar signs
+        text.set_parse_math(False)  # names of runs may contain dollar signs
     figure.savefig(file, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
 
 
 def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Loss of each stage in a panel of its own, and validation accuracy, over global steps of a run."""
+    """Plot the loss of each stage, one panel per stage, and the validation accuracy, over the global steps of a run."""
     stages = list(dict.fromkeys(str(line["stage"]) for line in lines))
     tasks = sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
     figure = Figure(figsize=(4.2 * (len(stages) + bool(tasks)), 3.2), layout="constrained")
@@ -57,7 +57,7 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
         rows = [line for line in lines if task in line]
         steps = [row["global_step"] for row in rows]
         accuracy = 100 * np.array([row[task] for row in rows])
-        ci95 = 100 * np.array([row.get(f"{task}_ci95", 0.0) for row in rows])  # a probe has no interval
+        ci95 = 100 * np.array([row.get(f"{task}_ci95", 0.0) for row in rows])  # probes have no interval
         name = task.removeprefix("validation/")
         panels[-1].plot(steps, accuracy, marker="o", markersize=3, label=name, color=colour)
         panels[-1].fill_between(steps, accuracy - ci95, accuracy + ci95, alpha=0.2, color=colour, linewidth=0)
@@ -67,17 +67,23 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def reconstructions(images: Array, decoded: Array, kind: str) -> Figure:
-    """Images (uint8) above what the decoder makes of their latents; `kind` says what the lower row is."""
+def reconstructions(images: Array, decoded: Array, label: str) -> Figure:
+    """Show images (uint8) above their reconstructions; `label` names the row of the reconstructions."""
     figure = Figure(figsize=(9, 2.2), layout="constrained")
     axes = figure.subplots(1, 1)
     _mosaic(axes, [list(images), list(decoded)])
-    _row_labels(axes, ["image", kind], images.shape[-2])
+    _row_labels(axes, ["image", label], images.shape[-2])
     return figure
 
 
 def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str) -> Figure:
-    """Fig. 3: one row per mode: labelled images, images obtained by EM, images generated from it."""
+    """Draw Fig. 3, one row per mode: labelled images, images that EM assigns to it, images generated from it.
+
+    Args:
+        modes: the rows.
+        title: of the figure.
+        generated: title of the column of generated images.
+    """
     panels: list[tuple[str, list[list[Array]]]] = [
         ("support", [list(mode.support) for mode in modes]),
         ("obtained by EM", [list(mode.obtained) for mode in modes]),
@@ -87,19 +93,20 @@ def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str) -> Figur
     widths = [max(1, max(len(row) for row in rows)) for _, rows in panels]
     figure = Figure(figsize=(0.55 * sum(widths) + 0.4, 0.6 * len(modes) + 0.7), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    drawn = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
-    for axes, (name, rows) in zip(drawn, panels, strict=True):
+    columns = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
+    for axes, (name, rows) in zip(columns, panels, strict=True):
         _mosaic(axes, rows)
         axes.set_title(name, fontsize=9, color=GREY)
     return figure
 
 
 def latent_map(panels: Sequence[tuple[str, Array, Array, Array]], title: str) -> Figure:
-    """Fig. 4: latents of episodes in two dimensions.
+    """Draw Fig. 4, latents of episodes in two dimensions, one panel per episode.
 
     Args:
-        panels: for each episode its name, positions (T, 2), label (T,), and whether it is support (T,).
-        title: above all.
+        panels: of each episode its name, and of its T points the positions (T, 2), the labels (T,), and whether they
+            are support (T,).
+        title: of the figure.
     """
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -117,12 +124,19 @@ def latent_map(panels: Sequence[tuple[str, Array, Array, Array]], title: str) ->
 
 
 def predictions(support: Sequence[Array], names: Sequence[str], query: Array, probabilities: Array) -> Figure:
-    """A few labelled images of each class, and query images under the class they are given, with its probability."""
-    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    rows = [np.flatnonzero(guess == k) for k in range(len(names))]
-    rows = [found[np.argsort(-sure[found], kind="stable")][:8] for found in rows]
+    """Show the labelled images of each class, and beside them the 8 most probable queries of those predicted as it.
+
+    Args:
+        support: labelled images of each class, (S, C, H, W).
+        names: of the classes.
+        query: (P, C, H, W).
+        probabilities: (P, K); that of the predicted class is written above the query.
+    """
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    rows_by_class = [np.flatnonzero(predicted == k) for k in range(len(names))]
+    rows_by_class = [rows[np.argsort(-confidence[rows], kind="stable")][:8] for rows in rows_by_class]
     shots = max(len(images) for images in support)
-    widest = max(1, max(len(found) for found in rows))
+    widest = max(1, max(len(rows) for rows in rows_by_class))
     figure = Figure(figsize=(1.2 + 0.75 * (shots + widest), 0.95 * len(names) + 0.5), layout="constrained")
     grid = figure.subplots(len(names), shots + widest, squeeze=False)
     for axes in grid.flat:
@@ -131,10 +145,10 @@ def predictions(support: Sequence[Array], names: Sequence[str], query: Array, pr
         for column, image in enumerate(support[k]):
             _show(grid[k, column], image)
         grid[k, 0].set_title(_short(name), fontsize=7, loc="left", fontweight="bold")
-        for column, row in enumerate(rows[k]):
+        for column, row in enumerate(rows_by_class[k]):
             _show(grid[k, shots + column], query[row])
-            grid[k, shots + column].set_title(f"{100 * sure[row]:.0f}%", fontsize=7, color=GREY)
-    figure.suptitle("labelled (left), and what was recognised (right)", fontsize=9)
+            grid[k, shots + column].set_title(f"{100 * confidence[row]:.0f}%", fontsize=7, color=GREY)
+    figure.suptitle("labelled images (left), predictions (right)", fontsize=9)
     return figure
 
 
@@ -143,25 +157,25 @@ def _short(name: str, longest: int = 22) -> str:
 
 
 def _show(axes: Any, image: Array) -> None:
-    picture = _unit(image)
-    axes.imshow(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+    pixels = _to_unit_range(image)
+    axes.imshow(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
 
 
-def _unit(image: Array) -> Array:
+def _to_unit_range(image: Array) -> Array:
     return image / 255 if image.dtype == np.uint8 else image
 
 
 def _mosaic(axes: Any, rows: Sequence[Sequence[Array]]) -> None:
-    """Rows of images, each (C, H, W), as one picture; empty places stay white."""
+    """Draw rows of images, each (C, H, W), as one image; missing images stay white."""
     channels, height, width = next(image.shape for row in rows for image in row)
     columns = max(len(row) for row in rows)
-    # Grey images are drawn dark on white: there 0 is white.
+    # Grey images are drawn inverted, so that 0 is white.
     blank = 0.0 if channels == 1 else 1.0
     canvas = np.full((len(rows) * (height + GAP), columns * (width + GAP), channels), blank)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = r * (height + GAP), c * (width + GAP)
-            canvas[top : top + height, left : left + width] = _unit(image).transpose(1, 2, 0)
+            canvas[top : top + height, left : left + width] = _to_unit_range(image).transpose(1, 2, 0)
     axes.imshow(canvas[..., 0] if channels == 1 else canvas, cmap="gray_r", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
