@@ -1,1 +1,1 @@
-"""Reading zip, tar and folders without unpacking."""
+"""Reading zip files, tar files and folders without unpacking."""

@@ -1,8 +1,8 @@
-"""Files by name from a folder, zip or tar that is never unpacked, behind the same two functions.
+"""Lists and reads the files of a folder, a zip file or a tar file, without unpacking archives to disk.
 
-Archives come from elsewhere: names that leave them, links, encrypted, doubled or absurdly compressed members are
-refused before anything is read, and no member is unpacked beyond the size it states. The same files give the
-same entries, archived or not. Tars are read by `pipelines.archives.tar`.
+Archives are untrusted: members with names that point outside, links, and encrypted, duplicate or extremely compressed
+members are refused before anything is read, and no member is unpacked beyond its stated size. The same files give the
+same entries in a folder and in an archive. `pipelines.archives.tar` reads tar files.
 """
 
 from __future__ import annotations
@@ -39,38 +39,40 @@ DAMAGE = (
     OSError,
     ValueError,
 )
-"""What `zipfile` and its decompressors raise on damaged bytes, or on methods that they do not know."""
+"""Exceptions of `zipfile` and its decompressors on damaged data or unknown compression methods."""
 
 
 def list_entries(root: str | Path, suffixes: tuple[str, ...]) -> list[Entry]:
-    """Files with one of the suffixes (lower case) under a folder or in an archive, sorted by name.
+    """Files with one of the suffixes (in lower case) in a folder or an archive, sorted by name.
 
-    Hidden files and `__MACOSX` are left out. Links are followed.
+    Hidden files and `__MACOSX` are skipped. Symbolic links in folders are followed.
 
     Raises:
-        DataError: root is neither, cannot be read, or the zip is unsafe (see `check_member`).
+        DataError: `root` does not exist or cannot be read, or the archive is unsafe (see `check_member`).
     """
     root = Path(root)
     if root.is_dir():
         entries = list(_folder_entries(root, suffixes))
     elif root.is_file() and is_tar(root):
-        entries = [entry for entry in tar_entries(root) if _wanted(entry.name, suffixes)]
+        entries = [entry for entry in tar_entries(root) if _is_included(entry.name, suffixes)]
     elif root.is_file():
         infos = [info for info in _checked_members(str(root), *_identity(root)) if not info.is_dir()]
-        entries = [Entry(info.filename, info.CRC, info.file_size) for info in infos if _wanted(info.filename, suffixes)]
+        entries = [
+            Entry(info.filename, info.CRC, info.file_size) for info in infos if _is_included(info.filename, suffixes)
+        ]
     else:
-        raise DataError(f"{root}: no such file or folder; name one that exists with --source")
+        raise DataError(f"{root}: no such file or folder; check --source")
     for entry in entries:
-        if not is_text(entry.name):
-            raise DataError(f"{root}: file name {entry.name!r} is not text in UTF-8 on one line; rename it")
+        if not _is_text(entry.name):
+            raise DataError(f"{root}: file name {entry.name!r} is not one line of UTF-8; rename the file")
     return sorted(entries)
 
 
 def read_entry(root: str | Path, name: str) -> bytes:
-    """The bytes of one file.
+    """Content of one file.
 
     Raises:
-        DataError: it is missing, damaged, or the zip is unsafe.
+        DataError: the file is missing or damaged, or the archive is unsafe.
     """
     path = Path(root)
     try:
@@ -81,7 +83,7 @@ def read_entry(root: str | Path, name: str) -> bytes:
         archive = _open_zip(str(path), *_identity(path), os.getpid())
         info = archive.getinfo(name)
         check_member(info, str(path))
-        # Asking for one byte more than stated bounds what a member that lies about its size can unpack to.
+        # Limits the unpacked size of a member whose stated size is wrong; one byte more than stated detects it.
         with archive.open(info) as member:
             data = member.read(info.file_size + 1)
     except DataError:
@@ -89,14 +91,14 @@ def read_entry(root: str | Path, name: str) -> bytes:
     except KeyError as error:
         raise DataError(f"{root}: no member {name}") from error
     except DAMAGE as error:
-        raise DataError(f"{root}: {name} cannot be read ({error}); fetch the file again") from error
+        raise DataError(f"{root}: {name} cannot be read ({error}); download the file again") from error
     if len(data) != info.file_size:
-        raise DataError(f"{root}: {name} holds {len(data)} of {info.file_size} bytes; fetch the file again")
+        raise DataError(f"{root}: {name} has {len(data)} of {info.file_size} bytes; download the file again")
     return data
 
 
-def is_text(name: str) -> bool:
-    """Whether a name can be written in UTF-8 and on one line: file systems keep names that cannot."""
+def _is_text(name: str) -> bool:
+    """Whether a name is valid UTF-8 and one line; file systems also allow other names."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -105,17 +107,17 @@ def is_text(name: str) -> bool:
 
 
 def check_member(info: zipfile.ZipInfo, archive: str) -> None:
-    """Refuse a member that could leave the archive, is a link, is encrypted, or unpacks to absurd size.
+    """Refuse a member of a zip file that points outside the archive, is a link, is encrypted, or is too large.
 
     Raises:
-        DataError: naming the archive and the member.
+        DataError: with the names of the archive and the member.
     """
     name = info.filename
     check_name(name, archive)
     if stat.S_ISLNK(info.external_attr >> 16):
         raise DataError(f"{archive}: member {name!r} is a link; refused")
     if info.flag_bits & 1:
-        raise DataError(f"{archive}: member {name!r} is encrypted; pack it without a password")
+        raise DataError(f"{archive}: member {name!r} is encrypted; pack the archive without a password")
     check_size(name, info.file_size, archive)
     if info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
         raise DataError(
@@ -130,62 +132,62 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)
 def _open_zip(path: str, size: int, modified_ns: int, process: int) -> zipfile.ZipFile:
-    """Opened once per process: the directory of a large zip takes longer to read than a member.
+    """Open a zip file once per process, because reading the directory of a large one takes longer than reading a member.
 
-    Keyed by the process as well, since a file handle inherited by a fork shares its position.
+    The process id is part of the key, because a file handle that a fork inherits shares its position.
     """
     try:
         return zipfile.ZipFile(path)
     except DAMAGE as error:
-        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from error
+        raise DataError(f"{path}: not a complete zip file ({error}); download it again") from error
 
 
 @lru_cache(maxsize=8)
 def _checked_members(path: str, size: int, modified_ns: int) -> tuple[zipfile.ZipInfo, ...]:
     infos = _open_zip(path, size, modified_ns, os.getpid()).infolist()
-    seen: set[PurePosixPath] = set()
+    names: set[PurePosixPath] = set()
     total = 0
     for info in infos:
         check_member(info, path)
         name = PurePosixPath(info.filename)
-        if name in seen:
-            raise DataError(f"{path}: two members are named {info.filename!r}; pack it again")
-        seen.add(name)
+        if name in names:
+            raise DataError(f"{path}: two members are named {info.filename!r}; pack the archive again")
+        names.add(name)
         total += info.file_size
     if total > MAX_TOTAL_BYTES or total > MAX_RATIO * max(size, RATIO_FREE_BYTES):
-        raise DataError(f"{path}: {size} bytes that unpack to {total} in all; refused")
+        raise DataError(f"{path}: {size} bytes unpack to {total} bytes; refused")
     return tuple(infos)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is one that other programs leave beside the pictures."""
+    """Whether a file or folder name is hidden or made by macOS."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
+def _is_included(name: str, suffixes: tuple[str, ...]) -> bool:
     return not any(map(is_hidden, PurePosixPath(name).parts)) and name.lower().endswith(suffixes)
 
 
 def _folder_entries(root: Path, suffixes: tuple[str, ...]) -> Iterator[Entry]:
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in folders if _wanted(name, ("",))]
+    visited: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            raise DataError(f"{folder}: a link to a folder that is read already; remove it")
-        seen.add((status.st_dev, status.st_ino))
+        if (status.st_dev, status.st_ino) in visited:
+            raise DataError(f"{folder}: links to a folder that has been read already; remove the link")
+        visited.add((status.st_dev, status.st_ino))
         for file in files:
             path = Path(folder) / file
             name = path.relative_to(root).as_posix()
-            if not _wanted(name, suffixes):
+            if not _is_included(name, suffixes):
                 continue
-            # A pipe would block for ever.
+            # Reading a pipe would block forever.
             if not path.is_file():
-                raise DataError(f"{path}: no plain file, or a link to none; remove it")
+                raise DataError(f"{path}: not a regular file; remove it")
             yield Entry(name, *_checksum(path))
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise DataError(f"{error.filename}: folder cannot be read ({error.strerror})") from error
 
 

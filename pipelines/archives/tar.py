@@ -1,7 +1,7 @@
-"""Members of a tar by name, without unpacking it to files.
+"""Reads members of a tar file by name, without unpacking it to files.
 
-A tar has no directory: it is read once from end to end, and where each member lies is kept. A compressed tar cannot be
-read out of order, so its content is spooled, once per process, to a temporary file that has no name any more.
+A tar file has no directory: it is read once, and the offsets of its members are kept. A compressed one allows no random
+access, so its uncompressed content is copied once per process to an unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, Value
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file lies in the (uncompressed) tar."""
+    """One file, and its offset in the uncompressed tar file in bytes."""
 
     entry: Entry
     offset: int
@@ -44,7 +44,7 @@ class Member:
 
 @dataclass(frozen=True)
 class OpenTar:
-    """A tar, or its spooled content, with all its files by name."""
+    """An open tar file, or the temporary file with its content, and its members by name."""
 
     file: IO[bytes]
     members: dict[str, Member]
@@ -54,25 +54,25 @@ class OpenTar:
 
 
 def is_tar(path: Path) -> bool:
-    """By its name: the first bytes of an old tar say nothing."""
+    """Whether the file name is that of a tar file; old tar files cannot be recognised by their content."""
     return path.name.lower().endswith(TAR_SUFFIXES)
 
 
 def tar_entries(path: Path) -> list[Entry]:
-    """All files of a tar.
+    """All files of a tar file.
 
     Raises:
-        DataError: it is damaged or unsafe.
+        DataError: the tar file is damaged or unsafe.
     """
     return [member.entry for member in _open(path).members.values()]
 
 
 def read_member(path: Path, name: str) -> bytes:
-    """The bytes of one file.
+    """Content of one file.
 
     Raises:
-        KeyError: there is none of this name.
-        DataError: the tar is damaged or unsafe.
+        KeyError: there is no file of this name.
+        DataError: the tar file is damaged or unsafe.
     """
     tar = _open(path)
     member = tar.members[name]
@@ -81,12 +81,12 @@ def read_member(path: Path, name: str) -> bytes:
 
 def _open(path: Path) -> OpenTar:
     status = path.stat()
-    return _opened(str(path), status.st_size, status.st_mtime_ns, os.getpid())
+    return _open_once(str(path), status.st_size, status.st_mtime_ns, os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _opened(path: str, size: int, modified_ns: int, process: int) -> OpenTar:
-    """Opened once per process; a file handle inherited by a fork would be the same one."""
+def _open_once(path: str, size: int, modified_ns: int, process: int) -> OpenTar:
+    """Open a tar file once per process; a fork must not use the file handle that it inherits."""
     try:
         tar = OpenTar(_content(path, size), {})
         tar.members.update(_members(path, tar.file))
@@ -94,20 +94,20 @@ def _opened(path: str, size: int, modified_ns: int, process: int) -> OpenTar:
     except DataError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path}: not a whole tar file ({error}); fetch it again") from error
+        raise DataError(f"{path}: not a complete tar file ({error}); download it again") from error
 
 
 def _content(path: str, size: int) -> IO[bytes]:
-    """The tar itself, or its uncompressed content in a file without a name."""
+    """The tar file itself, or its uncompressed content in an unnamed temporary file."""
     if path.lower().endswith(".tar"):
         return open(path, "rb")
-    left = min(MAX_TOTAL_BYTES, MAX_RATIO * max(size, RATIO_FREE_BYTES))
-    spool = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
+    remaining = min(MAX_TOTAL_BYTES, MAX_RATIO * max(size, RATIO_FREE_BYTES))
+    spool = tempfile.TemporaryFile()  # noqa: SIM115, used until the process ends
     with _decompressed(path) as source:
         while chunk := source.read(CHUNK_BYTES):
-            left -= len(chunk)
-            if left < 0:
-                raise DataError(f"{path}: {size} bytes that unpack to far more than pictures do; refused")
+            remaining -= len(chunk)
+            if remaining < 0:
+                raise DataError(f"{path}: {size} bytes unpack to more than {MAX_RATIO} times their size; refused")
             _spool(spool, chunk, path)
     _spool(spool, b"", path)
     spool.seek(0)
@@ -119,11 +119,11 @@ def _spool(spool: IO[bytes], chunk: bytes, path: str) -> None:
         spool.write(chunk)
         spool.flush()
     except OSError as error:
-        # The tar is whole: to fetch it again would not help. Closing tries to write the rest once more.
+        # The disk is full, the tar file is not damaged. Closing tries to write the buffer again.
         with suppress(OSError):
             spool.close()
         raise DataError(
-            f"{path}: its content finds no room in {tempfile.gettempdir()} ({error.strerror}); make some, or set TMPDIR"
+            f"{path}: cannot be unpacked to {tempfile.gettempdir()} ({error.strerror}); free some space, or set TMPDIR"
         ) from error
 
 
@@ -136,7 +136,7 @@ def _decompressed(path: str) -> IO[bytes]:
 
 def _members(path: str, file: IO[bytes]) -> dict[str, Member]:
     members: dict[str, Member] = {}
-    seen: set[PurePosixPath] = set()
+    names: set[PurePosixPath] = set()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
             name = info.name.removeprefix("./")
@@ -146,13 +146,13 @@ def _members(path: str, file: IO[bytes]) -> dict[str, Member]:
             if not info.isreg():
                 raise DataError(f"{path}: member {name!r} is a link or a device; refused")
             check_size(name, info.size, path)
-            if PurePosixPath(name) in seen:
-                raise DataError(f"{path}: two members are named {name!r}; pack it again")
-            seen.add(PurePosixPath(name))
+            if PurePosixPath(name) in names:
+                raise DataError(f"{path}: two members are named {name!r}; pack the archive again")
+            names.add(PurePosixPath(name))
             if info.issparse():
-                raise DataError(f"{path}: member {name!r} is sparse; pack it again")
+                raise DataError(f"{path}: member {name!r} is sparse; pack the archive again")
             content = os.pread(file.fileno(), info.size, info.offset_data)
             if len(content) != info.size:
-                raise DataError(f"{path}: {name} holds {len(content)} of {info.size} bytes; fetch the file again")
+                raise DataError(f"{path}: {name} has {len(content)} of {info.size} bytes; download the file again")
             members[name] = Member(Entry(name, zlib.crc32(content), info.size), info.offset_data)
     return members
