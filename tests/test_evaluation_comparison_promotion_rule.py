@@ -1,4 +1,4 @@
-"""The decision about a challenger, by the intervals alone."""
+"""The promotion decision from 95% intervals of paired differences."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,12 +19,12 @@ def pair(difference: float, ci95: float, shot: int = 1) -> PairedDifference:
         ([pair(0.02, 0.01)], True, True),
         ([pair(0.01, 0.01)], False, True),  # the interval touches zero
         ([pair(0.0, 0.004)], False, True),
-        ([pair(0.0, 0.006)], False, False),  # it reaches half a point below: not shown to be no worse
-        ([pair(-0.002, 0.002)], False, True),  # worse by at most 0.4 points
+        ([pair(0.0, 0.006)], False, False),  # may be worse by more than half a point
+        ([pair(-0.002, 0.002)], False, True),  # the interval ends at -0.4 points
         ([pair(-0.02, 0.01)], False, False),
         ([pair(0.02, 0.01), pair(0.0, 0.004, 5)], True, True),
-        ([pair(0.02, 0.01), pair(-0.004, 0.002, 5)], False, False),  # better at one shot, worse at five
-        ([pair(0.0, 0.004), pair(0.02, 0.01, 5)], False, True),  # the first task is the one to be better on
+        ([pair(0.02, 0.01), pair(-0.004, 0.002, 5)], False, False),  # better on the first task, worse on the second
+        ([pair(0.0, 0.004), pair(0.02, 0.01, 5)], False, True),  # the challenger must be better on the first task
     ],
 )
 def test_better_on_the_first_task_and_not_worse_on_the_others(pairs, better, not_worse):
@@ -32,18 +32,18 @@ def test_better_on_the_first_task_and_not_worse_on_the_others(pairs, better, not
     assert decide(pairs, allow_equal=True).promoted is not_worse
 
 
-def test_the_margin_is_what_not_worse_means():
+def test_not_worse_allows_the_margin():
     assert decide([pair(-0.01, 0.005)], allow_equal=True, margin=0.015).promoted
     assert not decide([pair(-0.01, 0.005)], allow_equal=True, margin=0.014).promoted
     assert not decide([pair(0.0, 0.001)], allow_equal=True, margin=0.0).promoted
     assert decide([pair(0.0, 0.0)], allow_equal=True, margin=0.0).promoted
 
 
-def test_the_reason_names_the_task_and_the_numbers():
+def test_reason_names_the_task_and_its_numbers():
     reason = decide([pair(0.02, 0.01), pair(-0.03, 0.01, 5)]).reason
-    assert reason.startswith("5w5s: 47.00% against 50.00%, difference -3.00 ± 1.00 points, p 0.01: not shown to be")
+    assert reason.startswith("5w5s: 47.00% against 50.00%, difference -3.00 ± 1.00 points, p 0.01: may be worse by")
     assert reason.endswith("the champion stays")
-    assert decide([pair(0.001, 0.01)]).reason.endswith("more --episodes may tell them apart")
+    assert decide([pair(0.001, 0.01)]).reason.endswith("more --episodes give a narrower interval")
     good = decide([pair(0.02, 0.01), pair(0.0, 0.001, 5)])
     assert (good.rule, good.reason.endswith("better, and not worse by more than 0.5 points on 5w5s")) == (
         "better",
@@ -52,12 +52,12 @@ def test_the_reason_names_the_task_and_the_numbers():
 
 
 @pytest.mark.parametrize("margin", [-0.1, 1.0, float("nan"), float("inf")])
-def test_margins_that_are_none(margin):
+def test_invalid_margins_are_refused(margin):
     with pytest.raises(RuleError, match="--margin"):
         decide([pair(0.1, 0.01)], margin=margin)
 
 
-def test_no_task():
+def test_decision_without_a_task_is_refused():
     with pytest.raises(RuleError, match="no task"):
         decide([])
 
@@ -66,7 +66,7 @@ def result(accuracies, shot=1) -> EpisodeResults:
     return EpisodeResults(5, shot, 15, 0, "transductive", np.asarray(accuracies, np.float64), 1.0)
 
 
-def test_pairs_are_kept_by_episode(tmp_path):
+def test_pairs_are_written_by_episode(tmp_path):
     one, other = [result([0.5, 0.75]), result([1.0, 0.5], 5)], [result([0.25, 0.75]), result([0.5, 0.5], 5)]
     write_pairs(tmp_path / "both.parquet", one, other)
     rows = pq.read_table(tmp_path / "both.parquet").to_pylist()

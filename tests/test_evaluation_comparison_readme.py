@@ -1,19 +1,99 @@
-"""The README shows what the result files say."""
+"""The tables of the Markdown pages agree with the recorded results."""
 
 from pathlib import Path
 
-from metagmvae.evaluation.comparison.readme import render_readme
+import pytest
+
+from metagmvae.evaluation.comparison import readme
+from metagmvae.evaluation.comparison.readme import PAGES, render_tables, write_pages
+from metagmvae.evaluation.comparison.record_tables import BENCHES
+from metagmvae.pipelines.records import DataError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evaluation" / "results"
 
 
-def test_the_readme_is_rendered_from_the_result_files():
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- table:omniglot-best-5way+,omniglot-cpu," in text
-    assert render_readme(text, ROOT / "evaluation" / "results") == text
+@pytest.mark.parametrize("name", PAGES)
+def test_page_shows_the_recorded_results(name):
+    if not (ROOT / name).is_file():
+        pytest.skip(f"{name} does not exist")
+    page = (ROOT / name).read_text()
+    assert "<!-- /" in page, "no table markers"
+    assert render_tables(page, RESULTS) == page, "run `make docs`"
 
 
-def test_a_changed_number_would_be_noticed():
-    text = (ROOT / "README.md").read_text()
-    changed = text.replace(" ± ", " ± 1", 1)
-    assert render_readme(changed, ROOT / "evaluation" / "results") == text
+def test_changed_number_is_restored():
+    page = render_tables("<!-- table:omniglot-best-5way+ -->\n<!-- /table -->", RESULTS)
+    assert render_tables(page.replace(" ± ", " ± 1", 1), RESULTS) == page
+
+
+@pytest.mark.parametrize(
+    ("marker", "row"),
+    [
+        ("summary:omniglot", "| soft k-means (transductive) | 99.76 ± 0.08 | 99.78 ± 0.05 |"),
+        ("summary:mini-imagenet", "| **`mini-imagenet-cpu`** (transductive) | 43.09 ± 0.72 |"),
+        ("table:omniglot-best-vinyals-inductive", "| **`omniglot-best-vinyals-inductive`** (inductive) |  |  | 91.61"),
+        (
+            "ablation:omniglot-5way",
+            "| `train.beta = 1.0` | 65.35 ± 1.04 | \N{MINUS SIGN}26.96 ± 1.02 | 36.24 ± 0.40 |",
+        ),
+        ("ablation:joint-training", "| features of the pre-trained encoder, frozen; 200 steps | 99.21"),
+        ("bench:step", "| R=1 | 0.99 | 21.8 | 723 | 44% |"),
+        ("bench:features", "| rows written per second | 54,297 |"),
+        ("curve:omniglot-5way", "| 27,000 | 2,971 | 96.97 ± 0.79 | 98.08 ± 0.35 |"),
+        ("decode:samples", "| 32 | 10.23 | 32 | 327 | 21.23"),
+        ("promotion:omniglot-sweep", "| (20,1) | 98.06 | 97.76 | +0.30 ± 0.09 | better |"),
+        (
+            "sweep:omniglot",
+            "| `train.learning_rate` | 97.7% (88.2% to 100.0%) | 77.1% | 0.001 to 0.0032 | 89.32 ± 1.01",
+        ),
+    ],
+)
+def test_each_kind_of_marker_renders_its_file(marker, row):
+    page = f"before\n<!-- {marker} -->\nold\n<!-- /{marker.split(':')[0]} -->\nafter"
+    rendered = render_tables(page, RESULTS)
+    assert row in rendered
+    assert "\nold\n" not in rendered
+    assert render_tables(rendered, RESULTS) == rendered
+
+
+def test_every_benchmark_table_renders_with_rows_of_equal_length():
+    for name in BENCHES:
+        lines = render_tables(f"<!-- bench:{name} --><!-- /bench -->", RESULTS).splitlines()[1:-1]
+        assert len({line.count("|") for line in lines}) == 1
+        assert len(lines) > 2
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- bench:step -->", "has no <!-- /KIND -->"),
+        ("<!-- bench:step -->\n<!-- bench:loader -->\n<!-- /bench -->", "has no <!-- /KIND -->"),
+        ("<!-- summary:nothing -->\n<!-- /summary -->", "use one of omniglot, mini-imagenet"),
+        ("<!-- bench:nothing -->\n<!-- /bench -->", "use one of step, episodes"),
+        ("<!-- table:nothing -->\n<!-- /table -->", "no result of 'nothing'"),
+        ("<!-- table:omniglot-cpu,mini-imagenet-cpu -->\n<!-- /table -->", "results of one dataset"),
+        ("<!-- ablation:nothing -->\n<!-- /ablation -->", "no such file"),
+    ],
+)
+def test_wrong_markers_are_errors(page, message):
+    with pytest.raises(DataError, match=message):
+        render_tables(page, RESULTS)
+
+
+def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monkeypatch):
+    module = tmp_path / "evaluation" / "comparison" / "readme.py"
+    monkeypatch.setattr(readme, "__file__", str(module))
+    with pytest.raises(DataError, match="no source checkout"):
+        write_pages()
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results").symlink_to(RESULTS)
+    (tmp_path / "README.md").write_text("<!-- bench:step -->\n<!-- /bench -->")
+    monkeypatch.setattr(readme, "PAGES", ("README.md", "missing/README.md"))
+    assert write_pages() == ["README.md"]
+    assert "| R=1 | 0.99 |" in (tmp_path / "README.md").read_text()
+    assert write_pages() == []
+    (tmp_path / "README.md").write_text("<!-- bench:step -->")
+    with pytest.raises(DataError, match=r"README.md: a marker"):
+        write_pages()

@@ -1,4 +1,4 @@
-"""Rows of a comparison: marks, differing settings, means over trainings, pairs; numbers of the paper."""
+"""Rows of a comparison: marks, differing settings, means over trainings, paired differences; rows of the paper."""
 
 from dataclasses import replace
 
@@ -12,11 +12,11 @@ from metagmvae.evaluation.comparison.rows import (
     EvalProtocol,
     Row,
     Score,
+    add_training_means,
     check_comparable,
     decisive_settings,
     differing_settings,
     mark_rows,
-    with_trainings,
 )
 from metagmvae.evaluation.comparison.table import compare
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -34,29 +34,29 @@ def row(name: str, shift: float = 0.0, protocol: EvalProtocol = TEST, noise: int
     return Row(name, "run", name, protocol, {(5, 1): Score(each.mean, each.ci95, each)}, 10.0, 40, known)
 
 
-def test_settings_of_contrast_that_did_not_take_place_decide_nothing():
+def test_pretraining_settings_are_left_out_without_pretraining():
     tree = {"name": "a", "train": {"steps": 3, "log_every": 1}, "pretrain": {"steps": 0, "temperature": 0.1}}
     assert decisive_settings(tree) == {"train.steps": 3, "pretrain.steps": 0}
     tree["pretrain"]["steps"] = 5
     assert decisive_settings(tree) == {"train.steps": 3, "pretrain.steps": 5, "pretrain.temperature": 0.1}
 
 
-def test_rows_judged_otherwise_are_marked_and_what_differs_is_said():
+def test_rows_of_other_protocols_are_marked_with_their_differences():
     other = replace(TEST, split="validation", mode="inductive")
     paper = replace(row("paper"), kind="published", protocol=replace(TEST, data="their own", seed=None))
     rows = [paper, row("a"), row("b"), row("c", protocol=other), row("d", protocol=replace(TEST, data="e" * 64))]
     marks, meaning = mark_rows(rows)
-    # Ours is what the others are held against, though a row of the paper comes first.
+    # The reference is the first row that is not of the paper.
     assert marks == ["a", "", "", "b", "c"]
     assert meaning["a"] == "data their own, not ffffffff; seed unrecorded, not 0"
     assert meaning["b"] == "mode inductive, not transductive; split validation, not test"
     assert meaning["c"] == "data eeeeeeee, not ffffffff"
     check_comparable([paper, row("a"), row("b")])
-    with pytest.raises(ComparisonError, match=r"c was not judged as a was.*split validation, not test"):
+    with pytest.raises(ComparisonError, match=r"c was not evaluated like a .*split validation, not test"):
         check_comparable(rows)
 
 
-def test_more_protocols_than_letters_have_marks_of_their_own():
+def test_more_protocols_than_letters_have_distinct_marks():
     rows = [row(str(seed), protocol=replace(TEST, seed=seed)) for seed in range(30)]
     marks, meaning = mark_rows(rows)
     assert marks[0] == ""
@@ -64,14 +64,14 @@ def test_more_protocols_than_letters_have_marks_of_their_own():
     assert len(set(marks)) == len(meaning) + 1 == 30
 
 
-def test_a_setting_differs_only_where_two_rows_are_known_to():
+def test_unrecorded_settings_do_not_differ():
     rows = [row("a"), row("b", **{"train.steps": 80}), row("c", **{"model.width": 8}), replace(row("d"), settings={})]
     assert differing_settings(rows) == {"train.steps": [40, 80, 40, None]}
 
 
-def test_trainings_of_one_name_have_a_mean_with_students_interval():
+def test_mean_over_trainings_has_a_student_interval():
     members = [row(f"net-seed{seed}", 0.01 * seed, noise=seed) for seed in range(3)]
-    rows, notes = with_trainings([*members, row("other")])
+    rows, notes = add_training_means([*members, row("other")])
     assert [r.name for r in rows] == ["net-seed0", "net-seed1", "net-seed2", "net (3 trainings)", "other"]
     assert notes == []
     values = [m.scores[5, 1].accuracy for m in members]
@@ -80,14 +80,14 @@ def test_trainings_of_one_name_have_a_mean_with_students_interval():
     assert (score.accuracy - score.ci95, score.accuracy + score.ci95) == pytest.approx((low, high))
     assert rows[3].settings["train.seed"] == "0, 1, 2"
     unlike = [members[0], replace(members[1], settings={"train.steps": 80, "train.seed": 1})]
-    rows, notes = with_trainings(unlike)
+    rows, notes = add_training_means(unlike)
     assert rows == unlike
-    assert "differ in more than the seed (train.steps)" in notes[0]
+    assert "other settings differ too (train.steps)" in notes[0]
     apart = [members[0], replace(members[1], protocol=replace(TEST, split="validation"))]
-    assert with_trainings(apart) == (apart, [])
+    assert add_training_means(apart) == (apart, [])
 
 
-def test_pairs_are_of_the_same_episodes_and_of_equal_seeds():
+def test_pairs_share_episodes_and_seeds():
     slow = [row(f"slow-seed{seed}", 0.0, noise=seed) for seed in range(3)]
     fast = [row(f"fast-seed{seed}", 0.05, noise=seed + 10) for seed in range(2)]
     alone = row("alone", -0.1, noise=7)
@@ -100,8 +100,8 @@ def test_pairs_are_of_the_same_episodes_and_of_equal_seeds():
     first, second = answer.differences
     assert (first.paired.verdict, second.paired.verdict) == ("better", "worse")
     by_episode = [
-        np.mean([r.scores[5, 1].each.accuracies[i] for r in fast])
-        - np.mean([r.scores[5, 1].each.accuracies[i] for r in slow])
+        np.mean([r.scores[5, 1].by_episode.accuracies[i] for r in fast])
+        - np.mean([r.scores[5, 1].by_episode.accuracies[i] for r in slow])
         for i in range(50)
     ]
     assert first.paired.difference == pytest.approx(np.mean(by_episode))
@@ -109,7 +109,7 @@ def test_pairs_are_of_the_same_episodes_and_of_equal_seeds():
     pairs = [fast[s].scores[5, 1].accuracy - slow[s].scores[5, 1].accuracy for s in range(2)]
     assert first.over_trainings[0] == pytest.approx(np.mean(pairs))
     assert (first.trainings, second.trainings) == (2, 3)
-    # The trainings of one name alone are compared with each other.
+    # Without another model, trainings of the same name are compared with each other.
     only = compare(slow).differences
     assert [(c.challenger, c.champion, c.trainings) for c in only] == [
         ("slow-seed1", "slow-seed0", 0),
@@ -117,17 +117,15 @@ def test_pairs_are_of_the_same_episodes_and_of_equal_seeds():
     ]
 
 
-def test_one_episode_decides_nothing():
-    one = [replace(row(name), scores={(5, 1): score}) for name, score in (("a", _one(0.2)), ("b", _one(0.8)))]
-    assert compare(one).differences == ()
+def test_one_episode_gives_no_paired_difference():
+    rows = []
+    for name, accuracy in (("a", 0.2), ("b", 0.8)):
+        episode = EpisodeResults(5, 1, 15, 0, "transductive", np.array([accuracy]), 1.0)
+        rows.append(replace(row(name), scores={(5, 1): Score(accuracy, 0.0, episode)}))
+    assert compare(rows).differences == ()
 
 
-def _one(accuracy: float) -> Score:
-    each = EpisodeResults(5, 1, 15, 0, "transductive", np.array([accuracy]), 1.0)
-    return Score(accuracy, 0.0, each)
-
-
-def test_published_rows_are_found_by_name_and_the_tables_agree_where_they_overlap():
+def test_published_rows_are_found_by_name_and_tables_1_and_2_agree():
     table_1 = {r.key: r for r in published_rows("paper:omniglot")}
     assert table_1["meta-gmvae"].percent[20, 1] == 82.21
     assert table_1["meta-gmvae"].ci95[5, 5] == 0.20

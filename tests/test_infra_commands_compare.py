@@ -1,7 +1,8 @@
-"""`metagmvae compare`: what it is given, what it judges, what it takes from store, what it refuses."""
+"""`metagmvae compare`: reading items, evaluating models, reusing stored results, refusing wrong requests."""
 
 import csv
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import mlflow_template
@@ -11,6 +12,8 @@ from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, to_json_lines
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
+from metagmvae.infra.workflows import compare_versions
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state, save_state
@@ -55,7 +58,7 @@ def sweep(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_models_are_judged_on_the_same_episodes_and_what_is_stored_is_not_judged_again(data, tmp_path, capsys):
+def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused(data, tmp_path, capsys):
     one, other = (mlflow_template.new_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
     wanted = [one, other, "--data", data, "--episodes", 6, "--shot", 1, 5, "--csv", tmp_path / "rows.csv"]
     fresh = answer_of(capsys, *wanted)
@@ -74,7 +77,7 @@ def test_models_are_judged_on_the_same_episodes_and_what_is_stored_is_not_judged
     with (tmp_path / "rows.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert {(line["name"], int(line["shot"])): float(line["accuracy"]) for line in lines} == accuracy
-    # By `evaluate`, one by one, it is the same; then nothing needs to be judged, with data or without.
+    # `evaluate` gives the same results; they are stored, so that `compare` evaluates nothing, with --data or without.
     for run in (one, other):
         for shot in ("1", "5"):
             evaluate(run, data, "--shot", shot)
@@ -84,13 +87,13 @@ def test_models_are_judged_on_the_same_episodes_and_what_is_stored_is_not_judged
     for answer in (stored, without_data):
         assert answer["paired"] == fresh["paired"]
         assert [row["results"] for row in answer["rows"]] == [row["results"] for row in fresh["rows"]]
-    # A model that was trained on is another one.
+    # Results of an earlier training step are not reused.
     state = load_state(one / "checkpoint.pt")
     save_state(one / "checkpoint.pt", state | {"step": 2})
     assert {row["name"] for row in answer_of(capsys, *wanted)["calibration"]} == {"one"}
 
 
-def test_sweeps_files_and_the_paper_stand_in_one_table_and_are_marked(data, tmp_path, capsys):
+def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_path, capsys):
     run = mlflow_template.new_run(tmp_path / "run")
     record = tmp_path / "kept-5way-1shot.json"
     evaluate(run, data, "--record", str(record), "--results", str(record.with_suffix(".parquet")))
@@ -107,7 +110,7 @@ def test_sweeps_files_and_the_paper_stand_in_one_table_and_are_marked(data, tmp_
     assert rows[5]["results"][0] == {"way": 5, "shot": 1, "accuracy": pytest.approx(0.838), "ci95": None}
     (em,) = [row for row in answer["settings"] if row["setting"] == "train.em_iterations"]
     assert (em["values"]["first, trial 1"], em["values"]["first, trial 0"]) == (10, 5)
-    # The file and the run are the same model on the same episodes.
+    # The result file and the run hold the same model on the same episodes.
     (pair,) = answer["paired"]
     assert (pair["difference"], pair["verdict"]) == (0.0, "undecided")
     assert main(["compare", str(record), "paper:omniglot", "--strict"]) == 0
@@ -115,7 +118,8 @@ def test_sweeps_files_and_the_paper_stand_in_one_table_and_are_marked(data, tmp_
     assert "mode inductive, not transductive" in capsys.readouterr().err
 
 
-def test_registered_versions_show_their_evidence(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.mlflow
+def test_registered_versions_show_their_results(data, tmp_path, capsys, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
     for seed in range(2):
@@ -129,22 +133,41 @@ def test_registered_versions_show_their_evidence(data, tmp_path, capsys, monkeyp
     (pair,) = answer["paired"]
     again = answer_of(capsys, "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
     assert again["paired"][0]["difference"] == pytest.approx(pair["difference"])
-    # Of a result that only tags tell of, queries, episodes and data are unknown, and so it is marked.
+    # Tags do not record queries, episodes and data, so the row is marked.
     third = register(mlflow_template.new_run(tmp_path / "run2", seed=2), store, "glyphs", alias="")
-    assert answer_of(capsys, "models:/glyphs")["notes"] == ["models:/glyphs/3: left out, as it was not judged yet"]
+    assert answer_of(capsys, "models:/glyphs")["notes"] == ["models:/glyphs/3: left out, because it has no result yet"]
     assert main(["compare", "models:/glyphs/1", "models:/glyphs/3"]) == 2
-    assert "models:/glyphs/3: was not judged yet" in capsys.readouterr().err
+    assert "models:/glyphs/3: no result yet" in capsys.readouterr().err
     client.set_model_version_tag("glyphs", third.version, "results.test.5w1s.transductive", "0.5")
     answer = answer_of(capsys, "models:/glyphs")
     assert answer["rows"][2]["mark"] == "a"
     assert answer["marks"]["a"].endswith("query unrecorded, not 15; episodes unrecorded, not 6; seed unrecorded, not 0")
     assert main(["compare", "models:/glyphs/2", "models:/glyphs@champion"]) == 2
-    assert "models:/glyphs@champion: is models:/glyphs/2 again" in capsys.readouterr().err
+    assert "models:/glyphs@champion: the same as models:/glyphs/2" in capsys.readouterr().err
     assert main(["compare", "models:/nobody"]) == 2
     assert "no registered model of that name" in capsys.readouterr().err
 
 
-def test_what_was_never_judged_shows_its_validation_in_training(tmp_path, capsys, monkeypatch):
+@pytest.mark.mlflow
+def test_every_page_of_versions_and_models_is_read(tmp_path, monkeypatch):
+    tracking = mlflow_template.new_store(tmp_path / "mlflow")
+    client = connect(tracking).client
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(tracking).uri)
+    for name in ("a", "b", "c"):
+        client.create_registered_model(name)
+    for _ in range(5):
+        client.create_model_version("a", source=str(tmp_path))
+    for method in ("search_model_versions", "search_registered_models"):
+        search = getattr(type(client), method)
+        monkeypatch.setattr(type(client), method, partialmethod(search, max_results=2))
+    monkeypatch.setattr(compare_versions, "_item", lambda store, version, ref: version.version)
+    assert compare_versions.version_items("models:/a") == ["1", "2", "3", "4", "5"]
+    with pytest.raises(DataError, match=r"known: a, b, c$"):
+        compare_versions.version_items("models:/nobody")
+
+
+@pytest.mark.mlflow
+def test_without_results_the_validation_during_training_is_shown(tmp_path, capsys, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
     run = mlflow_template.new_run(tmp_path / "run")
@@ -159,31 +182,31 @@ def test_what_was_never_judged_shows_its_validation_in_training(tmp_path, capsys
     for row in rows:
         assert row["results"] == [{"way": 5, "shot": 1, "accuracy": 0.25, "ci95": 0.02}]
         assert (row["split"], row["episodes"], row["seed"], row["steps"]) == ("validation", 200, 1, 1)
-    # Of a run folder without its record nobody knows the data, so it is marked.
+    # Without run.json the data is unknown, so the row is marked.
     assert [(row["data"], row["mark"]) for row in rows] == [("d" * 64, ""), (None, "a")]
-    # A validation of another step than was registered says nothing of the version.
+    # A validation of another step than the registered one is not used.
     (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line | {"global_step": 9}]}))
     register(run, store, "later", alias="")
     assert main(["compare", "models:/later"]) == 2
-    assert "models:/later/1: was not judged yet" in capsys.readouterr().err
+    assert "models:/later/1: no result yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (["nowhere"], "nothing there that can be compared; give run folders"),
-        (["RUN"], "was not judged yet; judge it here with --data URI"),
-        (["RUN", "RUN/"], "name each thing once"),
-        (["paper:omniglot", "--data", "DATA"], "no model to judge"),
-        (["RUN", "--data", "DATA", "--episodes", "1"], "an interval needs two at least"),
+        (["nowhere"], "not found or cannot be compared; give run folders"),
+        (["RUN"], "no result yet; evaluate it with --data URI"),
+        (["RUN", "RUN/"], "give each one once"),
+        (["paper:omniglot", "--data", "DATA"], "none of the compared items is a model"),
+        (["RUN", "--data", "DATA", "--episodes", "1"], "a confidence interval needs at least 2"),
         (["RUN", "--data", "DATA", "--way", "9"], "way 9 exceeds the 6 classes"),
         (["RUN", "--data", "DATA", "--split", "x"], "no split 'x'"),
-        (["SWEEP", "--top", "0"], "--top is 0"),
+        (["SWEEP", "--top", "0"], "--top 0: must be at least 1"),
         (["BAD.json"], "not a result of `metagmvae evaluate --record` (accuracy: input should be less than"),
         (["BROKEN"], "task is 'five'"),
     ],
 )
-def test_wrong_requests_are_one_line(data, tmp_path, capsys, request_, reason):
+def test_wrong_requests_give_one_error_line(data, tmp_path, capsys, request_, reason):
     places = {"DATA": data, "RUN": mlflow_template.new_run(tmp_path / "run"), "SWEEP": sweep(tmp_path / "sweep")}
     places["BROKEN"] = sweep(tmp_path / "broken", task="five")
     places["BAD.json"] = tmp_path / "bad.json"
@@ -198,7 +221,7 @@ def test_wrong_requests_are_one_line(data, tmp_path, capsys, request_, reason):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_accuracies_of_other_episodes_are_refused(data, tmp_path, capsys):
+def test_episode_accuracies_of_another_evaluation_are_refused(data, tmp_path, capsys):
     run = mlflow_template.new_run(tmp_path / "run")
     evaluate(run, data)
     results = run / "results"
@@ -206,7 +229,7 @@ def test_accuracies_of_other_episodes_are_refused(data, tmp_path, capsys):
     evaluate(run, data, "--seed", "1")
     (results / "test-5way-1shot-transductive.parquet").write_bytes(kept)
     assert main(["compare", str(run)]) == 2
-    assert "holds other episodes than" in capsys.readouterr().err
+    assert "its episodes are not those of" in capsys.readouterr().err
     (results / "test-5way-1shot-transductive.parquet").write_bytes(kept[:100])
     assert main(["compare", str(run)]) == 2
-    assert "not the accuracies of episodes" in capsys.readouterr().err
+    assert "not a file of episode accuracies" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Two models judged on the same episodes of one data set: what a promotion is decided by."""
+"""Evaluates a challenger and a champion on the same episodes of one dataset, as the basis of a promotion."""
 
 from __future__ import annotations
 
@@ -6,115 +6,117 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from metagmvae.evaluation.comparison.promotion_rule import FEWEST_EPISODES
+from metagmvae.evaluation.comparison.promotion_rule import MIN_EPISODES
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.evaluation.fewshot.paired import PairedDifference, paired_difference
+from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.device.default import default_device
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel
 
-CHOSEN_BY_TEST = (
-    "this chooses models by test classes: what they score on them later is no result any more; use --split validation"
-)
+SELECTED_ON_TEST = "selecting models on test classes biases their test accuracy; use --split validation"
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The episodes that are run: of which data, which tasks, and how."""
+    """Dataset, episodes and evaluation mode of a comparison."""
 
     dataset: Dataset
     split: str
     tasks: tuple[dict[str, Any], ...]
-    """way, shot, query, episodes and seed of each; the first is the one that matters."""
-    mode: str = "transductive"
+    """way, shot, query, episodes and seed of each task. The challenger must be better on the first one."""
+    mode: PredictionMode = "transductive"
     other_data: bool = False
-    """Models that were trained on other data are judged too."""
+    """Accept models that were trained on another dataset, with a warning."""
     progress: ProgressBar = no_progress
 
 
 @dataclass(frozen=True)
 class HeadToHead:
-    """Accuracies of both by task, and the differences; no champion, no differences."""
+    """Results of both models, one for each task. Without a champion, its results and the differences are empty."""
 
     challenger: list[EpisodeResults]
     champion: list[EpisodeResults]
     differences: list[PairedDifference]
     warnings: list[str]
-    """What a reader of the result should know."""
+    """Reasons to doubt the result, one line each."""
 
 
-def open_plan(uri: str, split: str, tasks: Sequence[dict[str, Any]], **how: Any) -> EvalPlan:
-    """A course that is sure to be there: the data set, its split, and enough classes and images for every task.
+def open_plan(uri: str, split: str, tasks: Sequence[dict[str, Any]], **options: Any) -> EvalPlan:
+    """Open the dataset and check that its split has enough classes and images for every task.
 
     Raises:
-        DataError: one of these is missing, or there are too few episodes for an interval.
+        DataError: the dataset or split does not exist, is too small, or a task has too few episodes for an interval.
     """
     dataset = Dataset.open(uri)
     dataset.split(split)
     labels = dataset.labels(split)
     for task in tasks:
         EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
-        if task["episodes"] < FEWEST_EPISODES:
-            raise DataError(f"--episodes {task['episodes']}: an interval needs {FEWEST_EPISODES} episodes at least")
-    return EvalPlan(dataset, split, tuple(tasks), **how)
+        if task["episodes"] < MIN_EPISODES:
+            raise DataError(f"--episodes {task['episodes']}: a confidence interval needs at least {MIN_EPISODES}")
+    return EvalPlan(dataset, split, tuple(tasks), **options)
 
 
 def evaluate_head_to_head(
-    course: EvalPlan, challenger: tuple[str, LoadedModel], champion: tuple[str, LoadedModel] | None
+    plan: EvalPlan, challenger: tuple[str, LoadedModel], champion: tuple[str, LoadedModel] | None
 ) -> HeadToHead:
-    """Judge both, each with its name for errors and warnings.
+    """Evaluate the challenger and, if there is one, the champion. The names are for errors and warnings.
 
-    An encoder alone is judged by the nearest class mean, as in its validation.
+    Encoder-only models classify by the nearest class mean, as in validation during training.
 
     Raises:
-        DataError: a model was trained on other data, fits not to the images, or the two are of different kinds.
+        DataError: a model was trained on another dataset or does not fit the images, or only one of the two is
+            encoder-only.
     """
-    entrants = [challenger, *([champion] if champion else [])]
-    warnings = [CHOSEN_BY_TEST] if course.split == "test" else []
-    for name, loaded in entrants:
-        warnings += check_training_data(course, name, loaded)
-    if len({isinstance(loaded.model, MetaGMVAE) for _, loaded in entrants}) == 2:
-        raise DataError(f"{challenger[0]} and {entrants[-1][0]}: one is an encoder alone, the other a whole model")
-    results = [_evaluate(course, name, loaded) for name, loaded in entrants]
+    models = [challenger, *([champion] if champion else [])]
+    warnings = [SELECTED_ON_TEST] if plan.split == "test" else []
+    for name, loaded in models:
+        warnings += _check_training_data(plan, name, loaded)
+    if len({isinstance(loaded.model, MetaGMVAE) for _, loaded in models}) == 2:
+        raise DataError(f"{challenger[0]} and {models[-1][0]}: one is an encoder, the other a Meta-GMVAE")
+    results = [_evaluate(plan, name, loaded) for name, loaded in models]
     if champion is None:
         return HeadToHead(results[0], [], [], warnings)
-    differences = [paired_difference(one, other) for one, other in zip(*results, strict=True)]
+    differences = list(map(paired_difference, results[0], results[1]))
     return HeadToHead(results[0], results[1], differences, warnings)
 
 
-def check_training_data(course: EvalPlan, name: str, loaded: LoadedModel) -> list[str]:
-    """Whether a model was trained on the data that it is to be judged on, and not on the very classes; warnings.
+def _check_training_data(plan: EvalPlan, name: str, loaded: LoadedModel) -> list[str]:
+    """Return a warning if the model was trained on the evaluated classes, and one if on another dataset.
 
     Raises:
-        DataError: it was trained on other data, and `other_data` is not set.
+        DataError: it was trained on another dataset and `other_data` is not set.
     """
     warnings = []
-    if loaded.settings.data.train_split == course.split:
-        warnings.append(f"{name} was trained on the split {course.split!r} that it is judged on")
-    trained_on, ours = str(loaded.info.get("data_fingerprint", "unknown")), course.dataset.fingerprint
-    if trained_on != ours:
-        what = f"{name} was trained on other data ({trained_on[:12]}…) than {course.dataset.uri} holds ({ours[:12]}…)"
-        if not course.other_data:
+    if loaded.settings.data.train_split == plan.split:
+        warnings.append(f"{name} was trained on the split {plan.split!r} that it is evaluated on")
+    trained_on, evaluated_on = str(loaded.info.get("data_fingerprint", "unknown")), plan.dataset.fingerprint
+    if trained_on != evaluated_on:
+        warning = (
+            f"{name} was trained on another dataset ({trained_on[:12]}…) than {plan.dataset.uri} ({evaluated_on[:12]}…)"
+        )
+        if not plan.other_data:
             raise DataError(
-                f"{what}, maybe on its {course.split} classes; name its own with --data, or say --other-data"
+                f"{warning} and may have seen its {plan.split} classes; "
+                "give its own dataset with --data, or use --other-data"
             )
-        warnings.append(what)
+        warnings.append(warning)
     return warnings
 
 
-def _evaluate(course: EvalPlan, name: str, loaded: LoadedModel) -> list[EpisodeResults]:
+def _evaluate(plan: EvalPlan, name: str, loaded: LoadedModel) -> list[EpisodeResults]:
     if isinstance(loaded.model, MetaGMVAE):
-        how: dict[str, Any] = {"mode": course.mode, "progress": course.progress}
-        judged = evaluate_tasks(loaded, name, course.dataset, course.split, course.tasks, **how)
-        return [result for result, _ in judged]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    h_nF = encode_split(loaded.model.to(device), course.dataset, course.split, device)
-    centred, labels = h_nF - h_nF.mean(dim=0), course.dataset.labels(course.split)
-    return [nearest_class_mean(centred, labels, **task) for task in course.tasks]
+        return evaluate_tasks(
+            loaded, plan.dataset, plan.tasks, split=plan.split, mode=plan.mode, name=name, progress=plan.progress
+        )
+    device = default_device()
+    h_nF = encode_split(loaded.model.to(device), plan.dataset, plan.split, device)
+    centred_nF, labels = h_nF - h_nF.mean(dim=0), plan.dataset.labels(plan.split)
+    return [nearest_class_mean(centred_nF, labels, **task) for task in plan.tasks]

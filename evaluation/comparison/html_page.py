@@ -1,4 +1,4 @@
-"""A comparison as one page of HTML that needs nothing else: no script, no font, no picture from anywhere."""
+"""A comparison as one self-contained HTML page: no script, and no font or image from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from metagmvae.evaluation.comparison.page_figures import COLOURS, Curve, ModelImages, draw_curves
-from metagmvae.evaluation.comparison.pairwise import PairedComparison
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Task, tasks_of
-from metagmvae.evaluation.comparison.table import (
-    INTERVALS,
+from metagmvae.evaluation.comparison.formatting import (
     UNKNOWN,
-    Comparison,
+    Task,
+    format_setting,
     format_value,
     p_value,
-    percent,
-    setting_value,
-    signed,
+    points,
     task_name,
 )
+from metagmvae.evaluation.comparison.page_figures import COLOURS, Curve, ModelImages, draw_curves
+from metagmvae.evaluation.comparison.pairwise import PairedComparison
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, all_tasks
+from metagmvae.evaluation.comparison.table import INTERVALS, Comparison, over_trainings_cell, score_cell
 from metagmvae.pipelines.files import atomic_file
 
 TEMPLATE = "templates/report.html"
 FOREST_WIDTH = 260
-"""Of the plot beside each difference, in its own units."""
+"""Width of the interval plot beside each difference, in units of its SVG."""
 
 
 def write_report(
@@ -37,32 +36,24 @@ def write_report(
     models: Sequence[ModelImages],
     environment: Mapping[str, Any],
 ) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
+
+    Everything inserted is escaped, and the page's content security policy forbids scripts and external resources.
 
     Args:
-        path: of the file.
-        comparison: rows, marks, differences.
-        curves: of the trainings that are known.
-        models: pictures of each model that was judged for this comparison.
-        environment: by `environment_record`.
+        path: file to write.
+        comparison: rows, marks and differences.
+        curves: metric lines of the trainings that have them.
+        models: figures of each model that was evaluated for this comparison.
+        environment: `evaluation.provenance.provenance()`.
 
     Raises:
         DataError: the file cannot be written.
     """
-    page = render(comparison, curves, models, environment)
-    with atomic_file(path) as file:
-        file.write(page.encode())
-
-
-def render(
-    comparison: Comparison, curves: Sequence[Curve], models: Sequence[ModelImages], environment: Mapping[str, Any]
-) -> str:
-    """The page. Everything that goes into it is escaped; its own policy forbids scripts and anything from outside."""
     template = resources.files("metagmvae.evaluation.comparison").joinpath(TEMPLATE).read_text(encoding="utf-8")
     jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    legend = [(COLOURS[number % len(COLOURS)], curve.name) for number, curve in enumerate(curves)]
-    tasks = tasks_of(comparison.rows)
-    return jinja.from_string(template).render(
+    tasks = all_tasks(comparison.rows)
+    page = jinja.from_string(template).render(
         sentences=_sentences(comparison),
         intervals=INTERVALS,
         tasks=[task_name(task) for task in tasks],
@@ -71,115 +62,115 @@ def render(
         notes=comparison.notes,
         forest=_forest(comparison.differences),
         settings_of=[row.name for row in comparison.models],
-        settings={name: [setting_value(value) for value in row] for name, row in comparison.settings.items()},
+        settings={name: [format_setting(value) for value in row] for name, row in comparison.settings.items()},
         curves=draw_curves(curves),
-        legend=legend,
+        legend=[(COLOURS[number % len(COLOURS)], curve.name) for number, curve in enumerate(curves)],
         models=models,
         errors=[
-            (one.name, task_name(task), f"{100 * error:.2f}") for one in models for task, error in one.errors.items()
+            (model.name, task_name(task), f"{100 * error:.2f}")
+            for model in models
+            for task, error in model.calibration_errors.items()
         ],
         environment=environment,
     )
+    with atomic_file(path) as file:
+        file.write(page.encode())
 
 
 def _sentences(comparison: Comparison) -> list[str]:
-    """What comes out, in words: the best of the comparable rows for each task, then each verdict."""
-    said = []
-    for task in tasks_of(comparison.rows):
+    """Summarise the result: the most accurate comparable row for each task, then the verdict of each pair."""
+    sentences = []
+    for task in all_tasks(comparison.rows):
         best = _best(comparison, task)
         if best is not None:
-            said.append(f"{task_name(task)}: {best.name} is the most accurate with {percent(best.scores[task])}%.")
-    for one in comparison.differences:
-        paired = one.paired
-        where = f"{paired.episodes:,} episodes of {task_name((paired.way, paired.shot))}, {paired.mode}, {one.split}"
-        amount = f"{signed(paired.difference)} ± {100 * paired.ci95:.2f} points"
+            sentences.append(f"{task_name(task)}: {best.name} is the most accurate, {score_cell(best.scores[task])}%.")
+    for pair in comparison.differences:
+        paired = pair.paired
         verdict = {
-            "better": f"{one.challenger} is better than {one.champion}",
-            "worse": f"{one.challenger} is worse than {one.champion}",
-            "undecided": f"Between {one.challenger} and {one.champion} nothing is decided",
+            "better": f"{pair.challenger} is better than {pair.champion}",
+            "worse": f"{pair.challenger} is worse than {pair.champion}",
+            "undecided": f"The difference between {pair.challenger} and {pair.champion} is not significant",
         }[paired.verdict]
+        protocol = f"{task_name((paired.way, paired.shot))}, {paired.mode}, {pair.split} split"
         over = ""
-        if one.over_trainings is not None:
-            mean, ci95 = one.over_trainings
-            over = f"; over {one.trainings} trainings {signed(mean)} ± {100 * ci95:.2f}"
-        said.append(f"{verdict} on the same {where}: {amount}{over}.")
-    return said
+        if pair.over_trainings is not None:
+            over = f"; over {pair.trainings} trainings {points(*pair.over_trainings)} points"
+        difference = points(paired.difference, paired.ci95)
+        sentences.append(f"{verdict} on the same {paired.episodes:,} episodes ({protocol}): {difference} points{over}.")
+    return sentences
 
 
 def _best(comparison: Comparison, task: Task) -> Row | None:
-    """The most accurate of the rows that may be compared; None where there is nothing to be better than.
+    """Return the most accurate of the comparable rows; None if there are fewer than two.
 
-    A mean stands for its trainings: the luckiest of them would be no fair rival.
+    A mean replaces its trainings: the best of several trainings would be a biased choice.
     """
     members = {id(member) for row in comparison.rows for member in row.members}
-    rivals = [
+    candidates = [
         row
         for row, mark in zip(comparison.rows, comparison.marks, strict=True)
         if not mark and task in row.scores and row.kind != "published" and id(row) not in members
     ]
-    return max(rivals, key=lambda row: row.scores[task].accuracy) if len(rivals) > 1 else None
+    return max(candidates, key=lambda row: row.scores[task].accuracy) if len(candidates) > 1 else None
 
 
 def _rows(comparison: Comparison, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     best = {task: _best(comparison, task) for task in tasks}
     members = {id(member) for row in comparison.rows for member in row.members}
-    answer = []
-    for row, mark in zip(comparison.rows, comparison.marks, strict=True):
-        protocol = row.protocol
-        cells = [(percent(row.scores.get(task)), best[task] is row) for task in tasks]
-        style = "member" if id(row) in members else row.kind
-        answer.append(
-            {
-                "name": row.name,
-                "mark": mark,
-                "style": style,
-                "source": row.source if row.source != row.name and row.kind != "trainings" else "",
-                "cells": cells,
-                "judged_on": f"{protocol.split or UNKNOWN} of {format_value(protocol.data)}",
-                "how": _how(protocol),
-                "cost": [format_value(row.seconds), format_value(row.steps)],
-            }
-        )
-    return answer
+    return [
+        {
+            "name": row.name,
+            "mark": mark,
+            "style": "member" if id(row) in members else row.kind,
+            "source": row.source if row.source != row.name and row.kind != "trainings" else "",
+            "cells": [(score_cell(row.scores.get(task)), best[task] is row) for task in tasks],
+            "evaluated_on": f"{row.protocol.split or UNKNOWN} split of {format_value(row.protocol.data)}",
+            "protocol": _protocol(row.protocol),
+            "cost": [format_value(row.seconds), format_value(row.steps)],
+        }
+        for row, mark in zip(comparison.rows, comparison.marks, strict=True)
+    ]
 
 
-def _how(protocol: EvalProtocol) -> str:
-    """The protocol in words; what nobody has said is left out."""
-    parts = [protocol.mode or "mode not said"]
-    for value, unit in ((protocol.query, "queries"), (protocol.episodes, "episodes")):
+def _protocol(protocol: EvalProtocol) -> str:
+    """Format mode, queries, episodes and seed; values that are not recorded are left out."""
+    parts = [protocol.mode or "mode not recorded"]
+    for value, unit in ((protocol.query, "queries per class"), (protocol.episodes, "episodes")):
         if value is not None:
             parts.append(f"{value:,} {unit}")
     return ", ".join([*parts, *([f"seed {protocol.seed}"] if protocol.seed is not None else [])])
 
 
-def _forest(contests: Sequence[PairedComparison]) -> dict[str, Any]:
-    """Differences and intervals in the units of the plot; one scale for all, zero always on it."""
+def _forest(pairs: Sequence[PairedComparison]) -> dict[str, Any]:
+    """Return the differences and intervals in plot units. All rows share one axis, which contains zero."""
     ends = [0.0]
-    for one in contests:
-        intervals = [(one.paired.difference, one.paired.ci95), *([one.over_trainings] if one.over_trainings else [])]
-        ends += [100 * (middle + side * half) for middle, half in intervals for side in (-1, 1)]
-    low, high = min(ends), max(ends)
-    margin = 0.08 * (high - low) or 1.0
-    low, high = low - margin, high + margin
+    for pair in pairs:
+        intervals = [(pair.paired.difference, pair.paired.ci95)]
+        intervals += [pair.over_trainings] if pair.over_trainings else []
+        ends += [100 * (mean + sign * ci95) for mean, ci95 in intervals for sign in (-1, 1)]
+    margin = 0.08 * (max(ends) - min(ends)) or 1.0
+    low, high = min(ends) - margin, max(ends) + margin
 
-    def x(share: float) -> float:
-        return round(FOREST_WIDTH * (100 * share - low) / (high - low), 1)
+    def x(fraction: float) -> float:
+        return round(FOREST_WIDTH * (100 * fraction - low) / (high - low), 1)
+
+    def bar(mean: float, ci95: float) -> list[float]:
+        return [x(mean - ci95), x(mean), x(mean + ci95)]
 
     rows = []
-    for one in contests:
-        paired = one.paired
-        over = one.over_trainings
+    for pair in pairs:
+        paired = pair.paired
         rows.append(
             {
-                "challenger": one.challenger,
-                "champion": one.champion,
-                "task": f"{task_name((paired.way, paired.shot))} {paired.mode}, {one.split}",
-                "difference": f"{signed(paired.difference)} ± {100 * paired.ci95:.2f}",
-                "over": f"{signed(over[0])} ± {100 * over[1]:.2f} ({one.trainings})" if over else UNKNOWN,
+                "challenger": pair.challenger,
+                "champion": pair.champion,
+                "task": f"{task_name((paired.way, paired.shot))} {paired.mode}, {pair.split}",
+                "difference": points(paired.difference, paired.ci95),
+                "over": over_trainings_cell(pair),
                 "tests": [p_value(paired.t_test), p_value(paired.wilcoxon)],
                 "verdict": paired.verdict,
-                "bar": [x(paired.difference - paired.ci95), x(paired.difference), x(paired.difference + paired.ci95)],
-                "over_bar": [x(over[0] - over[1]), x(over[0]), x(over[0] + over[1])] if over else None,
+                "bar": bar(paired.difference, paired.ci95),
+                "over_bar": bar(*pair.over_trainings) if pair.over_trainings else None,
             }
         )
     return {"rows": rows, "zero": x(0.0), "width": FOREST_WIDTH, "ends": [f"{low:+.1f}", f"{high:+.1f}"]}

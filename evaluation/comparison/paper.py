@@ -1,4 +1,4 @@
-"""Numbers that Lee et al. (ICLR 2021) print, with what the paper says of how they were obtained."""
+"""Accuracies printed in Lee et al. (ICLR 2021), with the evaluation protocol as far as the paper states it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.pipelines.records import DataError
 
-Task = tuple[int, int]
-"""(way, shot)."""
 DatasetName = Literal["omniglot", "mini-imagenet"]
 
 TASKS: dict[DatasetName, tuple[Task, ...]] = {
@@ -26,27 +25,28 @@ DATA: dict[DatasetName, str] = {
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """One row of the paper."""
+    """One row of a table of the paper."""
 
     dataset: DatasetName
     key: str
-    """The row is named `paper:DATASET/KEY`."""
+    """The reference of the row is `paper:DATASET/KEY`."""
     name: str
     where: str
     percent: dict[Task, float]
     ci95: dict[Task, float]
-    """Half widths of 95% intervals over 1,000 episodes, in percent, where the paper prints them (Table 5)."""
+    """Half widths of 95% confidence intervals over 1,000 episodes in percent; only Table 5 prints them."""
     mode: Literal["transductive"] | None
-    """None: the paper does not say how its competitors judged their queries."""
+    """None: the paper does not state it for the methods that it compares with."""
     query: int | None
-    """Queries per class; None: not said."""
+    """Queries per class; None: not stated."""
 
     @property
     def ref(self) -> str:
+        """Reference on the command line: `paper:DATASET/KEY`."""
         return f"paper:{self.dataset}/{self.key}"
 
     def values(self, tasks: Sequence[Task]) -> tuple[float, ...]:
-        """Accuracies in percent, one for each task."""
+        """Return the accuracies in percent, one for each task."""
         return tuple(self.percent[task] for task in tasks)
 
 
@@ -73,7 +73,7 @@ _TABLE_2 = {
     "20way-1shot": (98.36, 93.93, 89.10, 85.36, 82.21, 78.40, 74.03, 69.86),
     "20way-5shot": (98.23, 94.01, 89.30, 85.33, 81.98, 77.24, 73.56, 70.02),
 }
-"""Right: one model, trained for the setting of its name, on 1-shot tasks of other ways."""
+"""Right half of Table 2: models trained for the setting in their name, evaluated on 1-shot tasks of other ways."""
 
 
 def _row(
@@ -102,21 +102,21 @@ def _rows() -> list[PublishedResult]:
 
 
 PUBLISHED = _rows()
-"""Tables 1, 2 (right) and 10. Of Table 2, left, the text that we have lost which row has which parts, and of Table 9
-every value: they are left out."""
+"""Rows of Tables 1, 2 (right half) and 10. The left half of Table 2 and Table 9 are missing: the
+text version of the paper that these numbers come from does not preserve them."""
 BY_REF = {row.ref: row for row in PUBLISHED}
 
 
 def published_rows(ref: str) -> list[PublishedResult]:
-    """Rows of `paper:DATASET` (Table 1 and 10) or `paper:DATASET/KEY`.
+    """Return the rows of `paper:DATASET` (Tables 1 and 10) or the row `paper:DATASET/KEY`.
 
     Raises:
-        DataError: there is none of that name; says which there are.
+        DataError: unknown reference; the message suggests the closest one or lists all.
     """
-    found = [row for row in PUBLISHED if ref == row.ref or (ref == f"paper:{row.dataset}" and row.where != "Table 2")]
-    if not found:
+    rows = [row for row in PUBLISHED if ref == row.ref or (ref == f"paper:{row.dataset}" and row.where != "Table 2")]
+    if not rows:
         known = [*(f"paper:{name}" for name in DATA), *BY_REF]
-        near = difflib.get_close_matches(ref, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there: {', '.join(known)}"
+        closest = difflib.get_close_matches(ref, known, n=1)
+        hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(known)}"
         raise DataError(f"{ref}: no such row of the paper; {hint}")
-    return found
+    return rows

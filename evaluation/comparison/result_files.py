@@ -1,4 +1,4 @@
-"""Result files read back: what `metagmvae evaluate --record` and `--results` wrote, as rows of a comparison."""
+"""Reads the result files of `metagmvae evaluate` (`--record`, `--results`) as rows of a comparison."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, decisive_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.pipelines.files import read_json
@@ -25,7 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class RecordedResult(BaseModel):
-    """One task of a result file; what else stands there is not for comparisons."""
+    """The fields of a result file that comparisons use."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -46,12 +47,12 @@ class RecordedResult(BaseModel):
 
     @property
     def when(self) -> str:
-        """When it was judged; texts that sort by time."""
+        """Time of the evaluation in ISO format, or empty."""
         return str(self.environment.get("time", ""))
 
     @property
     def state(self) -> str:
-        """Equal for results of one state of one run, which may keep another best model for each shot."""
+        """Equal for results of the same training state. A run may keep another best checkpoint for each shot."""
         trained = self.trained
         if "selected_by" in trained:
             trained = {k: v for k, v in trained.items() if k not in ("step", "selected_by", "validation_accuracy")}
@@ -59,27 +60,28 @@ class RecordedResult(BaseModel):
 
     @property
     def protocol(self) -> EvalProtocol:
+        """How and on which data the task was evaluated."""
         return EvalProtocol(self.mode, self.split, self.data_fingerprint, self.query, self.episodes, self.seed)
 
     def compared_settings(self) -> dict[str, Any]:
-        """Settings that decide how good the model is, and the data that it was trained on."""
+        """Return the settings that affect accuracy, with the fingerprint of the training data."""
         trained_on = self.trained.get("data_fingerprint")
         return decisive_settings(self.settings) | ({"trained_on": trained_on} if trained_on else {})
 
 
 @dataclass(frozen=True)
-class FoundResults:
-    """A recorded task, and its accuracies by episode where a Parquet file beside it has them."""
+class RecordedTask:
+    """A recorded result, with the accuracy of each episode if a Parquet file of the same name holds them."""
 
-    recorded: RecordedResult
-    each: EpisodeResults | None
+    result: RecordedResult
+    by_episode: EpisodeResults | None
 
 
-def read_recorded(path: Path) -> list[FoundResults]:
-    """The tasks of a result file; accuracies by episode from the Parquet file of the same name, if there is one.
+def read_recorded(path: Path) -> list[RecordedTask]:
+    """Read the tasks of a result file, and the accuracy of each episode from the Parquet file of the same name.
 
     Raises:
-        DataError: it is not a result of `metagmvae evaluate`; the Parquet file is damaged, or of other episodes.
+        DataError: not a result of `metagmvae evaluate`, or the Parquet file is damaged or of other episodes.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -95,64 +97,58 @@ def read_recorded(path: Path) -> list[FoundResults]:
         raise DataError(f"{path}: not a result of `metagmvae evaluate --record` ({reason})") from error
     episodes = path.with_suffix(".parquet")
     if len(tasks) > 1 or not episodes.is_file():
-        return [FoundResults(task, None) for task in tasks]
-    return [FoundResults(tasks[0], read_episodes(episodes, tasks[0]))]
+        return [RecordedTask(task, None) for task in tasks]
+    return [RecordedTask(tasks[0], _read_episodes(episodes, tasks[0]))]
 
 
-def read_episodes(path: Path, recorded: RecordedResult) -> EpisodeResults:
-    """Accuracies by episode that `EpisodeResults.write_parquet` wrote for a recorded task.
-
-    Raises:
-        DataError: it is damaged, or its episodes are not those of the task.
-    """
+def _read_episodes(path: Path, recorded: RecordedResult) -> EpisodeResults:
+    """Read the file that `EpisodeResults.write_parquet` wrote, and check that it belongs to the recorded result."""
     try:
         table = pq.read_table(path, columns=["episode", "accuracy", "way", "shot", "query", "seed", "mode"])
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not the accuracies of episodes ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a file of episode accuracies ({str(error).splitlines()[0]})") from error
     accuracies = columns["accuracy"].astype(np.float64)
     same = len(accuracies) == recorded.episodes and all(
         (columns[name] == getattr(recorded, name)).all() for name in ("way", "shot", "query", "seed", "mode")
     )
     numbered = np.array_equal(columns["episode"], np.arange(len(accuracies)))
     if not (same and numbered and abs(accuracies.mean() - recorded.accuracy) < 1e-9):
-        raise DataError(
-            f"{path}: holds other episodes than {path.with_suffix('.json')} tells of; judge the model again"
-        )
+        raise DataError(f"{path}: its episodes are not those of {path.with_suffix('.json')}; evaluate the model again")
     way, shot, query, seed = recorded.way, recorded.shot, recorded.query, recorded.seed
     return EpisodeResults(way, shot, query, seed, recorded.mode, accuracies, 0.0)
 
 
-def rows_of(name: str, kind: RowKind, source: str, found: Iterable[FoundResults]) -> list[Row]:
-    """Rows of one model: tasks of equal protocol and of the same state of the model stand in one row.
+def rows_of(name: str, kind: RowKind, source: str, tasks: Iterable[RecordedTask]) -> list[Row]:
+    """Make the rows of one model: one row for each protocol and training state.
 
     Raises:
-        DataError: a task was found twice with different results.
+        DataError: a task has two different results.
     """
-    groups: dict[tuple[EvalProtocol, str], list[FoundResults]] = {}
-    for one in found:
-        groups.setdefault((one.recorded.protocol, one.recorded.state), []).append(one)
-    return [_row(name, kind, source, protocol, some) for (protocol, _), some in groups.items()]
+    groups: dict[tuple[EvalProtocol, str], list[RecordedTask]] = {}
+    for task in tasks:
+        groups.setdefault((task.result.protocol, task.result.state), []).append(task)
+    return [_row(name, kind, source, protocol, group) for (protocol, _), group in groups.items()]
 
 
-def _row(name: str, kind: RowKind, source: str, protocol: EvalProtocol, found: Sequence[FoundResults]) -> Row:
-    scores: dict[tuple[int, int], Score] = {}
-    for one in found:
-        task = (one.recorded.way, one.recorded.shot)
-        score = Score(one.recorded.accuracy, one.recorded.ci95, one.each)
-        if task in scores and scores[task].accuracy != score.accuracy:
-            raise DataError(f"{name}: two results of {task[0]}-way {task[1]}-shot, {source}; name one of them")
-        scores[task] = score
-    first = found[0].recorded
-    steps = max((one.recorded.trained["step"] for one in found if "step" in one.recorded.trained), default=None)
+def _row(name: str, kind: RowKind, source: str, protocol: EvalProtocol, tasks: Sequence[RecordedTask]) -> Row:
+    scores: dict[Task, Score] = {}
+    for recorded in tasks:
+        result = recorded.result
+        task = (result.way, result.shot)
+        if task in scores and scores[task].accuracy != result.accuracy:
+            raise DataError(f"{name}: {source} holds two results of {task[0]}-way {task[1]}-shot; give one of them")
+        scores[task] = Score(result.accuracy, result.ci95, recorded.by_episode)
+    first = tasks[0].result
+    steps = max((task.result.trained["step"] for task in tasks if "step" in task.result.trained), default=None)
     return Row(name, kind, source, protocol, scores, first.trained.get("elapsed_s"), steps, first.compared_settings())
 
 
 def recorded_name(path: Path) -> str:
-    """`NAME` of `NAME-5way-1shot.json`; the whole stem of any other file."""
+    """Return `NAME` of `NAME-5way-1shot.json`, and the stem of any other file."""
     return re.sub(r"-\d+way-\d+shot$", "", path.stem)
 
 
 def same_model(recorded: RecordedResult, settings: Settings, info: Mapping[str, Any]) -> bool:
-    """Whether a result is of this very state of a model: the same settings, trained as far."""
+    """Return whether a result is of exactly this model: the same settings and the same training state."""
     return recorded.settings_fingerprint == fingerprint(settings) and recorded.trained == dict(info)

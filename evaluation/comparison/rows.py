@@ -1,6 +1,6 @@
-"""Rows of a comparison: what was judged, how, on what; which rows are not comparable, and which settings differ.
+"""Rows of a comparison: accuracies with their protocol and settings, which rows are comparable, means over trainings.
 
-Pure: rows come in, rows and notes go out. Where they come from is `infra.workflows.compare_sources`' matter.
+These are plain functions of rows. `infra.workflows.compare_sources` reads the rows from runs, files and the registry.
 """
 
 from __future__ import annotations
@@ -14,210 +14,192 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metagmvae.evaluation.comparison.formatting import Task, short
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import across_seeds
 
-Task = tuple[int, int]
-"""(way, shot)."""
 RowKind = Literal["run", "results", "model", "version", "trial", "published", "trainings"]
 COMPARED = ("model.", "adapt.", "pretrain.", "train.", "trained_on")
-"""Beginnings of the settings that decide how good a model is; result files keep these alone."""
+"""Prefixes of the settings that affect accuracy. Result files hold only these."""
 IGNORED_SETTINGS = ("train.checkpoint_every", "train.log_every")
-"""Settings among them that do not."""
+"""Settings with these prefixes that do not affect accuracy."""
 SEED = "train.seed"
 
 
 class ComparisonError(ValueError):
-    """Rows that cannot be compared as they were asked to be."""
+    """Rows that cannot be compared in the requested way."""
 
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """How and on what a row was judged; None: not recorded."""
+    """How and on which data a row was evaluated; None: not recorded."""
 
     mode: str | None
     split: str | None
     data: str | None
-    """Fingerprint of the data set, or the name of one that nobody has."""
+    """Fingerprint of the dataset, or a description of data that is not available."""
     query: int | None
     episodes: int | None
     seed: int | None
 
     def differences(self, other: EvalProtocol) -> list[str]:
-        """`what mine, not yours` for each part that differs."""
+        """Return `NAME MINE, not THEIRS` for each field that differs."""
         pairs = [(part.name, getattr(self, part.name), getattr(other, part.name)) for part in fields(self)]
-        return [f"{name} {_as_text(mine)}, not {_as_text(yours)}" for name, mine, yours in pairs if mine != yours]
+        return [f"{name} {_as_text(mine)}, not {_as_text(theirs)}" for name, mine, theirs in pairs if mine != theirs]
 
 
 def _as_text(value: object) -> str:
-    if value is None:
-        return "unrecorded"
-    return short(value) if isinstance(value, str) else str(value)
-
-
-def short(fingerprint: str) -> str:
-    """The first digits of a sha256; any other text as it is."""
-    return fingerprint[:8] if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else fingerprint
+    return "unrecorded" if value is None else short(str(value))
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy on the episodes of one task, a share in [0, 1]."""
+    """Accuracy on the episodes of one task, a fraction in [0, 1]."""
 
     accuracy: float
     ci95: float | None
-    """Half width of its 95% interval; None: not recorded."""
-    each: EpisodeResults | None = None
-    """By episode, where that is known."""
+    """Half width of its 95% confidence interval; None: not recorded."""
+    by_episode: EpisodeResults | None = None
+    """Accuracy of each episode; None: not recorded."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model judged by one protocol, or the mean of several trainings of it."""
+    """One model evaluated by one protocol, or the mean over several trainings."""
 
     name: str
     kind: RowKind
     source: str
-    """The reference that it comes from."""
+    """The reference that the row was read from."""
     protocol: EvalProtocol
     scores: Mapping[Task, Score]
     seconds: float | None = None
-    """Of one training."""
+    """Duration of one training."""
     steps: int | None = None
-    """Of meta-training, at the moment that was judged."""
+    """Meta-training steps of the evaluated model."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """By dotted name; empty: unknown."""
+    """Settings by dotted name; empty: not recorded."""
     members: tuple[Row, ...] = ()
-    """The trainings that a row of kind `trainings` is the mean of."""
+    """The trainings behind a row of kind `trainings`."""
 
 
 def decisive_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; only those that decide how good a model is.
+    """Flatten nested settings to dotted names and keep those that affect accuracy.
 
-    Of contrastive training that did not take place only `pretrain.steps`, which is 0, is one.
+    Without contrastive pre-training (`pretrain.steps = 0`) its other settings are left out.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if key == "pretrain" and isinstance(value, Mapping) and value.get("steps") == 0:
-            found["pretrain.steps"] = 0
+            settings["pretrain.steps"] = 0
         elif isinstance(value, Mapping):
-            found |= decisive_settings(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}".startswith(COMPARED) and f"{prefix}{key}" not in IGNORED_SETTINGS:
-            found[f"{prefix}{key}"] = value
-    return found
+            settings |= decisive_settings(value, f"{name}.")
+        elif name.startswith(COMPARED) and name not in IGNORED_SETTINGS:
+            settings[name] = value
+    return settings
 
 
-def tasks_of(rows: Sequence[Row]) -> list[Task]:
-    """Every task of any row, in order."""
+def all_tasks(rows: Sequence[Row]) -> list[Task]:
+    """Return the tasks of all rows, sorted."""
     return sorted({task for row in rows for task in row.scores})
 
 
 def mark_rows(rows: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
-    """Mark the rows that were not judged as the first one was.
+    """Mark the rows whose protocol differs from that of the reference row.
 
-    The first row that we judged ourselves is what the others are held against; rows of the paper only where there is no
-    other.
+    The reference is the first row that is not of the paper, or the first row if all are.
 
     Returns:
-        a mark for each row, empty where it is comparable; and what each mark means.
+        The mark of each row, empty if it is comparable; and the differences that each mark stands for.
     """
-    ours = [row for row in rows if row.kind != "published"] or rows
+    reference = next((row for row in rows if row.kind != "published"), rows[0])
     marks, meaning = [], {}
     letters: dict[EvalProtocol, str] = {}
     for row in rows:
-        unlike = row.protocol.differences(ours[0].protocol)
-        if not unlike:
-            marks.append("")
-            continue
-        mark = letters.setdefault(row.protocol, _letter(len(letters)))
-        meaning[mark] = "; ".join(unlike)
+        differences = row.protocol.differences(reference.protocol)
+        mark = letters.setdefault(row.protocol, _letter(len(letters))) if differences else ""
         marks.append(mark)
+        if mark:
+            meaning[mark] = "; ".join(differences)
     return marks, meaning
 
 
 def _letter(number: int) -> str:
-    """a, b, … z, aa, ab, …"""
+    """Return a, b, …, z, aa, ab, … for 0, 1, …"""
     first, last = divmod(number, len(ascii_lowercase))
     return (_letter(first - 1) if first else "") + ascii_lowercase[last]
 
 
 def check_comparable(rows: Sequence[Row]) -> None:
-    """Refuse rows of different protocols, splits or data.
+    """Refuse rows of different protocols, splits or datasets.
 
-    Rows of the paper were all judged on data that nobody else has; they stay marked, and are not refused.
+    Rows of the paper are not refused: they are marked, as their data is not available.
 
     Raises:
-        ComparisonError: naming the first row that differs, and how.
+        ComparisonError: names the first row that differs, and its differences.
     """
     ours = [row for row in rows if row.kind != "published"]
     for row in ours:
-        unlike = row.protocol.differences(ours[0].protocol)
-        if unlike:
+        differences = row.protocol.differences(ours[0].protocol)
+        if differences:
             raise ComparisonError(
-                f"{row.name} was not judged as {ours[0].name} was ({'; '.join(unlike)}): judge both with one request "
-                "(--data), or leave out --strict"
+                f"{row.name} was not evaluated like {ours[0].name} ({'; '.join(differences)}): "
+                "evaluate both with --data, or omit --strict"
             )
 
 
-def models_of(rows: Sequence[Row]) -> list[Row]:
-    """Rows of known settings, one for each model; a mean stands for its trainings."""
+def one_row_per_model(rows: Sequence[Row]) -> list[Row]:
+    """Return one row with recorded settings for each model. A mean replaces its trainings."""
     members = {id(member) for row in rows for member in row.members}
     known = [row for row in rows if row.settings and id(row) not in members]
     return list({(row.name, repr(row.settings)): row for row in reversed(known)}.values())[::-1]
 
 
 def differing_settings(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Settings of which two rows are known to differ, with the value of each row; None: not recorded."""
+    """Return the settings that differ between two rows, with the value of each row; None: not recorded."""
     names = sorted({name for row in rows for name in row.settings})
     values = {name: [row.settings.get(name) for row in rows] for name in names}
     return {name: row for name, row in values.items() if len({repr(v) for v in row if v is not None}) > 1}
 
 
-def with_trainings(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Put the mean of trainings `NAME-seed0`, `NAME-seed1`, … behind the last of them.
+def add_training_means(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Insert the mean over the trainings `NAME-seed0`, `NAME-seed1`, … after the last of them.
 
-    Rows are taken together where they were judged by one protocol and differ in their seed alone.
+    A mean is taken over rows of the same protocol whose settings differ only in the seed.
 
     Returns:
-        all rows; and notes on those that bear such names and differ in more.
+        All rows; and notes on rows with such names whose other settings differ.
     """
     groups: dict[tuple[str, str, EvalProtocol], list[Row]] = {}
     for row in rows:
-        name = training_of(row)
-        if name and row.kind in ("run", "results"):
-            groups.setdefault((name, row.kind, row.protocol), []).append(row)
-    answer, notes = list(rows), []
+        match = re.fullmatch(r"(.+)-seed\d+", row.name)
+        if match and row.kind in ("run", "results"):
+            groups.setdefault((match[1], row.kind, row.protocol), []).append(row)
+    with_means, notes = list(rows), []
     for (name, _, _), members in groups.items():
         if len(members) < 2:
             continue
         others = [key for key in differing_settings(members) if key != SEED]
         if others:
-            notes.append(f"{name}-seed…: differ in more than the seed ({', '.join(others)}), so no mean is taken")
+            notes.append(f"{name}-seed…: no mean is shown, because other settings differ too ({', '.join(others)})")
             continue
-        answer.insert(answer.index(members[-1]) + 1, _mean(name, members))
-    return answer, notes
-
-
-def training_of(row: Row) -> str:
-    """`NAME` of `NAME-seed0`; empty where it is not named so."""
-    match = re.fullmatch(r"(.+)-seed\d+", row.name)
-    return match[1] if match else ""
+        with_means.insert(with_means.index(members[-1]) + 1, _mean(name, members))
+    return with_means, notes
 
 
 def _mean(name: str, members: list[Row]) -> Row:
-    """Means over trainings with Student's interval over them; episodes keep their mean over trainings."""
-    common = set.intersection(*(set(row.scores) for row in members))
+    """Average over trainings, with Student's t interval; the accuracy of each episode is averaged too."""
     scores = {}
-    for task in sorted(common):
-        found = [row.scores[task] for row in members]
-        mean, ci95 = across_seeds([score.accuracy for score in found])
-        results = [score.each for score in found if score.each is not None]
-        each = None
-        if len(results) == len(found):
-            each = replace(
-                results[0], accuracies=np.mean([one.accuracies for one in results], axis=0), reliability=None
-            )
-        scores[task] = Score(mean, ci95, each)
+    for task in sorted(set.intersection(*(set(row.scores) for row in members))):
+        task_scores = [row.scores[task] for row in members]
+        mean, ci95 = across_seeds([score.accuracy for score in task_scores])
+        results = [score.by_episode for score in task_scores if score.by_episode is not None]
+        by_episode = None
+        if len(results) == len(task_scores):
+            accuracies = np.mean([result.accuracies for result in results], axis=0)
+            by_episode = replace(results[0], accuracies=accuracies, reliability=None)
+        scores[task] = Score(mean, ci95, by_episode)
     seconds = [row.seconds for row in members if row.seconds is not None]
     settings = dict(members[0].settings)
     if SEED in settings:

@@ -1,4 +1,4 @@
-"""`compare`: runs, results, sweeps, registered versions and the paper in one table, and on the same episodes."""
+"""Command `compare`: runs, result files, sweeps, registered versions and rows of the paper in one table."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     example = "metagmvae compare runs/first models:/omniglot@champion paper:omniglot --data data/omniglot --html c.html"
-    what = "compare models, runs, sweeps and the paper: a table, paired differences, a report"
+    what = "compare models, runs, sweeps and the paper: a table, paired differences, an HTML page"
     parser = add_command(parsers, "compare", compare, what, example)
     parser.add_argument(
         "refs",
         metavar="WHAT",
         nargs="+",
-        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], paper:DATASET[/ROW]; the first one "
-        "is what the others are held against",
+        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], paper:DATASET[/ROW]; the others "
+        "are compared with the first one",
     )
-    parser.add_argument("--data", metavar="URI", help="judge every model afresh on episodes of this data set")
-    parser.add_argument("--split", default="test", help="with --data: whose classes (test)")
-    parser.add_argument("--way", type=int, nargs="+", default=[5], help="with --data (5)")
-    parser.add_argument("--shot", type=int, nargs="+", default=[1], help="with --data (1)")
-    parser.add_argument("--query", type=int, default=15, help="with --data (15)")
-    parser.add_argument("--episodes", type=int, default=1000, help="with --data (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="with --data (0)")
+    parser.add_argument("--data", metavar="URI", help="evaluate every model on episodes of this dataset")
+    parser.add_argument("--split", default="test", help="with --data: split of the classes (test)")
+    parser.add_argument("--way", type=int, nargs="+", default=[5], help="with --data: numbers of classes (5)")
+    parser.add_argument("--shot", type=int, nargs="+", default=[1], help="with --data: labelled images per class (1)")
+    parser.add_argument("--query", type=int, default=15, help="with --data: queries per class (15)")
+    parser.add_argument("--episodes", type=int, default=1000, help="with --data: episodes per task (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="with --data: seed of the episodes (0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
-    parser.add_argument("--top", type=int, default=1, help="trials of each sweep, the best first (1)")
-    parser.add_argument("--strict", action="store_true", help="refuse rows that were judged differently")
-    parser.add_argument("--csv", metavar="FILE", help="one line for each row and task")
-    parser.add_argument("--html", metavar="FILE", help="one page with everything, pictures too")
+    parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
+    parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
+    parser.add_argument("--csv", metavar="FILE", help="write a CSV file with one line for each row and task")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page with all tables and figures")
 
 
 def compare(arguments: Namespace) -> Answer:
@@ -46,19 +46,19 @@ def compare(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.rows import check_comparable
     from metagmvae.evaluation.comparison.table import as_text_tables, write_csv
     from metagmvae.evaluation.comparison.table import compare as compare_rows
-    from metagmvae.infra.workflows.compare_sources import read_sources
+    from metagmvae.infra.workflows.compare_sources import read_items
     from metagmvae.pipelines.records import DataError
 
     if arguments.top < 1:
-        raise DataError(f"--top is {arguments.top}; give 1 or more")
-    sources = read_sources(arguments.refs, arguments.top)
-    judged: list[EvaluatedItem] = []
+        raise DataError(f"--top {arguments.top}: must be at least 1")
+    items = read_items(arguments.refs, arguments.top)
+    evaluated: list[EvaluatedItem] = []
     dataset = None
     if arguments.data:
         dataset, request = _request(arguments)
-        sources, judged = _evaluate(arguments, sources, dataset, request)
-    notes = _not_evaluated(sources)
-    rows = [row for source in sources for row in source.rows]
+        items, evaluated = _evaluate(arguments, items, dataset, request)
+    notes = _notes_on_missing(items)
+    rows = [row for item in items for row in item.rows]
     if arguments.strict:
         check_comparable(rows)
     comparison = compare_rows(rows, notes)
@@ -67,9 +67,9 @@ def compare(arguments: Namespace) -> Answer:
         write_csv(arguments.csv, comparison)
         files["csv"] = arguments.csv
     if arguments.html:
-        _write_html(arguments, comparison, sources, judged, dataset)
+        _write_html(arguments, comparison, items, evaluated, dataset)
         files["html"] = arguments.html
-    return (comparison.summary() if arguments.json else as_text_tables(comparison)) | _calibration(judged) | files
+    return (comparison.summary() if arguments.json else as_text_tables(comparison)) | _calibration(evaluated) | files
 
 
 def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
@@ -78,7 +78,7 @@ def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
     from metagmvae.pipelines.shards.dataset import Dataset
 
     if arguments.episodes < 2:
-        raise DataError(f"--episodes is {arguments.episodes}; an interval needs two at least")
+        raise DataError(f"--episodes {arguments.episodes}: a confidence interval needs at least 2")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     tasks = dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot)
@@ -88,39 +88,38 @@ def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
 
 
 def _evaluate(
-    arguments: Namespace, sources: list[ComparedItem], dataset: Dataset, request: EvalRequest
+    arguments: Namespace, items: list[ComparedItem], dataset: Dataset, request: EvalRequest
 ) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
-    from metagmvae.infra.workflows.compare_models import evaluate_all
+    from metagmvae.infra.workflows.compare_models import evaluate_items
     from metagmvae.pipelines.records import DataError
 
-    if not any(source.judgeable for source in sources):
-        raise DataError("--data: there is no model to judge among what is compared; leave it out")
-    # Probabilities are not stored, and a page shows how far they can be believed.
+    if not any(item.is_model for item in items):
+        raise DataError("--data: none of the compared items is a model; omit it")
     progress = partial(progress_bar, quiet=arguments.json)
-    return evaluate_all(sources, dataset, request, afresh=bool(arguments.html), progress=progress)
+    # The page shows calibration, and probabilities are not stored.
+    return evaluate_items(items, dataset, request, reuse=not arguments.html, progress=progress)
 
 
-def _not_evaluated(sources: list[ComparedItem]) -> list[str]:
-    """Notes on versions that are left out; what was asked for by its own name is refused.
+def _notes_on_missing(items: list[ComparedItem]) -> list[str]:
+    """Return a note for each version of `models:/NAME` that has no result.
 
     Raises:
-        DataError: nothing is known of something that was named, or of everything.
+        DataError: an item that was given by its own reference has no result, or no item has one.
     """
     from metagmvae.pipelines.records import DataError
 
-    unknown = [source for source in sources if not source.rows]
-    for source in unknown:
-        if not source.listed or len(unknown) == len(sources):
-            remedy = "judge it here with --data URI, or by metagmvae evaluate"
-            raise DataError(f"{source.ref}: was not judged yet; {remedy}")
-    return [f"{source.ref}: left out, as it was not judged yet" for source in unknown]
+    missing = [item for item in items if not item.rows]
+    for item in missing:
+        if not item.optional or len(missing) == len(items):
+            raise DataError(f"{item.ref}: no result yet; evaluate it with --data URI or `metagmvae evaluate`")
+    return [f"{item.ref}: left out, because it has no result yet" for item in missing]
 
 
-def _calibration(judged: list[EvaluatedItem]) -> dict[str, Any]:
+def _calibration(evaluated: list[EvaluatedItem]) -> dict[str, Any]:
     rows = [
-        {"name": one.source.name, "way": way, "shot": shot, "ece": result.reliability.calibration_error}
-        for one in judged
-        for (way, shot), result in one.results.items()
+        {"name": model.item.name, "way": way, "shot": shot, "ece": result.reliability.calibration_error}
+        for model in evaluated
+        for (way, shot), result in model.results.items()
         if result.reliability is not None
     ]
     return {"calibration": rows} if rows else {}
@@ -129,15 +128,15 @@ def _calibration(judged: list[EvaluatedItem]) -> dict[str, Any]:
 def _write_html(
     arguments: Namespace,
     comparison: Comparison,
-    sources: list[ComparedItem],
-    judged: list[EvaluatedItem],
+    items: list[ComparedItem],
+    evaluated: list[EvaluatedItem],
     dataset: Dataset | None,
 ) -> None:
     from metagmvae.evaluation.comparison.html_page import write_report
-    from metagmvae.evaluation.comparison.page_figures import Curve, ModelPage, draw_models
+    from metagmvae.evaluation.comparison.page_figures import Curve, EvaluatedModel, draw_models
     from metagmvae.evaluation.provenance import provenance
 
-    curves = [Curve(source.name, source.lines) for source in sources if source.lines]
-    pages = [ModelPage(one.source.name, one.loaded, one.results) for one in judged]
-    pictures = draw_models(pages, dataset, arguments.split) if dataset is not None else []
-    write_report(arguments.html, comparison, curves, pictures, provenance())
+    curves = [Curve(item.name, item.lines) for item in items if item.lines]
+    models = [EvaluatedModel(model.item.name, model.loaded, model.results) for model in evaluated]
+    images = draw_models(models, dataset, arguments.split) if dataset is not None else []
+    write_report(arguments.html, comparison, curves, images, provenance())

@@ -1,4 +1,4 @@
-"""Models judged for a comparison, on the same episodes; what is stored of those very episodes is not judged again."""
+"""Evaluates models on the same episodes for a comparison. Stored results for exactly these episodes are reused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, compared_settings
@@ -24,98 +25,102 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What models are judged on."""
+    """The episodes on which all models are evaluated."""
 
     split: str
-    tasks: tuple[tuple[int, int], ...]
-    """(way, shot)."""
+    tasks: tuple[Task, ...]
     query: int
     episodes: int
     seed: int
     mode: PredictionMode
 
     def protocol(self, dataset: Dataset) -> EvalProtocol:
+        """Return the protocol of these episodes on a dataset."""
         return EvalProtocol(self.mode, self.split, dataset.fingerprint, self.query, self.episodes, self.seed)
 
 
 @dataclass(frozen=True)
 class EvaluatedItem:
-    """A source with the row of its judgement in the place of its own, and the model for the first task."""
+    """A compared item with the row of this evaluation, and its model for the first task."""
 
-    source: ComparedItem
+    item: ComparedItem
     loaded: LoadedModel
-    results: dict[tuple[int, int], EpisodeResults]
+    results: dict[Task, EpisodeResults]
 
 
-def evaluate_item(
-    source: ComparedItem, dataset: Dataset, request: EvalRequest, *, afresh: bool, progress: ProgressBar
-) -> EvaluatedItem:
-    """Judge one model on every task of the request.
+def evaluate_items(
+    items: Sequence[ComparedItem], dataset: Dataset, request: EvalRequest, *, reuse: bool, progress: ProgressBar
+) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
+    """Evaluate every model on every task of the request.
 
     Args:
-        source: a judgeable one.
-        dataset: what it is judged on.
+        items: what is compared; items that are not models are returned unchanged.
+        dataset: data of the episodes.
         request: tasks and protocol.
-        afresh: judge again what is stored too: accuracies by episode are stored, probabilities are not.
+        reuse: use stored results. They hold the accuracy of each episode, but no probabilities for calibration.
         progress: opens a progress bar for each task.
 
+    Returns:
+        All items in their order; and those that were evaluated.
+
     Raises:
-        DataError: the model or the data do not fit the request.
+        DataError: a model or the data do not fit the request.
     """
+    evaluated = {
+        position: _evaluate(item, dataset, request, reuse, progress)
+        for position, item in enumerate(items)
+        if item.is_model
+    }
+    merged = [evaluated[position].item if position in evaluated else item for position, item in enumerate(items)]
+    return merged, list(evaluated.values())
+
+
+def _evaluate(
+    item: ComparedItem, dataset: Dataset, request: EvalRequest, reuse: bool, progress: ProgressBar
+) -> EvaluatedItem:
     protocol = request.protocol(dataset)
-    results: dict[tuple[int, int], EpisodeResults] = {}
-    models = {shot: resolve_model(source.ref, shot=shot) for shot in dict.fromkeys(shot for _, shot in request.tasks)}
+    results: dict[Task, EpisodeResults] = {}
+    models = {shot: resolve_model(item.ref, shot=shot) for shot in dict.fromkeys(shot for _, shot in request.tasks)}
+    # A run may keep another checkpoint for each shot. Tasks of the same one are evaluated together, so that its images
+    # are encoded once.
+    groups: dict[str, list[Task]] = {}
     for task in request.tasks:
-        stored = None if afresh else _stored(source.ref, models[task[1]], protocol, task)
+        stored = _stored(item.ref, models[task[1]], protocol, task) if reuse else None
         if stored is not None:
             results[task] = stored
-    # A run may keep a model for each shot; where it is the same one, its images are encoded once for all tasks.
-    states: dict[str, list[tuple[int, int]]] = {}
-    for task in request.tasks:
-        if task not in results:
-            states.setdefault(str(sorted(models[task[1]].info.items())), []).append(task)
-    for tasks in states.values():
-        same = {"query": request.query, "episodes": request.episodes, "seed": request.seed}
-        wanted = [{"way": way, "shot": shot, **same} for way, shot in tasks]
-        loaded = models[tasks[0][1]]
+        else:
+            groups.setdefault(str(sorted(models[task[1]].info.items())), []).append(task)
+    for tasks in groups.values():
+        common = {"query": request.query, "episodes": request.episodes, "seed": request.seed}
+        episodes = [{"way": way, "shot": shot, **common} for way, shot in tasks]
         for result in evaluate_tasks(
-            loaded, dataset, wanted, split=request.split, mode=request.mode, name=source.name, progress=progress
+            models[tasks[0][1]],
+            dataset,
+            episodes,
+            split=request.split,
+            mode=request.mode,
+            name=item.name,
+            progress=progress,
         ):
             results[result.way, result.shot] = result
     first = models[request.tasks[0][1]]
-    row = _row(source, first, protocol, {task: results[task] for task in request.tasks})
-    return EvaluatedItem(replace(source, rows=(row,)), first, results)
+    row = _row(item, first, protocol, {task: results[task] for task in request.tasks})
+    return EvaluatedItem(replace(item, rows=(row,)), first, results)
 
 
-def _row(
-    source: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, results: dict[tuple[int, int], EpisodeResults]
-) -> Row:
-    kind: RowKind = "version" if source.ref.startswith("models:") else "run" if source.rows or source.lines else "model"
+def _row(item: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, results: dict[Task, EpisodeResults]) -> Row:
+    kind: RowKind = "version" if item.ref.startswith("models:") else "run" if item.rows or item.lines else "model"
     scores = {task: Score(result.mean, result.ci95, result) for task, result in results.items()}
     info: dict[str, Any] = loaded.info
-    compared = compared_settings(loaded.settings, info.get("data_fingerprint"))
-    return Row(source.name, kind, source.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), compared)
+    settings = compared_settings(loaded.settings, info.get("data_fingerprint"))
+    return Row(item.name, kind, item.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), settings)
 
 
-def _stored(ref: str, loaded: LoadedModel, protocol: EvalProtocol, task: tuple[int, int]) -> EpisodeResults | None:
-    """Accuracies of these very episodes by this very model, from the run folder."""
+def _stored(ref: str, loaded: LoadedModel, protocol: EvalProtocol, task: Task) -> EpisodeResults | None:
+    """Return the stored result of exactly these episodes and this model from the run folder, if there is one."""
     file = Path(ref) / RESULTS / f"{protocol.split}-{task[0]}way-{task[1]}shot-{protocol.mode}.json"
     if not file.with_suffix(".parquet").is_file() or not file.is_file():
         return None
-    (found,) = read_recorded(file)
-    same = found.recorded.protocol == protocol and same_model(found.recorded, loaded.settings, loaded.info)
-    return found.each if same else None
-
-
-def evaluate_all(
-    sources: Sequence[ComparedItem], dataset: Dataset, request: EvalRequest, *, afresh: bool, progress: ProgressBar
-) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
-    """Judge every model among the sources; the others stay as they are, in their places."""
-    answer, judged = [], []
-    for source in sources:
-        if source.judgeable:
-            judged.append(evaluate_item(source, dataset, request, afresh=afresh, progress=progress))
-            answer.append(judged[-1].source)
-        else:
-            answer.append(source)
-    return answer, judged
+    (recorded,) = read_recorded(file)
+    same = recorded.result.protocol == protocol and same_model(recorded.result, loaded.settings, loaded.info)
+    return recorded.by_episode if same else None

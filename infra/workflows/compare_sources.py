@@ -1,4 +1,4 @@
-"""What `metagmvae compare` is given, read: run folders, result files, sweeps, registered versions, the paper."""
+"""Reads the items of `metagmvae compare`: run folders, result files, sweeps, registered versions, rows of the paper."""
 
 from __future__ import annotations
 
@@ -9,104 +9,108 @@ from pathlib import Path
 from typing import Any
 
 from metagmvae.configs.load import settings_from_json
+from metagmvae.evaluation.comparison.formatting import Task, parse_task
 from metagmvae.evaluation.comparison.paper import DATA, PublishedResult, published_rows
-from metagmvae.evaluation.comparison.result_files import FoundResults, read_recorded, recorded_name, rows_of
+from metagmvae.evaluation.comparison.result_files import read_recorded, recorded_name, rows_of
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score, decisive_settings
 from metagmvae.evaluation.comparison.validation_rows import (
     ComparedItem,
     compared_settings,
     newest_validation,
-    task_of,
     validation_protocol,
     validation_row,
 )
+from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
 from metagmvae.infra.runs.run_folder import METRICS, RECORD, RESULTS, SETTINGS, read_lines
-from metagmvae.infra.workflows.compare_versions import version_sources
+from metagmvae.infra.workflows.compare_versions import version_items
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD
 
-SWEEP = "sweep.json"
 FORMS = (
     "run folders, result files (*.json), sweep folders, models:/NAME, models:/NAME@ALIAS, models:/NAME/VERSION, "
     "paper:omniglot, paper:mini-imagenet, or paper:DATASET/ROW"
 )
 
 
-def read_sources(refs: Sequence[str], top: int = 1) -> list[ComparedItem]:
-    """Read what the references name; result files of one model in one folder make one source.
+def read_items(refs: Sequence[str], top: int = 1) -> list[ComparedItem]:
+    """Read what the references name. Result files of one model in one folder make one item.
 
     Args:
         refs: in the order of the rows.
-        top: trials of each sweep, the best first.
+        top: number of trials of each sweep, the best first.
 
     Raises:
-        DataError: a reference names nothing that can be compared, or is given twice.
+        DataError: a reference names nothing that can be compared, or two references name the same thing.
         TrackingError: the registry cannot be reached.
     """
-    sources: list[ComparedItem] = []
-    results: dict[tuple[Path, str], list[tuple[str, list[FoundResults]]]] = {}
-    files: set[Path] = set()
+    items: list[ComparedItem] = []
+    files: dict[tuple[Path, str], list[Path]] = {}
     for ref in refs:
         path = Path(ref)
         if path.suffix == ".json" and path.is_file():
-            key = (path.resolve().parent, recorded_name(path))
-            if key not in results:
-                sources.append(ComparedItem(ref, key[1], ()))
-            if path.resolve() in files:
-                raise DataError(f"{ref}: named twice; name each thing once")
-            files.add(path.resolve())
-            results.setdefault(key, []).append((ref, read_recorded(path)))
+            model = (path.resolve().parent, recorded_name(path))
+            if model not in files:
+                items.append(ComparedItem(ref, model[1], (), identity=str(model)))
+            files.setdefault(model, []).append(path)
         else:
-            sources += _read(ref, top)
-    by_first = {found[0][0]: (name, found) for (_, name), found in results.items()}
-    read = [_results(source, *by_first[source.ref]) if source.ref in by_first else source for source in sources]
-    _check_once(read)
-    return _distinct(read)
+            items += _read(ref, top)
+    by_identity = {str(model): paths for model, paths in files.items()}
+    items = [
+        _with_results(item, by_identity[item.identity]) if item.identity in by_identity else item for item in items
+    ]
+    _check_once(items)
+    return _with_distinct_names(items)
 
 
-def _check_once(sources: Sequence[ComparedItem]) -> None:
-    """A model is no rival of itself."""
-    seen: dict[str, ComparedItem] = {}
-    for source in sources:
-        identity = source.identity or source.ref
-        if identity in seen:
-            raise DataError(f"{source.ref}: is {seen[identity].ref} again; name each thing once")
-        seen[identity] = source
+def _check_once(items: Sequence[ComparedItem]) -> None:
+    """Refuse two references to the same thing: a model would be compared with itself."""
+    refs: dict[str, str] = {}
+    for item in items:
+        identity = item.identity or item.ref
+        if identity in refs:
+            raise DataError(f"{item.ref}: the same as {refs[identity]}; give each one once")
+        refs[identity] = item.ref
 
 
 def _read(ref: str, top: int) -> list[ComparedItem]:
     if ref.startswith("paper:"):
         return [ComparedItem(row.ref, row.name, (_published(row),)) for row in published_rows(ref)]
     if ref.startswith("models:"):
-        return version_sources(ref)
+        return version_items(ref)
     path = Path(ref)
     if (path / SWEEP).is_file():
         return [_sweep(ref, path, top)]
     if (path / SETTINGS).is_file():
         return [_run(ref, path)]
     if ref.startswith("runs:") or (path / CARD).is_file() or path.suffix == ".pt":
-        return [ComparedItem(ref, path.name, (), judgeable=True)]
-    raise DataError(f"{ref}: nothing there that can be compared; give {FORMS}")
+        return [ComparedItem(ref, path.name, (), is_model=True)]
+    raise DataError(f"{ref}: not found or cannot be compared; give {FORMS}")
 
 
-def _results(source: ComparedItem, name: str, files: list[tuple[str, list[FoundResults]]]) -> ComparedItem:
-    refs = files[0][0] if len(files) == 1 else f"{Path(files[0][0]).parent}/{name}-*.json, {len(files)} files"
-    return replace(source, rows=tuple(rows_of(name, "results", refs, [one for _, found in files for one in found])))
+def _with_results(item: ComparedItem, files: list[Path]) -> ComparedItem:
+    """Add the rows of the result files of one model."""
+    resolved = [file.resolve() for file in files]
+    for number, file in enumerate(resolved):
+        if file in resolved[:number]:
+            raise DataError(f"{files[number]}: given twice; give each file once")
+    source = item.ref if len(files) == 1 else f"{files[0].parent}/{item.name}-*.json, {len(files)} files"
+    tasks = [task for file in files for task in read_recorded(file)]
+    return replace(item, rows=tuple(rows_of(item.name, "results", source, tasks)))
 
 
 def _run(ref: str, path: Path) -> ComparedItem:
-    """Stored results of a run; where there are none, its newest validation."""
+    """Read the stored results of a run, or its newest validation if there are none."""
     name = path.resolve().name
     lines = tuple(read_lines(path / METRICS))
-    found = [one for file in sorted((path / RESULTS).glob("*.json")) for one in read_recorded(file)]
-    rows = rows_of(name, "run", ref, found) or _validated(ref, name, path, lines)
-    return ComparedItem(ref, name, tuple(rows), lines, judgeable=True, identity=str(path.resolve()))
+    tasks = [task for file in sorted((path / RESULTS).glob("*.json")) for task in read_recorded(file)]
+    rows = rows_of(name, "run", ref, tasks) or _validated(ref, name, path, lines)
+    return ComparedItem(ref, name, tuple(rows), lines, is_model=True, identity=str(path.resolve()))
 
 
 def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The newest validation in training as a row."""
+    """Make a row of the newest validation during training."""
     settings = settings_from_json((path / SETTINGS).read_text(encoding="utf-8"))
     record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
     mode = "inductive" if record.get("kind") == "encoder" else "transductive"
@@ -117,52 +121,39 @@ def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any
 
 
 def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
-    """The best trials of a sweep, judged by their newest validation."""
-    about = read_json(path / SWEEP)
+    """Read the best trials of a sweep by their newest validation."""
+    record = read_json(path / SWEEP)
     try:
-        name, task, base = str(about["name"]), task_of(about["task"]), json.dumps(about["base"])
-    except (KeyError, TypeError, AttributeError) as error:
+        name, task_name, base = str(record["name"]), str(record["task"]), json.dumps(record["base"])
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path / SWEEP}: not the record of a sweep ({error!r})") from error
+    task = parse_task(task_name)
     if task is None:
-        raise DataError(f'{path / SWEEP}: task is {about["task"]!r}; it must be like "5w1s"')
-    trials = [trial for trial in read_trials(path / TRIALS) if trial.last is not None]
+        raise DataError(f'{path / SWEEP}: task is {task_name!r}; it must be like "5w1s"')
+    trials = [trial for trial in read_trials(path / TRIALS) if trial.curve]
     if not trials:
-        raise DataError(f"{ref}: no trial of the sweep was judged yet")
-    best = sorted(trials, key=lambda trial: -_accuracy(trial))[:top]
-    settings, data = settings_from_json(base), about.get("data_fingerprint")
+        raise DataError(f"{ref}: no trial of the sweep has a validation result yet")
+    best = sorted(trials, key=lambda trial: -trial.curve[-1].accuracy)[:top]
+    settings, data = settings_from_json(base), record.get("data_fingerprint")
     protocol, compared = validation_protocol(settings, "transductive", data), compared_settings(settings, data)
-    rows = [_trial(ref, name, task, protocol, compared, trial) for trial in best]
-    points = [
+    rows = tuple(_trial(ref, name, task, protocol, compared, trial) for trial in best)
+    lines = tuple(
         {
             "global_step": point.step,
             "elapsed_s": point.seconds,
-            f"validation/{about['task']}": point.accuracy,
-            f"validation/{about['task']}_ci95": point.ci95,
+            f"validation/{task_name}": point.accuracy,
+            f"validation/{task_name}_ci95": point.ci95,
         }
         for point in best[0].curve
-    ]
-    return ComparedItem(ref, rows[0].name, tuple(rows), tuple(points), identity=str(path.resolve()))
+    )
+    return ComparedItem(ref, rows[0].name, rows, lines, identity=str(path.resolve()))
 
 
-def _accuracy(trial: Trial) -> float:
-    return trial.last.accuracy if trial.last is not None else 0.0
-
-
-def _trial(
-    ref: str, name: str, task: tuple[int, int], protocol: EvalProtocol, settings: dict[str, Any], trial: Trial
-) -> Row:
+def _trial(ref: str, name: str, task: Task, protocol: EvalProtocol, base: dict[str, Any], trial: Trial) -> Row:
     last = trial.curve[-1]
     scores = {task: Score(last.accuracy, last.ci95)}
-    return Row(
-        f"{name}, trial {trial.number}",
-        "trial",
-        ref,
-        protocol,
-        scores,
-        last.seconds,
-        last.step,
-        settings | decisive_settings(trial.settings),
-    )
+    settings = base | decisive_settings(trial.settings)
+    return Row(f"{name}, trial {trial.number}", "trial", ref, protocol, scores, last.seconds, last.step, settings)
 
 
 def _published(row: PublishedResult) -> Row:
@@ -174,17 +165,16 @@ def _published(row: PublishedResult) -> Row:
     return Row(f"paper: {row.name}", "published", f"{row.ref} ({row.where})", protocol, scores)
 
 
-def _distinct(sources: list[ComparedItem]) -> list[ComparedItem]:
-    """Names that two sources share become the references."""
-    names = [source.name for source in sources]
-    shared = {name for name in names if names.count(name) > 1}
+def _with_distinct_names(items: list[ComparedItem]) -> list[ComparedItem]:
+    """Replace a name that two items share by their references."""
+    names = [item.name for item in items]
     return [
         replace(
-            source,
-            name=source.ref,
-            rows=tuple(replace(row, name=row.name.replace(source.name, source.ref, 1)) for row in source.rows),
+            item,
+            name=item.ref,
+            rows=tuple(replace(row, name=row.name.replace(item.name, item.ref, 1)) for row in item.rows),
         )
-        if source.name in shared
-        else source
-        for source in sources
+        if names.count(item.name) > 1
+        else item
+        for item in items
     ]

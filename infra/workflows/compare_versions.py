@@ -1,4 +1,4 @@
-"""Registered versions as rows of a comparison: their evidence, their settings, and the curve of their run."""
+"""Reads registered versions as items of a comparison: their results, their settings, and the curve of their run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from metagmvae.configs.load import settings_from_json
 from metagmvae.configs.schema import Settings, TrackingSettings
+from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.result_files import read_recorded, rows_of, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score
 from metagmvae.evaluation.comparison.validation_rows import (
@@ -20,7 +21,7 @@ from metagmvae.evaluation.comparison.validation_rows import (
 )
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
-from metagmvae.infra.tracking.store import Store, connect, import_mlflow, redact, tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, import_mlflow, paginate, redact, tracking_errors
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD
@@ -28,8 +29,8 @@ from metagmvae.training.trainer.package import CARD
 CURVES = f"{FIGURES}/curves.json"
 
 
-def version_sources(ref: str) -> list[ComparedItem]:
-    """Sources of `models:/name@alias` or `models:/name/3`, or of every version of `models:/name`.
+def version_items(ref: str) -> list[ComparedItem]:
+    """Read `models:/name@alias` or `models:/name/3`, or every version of `models:/name`.
 
     Raises:
         DataError: there is no such name, alias or version.
@@ -37,65 +38,68 @@ def version_sources(ref: str) -> list[ComparedItem]:
     """
     store = connect(TrackingSettings(), create=False)
     with tracking_errors(store.uri):
-        whole = re.fullmatch(r"models:/([^/@'\"]+)", ref)
-        found = _versions(store, whole[1]) if whole else [find_version(store, ref)]
-        return [_source(store, version, ref if whole is None else "") for version in found]
+        name = re.fullmatch(r"models:/([^/@'\"]+)", ref)
+        if name is None:
+            return [_item(store, find_version(store, ref), ref)]
+        return [_item(store, version, "") for version in _versions(store, name[1])]
 
 
 def _versions(store: Store, name: str) -> list[Any]:
-    """All versions of a name, the first made first."""
-    entries = list(store.client.search_model_versions(f"name = '{name}'"))
+    """Return all versions of a registered model, the oldest first."""
+    entries = list(paginate(store.client.search_model_versions, filter_string=f"name = '{name}'"))
     if not entries:
-        names = ", ".join(sorted(model.name for model in store.client.search_registered_models())) or "none"
-        raise DataError(f"models:/{name}: no registered model of that name in {redact(store.uri)}; there: {names}")
-    # The search leaves the aliases out.
+        known = ", ".join(sorted(model.name for model in paginate(store.client.search_registered_models))) or "none"
+        raise DataError(f"models:/{name}: no registered model of that name in {redact(store.uri)}; known: {known}")
+    # A search does not return the aliases.
     numbers = sorted(int(entry.version) for entry in entries)
     return [store.client.get_model_version(name, str(number)) for number in numbers]
 
 
-def _source(store: Store, version: Any, ref: str) -> ComparedItem:
-    """One version: results kept in its run that are of this very model; else its tags; else its validation."""
-    listed = not ref
-    ref = ref or f"models:/{version.name}/{version.version}"
+def _item(store: Store, version: Any, ref: str) -> ComparedItem:
+    """Read one version: the results in its run that are of this model, else its tags, else its validation.
+
+    `ref` is empty for one of all versions of a name.
+    """
+    identity = f"models:/{version.name}/{version.version}"
+    optional, ref = not ref, ref or identity
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     name = f"{version.name} v{version.version}{aliases}"
     with tempfile.TemporaryDirectory() as folder:
         settings, info = _card(store, version, ref, Path(folder))
         files = _fetch(store, version.run_id, RESULTS, Path(folder))
-        found = [one for file in files if file.suffix == ".json" for one in read_recorded(file)]
-        of_it = [one for one in found if same_model(one.recorded, settings, info)]
-        # The run and the version may have been judged apart: the newer result of a task counts.
+        recorded = [task for file in files if file.suffix == ".json" for task in read_recorded(file)]
+        # The run folder and the version may have been evaluated separately: the newest result of each task is used.
         newest = {
-            (one.recorded.protocol, one.recorded.way, one.recorded.shot): one
-            for one in sorted(of_it, key=lambda one: one.recorded.when)
+            (task.result.protocol, task.result.way, task.result.shot): task
+            for task in sorted(recorded, key=lambda task: task.result.when)
+            if same_model(task.result, settings, info)
         }
         rows = rows_of(name, "version", ref, newest.values())
         lines = _curve(store, version.run_id, Path(folder))
     rows = rows or _tagged(name, ref, version, settings, info) or _validated(name, ref, settings, info, lines)
-    identity = f"models:/{version.name}/{version.version}"
-    return ComparedItem(ref, name, tuple(rows), tuple(lines), judgeable=True, identity=identity, listed=listed)
+    return ComparedItem(ref, name, tuple(rows), tuple(lines), is_model=True, identity=identity, optional=optional)
 
 
 def _card(store: Store, version: Any, ref: str, folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """Settings of a version, and what is known of its training, from its package; the weights are not fetched."""
+    """Return the settings and training information from the package of a version, without downloading its weights."""
     root = store.client.get_model_version_download_uri(version.name, version.version)
     artifacts = import_mlflow().artifacts
-    listed = artifacts.list_artifacts(artifact_uri=f"{root}/artifacts/package", tracking_uri=store.uri)
-    if CARD not in {item.path.rpartition("/")[2] for item in listed}:
-        raise DataError(f"{ref}: not a model that metagmvae registered")
+    files = artifacts.list_artifacts(artifact_uri=f"{root}/artifacts/package", tracking_uri=store.uri)
+    if CARD not in {file.path.rpartition("/")[2] for file in files}:
+        raise DataError(f"{ref}: not registered by metagmvae")
     uri = f"{root}/artifacts/package/{CARD}"
     card = read_json(artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=store.uri))
     return settings_from_json(json.dumps(card["settings"])), card["info"]
 
 
 def _fetch(store: Store, run_id: str, path: str, folder: Path) -> list[Path]:
-    """Files of a folder of a run."""
+    """Download the files of an artifact folder of a run."""
     names = [item.path for item in store.client.list_artifacts(run_id, path) if not item.is_dir]
     return sorted(Path(store.client.download_artifacts(run_id, name, str(folder))) for name in names)
 
 
 def _curve(store: Store, run_id: str, folder: Path) -> list[dict[str, Any]]:
-    """Validations of the run, from the figures that it keeps."""
+    """Return the validation lines of a run from its stored training curve."""
     if CURVES not in {item.path for item in store.client.list_artifacts(run_id, CURVES.rpartition("/")[0])}:
         return []
     lines: list[dict[str, Any]] = read_json(store.client.download_artifacts(run_id, CURVES, str(folder)))["validation"]
@@ -103,9 +107,9 @@ def _curve(store: Store, run_id: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _validated(name: str, ref: str, settings: Settings, info: dict[str, Any], lines: list[dict[str, Any]]) -> list[Row]:
-    """The newest validation in training, where it is of the very step that was registered."""
+    """Make a row of the newest validation during training, if it is of the registered step."""
     newest, data = newest_validation(lines), info.get("data_fingerprint")
-    # Of a model that was chosen by its score other validations than the newest would have to be known.
+    # A best checkpoint is older than the newest validation, and its own validation is not known here.
     if newest is None or newest["global_step"] != settings.pretrain.steps + info.get("step", -1):
         return []
     mode = "transductive" if info.get("stage") == "meta" else "inductive"
@@ -113,8 +117,8 @@ def _validated(name: str, ref: str, settings: Settings, info: dict[str, Any], li
 
 
 def _tagged(name: str, ref: str, version: Any, settings: Settings, info: dict[str, Any]) -> list[Row]:
-    """Rows of the tags `results.SPLIT.5w1s.MODE`, which say nothing of episodes, queries and data."""
-    groups: dict[tuple[str, str], dict[tuple[int, int], Score]] = {}
+    """Make rows of the tags `results.SPLIT.5w1s.MODE`, which do not record episodes, queries and data."""
+    groups: dict[tuple[str, str], dict[Task, Score]] = {}
     for key, value in version.tags.items():
         match = re.fullmatch(r"results\.(.+)\.(\d+)w(\d+)s\.(transductive|inductive)", key)
         if match:

@@ -1,0 +1,53 @@
+"""Tasks, accuracies, differences and p-values as text, the same in every table."""
+
+from __future__ import annotations
+
+import re
+
+Task = tuple[int, int]
+"""(way, shot)."""
+UNKNOWN = "\N{EN DASH}"
+"""Text for a value that is not recorded."""
+
+
+def task_name(task: Task) -> str:
+    """Format a task: `(5,1)` for 5-way 1-shot."""
+    return f"({task[0]},{task[1]})"
+
+
+def parse_task(name: str) -> Task | None:
+    """Return (way, shot) of a name such as `5w1s`; None for any other text."""
+    match = re.fullmatch(r"(\d+)w(\d+)s", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def percent(accuracy: float, ci95: float | None = None) -> str:
+    """Format an accuracy in [0, 1] in percent: `97.72 ± 0.12`."""
+    return f"{100 * accuracy:.2f}" + ("" if ci95 is None else f" ± {100 * ci95:.2f}")
+
+
+def points(difference: float, ci95: float) -> str:
+    """Format a difference of accuracies in percentage points with its sign: `+0.30 ± 0.09`."""
+    return f"{100 * difference:+.2f} ± {100 * ci95:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def p_value(p: float) -> str:
+    """Format a p-value."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def format_value(value: object) -> str:
+    """Format a value in few characters; a dash if it is not known."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 10 else f"{value:.4g}"
+    return format_setting(value)
+
+
+def format_setting(value: object) -> str:
+    """Format a setting without rounding; a dash if it is not recorded."""
+    return UNKNOWN if value is None else short(str(value))
+
+
+def short(text: str) -> str:
+    """Return the first 8 digits of a SHA-256 digest, and any other text unchanged."""
+    return text[:8] if re.fullmatch(r"[0-9a-f]{64}", text) else text

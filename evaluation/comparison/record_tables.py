@@ -1,0 +1,245 @@
+"""Markdown tables of recorded ablations, benchmarks, training curves, promotions and sweeps (`evaluation/results`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from metagmvae.evaluation.comparison.formatting import parse_task, percent, points, task_name
+from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.records import DataError
+
+MOST_CHANGES = 4
+"""A row of an ablation with more changed settings than this is labelled by its name."""
+
+LABELS = {
+    "abl-frozen": "features of the pre-trained encoder, frozen; 200 steps",
+    "abl-joint": "pre-trained encoder trained further from pixels; 1,000 steps",
+    "literal": "literal transcription of the paper's equations",
+    "batches: ": "batched tensors: ",
+    "shards in place": "shards, memory-mapped",
+}
+"""Readable text for parts of the names that the files record."""
+
+BENCHES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
+    "step": (
+        "step",
+        "rows",
+        {
+            "variant": ("training step", "{}"),
+            "seconds": ("seconds per step", "{:.2f}"),
+            "times_faster": ("speed-up", "{:.1f}"),
+            "peak_mib": ("peak memory, MiB", "{:,.0f}"),
+            "profile.share_of_matmul_rate": ("FLOP/s relative to a large matrix product", "{:.0%}"),
+        },
+    ),
+    "episodes": (
+        "episodes",
+        "rows",
+        {
+            "form": ("evaluation", "{}"),
+            "seconds_per_episode": ("seconds per episode", "{:.3f}"),
+            "times_faster": ("speed-up", "{:.1f}"),
+        },
+    ),
+    "loader": (
+        "loader",
+        "rows",
+        {"reader": ("reader", "{}"), "samples_per_s": ("images per second", "{:,.0f}")},
+    ),
+    "loader-waiting": (
+        "loader",
+        "",
+        {
+            "waiting_share_in_training.memory": ("training time spent waiting, shards in memory", "{:.3%}"),
+            "waiting_share_in_training.mmap": ("training time spent waiting, shards memory-mapped", "{:.3%}"),
+        },
+    ),
+    "prepare": (
+        "prepare",
+        "rows",
+        {
+            "workers": ("Ray workers (0: one process without Ray)", "{}"),
+            "images_per_s": ("images per second", "{:,.0f}"),
+            "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
+        },
+    ),
+    "simclr": (
+        "simclr",
+        "rows",
+        {"road": ("input pipeline: what is measured", "{}"), "images_per_s": ("images per second", "{:,.0f}")},
+    ),
+    "features": (
+        "features",
+        "",
+        {
+            "written_rows_per_s": ("rows written per second", "{:,.0f}"),
+            "sampled_in_place_rows_per_s": ("rows sampled per second from memory-mapped shards", "{:,.0f}"),
+            "streamed_rows_per_s": ("rows streamed per second", "{:,.0f}"),
+            "peak_memory_gib.a tenth.written": ("peak memory for writing a tenth of the rows, GiB", "{:.2f}"),
+            "peak_memory_gib.all.written": ("peak memory for writing all rows, GiB", "{:.2f}"),
+        },
+    ),
+    "tune": (
+        "tune",
+        "",
+        {
+            "trials": ("trials", "{:,}"),
+            "at_once": ("concurrent trials", "{:,}"),
+            "training_s_per_trial": ("training, seconds per trial", "{:.2f}"),
+            "seconds_per_trial": ("wall time with MLflow, seconds per trial", "{:.2f}"),
+            "seconds_per_trial_without_mlflow": ("wall time without MLflow, seconds per trial", "{:.2f}"),
+            "growth.driver_mib": ("driver memory, last quarter of the trials over the second", "{:.3f}"),
+            "growth.workers_mib": ("worker memory, last quarter of the trials over the second", "{:.3f}"),
+        },
+    ),
+}
+"""Name of a table -> FILE of `bench-FILE.json`; key of its list of rows, "" for a table with one row for each value;
+title and format of each column by its dotted key."""
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def bench_table(results: Path, name: str) -> str:
+    """Speed and memory of one benchmark, by the columns of `BENCHES`."""
+    if name not in BENCHES:
+        raise DataError(f"bench:{name}: unknown table; use one of {', '.join(BENCHES)}")
+    file, rows_key, columns = BENCHES[name]
+    record = read_json(results / f"bench-{file}.json")
+    if not rows_key:
+        return markdown_table(
+            ["measurement", "value"], [[title, _cell(record, key, form)] for key, (title, form) in columns.items()]
+        )
+    profiles = record.get("profile", {})
+    rows = [row | {"profile": profiles.get(row.get("variant"), {})} for row in record[rows_key]]
+    return markdown_table(
+        [title for title, _ in columns.values()],
+        [[_cell(row, key, form) for key, (_, form) in columns.items()] for row in rows],
+    )
+
+
+def ablation_table(results: Path, name: str) -> str:
+    """Accuracy in percent of each configuration in `ablation-NAME.json`, and its paired difference to the first one."""
+    record = read_json(results / f"ablation-{name}.json")
+    first = record["rows"][0]["name"]
+    tasks = [(one["way"], one["shot"]) for one in record["rows"][0]["results"]]
+    paired = {(one["name"], (one["way"], one["shot"])): one for one in record["paired"]}
+    rows = []
+    for row in record["rows"]:
+        cells = [_ablation_label(record["settings"], first, row["name"])]
+        scores = {(one["way"], one["shot"]): one for one in row["results"]}
+        for task in tasks:
+            pair = paired.get((row["name"], task))
+            cells += [
+                percent(scores[task]["accuracy"], scores[task]["ci95"]),
+                points(pair["difference"], pair["ci95"]) if pair else "",
+            ]
+        rows.append(cells)
+    head = [title for task in tasks for title in (task_name(task), f"{task_name(task)}: difference")]
+    return markdown_table(["changed settings", *head], rows)
+
+
+def curve_table(results: Path, name: str) -> str:
+    """Validations 1, 2, 4, 8, ... and the last of a training (`NAME-curve.json`)."""
+    lines = read_json(results / f"{name}-curve.json")["validation"]
+    shown = [line for number, line in enumerate(lines, start=1) if number & (number - 1) == 0 or line is lines[-1]]
+    tasks = _validated_tasks(lines[0])
+    rows = [
+        [f"{line['global_step']:,}", f"{line['elapsed_s']:,.0f}", *_validation_cells(line, tasks)] for line in shown
+    ]
+    return markdown_table(["step", "seconds", *tasks.values()], rows)
+
+
+def decode_table(results: Path, name: str) -> str:
+    """Validation accuracy by the number R of decoded samples (`decode-NAME.json`); seconds = steps x seconds a step."""
+    record = read_json(results / f"decode-{name}.json")
+    tasks = _validated_tasks(record["rows"][0]["validation"][0])
+    rows = []
+    for row in record["rows"]:
+        for line in row["validation"]:
+            step, pace = line["global_step"], row["seconds_per_step"]
+            rows.append(
+                [str(row["R"]), f"{pace:.2f}", str(step), f"{step * pace:.0f}", *_validation_cells(line, tasks)]
+            )
+    return markdown_table(["R", "seconds per step", "steps", "training seconds", *tasks.values()], rows)
+
+
+def promotion_table(results: Path, name: str) -> str:
+    """Accuracies in percent of challenger and champion on the same episodes (`promotion-NAME.json`)."""
+    record = read_json(results / f"promotion-{name}.json")
+    rows = [
+        [
+            _task_title(one["task"]),
+            percent(one["challenger"]),
+            percent(one["champion"]),
+            points(one["difference"], one["ci95"]),
+            one["verdict"],
+        ]
+        for one in record["tasks"]
+    ]
+    return markdown_table(["task", "challenger", "champion", "difference, points", "verdict"], rows)
+
+
+def sweep_table(results: Path, name: str) -> str:
+    """Importance and best value of each setting (`sweep-NAME.json`), from trials at the same step."""
+    record = read_json(results / f"sweep-{name}.json")
+    rows = []
+    for one in record["importance"]["settings"]:
+        (setting,) = one["names"]
+        best = record["settings"][setting]["best"]
+        value = best["value"]
+        rows.append(
+            [
+                f"`{setting}`",
+                f"{one['importance']:.1%} ({one['low']:.1%} to {one['high']:.1%})",
+                f"{one['chance']:.1%}",
+                f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else str(value),
+                f"{percent(best['mean'], best['ci95'])} ({best['trials']} trials)",
+            ]
+        )
+    accuracy = f"{_task_title(record['task'])} accuracy there at step {record['judged_at_step']}"
+    head = ["setting", "importance (95% interval)", "importance by chance", "best value", accuracy]
+    return markdown_table(head, rows)
+
+
+def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
+    """Value at a dotted key as text; empty where the row does not have it."""
+    value: Any = row
+    for part in key.split("."):
+        if part not in value:
+            return ""
+        value = value[part]
+    return reduce(lambda text, old: text.replace(old, LABELS[old]), LABELS, form.format(value))
+
+
+def _ablation_label(settings: Sequence[Mapping[str, Any]], first: str, name: str) -> str:
+    """Settings of a row that differ from those of the first row, or its name where too many differ."""
+    changed = [
+        f"`{one['setting']} = {str(one['values'][name]).lower()}`"
+        for one in settings
+        if one["values"][name] != one["values"][first]
+    ]
+    if len(changed) > MOST_CHANGES or name in LABELS:
+        return LABELS.get(name, name)
+    return ", ".join(changed) or "reference configuration"
+
+
+def _validated_tasks(line: Mapping[str, Any]) -> dict[str, str]:
+    """Key of each validation accuracy in a metric line -> title of its column."""
+    keys = [key for key in line if key.startswith("validation/") and not key.endswith("_ci95")]
+    return {key: _task_title(key.removeprefix("validation/")) for key in keys}
+
+
+def _validation_cells(line: Mapping[str, Any], tasks: Mapping[str, str]) -> list[str]:
+    return [percent(line[key], line[f"{key}_ci95"]) for key in tasks]
+
+
+def _task_title(name: str) -> str:
+    """`(5,1)` for `5w1s`."""
+    task = parse_task(name)
+    return name if task is None else task_name(task)

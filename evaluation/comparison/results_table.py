@@ -1,0 +1,111 @@
+"""Markdown tables of recorded accuracies beside the paper's, from the files of `metagmvae evaluate --record`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metagmvae.evaluation.comparison.formatting import Task, percent, task_name
+from metagmvae.evaluation.comparison.paper import BY_REF, TASKS, DatasetName
+from metagmvae.evaluation.comparison.record_tables import markdown_table
+from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.records import DataError
+
+TITLES: dict[DatasetName, str] = {"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}
+
+PAPER_ROWS: dict[DatasetName, dict[str, str]] = {
+    "omniglot": {"paper: Meta-GMVAE (transductive)": "meta-gmvae", "paper: supervised ProtoNets": "protonets"},
+    "mini-imagenet": {
+        "paper: Meta-GMVAE (transductive), Conv5, 400 epochs of SimCLR": "meta-gmvae",
+        "paper: UMTRA on the same features": "umtra-simclr",
+    },
+}
+"""Label -> key of a row in Tables 1 and 10 of Lee et al., ICLR 2021."""
+
+Results = list[dict[str, Any]]
+"""Recorded results of one model and task, one for each training."""
+
+
+SUMMARIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "omniglot": ("omniglot-best-5way", ("soft k-means", "nearest class mean")),
+    "mini-imagenet": ("mini-imagenet-cpu", ("soft k-means", "nearest class mean")),
+}
+"""Dataset -> model and baselines on its features that a summary shows."""
+
+
+def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] = ()) -> str:
+    """One row for each name and below them the paper's; accuracy in percent with its 95% confidence interval.
+
+    Args:
+        results: folder of the files.
+        names: `NAME` stands for the files `NAME-5way-1shot.json` and so on. Names that start with `mini-imagenet` give
+            a table of that dataset, others one of Omniglot. With several trainings (`NAME-seed0-5way-1shot.json`, ...)
+            a cell shows mean ± standard deviation over trainings. `NAME+` adds a row for each baseline in the files.
+        baselines: the only baselines to show of `NAME+`, in this order; all by default.
+
+    Raises:
+        DataError: a name has no result, or the names are not those of one dataset.
+    """
+    datasets: set[DatasetName] = {"mini-imagenet" if name.startswith("mini-imagenet") else "omniglot" for name in names}
+    if len(datasets) != 1:
+        raise DataError(f"table of {', '.join(names) or 'nothing'}: name the results of one dataset, or use --write")
+    dataset = datasets.pop()
+    tasks = TASKS[dataset]
+    rows = []
+    for asked in names:
+        name = asked.removesuffix("+")
+        found = [_read(results, name, task) for task in tasks]
+        if not any(found):
+            raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
+        rows.append([f"**`{name}`**{_protocol(found)}", *map(_cell, found)])
+        if asked != name:
+            by_label = _baselines(found)
+            for label in baselines or by_label:
+                rows.append([f"{label}{_protocol(by_label[label])}", *map(_cell, by_label[label])])
+    for label, key in PAPER_ROWS[dataset].items():
+        rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
+    return markdown_table([f"{TITLES[dataset]} (way,shot)", *map(task_name, tasks)], rows)
+
+
+def summary_table(results: Path, dataset: str) -> str:
+    """The best model of a dataset, two baselines on the same features and episodes, and the paper's rows.
+
+    Raises:
+        DataError: the dataset has no summary.
+    """
+    if dataset not in SUMMARIES:
+        raise DataError(f"summary:{dataset}: unknown table; use one of {', '.join(SUMMARIES)}")
+    name, baselines = SUMMARIES[dataset]
+    return results_table(results, [f"{name}+"], baselines)
+
+
+def _read(results: Path, name: str, task: Task) -> Results:
+    suffix = f"{task[0]}way-{task[1]}shot.json"
+    single = results / f"{name}-{suffix}"
+    files = [single] if single.exists() else sorted(results.glob(f"{name}-seed*-{suffix}"))
+    return [read_json(file) for file in files]
+
+
+def _baselines(found: Sequence[Results]) -> dict[str, list[Results]]:
+    """Recorded results of each baseline by its label, one list for each task."""
+    recorded = [[row for result in some for row in result.get("baselines", [])] for some in found]
+    labels = dict.fromkeys(row["baseline"] for some in recorded for row in some)
+    return {label: [[row for row in some if row["baseline"] == label] for some in recorded] for label in labels}
+
+
+def _protocol(found: Sequence[Results]) -> str:
+    """Evaluation mode and number of trainings of a row, as recorded."""
+    modes = sorted({result["mode"] for some in found for result in some})
+    trainings = max(map(len, found))
+    return f" ({', '.join(modes)}{f', {trainings} trainings' if trainings > 1 else ''})"
+
+
+def _cell(found: Results) -> str:
+    """Accuracy ± 95% interval of one training; mean ± standard deviation over several."""
+    if not found:
+        return ""
+    accuracies = [result["accuracy"] for result in found]
+    spread = found[0]["ci95"] if len(found) == 1 else statistics.stdev(accuracies)
+    return percent(statistics.fmean(accuracies), spread)
