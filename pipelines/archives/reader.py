@@ -132,7 +132,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)
 def _open_zip(path: str, size: int, modified_ns: int, process: int) -> zipfile.ZipFile:
-    """Open a zip file once per process, because reading the directory of a large one takes longer than reading a member.
+    """Open a zip file once per process: reading the directory of a large one takes longer than reading a member.
 
     The process id is part of the key, because a file handle that a fork inherits shares its position.
     """
