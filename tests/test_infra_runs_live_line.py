@@ -1,9 +1,9 @@
-"""The live line says where a run stands, and says nothing when nobody watches."""
+"""The live progress line of a training."""
 
 import io
 import threading
 
-from metagmvae.infra.runs.live_line import LiveLine, describe
+from metagmvae.infra.runs.live_line import LiveLine, progress_text
 from metagmvae.infra.runs.run_folder import METRICS, append_lines
 
 LINE = {
@@ -18,19 +18,19 @@ LINE = {
 }
 
 
-def test_the_line_names_stage_step_loss_accuracy_rate_and_time_left():
-    text = describe(LINE, 6_400, {"5w1s": 0.8123})
-    assert text == "meta 1,500/6,000  loss 123.5  5w1s 81.2%  1,652 images/s  0:07:30 left"
+def test_line_shows_stage_step_loss_accuracy_speed_and_remaining_time():
+    line = progress_text(LINE, 6_400, {"5w1s": 0.8123})
+    assert line == "meta 1,500/6,000  loss 123.5  5w1s 81.2%  1,652 images/s  0:07:30 left"
 
 
-def test_nobody_watches(tmp_path, monkeypatch, capsys):
+def test_nothing_is_shown_without_a_terminal(tmp_path, capsys):
     before = threading.active_count()
     with LiveLine(tmp_path, 10):
         assert threading.active_count() == before
     assert capsys.readouterr().err == ""
 
 
-def test_somebody_watches_a_run_whose_file_appears_late_and_the_thread_ends(tmp_path, monkeypatch):
+def test_line_is_shown_for_a_file_created_later_and_the_thread_ends(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -38,12 +38,12 @@ def test_somebody_watches_a_run_whose_file_appears_late_and_the_thread_ends(tmp_
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr("metagmvae.infra.runs.live_line.REFRESH_S", 0.01)
-    seen = threading.Event()
-    monkeypatch.setattr("metagmvae.infra.runs.live_line.describe", lambda *_: seen.set() or "described")
+    shown = threading.Event()
+    monkeypatch.setattr("metagmvae.infra.runs.live_line.progress_text", lambda *_: shown.set() or "text")
     live = LiveLine(tmp_path, 6_400)
     with live:
         append_lines(tmp_path / METRICS, [LINE])
-        assert seen.wait(10)
+        assert shown.wait(10)
     assert not live._thread.is_alive()
     quiet = LiveLine(tmp_path, 6_400, quiet=True)
     with quiet:

@@ -37,9 +37,9 @@ def add(parsers: Parsers) -> None:
 
 def doctor(arguments: Namespace) -> Answer:
     """Run `metagmvae doctor`."""
-    from metagmvae.infra.workflows.doctor import examine
+    from metagmvae.infra.workflows.doctor import run_checks
 
-    rows = [check.row() for check in examine()]
+    rows = [check.row() for check in run_checks()]
     answer = {"checks": rows}
     return FailedAnswer(answer) if any(row["state"] == "wrong" for row in rows) else answer
 

@@ -83,11 +83,11 @@ def _run(arguments: Namespace, kind: ModelKind) -> Answer:
 
 def track(arguments: Namespace) -> Answer:
     """Run `metagmvae track`."""
+    from metagmvae.evaluation.sweeps.record import is_sweep
     from metagmvae.infra.tracking.run_tracker import track as track_run
-    from metagmvae.infra.tune.sweep_folder import SWEEP
     from metagmvae.infra.tune.sweep_uploader import track_sweep
 
-    upload = track_sweep if (Path(arguments.run_dir) / SWEEP).is_file() else track_run
+    upload = track_sweep if is_sweep(Path(arguments.run_dir)) else track_run
     report = upload(arguments.run_dir)
     return {"uri": report.uri, "run_id": report.run_id, "experiment": report.experiment, "status": report.status}
 

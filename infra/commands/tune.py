@@ -1,4 +1,4 @@
-"""`tune`: search settings by many short trainings."""
+"""`tune` searches for good settings with many short training runs."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ def add(parsers: Parsers) -> None:
         "metagmvae tune omniglot-cpu --space core --search tpe --trials 40 --steps 400 --set validation.every=100 "
         "--set data.uri=data/omniglot --out runs/sweep"
     )
-    what = "search settings by many short trainings, judged on validation classes"
+    what = "search for good settings with many short training runs, ranked by validation accuracy"
     parser = add_command(parsers, "tune", tune, what, example)
-    parser.add_argument("config", metavar="CONFIG", help="TOML file or preset that trials start from")
-    parser.add_argument("--space", required=True, metavar="SPACE", help="TOML file or bundled space (core, wide)")
+    parser.add_argument("config", metavar="CONFIG", help="TOML file or preset with the settings of all trials")
+    help_text = "TOML file or bundled search space (core, wide)"
+    parser.add_argument("--space", required=True, metavar="SPACE", help=help_text)
     parser.add_argument("--search", choices=("random", "grid", "tpe"), default="random", help="(random)")
-    help_text = "stop trials early that fall behind, or none of them (asha)"
+    help_text = "asha: stop the worse trials early; none: train all to the end (asha)"
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha", help=help_text)
-    help_text = "that take a slot, over all resumes (20; all of a grid)"
+    help_text = "number of trials over all resumes, without impossible ones (20; grid: all combinations)"
     parser.add_argument("--trials", type=int, metavar="N", help=help_text)
-    parser.add_argument("--steps", type=int, metavar="N", help="of each trial: train.steps")
-    parser.add_argument("--hours", type=float, metavar="H", help="then stop; --resume goes on (no limit)")
-    parser.add_argument("--workers-at-once", default="auto", metavar="N", help="trials at once (auto: as fit)")
-    help_text = "of a trial in one process, 0.5 puts two on a GPU (1 where there are any)"
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each trial, as train.steps")
+    parser.add_argument("--hours", type=float, metavar="H", help="time limit; --resume continues (no limit)")
+    help_text = "number of simultaneous trials (auto: as many as the CPUs and GPUs allow)"
+    parser.add_argument("--workers-at-once", default="auto", metavar="N", help=help_text)
+    help_text = "GPUs per trial in one process; 0.5: two trials share a GPU (1 if there are GPUs)"
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help=help_text)
-    parser.add_argument("--task", metavar="5w1s", help="whose accuracy counts (the first of validation.shots)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (0)")
-    parser.add_argument("--name", help="of the sweep in MLflow (its folder's)")
+    help_text = "few-shot task whose accuracy ranks the trials (first of validation.shots)"
+    parser.add_argument("--task", metavar="5w1s", help=help_text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
+    parser.add_argument("--name", help="name of the sweep in MLflow (name of its folder)")
     parser.add_argument("--out", metavar="DIR", help="folder of the sweep (runs/CONFIG-SPACE)")
-    help_text = "checkpoints: of the best trial, or of all (best)"
+    help_text = "which checkpoints to keep: of the best trial, or of all trials (best)"
     parser.add_argument("--keep", choices=("best", "all"), default="best", help=help_text)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
+    help_text = "override a setting of all trials; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
+    parser.add_argument("--resume", action="store_true", help="continue the sweep in the folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -50,7 +54,7 @@ def tune(arguments: Namespace) -> Answer:
     space = load_space(arguments.space)
     at_once = arguments.workers_at_once
     if at_once != "auto" and (not at_once.isdigit() or at_once == "0"):
-        raise SettingsError(f"--workers-at-once is {at_once}; give auto, or a number of trials")
+        raise SettingsError(f"--workers-at-once is {at_once}; give auto or a number of trials")
     request = SweepRequest(
         base=settings,
         space=space,

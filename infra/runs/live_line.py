@@ -1,4 +1,4 @@
-"""A live line while a run trains, on stderr, when a person watches; nothing otherwise."""
+"""A live progress line on stderr while a run trains; nothing where stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from metagmvae.training.trainer.context import MetricLine
 REFRESH_S = 0.5
 
 
-def describe(line: MetricLine, total_steps: int, seen: dict[str, float]) -> str:
-    """One line of text: stage, step, loss, validation accuracy, rate, waiting share, time left."""
+def progress_text(line: MetricLine, total_steps: int, accuracies: dict[str, float]) -> str:
+    """Format stage, step, loss, validation accuracies, images per second and remaining time.
+
+    Args:
+        line: the newest metric line.
+        total_steps: steps of all stages.
+        accuracies: the newest validation accuracy of each task, between 0 and 1.
+    """
     done = int(line["global_step"])
     elapsed = float(line["elapsed_s"])
-    left = elapsed / done * (total_steps - done) if done else 0.0
-    accuracy = " ".join(f"{task} {100 * value:.1f}%" for task, value in seen.items())
+    remaining_s = elapsed / done * (total_steps - done) if done else 0.0
     parts = [
         f"{line['stage']} {int(line['step']):,}/{int(line['steps']):,}",
         f"loss {float(line['loss']):.4g}",
-        accuracy,
+        " ".join(f"{task} {100 * value:.1f}%" for task, value in accuracies.items()),
         f"{float(line['images_per_s']):,.0f} images/s",
-        f"{_clock(left)} left",
+        f"{_clock(remaining_s)} left",
     ]
     return "  ".join(part for part in parts if part)
 
@@ -36,13 +41,13 @@ def _clock(seconds: float) -> str:
 
 
 class LiveLine:
-    """Follows a run's `metrics.jsonl` in a thread; works for every engine, wherever the lines come from."""
+    """Follows the metric lines of a run in a thread, whichever engine writes them."""
 
     def __init__(self, run_dir: Path, total_steps: int, *, quiet: bool = False) -> None:
         self.path = run_dir / METRICS
         self.total_steps = total_steps
         self.active = sys.stderr.isatty() and not quiet
-        self._ending = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live-line", daemon=True)
 
     def __enter__(self) -> LiveLine:
@@ -53,22 +58,22 @@ class LiveLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ending.set()
+        self._stop.set()
         if self.active:
             self._thread.join()
 
     def _follow(self) -> None:
         from rich.console import Console
 
-        seen: dict[str, float] = {}
+        accuracies: dict[str, float] = {}
         with Console(stderr=True).status("starting") as status:
-            while not self._ending.wait(REFRESH_S):
+            while not self._stop.wait(REFRESH_S):
                 lines = read_lines(self.path)
                 for line in lines:
-                    seen |= {
+                    accuracies |= {
                         key.removeprefix("validation/"): float(value)
                         for key, value in line.items()
                         if key.startswith("validation/") and not key.endswith("_ci95")
                     }
                 if lines:
-                    status.update(describe(lines[-1], self.total_steps, seen))
+                    status.update(progress_text(lines[-1], self.total_steps, accuracies))

@@ -1,4 +1,4 @@
-"""The local engine's surroundings: one process, files in a run folder. Needs neither Ray nor MLflow."""
+"""The run context of the local engine: one process that writes into a run folder. Needs neither Ray nor MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metagmvae.training.trainer.context import MetricLine, TrainState
 
 
 class LocalContext:
-    """Rank 0 of 1. Checkpoints are replaced atomically, metric lines appended as they come."""
+    """Rank 0 of 1. Replaces the checkpoint atomically and appends each metric line to its file."""
 
     rank = 0
     world = 1
@@ -23,6 +23,7 @@ class LocalContext:
         self.resume = resume
 
     def load(self) -> TrainState | None:
+        """Return the checkpoint to resume from, or None; delete the metric lines of the steps after it."""
         path = self.run_dir / CHECKPOINT
         if not (self.resume and path.exists()):
             drop_lines_after(self.run_dir / METRICS, 0)
@@ -32,7 +33,8 @@ class LocalContext:
         return state
 
     def report(self, line: MetricLine, state: TrainState | None) -> None:
-        # The checkpoint first: a line is never about a step that a resumed run would do again.
+        """Save the checkpoint, if there is one, and append the metric line."""
+        # In this order, so that after a kill no line belongs to a step that the resumed run repeats.
         if state is not None:
             save_state(self.run_dir / CHECKPOINT, state)
         append_lines(self.run_dir / METRICS, [line])

@@ -1,4 +1,4 @@
-"""The whole way on generated glyphs: shards, training on Ray, episodes, registry, classification of files."""
+"""`metagmvae demo`: dataset, training on Ray, evaluation, registry and classification, on generated glyphs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.runs.run_folder import FIGURES
 from metagmvae.infra.workflows.classify import classify_folders
 from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.pipelines.files import write_json
@@ -30,61 +31,68 @@ from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.package import LoadedModel, load_model, require_meta_gmvae
 
 EPISODES = 300
-SHOWN_QUERIES = 3
+QUERIES_PER_CLASS = 3
+"""Image files to classify, per class."""
 
 
 def run_demo(out: Path, workers: int) -> dict[str, Any]:
-    """Run every stage in a new folder; return what was found, which `demo.json` in it keeps.
+    """Run all stages in a new folder; return the results, which are also written to `demo.json`.
+
+    Args:
+        out: folder, new or empty.
+        workers: number of Ray workers.
 
     Raises:
         DataError: the folder exists and is not empty.
     """
     out = out.absolute()
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty; name a new folder with --out")
+        raise DataError(f"{out}: not empty; give a new folder with --out")
     overrides = [f"data.uri={out / 'glyphs'}", f"run.out={out / 'run'}", f"run.workers={workers}"]
-    store = f"sqlite:///{out / 'mlflow' / 'mlflow.db'}"  # its own, whatever MLFLOW_TRACKING_URI says
+    store = f"sqlite:///{out / 'mlflow' / 'mlflow.db'}"  # in the folder, even if MLFLOW_TRACKING_URI is set
     settings = load_settings("glyphs-demo", [*overrides, f"tracking.uri={store}"])
-    with _stage("glyphs into shards"):
+    with _stage("writing the dataset"):
         write_dataset(open_source("glyphs"), out / "glyphs")
+    dataset = Dataset.open(out / "glyphs")
     with _stage(f"training on Ray with {workers} workers"):
         run_dir = run_training(settings)
-    with _stage("evaluation on classes never seen"):
-        table = _evaluate(load_model(run_dir), settings, Dataset.open(out / "glyphs"))
+    with _stage("evaluation on new classes"):
+        rows = _evaluate(load_model(run_dir), settings, dataset)
     with _stage("registration"):
-        results = {f"5w{row['shot']}s": {"accuracy": row["Meta-GMVAE"]} for row in table}
-        version = register(run_dir, settings.tracking, results=results)
+        evidence = {f"5w{row['shot']}s": {"accuracy": row["Meta-GMVAE"]} for row in rows}
+        version = register(run_dir, settings.tracking, results=evidence)
     with _stage("classification of images on disk"):
-        truth = _write_images(out / "images", Dataset.open(out / "glyphs"))
+        class_of_file = _write_images(out / "images", dataset)
         reference = f"models:/{version.name}@{version.alias}"
         loaded = resolve_model(reference, tracking_uri=store)
         folders = (out / "images" / "support", out / "images" / "query")
         answer = classify_folders(loaded, *folders, out / "recognised.png")
-    right = sum(truth[row["query"]] == row["class"] for row in answer["queries"])
-    found = {
-        "accuracy on 5-way episodes": table,
-        "classified": f"{right} of {len(truth)} images right, by {reference}",
+    correct = sum(class_of_file[row["query"]] == row["class"] for row in answer["queries"])
+    results = {
+        "accuracy on 5-way episodes": rows,
+        "classified": f"{correct} of {len(class_of_file)} images correct, by {reference}",
         "picture": answer["figure"],
-        "figures": str(run_dir / "figures"),
+        "figures": str(run_dir / FIGURES),
         "look": f"mlflow ui --backend-store-uri {store}",
-        "next": "metagmvae prepare folder --source PICTURES --out data/mine, then metagmvae train omniglot-cpu "
+        "next": "metagmvae prepare folder --source IMAGES --out data/mine, then metagmvae train omniglot-cpu "
         "--set data.uri=data/mine",
         "out": str(out),
     }
-    write_json(out / "demo.json", found)
-    return found
+    write_json(out / "demo.json", results)
+    return results
 
 
 @contextmanager
 def _stage(name: str) -> Iterator[None]:
-    since = time.perf_counter()
+    """Print the name of a stage on stderr, and its duration at the end."""
+    start = time.perf_counter()
     print(f"{name} …", file=sys.stderr, flush=True)
     yield
-    print(f"{name}: {time.perf_counter() - since:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _evaluate(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list[dict[str, Any]]:
-    """Accuracies on test classes, all rows on the same episodes."""
+    """Accuracies on the test classes, of the model and of baselines on the same episodes: one row for each shot."""
     device = torch.device("cpu")
     images, labels = dataset.images("test"), dataset.labels("test")
     untrained = build_model(settings.model, dataset.image_shape, settings.train.seed)
@@ -110,12 +118,12 @@ def _evaluate(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list
 
 
 def _write_images(folder: Path, dataset: Dataset) -> dict[str, str]:
-    """One 5-way 1-shot task of test images as files; returns the true class of each query file."""
+    """Write a 5-way 1-shot episode of test images as files; return the class of each query file."""
     from PIL import Image
 
-    episode = EpisodeSampler(dataset.labels("test"), way=5, shot=1, query=SHOWN_QUERIES, seed=7).episode(0)
+    episode = EpisodeSampler(dataset.labels("test"), way=5, shot=1, query=QUERIES_PER_CLASS, seed=7).episode(0)
     names, images = dataset.class_names("test"), dataset.images("test")
-    truth = {}
+    class_of_file = {}
     (folder / "query").mkdir(parents=True)
     for k, class_id in enumerate(episode.classes):
         name = names[int(class_id)]
@@ -124,5 +132,5 @@ def _write_images(folder: Path, dataset: Dataset) -> dict[str, str]:
         for number, row in enumerate(episode.query[k]):
             file = f"{k}-{number}.png"
             Image.fromarray(images[row][0]).save(folder / "query" / file)
-            truth[file] = name
-    return truth
+            class_of_file[file] = name
+    return class_of_file
