@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -61,3 +62,16 @@ def test_classifier_of_a_registered_model(workspace: Path, tmp_path: Path, monke
     )
     np.testing.assert_array_equal(by_path, by_reference)
     assert metagmvae.load_model("models:/few-shot@champion").image_shape == (1, 28, 28)
+
+
+def test_baseline_of_the_evaluation_guide(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from metagmvae.evaluation.fewshot import baselines
+
+    monkeypatch.chdir(workspace)
+    guide = (Path(metagmvae.__file__).parent / "evaluation" / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    monkeypatch.setitem(baselines.BASELINES, "nearest neighbour", None)  # its entry is removed after the test
+    exec(program, {})
+    assert re.search(r"nearest neighbour \(inductive\): [\d.]+ ± [\d.]+ %", capsys.readouterr().out)

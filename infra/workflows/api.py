@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metagmvae.configs.load import load_settings
-from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
-from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.training.trainer.package import LoadedModel
 
 
@@ -45,6 +43,10 @@ def train(config: str | Path, overrides: Mapping[str, Any] | None = None, *, res
         DataError: the data set or the run folder cannot be used.
         NonFiniteLossError: a step had a loss that is not finite; the last checkpoint is kept.
     """
+    # Loading a model needs neither of these, and they import matplotlib, among others.
+    from metagmvae.infra.registry.register import register
+    from metagmvae.infra.workflows.run_training import run_training
+
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
     as_text = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
     settings = load_settings(config, as_text)
