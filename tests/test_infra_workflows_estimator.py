@@ -1,5 +1,7 @@
 """The scikit-learn classifier: the checks of scikit-learn, and predictions equal to those of the evaluation."""
 
+from copy import deepcopy
+
 import mlflow_template
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.infra.workflows import estimator
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import fit_semi_supervised
@@ -53,6 +56,12 @@ def test_inductive_prediction_does_not_depend_on_other_queries(loaded):
     queries = random_images(4, seed=1)
     classifier = FewShotClassifier(loaded, samples=2).fit(random_images(3), [0, 0, 1])
     np.testing.assert_allclose(classifier.predict_proba(queries)[:1], classifier.predict_proba(queries[:1]), atol=1e-6)
+
+
+def test_model_runs_on_the_default_device(loaded, monkeypatch):
+    monkeypatch.setattr(estimator, "default_device", lambda: torch.device("meta"))
+    classifier = FewShotClassifier(deepcopy(loaded)).fit(random_images(3), [0, 1, 1])
+    assert classifier._support.device.type == "meta"
 
 
 @pytest.mark.parametrize("e_step", ["diagonal", "identity"])
