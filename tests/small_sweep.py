@@ -1,4 +1,4 @@
-"""For tests of sweeps without Ray: one in a folder, and what a trial leaves."""
+"""Helpers for tests of sweeps without Ray: a plan, a sweep in a folder, and the files that a trial writes."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntr
 
 
 def new_plan(folder: Path, dataset: Dataset) -> SweepPlan:
+    """The plan of a random search over three settings."""
     (folder / "mine.toml").write_text(SPACE)
     pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
     base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
@@ -21,15 +22,16 @@ def new_plan(folder: Path, dataset: Dataset) -> SweepPlan:
 
 
 def open_sweep(plan, dataset, root, trials=6, *, resume=False, **more):
+    """The state of a new or resumed sweep in `root`."""
     folder = SweepFolder(root)
-    folder.make(resume)
-    folder.keep(plan, dataset)
+    folder.create(resume)
+    folder.write_or_check_plan(plan, dataset)
     return SweepState(plan, folder, dataset, trials, **more)
 
 
 def train(sweep, number, accuracies):
-    """What a trial leaves: lines at every tenth step, and a checkpoint."""
-    folder = sweep.folder.folder(number)
+    """Write what a trial writes: a metric line at every tenth step, and a checkpoint."""
+    folder = sweep.folder.trial_folder(number)
     with open(folder / METRICS, "a") as file:
         for index, accuracy in enumerate(accuracies):
             score = {"validation/5w1s": accuracy, "validation/5w1s_ci95": 0.01}

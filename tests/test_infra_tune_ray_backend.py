@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune goes on when its worker or its driver is killed; trials that fail do not end it."""
+"""A sweep on Ray Tune survives a killed worker and resumes after a killed driver; failed trials do not end it."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command_words import set_words, small_glyphs
-from test_infra_cluster_train_on_ray import end, family, leave_nothing
+from command_words import set_words
+from driver_processes import end, kill_all, processes_of
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.sweeps.trials import read_trials
@@ -41,13 +41,8 @@ train.em_iterations = { choice = [1, 2] }
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
-
-
 def start(data: Path, out: Path, *more: str, space: str = SPACE, **settings: object) -> subprocess.Popen:
-    """A driver in a session of its own, as in the tests of `train`."""
+    """Start `metagmvae tune` in its own session, as in the tests of `train`."""
     (out.parent / "space.toml").write_text(space)
     pairs = SETTINGS | {"data.uri": data} | settings
     options = set_words(pairs)
@@ -61,9 +56,9 @@ def start(data: Path, out: Path, *more: str, space: str = SPACE, **settings: obj
 
 
 def progress(out: Path) -> dict[int, int]:
-    """Steps of each trial that its metric lines tell of."""
+    """Last logged step of each trial."""
     lines = {folder.name: read_lines(folder / METRICS) for folder in (out / "trials").glob("*")}
-    return {int(name): int(seen[-1]["step"]) for name, seen in lines.items() if seen}
+    return {int(name): int(rows[-1]["step"]) for name, rows in lines.items() if rows}
 
 
 def wait_until(driver: subprocess.Popen, out: Path, condition) -> None:
@@ -75,38 +70,38 @@ def wait_until(driver: subprocess.Popen, out: Path, condition) -> None:
         time.sleep(0.05)
 
 
-def under_way(out: Path, besides: set[int]) -> set[int]:
-    """Trials that have a checkpoint and are not near their end."""
-    return {number for number, step in progress(out).items() if 5 <= step <= STEPS - 20} - besides
+def in_progress(out: Path, exclude: set[int]) -> set[int]:
+    """Trials that have a checkpoint and are not near their end, without those in `exclude`."""
+    return {number for number, step in progress(out).items() if 5 <= step <= STEPS - 20} - exclude
 
 
 def ended(out: Path) -> dict[int, str]:
     return {trial.number: trial.status for trial in read_trials(out / "trials.jsonl")}
 
 
-def test_a_sweep_whose_driver_and_worker_are_killed_runs_each_trial_once(data, tmp_path):
+def test_killing_driver_and_worker_repeats_no_step_of_any_trial(data, tmp_path):
     out = tmp_path / "sweep"
     request = ("--search", "grid", "--scheduler", "none")
     driver = start(data, out, *request)
     try:
-        wait_until(driver, out, lambda: "finished" in ended(out).values() and under_way(out, set(ended(out))))
+        wait_until(driver, out, lambda: "finished" in ended(out).values() and in_progress(out, set(ended(out))))
         driver.kill()
     finally:
-        leave_nothing(driver)
+        kill_all(driver)
     before = read_trials(out / "trials.jsonl")
-    interrupted = under_way(out, {trial.number for trial in before})
+    interrupted = in_progress(out, {trial.number for trial in before})
     written = {t.number: (out / "trials" / f"{t.number:05d}" / METRICS) for t in before if t.status == "finished"}
     stamps = {number: path.stat().st_mtime_ns for number, path in written.items()}
 
     second = start(data, out, *request)
     assert end(second) == 2
-    assert "not empty; go on with --resume" in (tmp_path / "log").read_text()
+    assert "not empty; continue its sweep with --resume" in (tmp_path / "log").read_text()
     driver = start(data, out, *request, "--resume")
     try:
         known = set(ended(out))
-        wait_until(driver, out, lambda: under_way(out, set(ended(out)) | interrupted | known))
-        workers = [p for p in family(driver) if "ImplicitFunc" in " ".join(p.cmdline())]
-        assert workers, [" ".join(p.cmdline())[:80] for p in family(driver)]
+        wait_until(driver, out, lambda: in_progress(out, set(ended(out)) | interrupted | known))
+        workers = [p for p in processes_of(driver) if "ImplicitFunc" in " ".join(p.cmdline())]
+        assert workers, [" ".join(p.cmdline())[:80] for p in processes_of(driver)]
         workers[0].kill()
     finally:
         code = end(driver, 300)
@@ -120,7 +115,7 @@ def test_a_sweep_whose_driver_and_worker_are_killed_runs_each_trial_once(data, t
         assert trial.status == ("refused" if impossible else "failed" if diverges else "finished"), trial
         lines = read_lines(out / "trials" / f"{trial.number:05d}" / METRICS)
         if trial.status == "finished":
-            # No step twice, none left out: what was cut off went on from its checkpoint.
+            # Interrupted trials continued from their checkpoints: no step is repeated or missing.
             assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
             assert [point.step for point in trial.curve] == list(range(10, STEPS + 1, 10))
         elif diverges and not impossible:
@@ -144,8 +139,8 @@ train.em_iterations = { choice = [1, 2] }
 """
 
 
-def test_trials_on_several_workers_are_stopped_early_and_free_what_they_held(data, tmp_path):
-    """Ray frees the workers of a stopped trial only through its dashboard; without it the sweep would wait for ever."""
+def test_stopped_distributed_trials_free_their_workers(data, tmp_path):
+    """Ray frees the workers of a stopped trial only through its dashboard; without it the sweep would never end."""
     out = tmp_path / "sweep"
     several = {"run.engine": "ray", "run.workers": 2}
     driver = start(data, out, "--trials", "3", "--seed", "1", space=POSSIBLE, **several)

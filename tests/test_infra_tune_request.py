@@ -1,4 +1,4 @@
-"""Numbers of `metagmvae tune` that are wrong by themselves."""
+"""Range checks of the numeric options of `metagmvae tune`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ def request_with(tmp_path: Path, **numbers: float) -> SweepRequest:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("numbers", "message"),
     [
         ({"trials": 0}, "--trials is 0; give 1 or more"),
         ({"hours": 0.0}, "--hours is 0; give a number of hours above 0"),
@@ -28,12 +28,12 @@ def request_with(tmp_path: Path, **numbers: float) -> SweepRequest:
         ({"gpus": float("nan")}, "--gpus-per-trial is nan; "),
     ],
 )
-def test_a_wrong_number_is_named(tmp_path: Path, numbers: dict[str, float], said: str) -> None:
+def test_a_number_out_of_range_is_an_error(tmp_path: Path, numbers: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError) as error:
         check_numbers(request_with(tmp_path, **numbers))
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
-def test_without_hours_there_is_no_limit(tmp_path: Path) -> None:
+def test_numbers_in_range_are_accepted(tmp_path: Path) -> None:
     check_numbers(request_with(tmp_path))
     check_numbers(request_with(tmp_path, hours=0.01, trials=1, gpus=0.0))

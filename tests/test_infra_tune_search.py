@@ -1,4 +1,4 @@
-"""Proposals: within the space, the same after a resume, and TPE learns from what it is told."""
+"""Search methods: proposals lie in the space and are reproducible, and TPE learns from results."""
 
 import itertools
 
@@ -22,80 +22,80 @@ def trial(number, values, accuracy=0.5, status="finished", step=10):
     return Trial(number=number, settings=values, status=status, curve=curve)
 
 
-def test_a_grid_is_every_combination_once_in_an_order_of_the_seed():
+def test_grid_search_proposes_every_combination_once_in_a_seeded_order():
     space = Space("mine", (SIZE, KIND))
-    drawn = [GridSearch(space, 3).draw(number) for number in range(7)]
-    assert drawn[6] is None
-    pairs = [tuple(values.values()) for values in drawn[:6]]
+    proposals = [GridSearch(space, 3).ask(number) for number in range(7)]
+    assert proposals[6] is None
+    pairs = [tuple(values.values()) for values in proposals[:6]]
     assert sorted(pairs) == sorted(itertools.product((10, 20, 30), KIND.values))
-    assert pairs != [tuple(GridSearch(space, 4).draw(number).values()) for number in range(6)]
+    assert pairs != [tuple(GridSearch(space, 4).ask(number).values()) for number in range(6)]
 
 
-def test_a_grid_over_infinitely_many_values_is_refused():
-    with pytest.raises(SettingsError, match=r"train\.learning_rate: a grid needs a list of values"):
+def test_grid_search_refuses_an_interval():
+    with pytest.raises(SettingsError, match=r"train\.learning_rate: grid search needs a list of values"):
         GridSearch(SPACE, 0)
 
 
-def test_random_draws_are_a_function_of_seed_and_number_and_fill_the_space():
-    first = [RandomSearch(SPACE, 0).draw(number) for number in range(200)]
-    assert first[150] == RandomSearch(SPACE, 0).draw(150)
-    assert first[150] != RandomSearch(SPACE, 1).draw(150)
+def test_random_draws_depend_on_seed_and_number_and_cover_the_space():
+    first = [RandomSearch(SPACE, 0).ask(number) for number in range(200)]
+    assert first[150] == RandomSearch(SPACE, 0).ask(150)
+    assert first[150] != RandomSearch(SPACE, 1).ask(150)
     rates = np.log10([values["train.learning_rate"] for values in first])
     assert rates.min() >= -4
     assert rates.max() <= -1
     counts, _ = np.histogram(rates, bins=3, range=(-4, -1))
-    assert counts.min() > 45  # each decade alike: 67 expected, 45 is 3.3 deviations below
+    assert counts.min() > 45  # 67 are expected per decade; 45 is 3.3 standard deviations below
     assert {values["train.set_size"] for values in first} == {10, 20, 30}
     assert {values["model.posterior"] for values in first} == set(KIND.values)
 
 
 def score(values):
-    """Best at a rate of 1e-2."""
+    """Highest at a learning rate of 1e-2."""
     return float(np.exp(-((np.log10(values["train.learning_rate"]) + 2) ** 2)))
 
 
-def tpe_after(count, outcome):
-    made = TpeSearch(SPACE, 0)
+def tpe_after(count, result):
+    method = TpeSearch(SPACE, 0)
     ended = []
     for number in range(count):
-        values = made.draw(number)
-        made.take(number, values)
-        ended.append(outcome(number, values))
-        made.tell(ended[-1])
-    return made, ended
+        values = method.ask(number)
+        method.accept(number, values)
+        ended.append(result(number, values))
+        method.tell(ended[-1])
+    return method, ended
 
 
-def test_tpe_draws_near_what_did_well_and_away_from_what_failed():
-    def outcome(number, values):
+def test_tpe_draws_near_good_trials_and_avoids_failed_ones():
+    def result(number, values):
         if values["train.learning_rate"] > 3e-2:
             return trial(number, values, None, "failed")
         return trial(number, values, score(values))
 
-    _, ended = tpe_after(40, outcome)
+    _, ended = tpe_after(40, result)
     late = [t.settings["train.learning_rate"] for t in ended[20:]]
-    far = np.abs(np.log10(late) + 2)
-    assert np.median(far) < 0.4  # 0.75 and more for random draws
+    distance = np.abs(np.log10(late) + 2)
+    assert np.median(distance) < 0.4  # 0.75 or more for random draws
     assert sum(rate > 3e-2 for rate in late) <= 3
 
 
-def test_a_resumed_tpe_knows_what_the_table_says_and_what_still_runs():
+def test_a_resumed_tpe_knows_ended_and_running_trials():
     _, ended = tpe_after(30, lambda number, values: trial(number, values, score(values)))
     stopped = trial(
         30, {"train.learning_rate": 1e-4, "train.set_size": 10, "model.posterior": "diagonal"}, 0.1, "stopped", 5
     )
     running = {31: {"train.learning_rate": 9e-3, "train.set_size": 20, "model.posterior": "diagonal"}}
-    again = search_method("tpe", SPACE, 0, running, [*ended, stopped])
-    states = [known.state.name for known in again.study.trials]
+    resumed = search_method("tpe", SPACE, 0, running, [*ended, stopped])
+    states = [optuna_trial.state.name for optuna_trial in resumed.study.trials]
     assert states == ["COMPLETE"] * 30 + ["PRUNED", "RUNNING"]
-    assert again.study.trials[30].intermediate_values == {5: 0.1}
-    assert again.study.trials[31].params == running[31]
-    assert again.draw(32) == search_method("tpe", SPACE, 0, running, [*ended, stopped]).draw(32)
-    again.tell(trial(31, running[31], 1.0))
-    assert again.study.best_trial.params == running[31]
+    assert resumed.study.trials[30].intermediate_values == {5: 0.1}
+    assert resumed.study.trials[31].params == running[31]
+    assert resumed.ask(32) == search_method("tpe", SPACE, 0, running, [*ended, stopped]).ask(32)
+    resumed.tell(trial(31, running[31], 1.0))
+    assert resumed.study.best_trial.params == running[31]
 
 
-def test_a_draw_that_is_forgotten_is_no_lesson():
-    made = TpeSearch(SPACE, 0)
-    made.draw(0)
-    made.forget(0)
-    assert [known.state.name for known in made.study.trials] == ["FAIL"]
+def test_tpe_ignores_a_discarded_proposal():
+    method = TpeSearch(SPACE, 0)
+    method.ask(0)
+    method.discard(0)
+    assert [optuna_trial.state.name for optuna_trial in method.study.trials] == ["FAIL"]

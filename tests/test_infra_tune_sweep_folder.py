@@ -1,4 +1,4 @@
-"""The folder of a sweep: whose it is, what it can be resumed with, and one sweep in it at a time."""
+"""The folder of a sweep: when it can be used or resumed, and its lock."""
 
 import json
 import subprocess
@@ -18,15 +18,15 @@ from metagmvae.infra.tune.sweep_folder import SweepPlan
 from metagmvae.pipelines.records import DataError
 
 
-def test_a_folder_in_which_nothing_was_tried_can_be_used_again(plan, dataset, tmp_path):
+def test_a_folder_without_trials_can_be_used_again(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with lock_run_folder(tmp_path / "sweep"):
         sweep.folder.clear()
-        sweep.folder.make(resume=False)
+        sweep.folder.create(resume=False)
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [TRAINING_LOCK, "trials"]
 
 
-def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp_path, monkeypatch):
+def test_if_the_cluster_does_not_start_the_folder_can_be_used_again(plan, dataset, tmp_path, monkeypatch):
     @contextmanager
     def broken(*request):
         raise RuntimeError("no cluster")
@@ -40,10 +40,10 @@ def test_a_cluster_that_does_not_start_leaves_the_folder_free(plan, dataset, tmp
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == [TRAINING_LOCK]
 
 
-def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, dataset, tmp_path):
+def test_a_changed_sweep_cannot_be_resumed_and_the_differences_are_named(plan, dataset, tmp_path):
     root = tmp_path / "sweep"
     open_sweep(plan, dataset, root)
-    with pytest.raises(DataError, match="not empty; go on with --resume"):
+    with pytest.raises(DataError, match="not empty; continue its sweep with --resume"):
         open_sweep(plan, dataset, root)
     base = load_settings("omniglot-5way", ["train.steps=30", "validation.every=10", f"data.uri={dataset.uri}"])
     other = SweepPlan("mine", base, plan.space, "tpe", "none", 1, "5w5s")
@@ -59,36 +59,40 @@ def test_a_changed_sweep_cannot_be_resumed_and_the_difference_is_said(plan, data
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"task": 1, "search": 1, "scheduler": 1, "seed": 0, "space": []}'])
-def test_a_plan_that_cannot_be_read_is_named(plan, dataset, tmp_path, content):
+def test_an_unreadable_plan_is_an_error(plan, dataset, tmp_path, content):
     open_sweep(plan, dataset, tmp_path / "sweep")
     (tmp_path / "sweep" / "sweep.json").write_text(content)
-    with pytest.raises(DataError, match=r"sweep\.json: not the plan of a sweep that this version knows .*--out DIR"):
+    with pytest.raises(DataError, match=r"sweep\.json: not a plan that this version can read .*--out DIR"):
         open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
 
 
 @pytest.mark.parametrize("what", ["code", "torch", "data"])
-def test_changed_code_or_data_is_found_out(plan, dataset, tmp_path, what):
+def test_changed_code_or_data_prevents_a_resume(plan, dataset, tmp_path, what):
     root = tmp_path / "sweep"
     open_sweep(plan, dataset, root)
     kept = json.loads((root / "sweep.json").read_text())
     if what == "data":
         kept["data_fingerprint"] = "0" * 64
     else:
-        kept["code"]["torch" if what == "torch" else "training/objective.py"] = "1.0"
+        kept["code"]["torch" if what == "torch" else "training/objectives/elbo.py"] = "1.0"
     (root / "sweep.json").write_text(json.dumps(kept))
-    reasons = {"code": r"code: training/objective\.py", "torch": r"code: torch: .*, 1\.0", "data": "holds other data"}
+    reasons = {
+        "code": r"code: training/objectives/elbo\.py",
+        "torch": r"code: torch: .*, 1\.0",
+        "data": "differs in content from",
+    }
     with pytest.raises(SettingsError, match=reasons[what]):
         open_sweep(plan, dataset, root, resume=True)
 
 
-def test_a_folder_of_something_else(plan, dataset, tmp_path):
+def test_a_folder_with_other_files_is_refused(plan, dataset, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for resume in (False, True):
         with pytest.raises(DataError, match="mine: not"):
             open_sweep(plan, dataset, tmp_path / "mine", resume=resume)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be created"):
         open_sweep(plan, dataset, tmp_path / "file" / "sweep")
 
 
@@ -102,13 +106,13 @@ with lock_run_folder(Path(sys.argv[1])):
 """
 
 
-def test_two_sweeps_in_one_folder(tmp_path):
+def test_only_one_process_may_use_a_folder(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     root = str(Path(__file__).parents[1])
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, text=True, **pipes)
     assert other.stdout.readline() == "held\n"
     with (
-        pytest.raises(DataError, match=r"another process trains there.*--out DIR"),
+        pytest.raises(DataError, match=r"another process trains in this folder.*--out DIR"),
         lock_run_folder(tmp_path, setting="--out DIR"),
     ):
         pass

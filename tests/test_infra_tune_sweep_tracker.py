@@ -35,9 +35,9 @@ def sweep(plan, dataset, tmp_path):
 def run_some(sweep, accuracies):
     """Run trials that end without an error; a trial with only one accuracy is stopped early."""
     for some in accuracies:
-        number = sweep.next()
+        number = sweep.next_trial()
         train(sweep, number, some)
-        sweep.has_ended(number)
+        sweep.end_trial(number)
 
 
 def children(store, parent):
@@ -54,12 +54,12 @@ def upload(sweep, store):
 def test_parent_run_and_trials_with_their_statuses(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
         run_some(sweep, [[0.3, 0.5], [0.2]])
-        running = sweep.next()
+        running = sweep.next_trial()
         train(sweep, running, [0.4])
         while not _points_sent(sweep, running):
             time.sleep(0.02)  # until a trial that is still running is uploaded
-        (sweep.folder.folder(running) / "failed.txt").write_text("meta step 12: loss nan\n")
-        sweep.has_ended(running)
+        (sweep.folder.trial_folder(running) / "failed.txt").write_text("meta step 12: loss nan\n")
+        sweep.end_trial(running)
         tracker.close()
         trials = tracker.with_runs(sweep.ended.values())
     assert not any(thread.name == "mlflow-sweep" for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""A trial is the training of `train`, and trials share the rows of a node."""
+"""A trial trains like `metagmvae train`, and the trials of a node share the rows of the dataset."""
 
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.infra.tune import trial
 from metagmvae.infra.tune.sweep_folder import REASON
 from metagmvae.infra.tune.trial import one_line, run_trial, shared_dataset
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
@@ -49,11 +50,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What the trial reports, without a Ray to report to."""
-    reports = []
-    monkeypatch.setattr(trial.tune, "report", reports.append)
-    return reports
+def reports(monkeypatch):
+    """The reports of a trial to Ray Tune, which does not run."""
+    received = []
+    monkeypatch.setattr(trial.tune, "report", received.append)
+    return received
 
 
 def new_trial(data, folder, **more):
@@ -70,7 +71,7 @@ def assert_same_lines(ours, theirs):
         assert {k: v for k, v in line.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
 
 
-def test_a_trial_is_bit_for_bit_the_training_of_train(data, tmp_path, told):
+def test_a_trial_is_bit_identical_to_train(data, tmp_path, reports):
     config, settings = new_trial(data, tmp_path / "trial")
     run_trial(config)
     alone = tmp_path / "alone"
@@ -82,57 +83,58 @@ def test_a_trial_is_bit_for_bit_the_training_of_train(data, tmp_path, told):
     for key, value in theirs["model"].items():
         assert torch.equal(ours["model"][key], value), key
     lines = [line for line in read_lines(alone / METRICS) if "validation/5w1s" in line]
-    assert [report["step"] for report in told] == [3, 6]
-    assert [report["accuracy"] for report in told] == [line["validation/5w1s"] for line in lines]
-    assert all(report["ci95"] > 0 for report in told)
+    assert [report["step"] for report in reports] == [3, 6]
+    assert [report["accuracy"] for report in reports] == [line["validation/5w1s"] for line in lines]
+    assert all(report["ci95"] > 0 for report in reports)
     assert not (tmp_path / "trial" / REASON).exists()
 
 
-def test_a_trial_that_was_cut_off_goes_on_and_tells_again_what_it_had_reached(data, tmp_path, told, monkeypatch):
-    class Cut(BaseException):
-        """As the process ends."""
+def test_an_interrupted_trial_continues_and_repeats_its_reports(data, tmp_path, reports, monkeypatch):
+    class Killed(BaseException):
+        """Ends the training like the end of the process."""
 
-    def cut(report):
-        told.append(report)
-        raise Cut
+    def kill(report):
+        reports.append(report)
+        raise Killed
 
     config, _ = new_trial(data, tmp_path / "trial")
     whole, _ = new_trial(data, tmp_path / "whole")
     run_trial(whole)
-    reports = told.copy()
-    told.clear()
-    monkeypatch.setattr(trial.tune, "report", cut)
-    with pytest.raises(Cut):
+    complete = reports.copy()
+    reports.clear()
+    monkeypatch.setattr(trial.tune, "report", kill)
+    with pytest.raises(Killed):
         run_trial(config)
     assert load_state(tmp_path / "trial" / "checkpoint.pt")["step"] == 2
-    monkeypatch.setattr(trial.tune, "report", told.append)
+    monkeypatch.setattr(trial.tune, "report", reports.append)
     run_trial(config)
     assert_same_lines(tmp_path / "trial", tmp_path / "whole")
-    assert [r["accuracy"] for r in told] == [r["accuracy"] for r in (reports[0], *reports)]
-    told.clear()
-    run_trial(config)  # killed between its end and its line in the table: nothing is trained again
-    assert [r["accuracy"] for r in told] == [r["accuracy"] for r in reports]
+    assert [r["accuracy"] for r in reports] == [r["accuracy"] for r in (complete[0], *complete)]
+    reports.clear()
+    run_trial(config)  # killed after its last step but before its line in the table: trains no step again
+    assert [r["accuracy"] for r in reports] == [r["accuracy"] for r in complete]
     assert_same_lines(tmp_path / "trial", tmp_path / "whole")
 
 
-def test_what_ends_a_training_is_kept_as_one_line(data, tmp_path, told):
+def test_an_error_of_the_training_is_stored_as_one_line(data, tmp_path, reports):
     config, _ = new_trial(data, tmp_path / "diverges", **{"train.learning_rate": 1e30})
     run_trial(config)
     reason = (tmp_path / "diverges" / REASON).read_text()
     assert reason.count("\n") == 1
     assert "the update was not applied" in reason
     assert one_line(MemoryError("cannot allocate\n 8 GiB")) == "MemoryError: cannot allocate 8 GiB"
+    assert one_line(DataError("no such\n split")) == "no such split"
     config, _ = new_trial(data, tmp_path / "unknown", **{"model.encoder": "resnet999"})
     run_trial(config)
     assert "resnet999" in (tmp_path / "unknown" / REASON).read_text()
 
 
-def test_a_node_that_does_not_see_the_folder(data, tmp_path):
+def test_a_node_without_the_folder_is_an_error(data, tmp_path):
     with pytest.raises(ValueError, match="this node does not see it; give --out a folder that all nodes share"):
         run_trial({"folder": str(tmp_path / "elsewhere"), "data": str(data), "task": "5w1s"})
 
 
-def test_rows_are_opened_once_a_process_whatever_reader_is_asked_for(data):
+def test_rows_are_opened_once_per_process_for_every_reader(data):
     dataset = shared_dataset(str(data))
     assert shared_dataset(str(data)) is dataset
     rows = dataset.rows("train", "memory")
@@ -153,8 +155,8 @@ sys.stdin.read()
 """
 
 
-def test_trials_of_a_node_hold_the_shards_in_memory_once(data):
-    """Of two processes that read all rows, no page of a shard belongs to one alone."""
+def test_trials_of_a_node_share_the_shards_in_memory(data):
+    """If two processes read all rows, each page of a shard belongs to both."""
     root = str(Path(__file__).parents[1])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     trials = [subprocess.Popen([sys.executable, "-c", READ, str(data)], cwd=root, text=True, **pipes) for _ in range(2)]
@@ -164,9 +166,9 @@ def test_trials_of_a_node_hold_the_shards_in_memory_once(data):
         size = sum(shard.stat().st_size for shard in (data / "train").glob("*.tar"))
         for trial in trials:
             maps = [m for m in psutil.Process(trial.pid).memory_maps() if "/train/shard-" in m.path]
-            assert sum(m.rss for m in maps) > 0.9 * size  # all of it was read, and is seen by this process
+            assert sum(m.rss for m in maps) > 0.9 * size  # all of it was read by this process
             assert sum(m.private_dirty for m in maps) == 0  # no copy
-            assert sum(m.pss for m in maps) < 0.6 * sum(m.rss for m in maps)  # counted by halves: both have it
+            assert sum(m.pss for m in maps) < 0.6 * sum(m.rss for m in maps)  # proportional size: each page counts half
     finally:
         for trial in trials:
             trial.kill()

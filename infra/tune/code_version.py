@@ -1,4 +1,4 @@
-"""What a trial's numbers come from besides its settings and data: our code, and the libraries that compute."""
+"""Fingerprint of the code and libraries that, besides settings and data, decide the results of a trial."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from pathlib import Path
 
 from metagmvae.pipelines.files import sha256_file
 
+PACKAGE = "metagmvae"
 ROOT = Path(__file__).parents[2]
-ROOTS = (
-    "training/trainer/stages.py",
-    "evaluation/fewshot/validation.py",
-    "evaluation/fewshot/encoding.py",
-    "configs/load.py",
-)
-"""Files that a trial runs; what they import counts too, all else (reports, tracking, commands) does not."""
+"""Folder that is imported as `metagmvae`."""
+ENTRY_POINT = "infra/runs/train_in_process.py"
+"""File that trains and validates a trial. All files that it imports count as well (settings, data, training,
+evaluation); reports, tracking and commands do not."""
 LIBRARIES = ("torch", "numpy")
 
 
 def code_fingerprint() -> dict[str, str]:
-    """sha256 of each file of ours that decides a trial's outcome, by its path, and versions of libraries."""
-    found: dict[str, str] = {}
-    waiting = list(ROOTS)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = sha256_file(ROOT / name)
-            waiting += _imported(ROOT / name)
-    return dict(sorted(found.items())) | {name: metadata.version(name) for name in LIBRARIES}
+    """sha256 of each project file that decides the result of a trial, by path, and the versions of the libraries."""
+    hashes: dict[str, str] = {}
+    pending = [ENTRY_POINT]
+    while pending:
+        name = pending.pop()
+        if name not in hashes:
+            hashes[name] = sha256_file(ROOT / name)
+            pending += imported_files(ROOT / name)
+    return dict(sorted(hashes.items())) | {name: metadata.version(name) for name in LIBRARIES}
 
 
-def changed(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """Names of what differs, libraries with both versions."""
-    names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-    return [f"{n}: {ours.get(n)}, {theirs.get(n)}" if n in LIBRARIES else n for n in names]
+def changed_parts(new: dict[str, str], old: dict[str, str]) -> list[str]:
+    """Names of files and libraries that differ between two fingerprints; libraries with both versions."""
+    names = [name for name in sorted(new.keys() | old.keys()) if new.get(name) != old.get(name)]
+    return [f"{name}: {new.get(name)}, {old.get(name)}" if name in LIBRARIES else name for name in names]
 
 
-def _imported(path: Path) -> list[str]:
-    """Files of ours that a file imports, inside functions too."""
+def imported_files(path: Path) -> list[str]:
+    """Project files that a file imports, at the top or inside functions, relative to ROOT."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    files = (f"{module.removeprefix('metagmvae.').replace('.', '/')}.py" for module in modules)
+    ours = (module.removeprefix(f"{PACKAGE}.") for module in modules if module.startswith(f"{PACKAGE}."))
+    files = (f"{module.replace('.', '/')}.py" for module in ours)
     return sorted(name for name in files if (ROOT / name).is_file())

@@ -1,8 +1,8 @@
-"""Ray Tune runs the trials of a sweep: places them, stops them early, replaces lost workers.
+"""Runs the trials of a sweep with Ray Tune, which places them, stops them early and replaces lost workers.
 
-Nothing that a sweep needs to go on is left to Tune. Its own restoring wants the very objects of before, does not take
-what our table says, and was never proven with Optuna; so a resumed sweep is a new run of Tune whose searcher hands
-out the unfinished trials first, and whose scheduler is told the curves of all that have ended.
+A resume does not rely on Ray Tune's saved state: that requires the original objects, cannot be reconciled with the
+table of trials, and is not known to work with Optuna. A resumed sweep is a new run of Tune. Its searcher returns the
+unfinished trials first, and its scheduler is given the curves of all trials that have ended.
 """
 
 from __future__ import annotations
@@ -26,216 +26,227 @@ from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.tune.sweep_state import SweepState
 from metagmvae.infra.tune.trial import run_trial
 
-FOLDER = "ray"
+TUNE_FOLDER = "ray"
+"""Ray Tune's own files in the folder of the sweep, deleted at the end."""
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Its state is written again and again, larger with each trial, and nobody ever reads it.
+    # Tune's checkpoint is never read, and writing it takes longer with each trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
 REDUCTION = 3
-"""ASHA: one of so many goes on at each rung; rungs are so many times further apart."""
-NEVER = 10**9
-"""Steps."""
+"""ASHA: at each rung the best third of the trials continues, and each rung is three times as far as the one before."""
+UNREACHABLE_STEP = 10**9
 DRIVER_CPUS = 0.01
-"""Of a trial that only waits for its workers."""
+"""CPUs reserved by a distributed trial itself, which only waits for its workers."""
 
 
 @contextmanager
 def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
-    """The cluster that a sweep runs on, joined or started.
+    """Join or start the Ray cluster of a sweep.
 
     Args:
-        base: settings that trials have in common.
-        at_once: trials; 0: as many as there are CPUs and GPUs for.
+        base: settings that all trials have in common.
+        at_once: number of simultaneous trials; 0: as many as the CPUs and GPUs allow.
 
     Raises:
-        SettingsError: it cannot be reached, is too small, or lacks what trials on several workers need.
+        SettingsError: the cluster cannot be reached, is too small, or lacks what distributed trials need.
     """
     run = base.run
     distributed = run.engine == "ray"
-    each = run.cpus_per_worker * (run.workers if distributed else 1)
+    cpus_per_trial = run.cpus_per_worker * (run.workers if distributed else 1)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    # A trial that only waits for its workers takes a hundredth of a CPU, so there must be a whole one more.
-    wanted = each * max(at_once, 1) + int(distributed)
-    # Ray and Tune talk of every trial on standard output, where the answer stands, however little they are asked to;
-    # what they have to say of a trial that failed is in the table.
+    # A distributed trial takes a hundredth of a CPU besides its workers, so one more whole CPU is needed.
+    cpus = cpus_per_trial * max(at_once, 1) + int(distributed)
+    # Ray and Tune print about every trial on standard output even at verbosity 0. Standard output is for the command's
+    # answer, and the table contains the reasons of failures.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), cluster(run.address, wanted, dashboard=distributed):
+    with open(os.devnull, "w") as null, redirect_stdout(null), cluster(run.address, cpus, dashboard=distributed):
         yield
 
 
 def run_sweep(sweep: SweepState, at_once: int, gpus: float | None, progress: Callable[[], None]) -> None:
-    """Run a sweep to its end, on the cluster of `sweep_cluster`.
+    """Run all trials of a sweep on the cluster of `sweep_cluster`.
 
     Args:
-        sweep: what to try.
-        at_once: trials; 0: as many as there are CPUs and GPUs for.
-        gpus: of a trial in one process; None: one where the cluster has any.
+        sweep: state that proposes the trials.
+        at_once: number of simultaneous trials; 0: as many as the CPUs and GPUs allow.
+        gpus: GPUs per trial in one process; None: one if the cluster has any.
         progress: called whenever a trial has ended.
 
     Raises:
-        DataError: the sweep's folder cannot be written any more.
-        RuntimeError: Tune does not get on.
+        DataError: the sweep's folder cannot be written.
+        RuntimeError: Ray Tune makes no progress.
     """
-    run, state = sweep.plan.base.run, sweep.folder.root / FOLDER
-    shutil.rmtree(state, ignore_errors=True)
-    _to_the_end(sweep, TrialCallback(sweep, progress), _resources(run, gpus), at_once or _limit(run))
-    shutil.rmtree(state, ignore_errors=True)
+    run, tune_folder = sweep.plan.base.run, sweep.folder.root / TUNE_FOLDER
+    shutil.rmtree(tune_folder, ignore_errors=True)
+    _run_to_end(sweep, TrialCallback(sweep, progress), _resources(run, gpus), at_once or _max_distributed(run))
+    shutil.rmtree(tune_folder, ignore_errors=True)
 
 
-def _to_the_end(sweep: SweepState, course: TrialCallback, resources: dict[str, float], at_once: int | None) -> None:
-    """Run Tune until every trial has ended: it can drop one without telling its callbacks (a worker that could not be
-    used again), which then goes on in another run of Tune, from its checkpoint.
+def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str, float], at_once: int | None) -> None:
+    """Run Tune until every trial has ended.
+
+    Tune can drop a trial without calling back, if its worker could not be used again. Such a trial continues from its
+    checkpoint in another run of Tune.
 
     Raises:
         RuntimeError: a whole run of Tune ended no trial.
     """
     while True:
-        before = len(sweep.ended)
-        _tuner(sweep, course, resources, at_once).fit()
-        if course.error is not None:
-            raise course.error
+        ended_before = len(sweep.ended)
+        _tuner(sweep, callback, resources, at_once).fit()
+        if callback.error is not None:
+            raise callback.error
         if not sweep.running:
             return
-        if len(sweep.ended) == before:
-            raise RuntimeError(f"Ray Tune ended no trial and dropped {sorted(sweep.running)}; go on with --resume")
-        sweep.take_back()
+        if len(sweep.ended) == ended_before:
+            raise RuntimeError(
+                f"Ray Tune dropped trials {sorted(sweep.running)} and ended none; continue with --resume"
+            )
+        sweep.requeue_running()
 
 
-def _tuner(sweep: SweepState, course: TrialCallback, resources: dict[str, float], at_once: int | None) -> Any:
+def _tuner(sweep: SweepState, callback: TrialCallback, resources: dict[str, float], at_once: int | None) -> Any:
     return tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=SweepSearcher(course),
-            scheduler=scheduler(sweep),
+            search_alg=SweepSearcher(callback),
+            scheduler=make_scheduler(sweep),
             num_samples=-1,
             max_concurrent_trials=at_once,
-            # A distributed trial that is stopped early still waits for its workers: only its death frees them.
+            # A distributed trial that is stopped early still waits for its workers; only ending its process frees them.
             reuse_actors=sweep.plan.base.run.engine == "local",
         ),
         run_config=tune.RunConfig(
-            name=FOLDER,
+            name=TUNE_FOLDER,
             storage_path=str(sweep.folder.root),
-            stop=TimeLimit(course),
+            stop=TimeLimit(callback),
             failure_config=tune.FailureConfig(max_failures=sweep.plan.base.run.max_failures),
-            callbacks=[course],
+            callbacks=[callback],
             verbose=0,
         ),
     )
 
 
 def _resources(run: RunSettings, gpus: float | None) -> dict[str, float]:
+    """Resources of one trial; those of distributed trials are requested by their workers."""
     if run.engine == "ray":
         return {"CPU": DRIVER_CPUS}
-    there = ray.cluster_resources().get("GPU", 0)
-    share = (1.0 if there and run.device != "cpu" else 0.0) if gpus is None else gpus
-    return {"CPU": run.cpus_per_worker, **({"GPU": share} if share else {})}
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) and run.device != "cpu" else 0.0
+    return {"CPU": run.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
 
 
-def _limit(run: RunSettings) -> int | None:
-    """Trials at once where each is placed by Ray Train, which would wait for ever with half of its workers."""
+def _max_distributed(run: RunSettings) -> int | None:
+    """Number of distributed trials for which there are workers; None for trials in one process.
+
+    Ray Train would start more trials, and each would wait forever for the workers that the others hold.
+    """
     if run.engine == "local":
         return None
-    there = ray.cluster_resources()
-    places = [there["CPU"] // (run.workers * run.cpus_per_worker)]
-    if run.device != "cpu" and there.get("GPU"):
-        places.append(there["GPU"] // run.workers)
-    return max(1, int(min(places)))
+    resources = ray.cluster_resources()
+    limits = [resources["CPU"] // (run.workers * run.cpus_per_worker)]
+    if run.device != "cpu" and resources.get("GPU"):
+        limits.append(resources["GPU"] // run.workers)
+    return max(1, int(min(limits)))
 
 
-def scheduler(sweep: SweepState) -> TrialScheduler:
-    """ASHA over steps of meta-training, told of all trials that have ended; or none."""
+def make_scheduler(sweep: SweepState) -> TrialScheduler:
+    """ASHA over meta-training steps, informed of all trials that have ended; or a scheduler that stops none."""
     if sweep.plan.scheduler == "none":
         return FIFOScheduler()
-    settings: Settings = sweep.plan.base
-    made = AsyncHyperBandScheduler(
+    scheduler = AsyncHyperBandScheduler(
         time_attr="step",
         metric="accuracy",
         mode="max",
-        grace_period=settings.validation.every,
-        # A trial that reaches this is stopped before it can come to its end by itself.
-        max_t=NEVER,
+        grace_period=sweep.plan.base.validation.every,
+        # ASHA stops a trial that reaches `max_t` before the trial itself can finish.
+        max_t=UNREACHABLE_STEP,
         reduction_factor=REDUCTION,
     )
     for trial in sweep.ended.values():
-        known = SimpleNamespace(trial_id=f"ended-{trial.number}")
+        ended = SimpleNamespace(trial_id=f"ended-{trial.number}")
         if trial.curve:
-            made.on_trial_add(None, known)
+            scheduler.on_trial_add(None, ended)
             for point in trial.curve:
-                made.on_trial_result(None, known, {"step": point.step, "accuracy": point.accuracy})
-            made.on_trial_remove(None, known)
-    return made
+                scheduler.on_trial_result(None, ended, {"step": point.step, "accuracy": point.accuracy})
+            scheduler.on_trial_remove(None, ended)
+    return scheduler
 
 
 class TrialCallback(tune.Callback):
-    """Takes down what becomes of trials. An error in it ends the sweep; Tune would count it against the trial."""
+    """Records the end of each trial. An error here is stored and ends the sweep: Tune would blame the trial for it."""
 
     def __init__(self, sweep: SweepState, progress: Callable[[], None]) -> None:
         self.sweep, self.progress = sweep, progress
         self.error: Exception | None = None
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, 0, "")
+        """Record a trial that finished, failed or was stopped."""
+        self._end_trial(trial, 0, "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, trial.num_failures, _why(trial))
+        """Record a trial whose process was lost too often."""
+        self._end_trial(trial, trial.num_failures, _last_error_line(trial))
 
-    def _end(self, trial: Any, died: int, why: str) -> None:
+    def _end_trial(self, trial: Any, failures: int, cause: str) -> None:
         try:
-            self.sweep.has_ended(trial.config["number"], died, why)
+            self.sweep.end_trial(trial.config["number"], failures, cause)
             self.progress()
         except Exception as error:
             self.error = error
 
 
 class SweepSearcher(Searcher):
-    """Hands the sweep's trials to Tune."""
+    """Gives Tune the trials that `SweepState` proposes."""
 
-    def __init__(self, course: TrialCallback) -> None:
+    def __init__(self, callback: TrialCallback) -> None:
         super().__init__()
-        self.course = course
+        self.callback = callback
 
     def suggest(self, trial_id: str) -> Any:
-        sweep = self.course.sweep
+        """Return the configuration of the next trial, as `run_trial` takes it."""
+        sweep = self.callback.sweep
         try:
-            number = None if self.course.error else sweep.next()
+            number = None if self.callback.error else sweep.next_trial()
         except Exception as error:
-            self.course.error, number = error, None
+            self.callback.error, number = error, None
         if number is None:
             return Searcher.FINISHED
-        folder = str(sweep.folder.folder(number))
+        folder = str(sweep.folder.trial_folder(number))
         return {"number": number, "folder": folder, "data": sweep.dataset.uri, "task": sweep.plan.task}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """`TrialCallback` hears of it, and of more."""
+        """Do nothing: `TrialCallback` records the end of a trial."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The sweep's folder is what lasts."""
+        """Write an empty file, which Tune requires. The state is in the sweep's folder."""
         Path(checkpoint_path).write_text("{}", encoding="utf-8")
 
 
 class TimeLimit(tune.Stopper):
-    """Stops a trial at its next validation when the hours are up, and all of them when the sweep cannot go on."""
+    """Stops each trial at its next validation after the deadline, and all trials after an error of the sweep."""
 
-    def __init__(self, course: TrialCallback) -> None:
-        self.course = course
+    def __init__(self, callback: TrialCallback) -> None:
+        self.callback = callback
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        sweep = self.course.sweep
-        if not sweep.is_late():
+        sweep = self.callback.sweep
+        if not sweep.is_out_of_time():
             return False
-        sweep.late.add(result["config"]["number"])
+        sweep.timed_out.add(result["config"]["number"])
         return True
 
     def stop_all(self) -> bool:
-        return self.course.error is not None
+        """Whether all trials must stop."""
+        return self.callback.error is not None
 
 
-def _why(trial: Any) -> str:
-    """The last line of what Ray says of a trial whose process was lost."""
+def _last_error_line(trial: Any) -> str:
+    """The last line of Ray's error message about a lost process, at most 200 characters."""
     lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
     return next((line for line in reversed(lines) if line), "")[:200]

@@ -1,7 +1,8 @@
-"""What a sweep tries next: random, grid, or Optuna's tree-structured Parzen estimator (TPE).
+"""Search methods of a sweep: random, grid, and Optuna's tree-structured Parzen estimator (TPE).
 
-A proposal is a function of the sweep's seed, its number, and (TPE) what was told before. Nothing of it needs to be
-kept: a resumed sweep draws on as if it had never stopped, and TPE is told again what the table of trials holds.
+A proposal depends only on the sweep's seed, the number of the proposal and, for TPE, on the results accepted so far.
+The state of a search is therefore never stored: a resumed sweep rebuilds it from the table of trials and continues with
+the same proposals.
 """
 
 from __future__ import annotations
@@ -28,146 +29,155 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class SearchMethod(Protocol):
-    """Draws values for all settings of a space."""
+    """Proposes values for all settings of a search space."""
 
-    def draw(self, number: int) -> Values | None:
-        """The proposal of that number; None: there are no more."""
+    def ask(self, number: int) -> Values | None:
+        """Return proposal `number`, or None if there are no more. `accept` or `discard` must follow."""
 
-    def take(self, number: int, values: Values) -> None:
-        """That proposal is going to be tried."""
+    def accept(self, number: int, values: Values) -> None:
+        """Record that a trial with this proposal will run."""
 
-    def forget(self, number: int) -> None:
-        """That proposal is not going to be tried."""
+    def discard(self, number: int) -> None:
+        """Record that no trial with this proposal will run."""
 
     def tell(self, trial: Trial) -> None:
-        """How a proposal ended."""
+        """Record the result of a trial."""
 
 
 def search_method(
     search: Search, space: Space, seed: int, interrupted: Mapping[int, Values], ended: Iterable[Trial]
 ) -> SearchMethod:
-    """Make a proposer that knows the past of the sweep.
+    """Build a search method that knows the trials of a sweep so far.
 
     Args:
-        search: which.
-        space: what is varied.
+        search: name of the method.
+        space: the search space.
         seed: of the sweep.
-        interrupted: trials that were proposed and have not ended.
-        ended: trials that have.
+        interrupted: values of the trials that were accepted and have not ended, by number.
+        ended: trials that have ended.
 
     Raises:
-        SettingsError: a grid over infinitely many values.
+        SettingsError: grid search over a real interval.
     """
     if search == "grid":
         return GridSearch(space, seed)
     if search == "random":
         return RandomSearch(space, seed)
-    made = TpeSearch(space, seed)
+    method = TpeSearch(space, seed)
     for trial in ended:
-        made.tell(trial)
+        method.tell(trial)
     for number, values in interrupted.items():
-        made.take(number, values)
-    return made
+        method.accept(number, values)
+    return method
 
 
 class _StatelessSearch:
-    """A proposal is a function of its number alone: there is nothing to keep of one, and nothing to learn."""
+    """Base of methods whose proposals do not depend on results."""
 
-    def take(self, number: int, values: Values) -> None:
-        """Nothing to remember."""
+    def accept(self, number: int, values: Values) -> None:
+        """Do nothing."""
 
-    def forget(self, number: int) -> None:
-        """Nothing to forget."""
+    def discard(self, number: int) -> None:
+        """Do nothing."""
 
     def tell(self, trial: Trial) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
 
 class GridSearch(_StatelessSearch):
-    """Every combination once, in an order that the seed decides: a grid that is stopped early is a random sample."""
+    """Every combination once, in a random order, so that a grid that is stopped early is a random sample of it."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.names = [dimension.name for dimension in space.dimensions]
-        self.axes = [_axis(dimension) for dimension in space.dimensions]
-        self.size = math.prod(len(axis) for axis in self.axes)
+        self.levels = [_levels(dimension) for dimension in space.dimensions]
+        self.shape = tuple(len(levels) for levels in self.levels)
+        self.size = math.prod(self.shape)
         self.order = keyed_rng("tune-grid", seed).permutation(self.size)
 
-    def draw(self, number: int) -> Values | None:
+    def ask(self, number: int) -> Values | None:
+        """Return combination `number` of the shuffled grid, or None after the last one."""
         if number >= self.size:
             return None
-        places = np.unravel_index(int(self.order[number]), [len(axis) for axis in self.axes])
-        return {name: axis[int(i)] for name, axis, i in zip(self.names, self.axes, places, strict=True)}
+        indices = np.unravel_index(int(self.order[number]), self.shape)
+        return {name: levels[int(i)] for name, levels, i in zip(self.names, self.levels, indices, strict=True)}
 
 
 class RandomSearch(_StatelessSearch):
-    """Each draw by itself, by Optuna's random sampler."""
+    """Independent draws by Optuna's random sampler."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.distributions = _distributions(space)
         self.seed = seed
 
-    def draw(self, number: int) -> Values:
+    def ask(self, number: int) -> Values:
+        """Draw proposal `number`."""
         sampler = optuna.samplers.RandomSampler(_seed(self.seed, number))
-        # A study of its own: what is drawn here depends on nothing that was drawn before, and nothing piles up.
+        # Each draw has its own study, so it does not depend on earlier draws and memory does not grow.
         return dict(optuna.create_study(sampler=sampler).ask(self.distributions).params)
 
 
 class TpeSearch:
-    """Draws near what did well, by Optuna's TPE."""
+    """Draws near trials with high accuracy, by Optuna's TPE sampler."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.distributions = _distributions(space)
         self.seed = seed
         self.study = optuna.create_study(direction="maximize")
         self._open: dict[int, optuna.trial.Trial] = {}
+        """Optuna's trials without a result, by number."""
 
-    def draw(self, number: int) -> Values:
-        # A sampler that is kept would draw the same again after every resume; `constant_liar` lets those that run
-        # count as bad, so that draws at the same time are not all alike.
+    def ask(self, number: int) -> Values:
+        """Draw proposal `number`."""
+        # The sampler is created per draw: a persistent one would repeat its random numbers after every resume. With
+        # `constant_liar` running trials count as bad ones, so simultaneous draws differ.
         self.study.sampler = optuna.samplers.TPESampler(seed=_seed(self.seed, number), constant_liar=True)
         self._open[number] = self.study.ask(self.distributions)
         return dict(self._open[number].params)
 
-    def take(self, number: int, values: Values) -> None:
-        """Where it was drawn before a resume, Optuna is made to draw just these values."""
+    def accept(self, number: int, values: Values) -> None:
+        """Record a running trial. If it was drawn before a resume, it is added to the study with these values."""
         if number not in self._open:
             self.study.enqueue_trial(values)
             self._open[number] = self.study.ask(self.distributions)
 
-    def forget(self, number: int) -> None:
+    def discard(self, number: int) -> None:
+        """Mark the proposal as failed in the study."""
         self.study.tell(self._open.pop(number), state=TrialState.FAIL)
 
     def tell(self, trial: Trial) -> None:
-        """An early stop counts by where it came to, below all that went to the end; what was impossible or failed
-        counts as the worst there is, so that TPE keeps away from there."""
-        told: dict[str, Any] = {"value": 0.0, "state": TrialState.COMPLETE}
-        steps: dict[int, float] = {}
+        """Add a result to the study.
+
+        A stopped trial is "pruned" with its curve, which TPE ranks below all finished trials. A failed or refused one
+        counts as accuracy 0, so that TPE avoids such values.
+        """
+        result: dict[str, Any] = {"value": 0.0, "state": TrialState.COMPLETE}
+        curve: dict[int, float] = {}
         if trial.last is not None and trial.status == "finished":
-            told["value"] = trial.last.accuracy
+            result["value"] = trial.last.accuracy
         elif trial.last is not None and trial.status == "stopped":
-            told = {"state": TrialState.PRUNED}
-            steps = {point.step: point.accuracy for point in trial.curve}
-        known = self._open.pop(trial.number, None)
-        if known is None:
-            made_of = {"params": dict(trial.settings), "distributions": self.distributions}
-            self.study.add_trial(optuna.trial.create_trial(**told, **made_of, intermediate_values=steps))
+            result = {"state": TrialState.PRUNED}
+            curve = {point.step: point.accuracy for point in trial.curve}
+        open_trial = self._open.pop(trial.number, None)
+        if open_trial is None:
+            params = {"params": dict(trial.settings), "distributions": self.distributions}
+            self.study.add_trial(optuna.trial.create_trial(**result, **params, intermediate_values=curve))
             return
-        for step, accuracy in steps.items():
-            known.report(accuracy, step)
-        self.study.tell(known, told.get("value"), state=told["state"])
+        for step, accuracy in curve.items():
+            open_trial.report(accuracy, step)
+        self.study.tell(open_trial, result.get("value"), state=result["state"])
 
 
-def _axis(dimension: Dimension) -> tuple[Value, ...]:
+def _levels(dimension: Dimension) -> tuple[Value, ...]:
     if not dimension.levels:
         raise SettingsError(
-            f"{dimension.name}: a grid needs a list of values, and {dimension.kind} is not one; write it as choice, or "
-            "use --search random or tpe"
+            f"{dimension.name}: grid search needs a list of values, but {dimension.kind} is an interval; write it as "
+            "choice, or use --search random or tpe"
         )
     return tuple(dimension.levels)
 
 
-def _seed(sweep: int, number: int) -> int:
-    return int(keyed_rng("tune", sweep, number).integers(2**31))
+def _seed(sweep_seed: int, number: int) -> int:
+    return int(keyed_rng("tune", sweep_seed, number).integers(2**31))
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
@@ -184,6 +194,6 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     return FloatDistribution(dimension.low, dimension.high, log=isinstance(dimension, LogUniform))
 
 
-def key_of(values: Values) -> str:
-    """Equal for equal values."""
+def values_key(values: Values) -> str:
+    """A string that is equal for equal values."""
     return json.dumps(values, sort_keys=True)

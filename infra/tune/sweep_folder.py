@@ -1,12 +1,12 @@
-"""A sweep's folder, which is the truth about the sweep: Ray's own state and MLflow can be lost at any moment.
+"""The folder of a sweep. It holds everything that a resume needs; Ray's own state and MLflow may be lost.
 
-    sweep.json        the plan: space, base settings, search, seed, fingerprints of code and data
-    trials.jsonl      a line for each trial that has ended (`evaluation.sweeps.trials`)
-    trials/00012/     run folder of a trial, made when it is proposed: settings, metric lines, checkpoint
-    best.toml         at the end: the best settings, for `metagmvae train`
+    sweep.json        plan: space, base settings, search method, seed, fingerprints of code and data
+    trials.jsonl      one line per trial that has ended (`evaluation.sweeps.trials`)
+    trials/00012/     run folder of a trial, created when it is accepted: settings, metric lines, checkpoint
+    best.toml         written at the end: the best settings, for `metagmvae train`
 
-So a trial is in one of three places: a line in the table (ended), a folder without a line (to go on with, from its
-checkpoint), or neither (not proposed yet).
+A trial with a line in the table has ended. A trial with a folder but no line is unfinished and continues from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.configs.load import SettingsError, differences, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
-from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, to_json_lines, read_trials
-from metagmvae.infra.runs.run_folder import TRAINING_LOCK
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
-from metagmvae.infra.tune.code_version import changed, code_fingerprint
+from metagmvae.evaluation.sweeps.record import SWEEP
+from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, read_trials, to_json_lines
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, TRAINING_LOCK, read_lines
+from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -34,15 +34,14 @@ if TYPE_CHECKING:
     from metagmvae.infra.tune.search import Search
 
 
-SWEEP = "sweep.json"
-FOLDERS = "trials"
+TRIAL_FOLDERS = "trials"
 REASON = "failed.txt"
-"""In a trial's folder: one line, why its training failed."""
+"""File in a trial's folder: one line, why its training failed."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What makes a sweep the sweep that it is; a resumed one must have the same."""
+    """Everything that decides the results of a sweep. A resume requires an equal plan."""
 
     name: str
     base: Settings
@@ -51,10 +50,10 @@ class SweepPlan:
     scheduler: str
     seed: int
     task: str
-    """By whose validation accuracy trials are judged: "5w1s"."""
+    """Few-shot task whose validation accuracy ranks the trials, for example "5w1s"."""
 
-    def record(self, dataset: Dataset) -> dict[str, Any]:
-        """As `sweep.json` keeps it."""
+    def to_dict(self, dataset: Dataset) -> dict[str, Any]:
+        """The content of `sweep.json`."""
         return {
             "version": 1,
             "name": self.name,
@@ -71,88 +70,89 @@ class SweepPlan:
 
 
 class SweepFolder:
-    """Reads and writes the folder; one process at a time, which holds it."""
+    """Reads and writes the folder. Only the process that holds the folder's lock may write."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.table = root / TRIALS
 
-    def make(self, resume: bool) -> None:
-        """Make the folder, or refuse one that is something else.
+    def create(self, resume: bool) -> None:
+        """Create the folder, or check that an existing one can be used.
 
         Raises:
-            DataError: it is not empty, not a sweep's, or cannot be made.
+            DataError: the folder is not empty, is not the folder of a sweep, or cannot be created.
         """
-        there = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
-        if set(there) - {TRAINING_LOCK} and not resume:
-            raise DataError(f"{self.root}: not empty; go on with --resume, or choose another folder: --out DIR")
-        if set(there) - {TRAINING_LOCK} and SWEEP not in there:
-            raise DataError(f"{self.root}: not a sweep's folder (no {SWEEP}); choose another one: --out DIR")
+        names = {path.name for path in self.root.iterdir()} - {TRAINING_LOCK} if self.root.is_dir() else set()
+        if names and not resume:
+            raise DataError(f"{self.root}: not empty; continue its sweep with --resume, or give another --out DIR")
+        if names and SWEEP not in names:
+            raise DataError(f"{self.root}: not the folder of a sweep (no {SWEEP}); give another --out DIR")
         try:
-            (self.root / FOLDERS).mkdir(parents=True, exist_ok=True)
+            (self.root / TRIAL_FOLDERS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.root}: cannot be made ({error.strerror}); choose another one: --out DIR") from error
+            raise DataError(f"{self.root}: cannot be created ({error.strerror}); give another --out DIR") from error
 
     def clear(self) -> None:
-        """Take away all that a sweep without trials has left; the folder itself stays, as it is held."""
+        """Delete the content of a sweep without trials. The folder and its lock, which is held, remain."""
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != TRAINING_LOCK:
                 path.unlink()
 
-    def keep(self, plan: SweepPlan, dataset: Dataset) -> None:
-        """Keep the plan of a new sweep, or compare it with the one that is there.
+    def write_or_check_plan(self, plan: SweepPlan, dataset: Dataset) -> None:
+        """Write the plan of a new sweep, or compare it with the plan in the folder.
 
         Raises:
-            SettingsError: something that decides the outcome has changed since, naming what.
-            DataError: the plan that is there cannot be read.
+            SettingsError: something that decides the results has changed; the message names it.
+            DataError: the plan in the folder cannot be read.
         """
         from metagmvae.evaluation.provenance import provenance
 
-        new, path = plan.record(dataset), self.root / SWEEP
+        new, path = plan.to_dict(dataset), self.root / SWEEP
         if not path.exists():
             write_json(path, new | {"environment": provenance()})
             return
         try:
-            found = _changes(read_json(path), new)
+            changes = _plan_changes(read_json(path), new)
         except (KeyError, TypeError, AttributeError, SettingsError) as error:
-            what = f"{type(error).__name__}: {error}" if not isinstance(error, SettingsError) else str(error)
+            message = str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{path}: not the plan of a sweep that this version knows ({what}); choose another folder: --out DIR"
+                f"{path}: not a plan that this version can read ({message}); give another --out DIR"
             ) from error
-        if found:
-            raise SettingsError(f"{self.root}: cannot resume, this is another sweep now ({'; '.join(found)})")
+        if changes:
+            raise SettingsError(f"{self.root}: cannot resume, the sweep has changed ({'; '.join(changes)})")
 
-    def folder(self, number: int) -> Path:
+    def trial_folder(self, number: int) -> Path:
         """Run folder of a trial."""
-        return self.root / FOLDERS / f"{number:05d}"
+        return self.root / TRIAL_FOLDERS / f"{number:05d}"
 
-    def open_trial(self, number: int, settings: Settings) -> None:
-        """Make the run folder of a trial that is going to take a slot."""
-        folder = self.folder(number)
+    def create_trial(self, number: int, settings: Settings) -> None:
+        """Create the run folder of a trial that will run."""
+        folder = self.trial_folder(number)
         folder.mkdir()
         write_json(folder / SETTINGS, json.loads(to_json(settings)))
 
-    def settings(self, number: int) -> Settings:
-        return settings_from_json((self.folder(number) / SETTINGS).read_text(encoding="utf-8"))
+    def trial_settings(self, number: int) -> Settings:
+        """Settings of a trial."""
+        return settings_from_json((self.trial_folder(number) / SETTINGS).read_text(encoding="utf-8"))
 
-    def mend(self) -> None:
-        """Take away what a kill left half-written: a cut-off last line, folders of trials without settings.
+    def repair(self) -> None:
+        """Delete what a killed process left incomplete: a truncated last line, and trial folders without settings.
 
-        Only for the process that holds the folder: of a sweep that runs, these are being written just now.
+        Only for the process that holds the lock: in a running sweep such files are being written.
         """
         content = self.table.read_bytes() if self.table.exists() else b""
         if not content.endswith(b"\n") and content:
             with atomic_file(self.table) as file:
                 file.write(content[: content.rfind(b"\n") + 1])
-        for folder in (self.root / FOLDERS).iterdir():
+        for folder in (self.root / TRIAL_FOLDERS).iterdir():
             if folder.is_dir() and not (folder / SETTINGS).is_file():
-                shutil.rmtree(folder)  # its number is drawn again, and a kill may have left a temporary file there
+                shutil.rmtree(folder)  # its number is proposed again, and it may contain a temporary file
 
     def unfinished(self, ended: Iterable[int]) -> list[int]:
-        """Trials that were proposed and have not ended, in order; a folder without settings is no trial yet."""
-        numbers = {int(path.parent.name) for path in (self.root / FOLDERS).glob(f"*/{SETTINGS}")}
+        """Numbers of the trials that were accepted and have not ended; a folder without settings does not count."""
+        numbers = {int(path.parent.name) for path in (self.root / TRIAL_FOLDERS).glob(f"*/{SETTINGS}")}
         return sorted(numbers - set(ended))
 
     def curve(self, number: int, task: str) -> tuple[CurvePoint, ...]:
@@ -165,13 +165,13 @@ class SweepFolder:
                 ci95=float(line[f"{key}_ci95"]),
                 seconds=float(line["elapsed_s"]),
             )
-            for line in read_lines(self.folder(number) / METRICS)
+            for line in read_lines(self.trial_folder(number) / METRICS)
             if key in line
         )
 
-    def trained(self, number: int) -> tuple[int, float]:
-        """Steps of meta-training and seconds that a trial has behind it."""
-        lines = read_lines(self.folder(number) / METRICS)
+    def training_progress(self, number: int) -> tuple[int, float]:
+        """Steps of meta-training that a trial has done, and its training time in seconds."""
+        lines = read_lines(self.trial_folder(number) / METRICS)
         if not lines:
             return 0, 0.0
         return (int(lines[-1]["step"]) if lines[-1]["stage"] == "meta" else 0), float(lines[-1]["elapsed_s"])
@@ -180,8 +180,8 @@ class SweepFolder:
         """Trials that have ended."""
         return read_trials(self.table)
 
-    def record(self, trial: Trial) -> None:
-        """Add the line of a trial that has ended; it is on disk when this returns.
+    def append_trial(self, trial: Trial) -> None:
+        """Append the line of a trial that has ended. The line is on disk when this returns.
 
         Raises:
             DataError: the disk is full, or the folder cannot be written.
@@ -192,23 +192,23 @@ class SweepFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise DataError(f"{self.table}: cannot be written ({error.strerror}); go on with --resume") from error
+            raise DataError(f"{self.table}: cannot be written ({error.strerror}); continue with --resume") from error
 
-    def rewrite(self, trials: Iterable[Trial]) -> None:
+    def rewrite_trials(self, trials: Iterable[Trial]) -> None:
         """Replace the table."""
         with atomic_file(self.table) as file:
             file.write(to_json_lines(trials).encode())
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two plans, as `what: new, old`."""
-    found = [f"{k}: {new[k]!r}, {old[k]!r}" for k in ("task", "search", "scheduler", "seed") if new[k] != old[k]]
+def _plan_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences between two plans, as `name: new, old`."""
+    changes = [f"{k}: {new[k]!r}, {old[k]!r}" for k in ("task", "search", "scheduler", "seed") if new[k] != old[k]]
     for key in sorted(old["space"].keys() | new["space"].keys()):
         ours, theirs = (json.dumps(plan["space"].get(key, "not varied")) for plan in (new, old))
         if ours != theirs:
-            found.append(f"space {key}: {ours}, {theirs}")
-    found += differences(*(settings_from_json(json.dumps(plan["base"])) for plan in (new, old)))
+            changes.append(f"space {key}: {ours}, {theirs}")
+    changes += differences(*(settings_from_json(json.dumps(plan["base"])) for plan in (new, old)))
     if new["data_fingerprint"] != old["data_fingerprint"]:
-        found.append(f"data: {new['data']} holds other data than {old['data']} did")
-    code = changed(new["code"], old["code"])
-    return found + ([f"code: {', '.join(code)}"] if code else [])
+        changes.append(f"data: {new['data']} differs in content from {old['data']}")
+    code = changed_parts(new["code"], old["code"])
+    return changes + ([f"code: {', '.join(code)}"] if code else [])

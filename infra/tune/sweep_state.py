@@ -1,4 +1,4 @@
-"""The course of a sweep, without Ray: what is tried next, what became of it, what was best."""
+"""State of a sweep, independent of Ray: which trial runs next, how trials ended, which is the best."""
 
 from __future__ import annotations
 
@@ -12,210 +12,221 @@ from metagmvae.evaluation.sweeps.ranking import best_trial
 from metagmvae.evaluation.sweeps.trials import Status, Trial
 from metagmvae.infra.runs.checks import check_encoder_settings
 from metagmvae.infra.runs.run_folder import CHECKPOINT
-from metagmvae.infra.tune.search import Values, key_of, search_method
+from metagmvae.infra.tune.search import Values, search_method, values_key
 from metagmvae.infra.tune.sweep_folder import REASON, SweepFolder, SweepPlan
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.shards.dataset import Dataset
 
-REDRAWS = 1000
-"""Impossible or repeated proposals in a row after which the space counts as used up."""
+MAX_REJECTED = 1000
+"""Number of impossible or repeated proposals in a row after which the space counts as exhausted."""
 OUT_OF_TIME = "the hours of the sweep were up"
+"""Reason of a trial that the time limit stopped. Tables contain this text, and a resume looks for it."""
 BEST = "best.toml"
 
 
 class SweepState:
-    """Hands out trials and takes down how they ended. One thread drives it; another may read `running`, `ended`."""
+    """Proposes trials and records how they ended.
+
+    Only one thread may call the methods. Another thread may read `running` and `ended`.
+    """
 
     def __init__(
         self,
         plan: SweepPlan,
         folder: SweepFolder,
         dataset: Dataset,
-        trials: int | None,
+        max_trials: int | None,
         hours: float | None = None,
         keep_all: bool = False,
     ) -> None:
-        """Go on from what the folder holds.
+        """Restore the state from the folder.
 
         Args:
             plan: of the sweep.
-            folder: made, and held by this process.
-            dataset: that trials train on.
-            trials: that take a slot, over all resumes; None: as many as a grid has.
-            hours: after which none is begun and those that run are stopped; None: no limit.
-            keep_all: keep the checkpoint of every trial, not of the best one only.
+            folder: created, and locked by this process.
+            dataset: on which the trials train.
+            max_trials: number of trials to run, over all resumes; refused ones do not count. None: no limit.
+            hours: time limit, after which no trial starts and running ones are stopped; None: no limit.
+            keep_all: keep the checkpoints of all trials instead of the best one only.
         """
-        self.plan, self.folder, self.dataset, self.budget = plan, folder, dataset, trials
+        self.plan, self.folder, self.dataset, self.max_trials = plan, folder, dataset, max_trials
         self.keep_all = keep_all
-        self.until = time.monotonic() + 3600 * hours if hours is not None else float("inf")
+        self.deadline = time.monotonic() + 3600 * hours if hours is not None else float("inf")
         self.ended: dict[int, Trial] = {}
-        self._cut_off: dict[int, Trial] = {}
-        """What the hours of before cut off, as far as it came; until it ends anew."""
+        self._timed_out_before: dict[int, Trial] = {}
+        """Trials that an earlier time limit stopped and that have not ended again, with their results so far."""
         self.running: dict[int, float] = {}
-        """Number -> when it began, in the seconds of `time.monotonic`."""
-        self.late: set[int] = set()
-        """Trials that the hours cut off."""
-        self._before: dict[int, float] = {}
+        """Start of each running trial, in seconds of `time.monotonic`, by number."""
+        self.timed_out: set[int] = set()
+        """Running trials that the time limit stops."""
+        self._earlier_seconds: dict[int, float] = {}
+        """Wall time of unfinished trials before they were interrupted, by number."""
         self._restore()
-        self.taken = sum(trial.status != "refused" for trial in self.ended.values()) + len(self.waiting)
-        """Trials that have or had a slot."""
+        self.started = sum(trial.status != "refused" for trial in self.ended.values()) + len(self.unfinished)
+        """Number of trials that count against `max_trials`."""
         self._best = best_trial(self.ended.values())
-        chosen = {number: plan.space.values_of(folder.settings(number)) for number in self.waiting}
-        self._seen = {key_of(dict(trial.settings)) for trial in self.ended.values()} | set(map(key_of, chosen.values()))
-        self.proposer = search_method(plan.search, plan.space, plan.seed, chosen, self.ended.values())
-        self.next_number = max([*self.ended, *self.waiting], default=-1) + 1
+        interrupted = {number: plan.space.values_of(folder.trial_settings(number)) for number in self.unfinished}
+        self._proposed = {values_key(dict(trial.settings)) for trial in self.ended.values()}
+        self._proposed |= {values_key(values) for values in interrupted.values()}
+        self.search = search_method(plan.search, plan.space, plan.seed, interrupted, self.ended.values())
+        self.next_number = max([*self.ended, *self.unfinished], default=-1) + 1
 
     def _restore(self) -> None:
-        """Ended trials from the table; the others from their folders, to go on with."""
-        self.folder.mend()
+        """Read ended trials from the table, and the others from their folders."""
+        self.folder.repair()
         for trial in self.folder.trials():
-            # What the hours cut off goes on where there are hours again, and gets another line when it ends.
-            (self._cut_off if trial.reason == OUT_OF_TIME else self.ended)[trial.number] = trial
-        self.waiting = self.folder.unfinished(self.ended)
-        for number in list(self.waiting):
-            self._before[number] = self.folder.trained(number)[1]
-            if self._status(number, 0)[0] != "stopped":
-                # It ended in the moment that the sweep was killed in, and was not taken down any more.
-                self.waiting.remove(number)
-                self.ended[number] = self._made(number, *self._status(number, 0), self._before[number])
-                self.folder.record(self.ended[number])
-                self._cut_off.pop(number, None)
+            # A trial that the time limit stopped continues now, and gets another line when it ends.
+            (self._timed_out_before if trial.reason == OUT_OF_TIME else self.ended)[trial.number] = trial
+        self.unfinished = self.folder.unfinished(self.ended)
+        for number in list(self.unfinished):
+            self._earlier_seconds[number] = self.folder.training_progress(number)[1]
+            status, reason = self._status(number, 0)
+            if status != "stopped":
+                # The trial ended, but the sweep was killed before its line was written.
+                self.unfinished.remove(number)
+                self.ended[number] = self._make_trial(number, status, reason, self._earlier_seconds[number])
+                self.folder.append_trial(self.ended[number])
+                self._timed_out_before.pop(number, None)
 
-    def next(self) -> int | None:
-        """The number of the next trial, its folder ready; None: there is no more to begin.
+    def next_trial(self) -> int | None:
+        """Prepare the folder of the next trial and return its number, or None if no further trial may start.
 
         Raises:
-            SettingsError: nothing in the space is possible.
+            SettingsError: no combination in the space is possible.
         """
-        if self.is_late():
+        if self.is_out_of_time():
             return None
-        if self.waiting:
-            number = self.waiting.pop(0)
-        elif self.budget is not None and self.taken >= self.budget:
+        if self.unfinished:
+            number = self.unfinished.pop(0)
+        elif self.max_trials is not None and self.started >= self.max_trials:
             return None
         else:
-            found = self._draw()
-            if found is None:
+            proposed = self._propose()
+            if proposed is None:
                 return None
-            number = found
-            self.taken += 1
+            number = proposed
+            self.started += 1
         self.running[number] = time.monotonic()
         return number
 
-    def take_back(self) -> None:
-        """Trials that were handed out and dropped: to go on with."""
-        for number, began in self.running.items():
-            self._before[number] = self._before.get(number, 0.0) + time.monotonic() - began
-        self.waiting = sorted([*self.waiting, *self.running])
+    def requeue_running(self) -> None:
+        """Mark running trials as unfinished, so that `next_trial` returns them again."""
+        for number, start in self.running.items():
+            self._earlier_seconds[number] = self._earlier_seconds.get(number, 0.0) + time.monotonic() - start
+        self.unfinished = sorted([*self.unfinished, *self.running])
         self.running.clear()
 
     def trials(self) -> list[Trial]:
-        """All that have ended; what was cut off and had no hours to go on again too, as far as it came."""
-        return [*self._cut_off.values(), *self.ended.values()]
+        """All trials with results: ended ones, and ones that an earlier time limit stopped."""
+        return [*self._timed_out_before.values(), *self.ended.values()]
 
-    def is_late(self) -> bool:
-        """Whether the hours are up."""
-        return time.monotonic() >= self.until
+    def is_out_of_time(self) -> bool:
+        """Whether the time limit has been reached."""
+        return time.monotonic() >= self.deadline
 
-    def _draw(self) -> int | None:
-        """Propose until something is possible and new."""
-        for _ in range(REDRAWS):
+    def _propose(self) -> int | None:
+        """Ask for proposals until one is possible and new; return its number, or None if the space is exhausted."""
+        for _ in range(MAX_REJECTED):
             number = self.next_number
-            values = self.proposer.draw(number)
+            values = self.search.ask(number)
             if values is None:
                 return None
             self.next_number += 1
-            if key_of(values) in self._seen:
-                self.proposer.forget(number)  # the same training again would end alike
+            if values_key(values) in self._proposed:
+                self.search.discard(number)  # the same training would give the same result
                 continue
             try:
-                settings = self.trial_settings(number, values)
+                settings = self.make_settings(number, values)
             except SettingsError as error:
                 self._refuse(number, values, str(error))
                 continue
             values = self.plan.space.values_of(settings)
-            if key_of(values) in self._seen:  # 5 in the space is 5.0 where the setting is a real number
-                self.proposer.forget(number)
+            if values_key(values) in self._proposed:  # 5 in the space becomes 5.0 in a setting that is a float
+                self.search.discard(number)
                 continue
-            self._seen.add(key_of(values))
-            self.folder.open_trial(number, settings)
-            self.proposer.take(number, values)
+            self._proposed.add(values_key(values))
+            self.folder.create_trial(number, settings)
+            self.search.accept(number, values)
             return number
-        if not self.taken:
+        if not self.started:
             last = next(reversed(self.ended.values())).reason
-            raise SettingsError(f"{REDRAWS} proposals and none is possible; the last one: {last}; change the space")
+            raise SettingsError(
+                f"none of {MAX_REJECTED} proposals is possible; the last one: {last}; change the search space"
+            )
         return None
 
-    def trial_settings(self, number: int, values: Values) -> Settings:
+    def make_settings(self, number: int, values: Values) -> Settings:
         """Settings of a trial.
 
         Raises:
-            SettingsError: the combination is impossible.
+            SettingsError: the combination of values is impossible.
         """
         settings = with_values(self.plan.base, values)
-        check_validated(settings)
+        check_validation_interval(settings)
         check_encoder_settings(settings, self.dataset, "meta-gmvae")
-        here = {"out": str(self.folder.folder(number)), "figures": False}
-        free = {"run": settings.run.model_copy(update=here), "tracking": TrackingSettings(enabled=False)}
-        return settings.model_copy(update={"name": f"{self.plan.name}-{number:05d}", **free})
+        run = settings.run.model_copy(update={"out": str(self.folder.trial_folder(number)), "figures": False})
+        name = f"{self.plan.name}-{number:05d}"
+        return settings.model_copy(update={"name": name, "run": run, "tracking": TrackingSettings(enabled=False)})
 
     def _refuse(self, number: int, values: Values, reason: str) -> None:
-        self._seen.add(key_of(values))
-        self._end(Trial(number=number, settings=values, status="refused", reason=reason))
+        self._proposed.add(values_key(values))
+        self._record(Trial(number=number, settings=values, status="refused", reason=reason))
 
-    def has_ended(self, number: int, died: int = 0, why: str = "") -> Trial:
-        """Take down how a trial ended; its table line is on disk when this returns.
+    def end_trial(self, number: int, failures: int = 0, cause: str = "") -> Trial:
+        """Record the end of a running trial. Its line is on disk when this returns.
 
         Args:
             number: of the trial.
-            died: times that its process was lost, where that ended it.
-            why: it was lost, as far as is known.
+            failures: number of times that its process was lost, if that ended it.
+            cause: last error message of the lost process, if known.
         """
-        seconds = time.monotonic() - self.running.pop(number) + self._before.pop(number, 0.0)
-        status, reason = self._status(number, died)
-        trial = self._made(number, status, reason + (f": {why}" if reason and died and why else ""), seconds)
-        self._end(trial)
-        self._keep_checkpoint(trial)
+        seconds = time.monotonic() - self.running.pop(number) + self._earlier_seconds.pop(number, 0.0)
+        status, reason = self._status(number, failures)
+        if reason and failures and cause:
+            reason = f"{reason}: {cause}"
+        trial = self._make_trial(number, status, reason, seconds)
+        self._record(trial)
+        self._delete_checkpoints(trial)
         return trial
 
-    def _status(self, number: int, died: int) -> tuple[Status, str]:
-        """How a trial ended, by what is in its folder; `stopped` where nothing else says so."""
-        reason = self.folder.folder(number) / REASON
+    def _status(self, number: int, failures: int) -> tuple[Status, str]:
+        """Status and reason of a trial, from the files in its folder; `stopped` if these do not show another end."""
+        reason = self.folder.trial_folder(number) / REASON
         if reason.exists():
             return "failed", reason.read_text(encoding="utf-8").strip()
-        if self.folder.trained(number)[0] == self.folder.settings(number).train.steps:
+        if self.folder.training_progress(number)[0] == self.folder.trial_settings(number).train.steps:
             return "finished", ""
-        if died:
-            return "failed", f"its process was lost {died} time{'s' if died > 1 else ''}"
-        return "stopped", OUT_OF_TIME if number in self.late else ""
+        if failures:
+            return "failed", f"its process was lost {failures} time{'s' if failures > 1 else ''}"
+        return "stopped", OUT_OF_TIME if number in self.timed_out else ""
 
-    def _made(self, number: int, status: Status, reason: str, seconds: float) -> Trial:
+    def _make_trial(self, number: int, status: Status, reason: str, seconds: float) -> Trial:
         return Trial(
             number=number,
-            settings=self.plan.space.values_of(self.folder.settings(number)),
+            settings=self.plan.space.values_of(self.folder.trial_settings(number)),
             status=status,
             reason=reason,
             curve=self.folder.curve(number, self.plan.task),
             seconds=seconds,
         )
 
-    def _end(self, trial: Trial) -> None:
-        """The line first: all else is found again from it."""
-        self.folder.record(trial)
+    def _record(self, trial: Trial) -> None:
+        """Write the line of a trial first, because a resume restores everything else from it."""
+        self.folder.append_trial(trial)
         self.ended[trial.number] = trial
-        self._cut_off.pop(trial.number, None)
-        self.proposer.tell(trial)
+        self._timed_out_before.pop(trial.number, None)
+        self.search.tell(trial)
 
-    def _keep_checkpoint(self, trial: Trial) -> None:
-        """Only the best trial keeps its checkpoint, and one that is to go on; a thousand of them fill a disk."""
-        # The earlier one first: of equals it is the best, as in `write_best`.
-        before, self._best = self._best, best_trial([*([self._best] if self._best else []), trial])
-        for old in (trial, before):
+    def _delete_checkpoints(self, trial: Trial) -> None:
+        """Keep only the checkpoints of the best trial and of trials that a resume continues, to save disk space."""
+        # The earlier trial comes first: of equal trials it is the best, as in `write_best`.
+        previous, self._best = self._best, best_trial([*([self._best] if self._best else []), trial])
+        for old in (trial, previous):
             if old is not None and old is not self._best and old.reason != OUT_OF_TIME and not self.keep_all:
-                (self.folder.folder(old.number) / CHECKPOINT).unlink(missing_ok=True)
+                (self.folder.trial_folder(old.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def write_best(self) -> Trial | None:
-        """Write the best settings as a TOML file that `metagmvae train` takes; None where no trial was judged."""
+        """Write the best settings as a TOML file for `metagmvae train`; None if no trial has an accuracy."""
         best = best_trial(self.trials())
         if best is None or best.last is None:
             return None
@@ -232,20 +243,20 @@ class SweepState:
         return best
 
 
-def check_validated(settings: Settings) -> None:
-    """Refuse a trial whose last step would not be judged.
+def check_validation_interval(settings: Settings) -> None:
+    """Refuse settings with which the last training step would not be validated.
 
     Raises:
-        SettingsError: naming steps and interval.
+        SettingsError: train.steps is not a multiple of validation.every.
     """
     steps, every = settings.train.steps, settings.validation.every
     if not every or not steps or steps % every:
         raise SettingsError(
-            f"train.steps ({steps}) is not a multiple of validation.every ({every}), and what was trained would not "
-            f"be judged: set validation.every to {_divisor(steps)}, or --steps"
+            f"train.steps ({steps}) is not a multiple of validation.every ({every}), so the final model would not be "
+            f"validated: set validation.every to {_suggested_interval(steps)}, or change --steps"
         )
 
 
-def _divisor(steps: int) -> int:
-    """Of the divisors of so many steps, the one that judges four times or little more often."""
+def _suggested_interval(steps: int) -> int:
+    """The largest divisor of `steps` with which there are at least four validations."""
     return max((every for every in range(1, steps // 4 + 1) if steps % every == 0), default=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metagmvae.configs.load import settings_from_json
+from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
 from metagmvae.infra.runs.run_folder import SETTINGS
 from metagmvae.infra.runs.run_folder import STATUS as STATUS_FILE
@@ -24,7 +25,7 @@ from metagmvae.infra.tracking.cursor import upload_lock
 from metagmvae.infra.tracking.run_tracker import with_last_store
 from metagmvae.infra.tracking.run_uploader import RunUploader, UploadReport
 from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
-from metagmvae.infra.tune.sweep_folder import SWEEP, SweepFolder
+from metagmvae.infra.tune.sweep_folder import SweepFolder
 from metagmvae.pipelines.files import read_json
 
 PARENT, NUMBER, STATUS, REASON = "mlflow.parentRunId", "metagmvae.trial", "metagmvae.status", "metagmvae.reason"
@@ -87,7 +88,7 @@ class SweepUploader:
         for number in running:
             if number not in ended_numbers:
                 curve = self.folder.curve(number, self.plan["task"])
-                settings = flatten(read_json(self.folder.folder(number) / SETTINGS))
+                settings = flatten(read_json(self.folder.trial_folder(number) / SETTINGS))
                 sent += self._send_child(number, {name: settings[name] for name in self.plan["space"]}, curve, None)
         self.parent.cursor.save()
         return sent
@@ -102,7 +103,7 @@ class SweepUploader:
         from mlflow.entities import Metric, Param, RunTag
 
         known = self.trials.get(str(number))
-        started_ms = round(1000 * (self.folder.folder(number) / SETTINGS).stat().st_mtime)
+        started_ms = round(1000 * (self.folder.trial_folder(number) / SETTINGS).stat().st_mtime)
         if known is None:
             tags = {PARENT: self.entry["run_id"], NUMBER: str(number)}
             name = f"{self.plan['name']}-{number:05d}"

@@ -1,7 +1,7 @@
-"""A trial of a sweep: the training of `metagmvae train`, in a worker of Ray Tune, reporting its validations.
+"""One trial of a sweep: the same training as `metagmvae train`, in a Ray Tune worker that reports each validation.
 
-Workers stay for the next trial, so a trial costs neither a new process nor opening the data again. All that has to
-last is in the trial's run folder; Tune is told only what its scheduler decides by.
+Workers are reused for the next trial, so a trial starts no new process and does not open the dataset again. All
+persistent data is in the trial's run folder. Tune receives only the values that its scheduler needs.
 """
 
 from __future__ import annotations
@@ -32,74 +32,79 @@ from metagmvae.pipelines.shards.dataset import Dataset, MappedRows, Reader
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
 PATIENCE_S = 120.0
-"""For a process of a sweep that was killed to notice it and let go of the trial."""
-LONGEST = 300
-"""Characters of a reason."""
+"""Longest wait for the process of a killed sweep to release the trial's folder."""
+MAX_REASON = 300
+"""Characters of a failure reason."""
 
 
 class SharedDataset(Dataset):
-    """A data set whose rows are opened and compared with their sums once a process, and lie in memory once a node.
+    """A dataset whose rows are opened and verified once per process and are in memory once per node.
 
-    Rows are mapped from the shards, so what was read of them is in the page cache that all processes of a node
-    share; a reader that decodes them into memory would hold a copy for each trial.
+    Rows are memory-mapped from the shards, so all processes of a node share them in the page cache. A reader that
+    decodes them into memory would hold one copy per trial.
     """
 
     def rows(
         self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096, check: bool = True
     ) -> np.ndarray | MappedRows:
+        """Memory-mapped rows of a split, whatever the reader."""
         opened = self.__dict__.setdefault("_opened", {})
         if split not in opened:
             opened[split] = super().rows(split, "mmap", check=True)
         return opened[split]
 
     def labels(self, split: str) -> np.ndarray:
-        known = self.__dict__.setdefault("_labels", {})
-        if split not in known:
-            known[split] = super().labels(split)
-        return known[split]
+        """Class ids of a split, read once."""
+        labels = self.__dict__.setdefault("_labels", {})
+        if split not in labels:
+            labels[split] = super().labels(split)
+        return labels[split]
 
 
 @lru_cache(maxsize=4)
 def shared_dataset(uri: str) -> Dataset:
-    """Opened once a process."""
+    """Open a dataset once per process."""
     return SharedDataset.open(uri)
 
 
 class TrialContext(LocalContext):
-    """Of a trial in one process: the run folder as ever, and Tune told of each validation."""
+    """Context of a trial in one process: writes the run folder and reports each validation to Tune."""
 
     def __init__(self, run_dir: Path, device: torch.device, task: str) -> None:
         super().__init__(run_dir, device, resume=True)
         self.task = task
 
     def load(self) -> TrainState | None:
+        """Load the checkpoint and repeat the reports before it."""
         state = super().load()
         replay_reports(self.run_dir, self.task)
         return state
 
     def report(self, line: MetricLine, state: TrainState | None) -> None:
+        """Write a metric line, and report its validation if it has one."""
         super().report(line, state)
-        told = tune_result(line, self.task)
-        if told is not None:
-            tune.report(told)
+        result = tune_result(line, self.task)
+        if result is not None:
+            tune.report(result)
 
 
 class ValidationReports(TuneReportCallback):
-    """Of a trial on several workers: runs where the run folder is written, tells Tune of each validation."""
+    """Reports each validation of a distributed trial to Tune. Runs in the process that writes the run folder."""
 
     def __init__(self, task: str) -> None:
         super().__init__()
         self.task = task
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Report the validations among the metric lines of all ranks."""
         for line in (line for rank in metrics for line in json.loads(rank["lines"])):
-            told = tune_result(line, self.task)
-            if told is not None:
-                super().after_report(run_context, [told], None)
+            result = tune_result(line, self.task)
+            if result is not None:
+                super().after_report(run_context, [result], None)
 
 
 def tune_result(line: MetricLine, task: str) -> dict[str, Any] | None:
-    """What Tune is told of a metric line; None where it holds no validation."""
+    """Values of a metric line that are reported to Tune; None if it contains no validation."""
     key = f"validation/{task}"
     if key not in line:
         return None
@@ -107,21 +112,21 @@ def tune_result(line: MetricLine, task: str) -> dict[str, Any] | None:
 
 
 def replay_reports(run_dir: Path, task: str) -> None:
-    """Tell a scheduler that is new, as after a resume, what the trial had reached before."""
+    """Report the trial's earlier validations again. After a resume the scheduler is new and does not know them."""
     for line in read_lines(run_dir / METRICS):
-        told = tune_result(line, task)
-        if told is not None:
-            tune.report(told)
+        result = tune_result(line, task)
+        if result is not None:
+            tune.report(result)
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """What a worker runs.
+    """Run a trial in a worker. An error of the training is written into its folder as the reason of its failure.
 
     Args:
         config: `folder` of the trial, URI of the `data`, `task`.
 
     Raises:
-        DataError: this node does not see the folder.
+        DataError: the trial's folder does not exist on this node.
     """
     folder = Path(config["folder"])
     if not (folder / SETTINGS).is_file():
@@ -130,7 +135,7 @@ def run_trial(config: dict[str, Any]) -> None:
         settings = settings_from_json((folder / SETTINGS).read_text(encoding="utf-8"))
         with lock_run_folder(folder, patience_s=PATIENCE_S):
             _train(settings, config["data"], folder, config["task"])
-    except Exception as error:  # whatever ends a training is a result of the sweep, which goes on
+    except Exception as error:  # any error ends this trial only; the sweep continues
         with atomic_file(folder / REASON) as file:
             file.write((one_line(error) + "\n").encode())
     finally:
@@ -155,7 +160,7 @@ def _train(settings: Settings, data: str, folder: Path, task: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, with its type where it is none of ours."""
-    ours = type(error).__module__.split(".")[0] in ("configs", "pipelines", "training", "evaluation", "infra")
-    text = " ".join(str(error).split())
-    return (text if ours else f"{type(error).__name__}: {text}")[:LONGEST]
+    """The message of an error in one line, with its type unless this project raised it."""
+    message = " ".join(str(error).split())
+    is_ours = type(error).__module__.split(".")[0] == "metagmvae"
+    return (message if is_ours else f"{type(error).__name__}: {message}")[:MAX_REASON]
