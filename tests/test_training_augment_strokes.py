@@ -1,4 +1,4 @@
-"""Views: functions of the generator alone, in range, of the same shape, and nothing at strength zero."""
+"""Views of strokes: keyed by the generator, same shape and range, the identity at strength 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ view = partial(stroke_view, elastic=0.12)
 
 
 def strokes(n: int, channels: int = 1, height: int = 20, width: int = 28) -> torch.Tensor:
-    """Bright bars on a dark ground."""
+    """Bright bars on a dark background."""
     images = torch.zeros(n, channels, height, width)
     for i in range(n):
         images[i, :, 4 + i % 5 : 7 + i % 5, 5:22] = 1.0
@@ -28,28 +28,28 @@ def generator(*key: int | str) -> torch.Generator:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_keep_shape_type_and_range(channels: int) -> None:
     images = strokes(64, channels)
-    seen = view(images, generator(0), strength=1.0)
-    assert seen.shape == images.shape
-    assert seen.dtype == torch.float32
-    assert float(seen.min()) >= 0.0
-    assert float(seen.max()) <= 1.0
-    assert float(seen.max()) > 0.9  # the strokes are still there
-    assert ((seen - images).abs().amax(dim=(1, 2, 3)) > 0.1).all()
+    views = view(images, generator(0), strength=1.0)
+    assert views.shape == images.shape
+    assert views.dtype == torch.float32
+    assert float(views.min()) >= 0.0
+    assert float(views.max()) <= 1.0
+    assert float(views.max()) > 0.9  # the strokes are still visible
+    assert ((views - images).abs().amax(dim=(1, 2, 3)) > 0.1).all()
 
 
-def test_views_are_a_function_of_seed_and_step() -> None:
+def test_views_depend_on_every_part_of_the_key() -> None:
     images = strokes(8)
     first = view(images, generator(3, "views", 17))
-    torch.rand(5)  # global random state has no part in it
+    torch.rand(5)  # the global random state is not used
     assert torch.equal(first, view(images, generator(3, "views", 17)))
     for other in ((4, "views", 17), (3, "views", 18), (3, "other", 17)):
         assert not torch.equal(first, view(images, generator(*other)))
 
 
-def test_two_draws_and_two_images_differ() -> None:
+def test_views_differ_between_draws_and_between_images() -> None:
     images = strokes(1).expand(6, -1, -1, -1)
-    source = generator(1)
-    first, second = view(images, source), view(images, source)
+    same = generator(1)
+    first, second = view(images, same), view(images, same)
     assert not torch.equal(first, second)
     assert len(torch.unique(first.flatten(1), dim=0)) == 6
 
@@ -63,35 +63,35 @@ def test_strength_zero_is_the_identity(channels: int, size: tuple[int, int]) -> 
 
 def test_distortion_grows_with_strength() -> None:
     images = strokes(128)
-    moved = [float((view(images, generator(0), strength=s) - images).abs().mean()) for s in (0.0, 0.1, 0.4, 1.0)]
-    assert moved == sorted(moved)
-    assert moved[0] < 1e-5 < moved[1]
+    distances = [float((view(images, generator(0), strength=s) - images).abs().mean()) for s in (0.0, 0.1, 0.4, 1.0)]
+    assert distances == sorted(distances)
+    assert distances[0] < 1e-5 < distances[1]
 
 
-def test_the_images_given_are_left_alone() -> None:
+def test_input_images_are_not_modified() -> None:
     images = strokes(4)
     before = images.clone()
     view(images, generator(0))
     assert torch.equal(images, before)
 
 
-def test_strokes_grow_and_thin_for_single_channels_only() -> None:
-    """A blank ground stays blank, a full one stays full inside: thickness acts on edges."""
+def test_stroke_width_changes_for_single_channel_images_only() -> None:
+    """An empty image stays empty, and the total brightness varies more where the stroke width changes."""
     assert torch.equal(view(torch.zeros(8, 1, 28, 28), generator(0)), torch.zeros(8, 1, 28, 28))
-    ink = [float(view(strokes(256), generator(0)).sum(dim=(1, 2, 3)).std())]
-    ink.append(float(view(strokes(256, 3), generator(0))[:, :1].sum(dim=(1, 2, 3)).std()))
-    assert ink[0] > 1.2 * ink[1]
+    brightness = [float(view(strokes(256), generator(0)).sum(dim=(1, 2, 3)).std())]
+    brightness.append(float(view(strokes(256, 3), generator(0))[:, :1].sum(dim=(1, 2, 3)).std()))
+    assert brightness[0] > 1.2 * brightness[1]
 
 
-def test_elastic_alone_bends_by_at_most_so_many_half_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elastic_deformation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("ROTATION", "LOG_SCALE", "SHEAR", "SHIFT"):
         monkeypatch.setattr("metagmvae.training.augment.strokes." + other, 0.0)
     monkeypatch.setattr("metagmvae.training.augment.strokes._change_stroke_width", lambda images, *_: images)
     images = strokes(64)
     assert torch.allclose(stroke_view(images, generator(0), elastic=0.0), images, rtol=0, atol=1e-5)
-    # Columns of ones left of a bent edge: a bend of 0.25 half widths of 28 pixels moves no edge by more than 3.5
-    # (the bicubic field overshoots its control points by less than a fifth).
-    half = torch.zeros(64, 1, 28, 28)
-    half[..., :14] = 1.0
-    edge = stroke_view(half, generator(0), elastic=0.25)[:, 0, 7:21].sum(dim=2)
+    # A displacement of 0.25 half widths of 28 pixels moves the edge by at most 3.5 pixels; bicubic interpolation
+    # overshoots the control points by less than a fifth.
+    left_half = torch.zeros(64, 1, 28, 28)
+    left_half[..., :14] = 1.0
+    edge = stroke_view(left_half, generator(0), elastic=0.25)[:, 0, 7:21].sum(dim=2)
     assert 1.0 < float((edge - 14).abs().max()) < 2 * 3.5 * 1.2

@@ -1,7 +1,7 @@
-"""Two gloo ranks equal one process; what batch normalisation does to that; errors on one rank end both.
+"""Two gloo ranks equal one process, except for batch normalisation; an error on one rank ends both.
 
-One pair of processes runs all cases once and leaves its results in files; the tests compare them with the
-same cases computed here, in one process, on the whole batch.
+One pair of processes runs all cases once and saves the results. The tests compare them with the same cases computed in
+this process on the whole batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import run_on_two_ranks
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, TrainSettings
@@ -53,8 +54,8 @@ def feature_sets(episodes: list[int]) -> SetBatch:
     return SetBatch(np.stack(h), np.array(episodes, dtype=np.int64), step=0)
 
 
-def mine() -> slice:
-    """Episodes b with b % world == rank, as the stream deals them."""
+def of_this_rank() -> slice:
+    """Episodes b with b % world == rank, as the stream distributes them."""
     return slice(distributed.rank(), None, distributed.world_size())
 
 
@@ -65,7 +66,7 @@ def gradient(module: nn.Module) -> Tensor:
 def meta(train: bool, episodes: list[int]) -> dict[str, Tensor]:
     net = model()
     step = distributed.data_parallel(MetaStep(net, SETTINGS), CPU).train(train)
-    loss, terms = step(sets(episodes[mine()]))
+    loss, terms = step(sets(episodes[of_this_rank()]))
     loss.backward()
     return {
         "loss": distributed.mean_over_ranks(loss),
@@ -74,8 +75,8 @@ def meta(train: bool, episodes: list[int]) -> dict[str, Tensor]:
     }
 
 
-class Named:
-    """A stream of feature sets, new episodes each step."""
+class FeatureSets:
+    """A stream of sets of features, new episodes in each step."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -83,12 +84,12 @@ class Named:
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> tuple[SetBatch]:
+    def __next__(self) -> SetBatch:
         self.step += 1
-        return (feature_sets([self.step * EPISODES + b for b in range(EPISODES)][mine()]),)
+        return feature_sets([self.step * EPISODES + b for b in range(EPISODES)][of_this_rank()])
 
 
-class Rank:
+class RankContext:
     device = CPU
 
     def __init__(self) -> None:
@@ -108,15 +109,15 @@ def trained() -> dict[str, Any]:
     net = model("features")
     step = distributed.data_parallel(MetaStep(net, SETTINGS), CPU)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    stage = Stage("meta", 5, step, optimizer, build_schedule(optimizer, "constant", 5), Named(), 24, 1.0)
-    surroundings = Rank()
-    fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 2, 5), surroundings, start=0, elapsed=0.0)
+    stage = Stage("meta", 5, step, optimizer, build_schedule(optimizer, "constant", 5), FeatureSets(), 24, 1.0)
+    context = RankContext()
+    fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 2, 5), context, start=0, elapsed=0.0)
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
-    return {"weights": weights, "losses": torch.tensor([line["loss"] for line in surroundings.lines])}
+    return {"weights": weights, "losses": torch.tensor([line["loss"] for line in context.lines])}
 
 
-class Poisoned(nn.Module):
-    """Loss NaN in the third step of one rank."""
+class FailsOnOneRank(nn.Module):
+    """The loss is NaN in the third step of rank 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,19 +130,19 @@ class Poisoned(nn.Module):
         return (self.w * (float("nan") if bad else 1.0)).sum(), {}
 
 
-def poisoned() -> dict[str, Any]:
-    inner = Poisoned()
+def fails_on_one_rank() -> dict[str, Any]:
+    inner = FailsOnOneRank()
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     schedule = build_schedule(optimizer, "constant", 9)
-    stage = Stage("meta", 9, distributed.data_parallel(inner, CPU), optimizer, schedule, Named(), 24)
+    stage = Stage("meta", 9, distributed.data_parallel(inner, CPU), optimizer, schedule, FeatureSets(), 24)
     try:
-        fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 9, 9), Rank(), start=0, elapsed=0.0)
+        fit_stage(stage, Hooks(lambda step: {}, lambda step: {}, 9, 9), RankContext(), start=0, elapsed=0.0)
     except NonFiniteLossError as error:
         return {"error": str(error), "weights": inner.w.detach(), "calls": inner.calls}
     return {"error": ""}
 
 
-def contrast() -> dict[str, Tensor]:
+def contrastive_loss() -> dict[str, Tensor]:
     """NT-Xent through a linear encoder, negatives gathered from all ranks."""
     torch.manual_seed(0)
     encoder = nn.Linear(5, 3).double()
@@ -156,14 +157,14 @@ def contrast() -> dict[str, Tensor]:
 
 
 def contrastive_step() -> dict[str, Tensor]:
-    """The whole step with frozen statistics; the views are made plain, for they are keyed by rank."""
-    drawn = iter([lambda x: x, lambda x: x.flip(-1)])
+    """A step in evaluation mode. The views are replaced by fixed ones, because random views are keyed by rank."""
+    views = iter([lambda x: x, lambda x: x.flip(-1)])
     torch.manual_seed(0)
     net = MetaGMVAE(SHAPE, latent=2, channels=8, width=8, heads=2, layers=1)
     images = np.random.default_rng(3).integers(0, 256, (8, *SHAPE), dtype=np.uint8)
-    alone = ContrastiveStep(net, nn.Linear(net.feature_dim, 4), SETTINGS, PretrainSettings(temperature=0.2))
-    alone.view = lambda x, generator: next(drawn)(x)  # type: ignore[assignment]
-    step = distributed.data_parallel(alone, CPU).eval()
+    step_module = ContrastiveStep(net, nn.Linear(net.feature_dim, 4), SETTINGS, PretrainSettings(temperature=0.2))
+    step_module.view = lambda x, generator: next(views)(x)  # type: ignore[assignment]
+    step = distributed.data_parallel(step_module, CPU).eval()
     loss, _ = step(np.array_split(images, distributed.world_size())[distributed.rank()], 1)
     loss.backward()
     return {"loss": distributed.mean_over_ranks(loss), "gradient": gradient(net.encoder)}
@@ -171,12 +172,12 @@ def contrastive_step() -> dict[str, Tensor]:
 
 def cases() -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
-    everything = list(range(EPISODES))
+    episodes = list(range(EPISODES))
     return {
-        "frozen": meta(False, everything),
-        "batch statistics": meta(True, everything),
+        "frozen": meta(False, episodes),
+        "batch statistics": meta(True, episodes),
         "trained": trained(),
-        "contrast": contrast(),
+        "contrastive loss": contrastive_loss(),
         "contrastive step": contrastive_step(),
     }
 
@@ -192,7 +193,7 @@ def worker(rank: int, folder: str) -> None:
             "gathered": gathered,
             "mean": distributed.mean_over_ranks(torch.tensor([1.0, 5.0]) * (rank + 1)),
         }
-        torch.save({**cases(), "poisoned": poisoned(), "helpers": helpers}, f"{folder}/rank{rank}.pt")
+        torch.save({**cases(), "fails": fails_on_one_rank(), "helpers": helpers}, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -200,12 +201,11 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_on_two_ranks(worker, folder)
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
+def one_process() -> dict[str, dict[str, Any]]:
     threads = torch.get_num_threads()
     try:
         return cases()
@@ -213,54 +213,56 @@ def alone() -> dict[str, dict[str, Any]]:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", ["frozen", "contrast"])
-def test_two_ranks_equal_one_process(case: str, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> None:
-    for key, whole in alone[case].items():
+@pytest.mark.parametrize("case", ["frozen", "contrastive loss"])
+def test_two_ranks_equal_one_process(
+    case: str, ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
+) -> None:
+    for key, whole in one_process[case].items():
         for rank in ranks:
             assert torch.allclose(rank[case][key], whole, rtol=1e-11, atol=1e-12), key
         assert torch.equal(ranks[0][case][key], ranks[1][case][key])
 
 
 def test_two_ranks_equal_one_process_in_the_contrastive_step(
-    ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+    ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
 ) -> None:
-    for key, whole in alone["contrastive step"].items():
+    for key, whole in one_process["contrastive step"].items():
         for rank in ranks:
             assert torch.allclose(rank["contrastive step"][key], whole, rtol=1e-4, atol=1e-6), key  # float32
 
 
 def test_training_on_two_ranks_equals_training_in_one_process(
-    ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+    ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
 ) -> None:
     for rank in ranks:
-        assert torch.allclose(rank["trained"]["weights"], alone["trained"]["weights"], rtol=0, atol=1e-10)
-        assert torch.allclose(rank["trained"]["losses"], alone["trained"]["losses"], rtol=1e-6)
+        assert torch.allclose(rank["trained"]["weights"], one_process["trained"]["weights"], rtol=0, atol=1e-10)
+        assert torch.allclose(rank["trained"]["losses"], one_process["trained"]["losses"], rtol=1e-6)
     assert torch.equal(ranks[0]["trained"]["weights"], ranks[1]["trained"]["weights"])
     start = torch.cat([p.detach().flatten() for p in model("features").parameters()])
-    assert (alone["trained"]["weights"] - start).abs().max() > 0.01
+    assert (one_process["trained"]["weights"] - start).abs().max() > 0.01
 
 
-def test_batch_normalisation_makes_two_ranks_the_mean_of_two_half_batches(
-    ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+def test_with_batch_normalisation_two_ranks_equal_the_mean_of_two_half_batches(
+    ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
 ) -> None:
-    """In training mode a rank normalises by its own images: what comes out is exactly the mean over ranks of
-    what each half gives by itself, and not what the whole batch gives."""
+    """In training mode a rank normalises by its own images: the result is exactly the mean of the results of the two
+    halves, not the result of the whole batch."""
     halves = [meta(True, [0, 2]), meta(True, [1, 3])]
     for key in ("loss", "gradient"):
         mean = (halves[0][key] + halves[1][key]) / 2
         assert torch.allclose(ranks[0]["batch statistics"][key], mean, rtol=1e-11, atol=1e-12)
         assert torch.equal(ranks[0]["batch statistics"][key], ranks[1]["batch statistics"][key])
-    assert not torch.allclose(mean, alone["batch statistics"]["gradient"], rtol=1e-3)
+    assert not torch.allclose(mean, one_process["batch statistics"]["gradient"], rtol=1e-3)
 
 
-def test_a_bad_loss_on_one_rank_ends_both_in_the_same_step(ranks: list[dict[str, Any]]) -> None:
+def test_non_finite_loss_on_one_rank_ends_both_in_the_same_step(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["poisoned"]["error"].startswith("meta step 3:")
-        assert rank["poisoned"]["calls"] == 3
-        assert torch.allclose(rank["poisoned"]["weights"], torch.full((3,), 0.8))  # two steps of 0.1
+        assert rank["fails"]["error"].startswith("meta step 3:")
+        assert rank["fails"]["calls"] == 3
+        assert torch.allclose(rank["fails"]["weights"], torch.full((3,), 0.8))  # two steps of 0.1
 
 
-def test_helpers(ranks: list[dict[str, Any]]) -> None:
+def test_collectives(ranks: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(ranks):
         helpers = rank["helpers"]
         assert (helpers["rank"], helpers["world"]) == (number, 2)
@@ -268,7 +270,7 @@ def test_helpers(ranks: list[dict[str, Any]]) -> None:
         assert helpers["mean"].tolist() == [1.5, 7.5]
 
 
-def test_without_a_group_there_is_one_rank_and_nothing_is_wrapped_or_sent() -> None:
+def test_without_a_process_group_there_is_one_rank() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     module, values = nn.Linear(2, 2), torch.ones(2)
     assert distributed.data_parallel(module, CPU) is module

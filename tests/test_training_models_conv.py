@@ -1,21 +1,19 @@
-"""Conv4 and its mirror: Tables 3 and 4 layer by layer, the folded batch normalisation, odd image sizes."""
+"""Convolutional encoders and decoders: layers of Tables 3, 4 and 8, folded batch normalisation, odd image sizes."""
 
 from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvDecoder, ConvEncoder, FeatureDecoder, pooled_sizes
-from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
 
 
-def plain(block: ConvBlock) -> nn.Sequential:
-    """A block as Table 3 writes it: conv, BatchNorm, ReLU, max pooling."""
+def unfolded(block: ConvBlock) -> nn.Sequential:
+    """A block in the order of Table 3: conv, BatchNorm, ReLU, max pooling."""
     return nn.Sequential(
         copy.deepcopy(block.conv),
         copy.deepcopy(block.norm),
@@ -25,11 +23,11 @@ def plain(block: ConvBlock) -> nn.Sequential:
 
 
 def table_3(encoder: ConvEncoder) -> nn.Sequential:
-    return nn.Sequential(*(plain(block) for block in encoder.blocks), nn.Flatten())
+    return nn.Sequential(*(unfolded(block) for block in encoder.blocks), nn.Flatten())
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Affine factors away from 1 and 0, some negative: pooling before or after them must not matter."""
+    """Random scales and shifts of batch normalisation, some negative: the order of pooling and ReLU must not matter."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -38,7 +36,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def test_sizes_are_those_of_table_3() -> None:
+def test_feature_maps_have_the_sizes_of_table_3() -> None:
     assert pooled_sizes(28) == [28, 14, 7, 4, 2]
     x = torch.rand(3, 1, 28, 28)
     encoder = ConvEncoder((1, 28, 28), 64)
@@ -68,13 +66,13 @@ def test_decoder_has_the_layers_of_table_4() -> None:
         if isinstance(layer, nn.ConvTranspose2d):
             shapes.append(tuple(maps.shape[1:]))
     assert shapes == [(64, 2, 2), (64, 4, 4), (64, 7, 7), (64, 14, 14), (1, 28, 28)]
-    assert not any(isinstance(m, nn.Sigmoid) for m in decoder.modules())  # logits: the sigmoid is in the loss
+    assert not any(isinstance(m, nn.Sigmoid) for m in decoder.modules())  # the sigmoid is part of the loss
 
 
 @pytest.mark.parametrize("channels", [3, 4, 8])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("final_relu", [True, False])
-def test_folded_encoder_is_table_3_with_its_gradients_and_running_statistics(
+def test_folded_encoder_equals_table_3_with_gradients_and_running_statistics(
     channels: int, train: bool, final_relu: bool
 ) -> None:
     torch.manual_seed(0)
@@ -104,21 +102,21 @@ def test_features_are_flattened_channel_by_channel() -> None:
     x = torch.rand(2, 1, 28, 28, dtype=torch.float64)
     literal = table_3(encoder).eval()
     assert torch.allclose(encoder(x), literal(x), rtol=0, atol=1e-12)
-    other = encoder.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-    assert torch.allclose(other, literal(x), rtol=0, atol=1e-12)
+    channels_last = encoder.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(channels_last, literal(x), rtol=0, atol=1e-12)
 
 
-def test_folded_block_in_float32_keeps_to_float64() -> None:
-    """Bright images far from zero mean, where a variance as a difference of large numbers would be lost."""
+def test_folded_block_in_float32_is_close_to_float64() -> None:
+    """Bright images with little contrast, for which E[x^2] - E[x]^2 would lose all digits of the variance."""
     torch.manual_seed(0)
     block = ConvBlock(1, 8)
     exact = copy.deepcopy(block).double()
     x = 0.9 + 0.001 * torch.randn(16, 1, 28, 28)
-    assert torch.allclose(block(x).double(), plain(exact)(x.double()), rtol=0, atol=2e-3)
+    assert torch.allclose(block(x).double(), unfolded(exact)(x.double()), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("inputs", [1, 3, 8])
-def test_an_input_that_needs_a_gradient_gets_the_whole_one(inputs: int) -> None:
+def test_gradient_of_the_input_is_complete(inputs: int) -> None:
     torch.manual_seed(1)
     block = ConvBlock(inputs, 4).double()
     randomised(block)
@@ -131,35 +129,35 @@ def test_an_input_that_needs_a_gradient_gets_the_whole_one(inputs: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84), (3, 17, 33), (1, 5, 9), (4, 16, 16), (1, 2, 2)])
-def test_any_image_size_comes_back_at_its_own_size(shape: tuple[int, int, int]) -> None:
+def test_decoder_returns_the_image_size_of_the_encoder(shape: tuple[int, int, int]) -> None:
     encoder, decoder = ConvEncoder(shape, 4).eval(), ConvDecoder(shape, 4, 3, 8).eval()
     assert encoder(torch.rand(2, *shape)).shape == (2, encoder.feature_dim)
     assert decoder(torch.randn(2, 3)).shape == (2, *shape)
 
 
-def test_channels_last_changes_nothing_but_the_order_of_summation() -> None:
+def test_channels_last_gives_the_same_features() -> None:
     torch.manual_seed(2)
     encoder = ConvEncoder((1, 28, 28), 8).eval()
     x = torch.rand(4, 1, 28, 28)
-    usual = encoder(x)
-    other = encoder.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-    assert torch.allclose(usual, other, rtol=0, atol=1e-5)
+    default = encoder(x)
+    channels_last = encoder.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(default, channels_last, rtol=0, atol=1e-5)
 
 
-def test_images_do_not_see_each_other_with_frozen_statistics() -> None:
+def test_images_are_independent_in_evaluation_mode() -> None:
     encoder = ConvEncoder((1, 12, 12), 4).double().eval()
     x = torch.rand(5, 1, 12, 12, dtype=torch.float64)
     alone = torch.cat([encoder(x[i : i + 1]) for i in range(5)])
     assert torch.allclose(encoder(x), alone, rtol=0, atol=1e-13)
 
 
-def test_one_image_in_training_mode_does_not_divide_by_zero() -> None:
+def test_one_pixel_in_training_mode_gives_finite_statistics() -> None:
     block = ConvBlock(1, 2)
     block(torch.rand(1, 1, 1, 1))
     assert all(torch.isfinite(buffer.float()).all() for buffer in block.buffers())
 
 
-def test_half_precisions_are_lifted_and_the_others_kept() -> None:
+def test_at_least_float32_converts_half_precision_only() -> None:
     lifted = [at_least_float32(torch.zeros(1, dtype=d)).dtype for d in (torch.bfloat16, torch.float32, torch.float64)]
     assert lifted == [torch.float32, torch.float32, torch.float64]
 
@@ -167,74 +165,16 @@ def test_half_precisions_are_lifted_and_the_others_kept() -> None:
 def test_batch_statistics_stay_float32_under_autocast() -> None:
     torch.manual_seed(3)
     block = ConvBlock(1, 8)
-    plain_block = plain(block)
+    unfolded_block = unfolded(block)
     x = 0.9 + 0.001 * torch.randn(16, 1, 28, 28)
     with torch.autocast("cpu", torch.bfloat16):
         block(x)
-    plain_block(x)
+    unfolded_block(x)
     assert block.norm.running_mean is not None
-    running = plain_block[1]
+    running = unfolded_block[1]
     assert isinstance(running, nn.BatchNorm2d)
     assert running.running_mean is not None
     assert torch.allclose(block.norm.running_mean, running.running_mean, rtol=0, atol=1e-5)
-
-
-def test_feature_scale_centres_divides_and_sets_the_length() -> None:
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 10
-    h[:, 2] = 3.0  # a dimension that never varies
-    scale = FeatureScale(6).double()
-    scale.set_statistics(h.mean(dim=0), h.std(dim=0))
-    scaled = scale(h)
-    deviation = h.numpy().std(axis=0, ddof=1)
-    deviation[2] = 1.0
-    centred = (h.numpy() - h.numpy().mean(axis=0)) / deviation
-    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True) * np.sqrt(6)
-    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-12)
-    assert torch.allclose(scaled.square().sum(dim=1), torch.full((50,), 6.0).double())
-    assert set(scale.state_dict()) == {"mean", "deviation"}  # they travel with the model
-
-
-def test_feature_whitening_is_square_root_unit_length_half_whitening() -> None:
-    rng = np.random.default_rng(0)
-    h = rng.gamma(0.5, size=(400, 6)) @ rng.normal(size=(6, 6))
-    h[:, 2] = 0.0  # a dimension that never varies
-    scale = FeatureWhitening(6).double()
-    evened = power_transform(torch.from_numpy(h))
-    scale.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
-
-    rows = []
-    for row in h:
-        root = np.array([np.sign(v) * np.sqrt(abs(v)) for v in row])
-        rows.append(root / np.sqrt((root**2).sum()))
-    u = np.stack(rows)
-    # By singular values of the data, not by the covariance.
-    _, singular, axes = np.linalg.svd(u - u.mean(axis=0))
-    deviation = singular / np.sqrt(len(u) - 1)
-    whitening = axes.T @ np.diag(1 / np.sqrt(deviation + 1e-3 * deviation.max())) @ axes
-    expected = (u - u.mean(axis=0)) @ whitening
-    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True) * np.sqrt(6)
-
-    scaled = scale(torch.from_numpy(h))
-    assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-6)
-    assert torch.allclose(scaled.square().sum(dim=1), torch.full((400,), 6.0).double())
-    assert set(scale.state_dict()) == {"mean", "whitening"}  # they travel with the model
-
-
-def test_half_whitening_leaves_the_root_of_each_deviation() -> None:
-    rng = np.random.default_rng(1)
-    u = rng.normal(size=(5000, 4)) @ np.diag([1.0, 0.5, 0.1, 0.02])
-    scale = FeatureWhitening(4).double()
-    scale.set_statistics(torch.zeros(4), torch.cov(torch.from_numpy(u).T))
-    after = (torch.from_numpy(u) @ scale.whitening).std(dim=0)
-    expected = np.sqrt(u.std(axis=0, ddof=1))
-    assert np.allclose(after.numpy(), expected, rtol=0.05)
-
-
-def test_features_that_never_vary_are_left_finite() -> None:
-    scale = FeatureWhitening(3)
-    scale.set_statistics(torch.full((3,), 3**-0.5), torch.zeros(3, 3, dtype=torch.float64))
-    assert torch.isfinite(scale(torch.ones(2, 3))).all()
 
 
 def test_feature_decoder_has_the_layers_of_table_8() -> None:

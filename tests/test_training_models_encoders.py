@@ -1,9 +1,8 @@
-"""Encoders by name: sizes of the paper's tables, torchvision's networks without their heads, one digest each."""
+"""Encoders by name: layers of Table 6, torchvision's networks without their last layer, digests of encoders."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from metagmvae.training.models.encoders import (
     encoder_digest,
     pretrained_encoder,
 )
-from metagmvae.training.trainer.lars import Lars
 
 
 def test_conv5_has_the_sizes_of_table_6() -> None:
@@ -39,7 +37,7 @@ def test_conv5_has_the_sizes_of_table_6() -> None:
         assert torch.allclose(encoder(x), y.flatten(1), atol=1e-5)
 
 
-def test_images_are_resized_before_the_encoder_and_left_alone_at_its_size() -> None:
+def test_images_of_another_size_are_resized() -> None:
     encoder = build_encoder("conv4", (3, 84, 84), 8, image_size=28).eval()
     assert encoder.feature_dim == 8 * 2 * 2
     x = torch.rand(3, 3, 84, 84)
@@ -50,7 +48,7 @@ def test_images_are_resized_before_the_encoder_and_left_alone_at_its_size() -> N
 
 
 @pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 1024), ("vgg11", 4096)])
-def test_networks_of_torchvision_give_what_their_heads_would_take(name: str, features: int) -> None:
+def test_torchvision_networks_return_the_input_of_their_last_layer(name: str, features: int) -> None:
     encoder = build_encoder(name, (1, 64, 64), 64).eval()
     assert encoder.feature_dim == features
     with torch.no_grad():
@@ -59,7 +57,7 @@ def test_networks_of_torchvision_give_what_their_heads_would_take(name: str, fea
     assert torch.isfinite(h).all()
 
 
-def test_what_cannot_be_an_encoder_is_refused_in_one_line() -> None:
+def test_unusable_encoders_give_a_one_line_error() -> None:
     for name, shape, text in [
         ("resnet81", (3, 84, 84), "no such encoder; known: conv4, conv5, alexnet"),
         ("alexnet", (3, 28, 28), "does not accept images of (3, 28, 28)"),
@@ -73,7 +71,7 @@ def test_what_cannot_be_an_encoder_is_refused_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_published_weights_are_loaded_as_plain_tensors_and_their_absence_is_one_line(
+def test_pretrained_weights_are_loaded_and_their_absence_gives_one_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -96,7 +94,7 @@ def test_published_weights_are_loaded_as_plain_tensors_and_their_absence_is_one_
         pretrained_encoder("resnet18", (3, 64, 64))
 
 
-def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
+def test_digest_depends_on_weights_statistics_and_final_relu() -> None:
     first, again = (build_encoder("conv4", (1, 28, 28), 4) for _ in range(2))
     again.load_state_dict(first.state_dict())
     assert encoder_digest(first) == encoder_digest(again.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
@@ -112,14 +110,14 @@ def test_the_digest_tells_encoders_apart_and_not_their_files() -> None:
     assert encoder_digest(first) != encoder_digest(again)
 
 
-def test_a_model_begins_with_its_encoder_alone() -> None:
+def test_encoder_model_does_not_scale_features() -> None:
     model = EncoderModel(build_encoder("conv4", (1, 28, 28), 4), (1, 28, 28)).eval()
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(model.encode_images(model.scale_images(x)), model.encoder(x.float() / 255))
 
 
-def test_the_projector_is_simclrs_head() -> None:
+def test_projector_has_the_layers_of_simclr() -> None:
     head = build_projector(8, (6, 4))
     assert [type(layer) for layer in head] == [nn.Linear, nn.ReLU, nn.Linear]
     assert head(torch.rand(2, 8)).shape == (2, 4)
@@ -127,27 +125,8 @@ def test_the_projector_is_simclrs_head() -> None:
     assert build_projector(8, ())(x) is x
 
 
-def test_lars_against_its_formula() -> None:
-    """v <- m v + lr * eta |w| / |g + d w| * (g + d w); w <- w - v. One dimension: v <- m v + lr g."""
-    torch.manual_seed(0)
-    weight, bias = nn.Parameter(torch.randn(3, 2, dtype=torch.float64)), nn.Parameter(torch.randn(3).double())
-    optimizer = Lars([weight, bias], lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.01)
-    w, b = weight.detach().clone(), bias.detach().clone()
-    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
-    for _ in range(4):
-        gw, gb = torch.randn_like(w), torch.randn_like(b)
-        weight.grad, bias.grad = gw.clone(), gb.clone()
-        optimizer.step()
-        slope = gw + 0.1 * w
-        ratio = 0.01 * math.sqrt(float((w * w).sum())) / math.sqrt(float((slope * slope).sum()))
-        vw, vb = 0.9 * vw + 0.5 * ratio * slope, 0.9 * vb + 0.5 * gb
-        w, b = w - vw, b - vb
-        assert torch.allclose(weight.detach(), w)
-        assert torch.allclose(bias.detach(), b)
-
-
 @pytest.mark.parametrize("name", ["conv4", "conv5"])
-def test_features_of_an_encoder_without_its_last_relu_have_both_signs(name: str) -> None:
+def test_without_the_final_relu_features_have_both_signs(name: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 1, 32, 32)
     assert build_encoder(name, (1, 32, 32), 4)(x).amin() >= 0

@@ -1,4 +1,4 @@
-"""q(z | x, D) of Eq. 5: equivariant in the points of a set, blind to other sets, sized as in Table 3."""
+"""The posterior q(z | x, D) of Eq. 5: permutation-equivariant, independent of other sets, sizes of Table 3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_posterior_is_permutation_equivariant_and_sets_do_not_leak(settings: dict[str, Any]) -> None:
+def test_posterior_is_permutation_equivariant_and_independent_of_other_sets(settings: dict[str, Any]) -> None:
     model = tiny(**settings)
     x = torch.rand(2, 6, 1, 8, 8, dtype=torch.float64)
 
@@ -40,12 +40,12 @@ def test_posterior_is_permutation_equivariant_and_sets_do_not_leak(settings: dic
     assert torch.allclose(posterior(x[:, order]), together[:, order], rtol=0, atol=1e-13)
     for b in range(2):
         assert torch.allclose(posterior(x[b : b + 1])[0], together[b], rtol=0, atol=1e-13)
-    other = x.clone()
-    other[0, 0] = 1 - other[0, 0]
-    moved = (posterior(other) - together).abs().sum(dim=-1) > 1e-12
-    # One image moves its whole set when the set is looked at, itself alone without attention; no other set.
-    assert moved[0].all() if settings.get("layers", 2) else moved[0].tolist() == [True] + [False] * 5
-    assert not moved[1].any()
+    changed = x.clone()
+    changed[0, 0] = 1 - changed[0, 0]
+    differs = (posterior(changed) - together).abs().sum(dim=-1) > 1e-12
+    # Changing one image changes the posterior of its whole set (without attention, of itself), and of no other set.
+    assert differs[0].all() if settings.get("layers", 2) else differs[0].tolist() == [True] + [False] * 5
+    assert not differs[1].any()
 
 
 def test_posterior_is_affine_in_the_set_encoding() -> None:
@@ -65,9 +65,9 @@ def test_isotropic_posterior_has_one_variance_per_point() -> None:
     assert torch.equal(log_variance, log_variance[..., :1].expand(2, 5, 3))
 
 
-def test_the_papers_sizes() -> None:
+def test_sizes_of_table_3() -> None:
     model = MetaGMVAE((1, 28, 28))
-    assert isinstance(model.inlet, torch.nn.Identity)  # Conv4 gives 256 features, the width, itself
+    assert isinstance(model.inlet, torch.nn.Identity)  # F = 256 is the width already
     assert (model.head.in_features, model.head.out_features) == (256, 128)
     h = model.encode_images(torch.rand(10, 1, 28, 28))
     mean, log_variance = model.posterior(h.view(2, 5, 256))
@@ -75,7 +75,7 @@ def test_the_papers_sizes() -> None:
     assert model.decode(mean[0]).shape == (5, 1, 28, 28)
 
 
-def test_other_image_sizes_get_a_projection() -> None:
+def test_other_image_sizes_get_an_input_projection() -> None:
     model = MetaGMVAE((3, 84, 84), channels=64, width=256)
     assert isinstance(model.inlet, torch.nn.Linear)
     mean, _ = model.posterior(model.encode_images(torch.rand(4, 3, 84, 84))[None])
@@ -89,7 +89,7 @@ def test_scale_images_is_exact() -> None:
     assert torch.equal(scaled, torch.arange(256.0) / 255)
 
 
-def test_samples_are_mean_plus_sigma_noise() -> None:
+def test_samples_are_mean_plus_sigma_times_noise() -> None:
     mean, log_variance = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     noise = torch.randn(2, 3, 5, 4)
     z = sample_latents(mean, log_variance, noise)

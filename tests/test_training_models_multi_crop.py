@@ -1,4 +1,4 @@
-"""An encoder sees images at one size, and its features are the mean over views of them once it is trained."""
+"""Resizing to the encoder's input size, and multi-crop averaging in evaluation mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metagmvae.training.models.multi_crop import MultiCropEncoder, with_averagin
 
 SHAPE = (3, 20, 26)
 CROP = (17, 22)
-"""85% of the sides."""
+"""Height and width of a crop: 85% of the sides."""
 
 
 def images() -> Tensor:
@@ -28,7 +28,7 @@ def encoder(averaging: Average, image_size: int = 0) -> MultiCropEncoder:
 
 
 def literal_mean(net: MultiCropEncoder, x: Tensor) -> Tensor:
-    """Every view cut out by its rows and columns, each at the size of the network."""
+    """Mean over the 12 views, each cropped by indexing and resized to the network's input size."""
     height, width = CROP
     _, _, H, W = x.shape
     corners = [
@@ -41,37 +41,37 @@ def literal_mean(net: MultiCropEncoder, x: Tensor) -> Tensor:
     views = [x] + [x[:, :, top : top + height, left : left + width] for top, left in corners]
     total = torch.zeros(len(x), net.feature_dim)
     for view in views:
-        for seen in (view, torch.stack([image.flip(-1) for image in view])):
-            total += net.net(F.interpolate(seen, net.size, mode="bilinear", antialias=True))
+        for flipped in (view, torch.stack([image.flip(-1) for image in view])):
+            total += net.net(F.interpolate(flipped, net.size, mode="bilinear", antialias=True))
     return total / 12
 
 
 @pytest.mark.parametrize("image_size", [0, 16])
 @torch.no_grad()
-def test_features_are_the_mean_over_the_views(image_size: int) -> None:
+def test_features_are_the_mean_over_views(image_size: int) -> None:
     x, net = images(), encoder("crops", image_size)
     assert net.size == ((16, 16) if image_size else SHAPE[1:])
     assert torch.allclose(net(x), literal_mean(net, x), atol=1e-5)
 
 
 @torch.no_grad()
-def test_an_image_and_its_mirror_image_have_the_same_features() -> None:
+def test_mirror_averaging_is_invariant_to_flips() -> None:
     x, net = images(), encoder("mirror")
     assert torch.allclose(net(x), net(x.flip(-1)), atol=1e-6)
     assert not torch.allclose(net(x), net.net(x), atol=1e-3)
 
 
-def test_training_sees_each_image_once() -> None:
+def test_training_mode_encodes_each_image_once() -> None:
     x, net = images(), encoder("crops").train()
-    alone = encoder("crops").train().net
-    assert torch.equal(net(x), alone(x))
+    without_averaging = encoder("crops").train().net
+    assert torch.equal(net(x), without_averaging(x))
 
 
-def test_features_of_other_views_are_of_another_encoder() -> None:
+def test_digest_depends_on_the_averaging() -> None:
     nets = [encoder(averaging, 16) for averaging in ("none", "mirror", "crops")]
     assert len({encoder_digest(net) for net in nets}) == 3
     assert encoder_digest(with_averaging(nets[0], SHAPE[1:], "crops")) == encoder_digest(nets[2])
     plain = build_encoder("conv4", SHAPE, 4)
-    again = with_averaging(plain, SHAPE[1:], "mirror")
-    assert again.net is plain
-    assert EncoderModel(again, SHAPE).feature_dim == plain.feature_dim
+    averaged = with_averaging(plain, SHAPE[1:], "mirror")
+    assert averaged.net is plain
+    assert EncoderModel(averaged, SHAPE).feature_dim == plain.feature_dim

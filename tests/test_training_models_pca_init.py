@@ -1,4 +1,4 @@
-"""A model that begins at the principal components is probabilistic PCA, as scikit-learn finds it."""
+"""PCA initialisation: posterior and decoder equal scikit-learn's probabilistic PCA."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def rows() -> np.ndarray:
     return (rng.normal(size=(ROWS, SIZE)) @ rng.normal(size=(SIZE, SIZE)) + 3).astype(np.float32)
 
 
-def started(**settings: object) -> tuple[MetaGMVAE, np.ndarray]:
-    """A model begun at the components of its training features, and these at its scale."""
-    asked = {"channels": 8, "latent": LATENT, "reconstruct": "features", "width": 16, **settings}
-    model = build_model(ModelSettings.model_validate(asked), (1, 28, 28), 0)
+def initialised(**settings: object) -> tuple[MetaGMVAE, np.ndarray]:
+    """A model initialised by PCA of its training features, and these features, scaled."""
+    options = {"channels": 8, "latent": LATENT, "reconstruct": "features", "width": 16, **settings}
+    model = build_model(ModelSettings.model_validate(options), (1, 28, 28), 0)
     fit_feature_scaling(model, rows())
     scaled = ScaledRows(rows(), model.scale)
     init_from_features(model, scaled)
@@ -36,39 +36,41 @@ def started(**settings: object) -> tuple[MetaGMVAE, np.ndarray]:
     ("width", "layers", "posterior"), [(16, 2, "diagonal"), (SIZE, 1, "isotropic"), (64, 0, "diagonal")]
 )
 @torch.no_grad()
-def test_latents_are_the_leading_components_in_units_of_the_rest(
+def test_latents_are_the_leading_components_over_the_discarded_standard_deviation(
     features: str, width: int, layers: int, posterior: str
 ) -> None:
-    model, x = started(features=features, width=width, layers=layers, posterior=posterior)
+    model, x = initialised(features=features, width=width, layers=layers, posterior=posterior)
     pca = PCA(LATENT, svd_solver="full").fit(x.astype(np.float64))
     expected = pca.transform(x) / np.sqrt(pca.noise_variance_)
     mean, log_variance = model.posterior(torch.from_numpy(x)[None])
     signs = np.sign((mean[0].numpy() * expected).sum(axis=0))
     assert np.allclose(mean[0].numpy() * signs, expected, atol=2e-3)
     assert torch.equal(log_variance, torch.zeros_like(log_variance))
-    best = pca.inverse_transform(pca.transform(x))
-    assert np.allclose(model.decode(mean[0]).numpy(), best, atol=2e-3)
+    reconstructed = pca.inverse_transform(pca.transform(x))
+    assert np.allclose(model.decode(mean[0]).numpy(), reconstructed, atol=2e-3)
 
 
 @torch.no_grad()
-def test_raw_features_are_decoded_by_way_of_the_last_relu() -> None:
-    model, x = started(features="raw")
+def test_raw_features_are_decoded_through_the_final_relu() -> None:
+    model, x = initialised(features="raw")
     pca = PCA(LATENT, svd_solver="full").fit(x.astype(np.float64))
     decoded = model.decode(model.posterior(torch.from_numpy(x)[None])[0][0]).numpy()
     assert np.allclose(decoded, np.maximum(pca.inverse_transform(pca.transform(x)), 0), atol=5e-3)
 
 
 @torch.no_grad()
-def test_more_latents_than_features_are_left_empty() -> None:
-    model, x = started(latent=48, width=64)
+def test_latents_beyond_the_feature_size_are_unused() -> None:
+    model, x = initialised(latent=48, width=64)
     mean, _ = model.posterior(torch.from_numpy(x)[None])
     assert np.linalg.matrix_rank(mean[0].numpy(), tol=1e-3) <= SIZE
     assert np.allclose(model.decode(mean[0]).numpy(), x, atol=5e-3)
 
 
-def test_it_is_the_same_each_time_and_every_layer_can_learn() -> None:
-    (first, x), (again, _) = started(layers=2), started(layers=2)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+def test_initialisation_is_deterministic_and_every_layer_has_a_gradient() -> None:
+    (first, x), (second, _) = initialised(layers=2), initialised(layers=2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     mean, log_variance = first.posterior(torch.from_numpy(x)[None])
     (first.decode(mean[0]).square().sum() + mean.pow(3).sum() + log_variance.pow(2).sum()).backward()
     for block in first.attention.blocks:
@@ -80,7 +82,7 @@ def test_it_is_the_same_each_time_and_every_layer_can_learn() -> None:
 
 @pytest.mark.parametrize("images", [1, 4])
 @torch.no_grad()
-def test_fewer_images_than_dimensions_leave_no_unit_to_divide_by(images: int) -> None:
+def test_latents_stay_finite_with_fewer_images_than_dimensions(images: int) -> None:
     model = build_model(ModelSettings(channels=8, latent=LATENT, reconstruct="features", width=16), (1, 28, 28), 0)
     fit_feature_scaling(model, rows()[:images])
     scaled = ScaledRows(rows()[:images], model.scale)
@@ -100,6 +102,6 @@ def test_fewer_images_than_dimensions_leave_no_unit_to_divide_by(images: int) ->
         ({"reconstruct": "features", "latent": 128, "width": 64}, "model.latent"),
     ],
 )
-def test_settings_that_have_no_place_for_it_are_refused(model: dict[str, object], named: str) -> None:
+def test_settings_without_room_for_pca_are_refused(model: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Settings.model_validate({"model": model, "train": {"start": "components"}})

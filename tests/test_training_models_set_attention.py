@@ -1,4 +1,4 @@
-"""Set attention against plain loops, permutation equivariance, and sets that do not leak into each other."""
+"""Set attention against its literal transcription; permutation equivariance; independence of sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIVATIONS: list[Literal["elu", "relu"]] = ["elu", "relu"]
 
 
 def weights(block: SetAttentionBlock) -> dict[str, np.ndarray]:
-    """The block's parameters under the names that the transcription uses."""
+    """The parameters of a block under the names of the transcription."""
     named = {}
     parts = zip(("query", "key", "value"), block.project.weight.chunk(3), block.project.bias.chunk(3), strict=True)
     for name, weight, bias in parts:
@@ -33,7 +33,7 @@ def weights(block: SetAttentionBlock) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("width", "heads", "points"), [(4, 1, 3), (6, 3, 5), (8, 2, 1)])
-def test_a_block_is_the_transcription(
+def test_block_equals_the_transcription(
     block: Literal["transformer", "set-attention"],
     scale: Literal["head", "model"],
     activation: Literal["elu", "relu"],
@@ -50,20 +50,20 @@ def test_a_block_is_the_transcription(
         assert np.allclose(layer(x)[b].detach().numpy(), expected, rtol=0, atol=1e-12)
 
 
-def test_both_scales_are_the_ones_of_row_2() -> None:
-    """At the paper's sizes: 1/8 = 1/sqrt(256 / 4), and 1/16 = 1/sqrt(256) in the published code."""
+def test_scales_of_paper_and_published_code() -> None:
+    """At the paper's sizes: 1/8 = 1/sqrt(256 / 4) in the paper, 1/16 = 1/sqrt(256) in the published code."""
     assert SetAttentionBlock(256, 4, "head").scale == 1 / 8
     assert SetAttentionBlock(256, 4, "model").scale == 1 / 16
 
 
-def test_the_published_block_has_neither_output_nor_second_inner_layer() -> None:
+def test_published_block_has_no_output_projection_and_one_inner_layer() -> None:
     names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2, block="set-attention").named_parameters()}
     assert names == {"project", "inner"}
     names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2).named_parameters()}
     assert names == {"project", "inner", "output", "outer"}
 
 
-def test_layers_follow_one_another_and_none_is_the_identity() -> None:
+def test_layers_are_applied_in_order_and_zero_layers_are_the_identity() -> None:
     x = torch.randn(2, 5, 8)
     assert torch.equal(SetAttention(8, 2, 0)(x), x)
     assert not list(SetAttention(8, 2, 0).parameters())
@@ -72,7 +72,7 @@ def test_layers_follow_one_another_and_none_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_permuting_a_set_permutes_its_encoding(block: Literal["transformer", "set-attention"]) -> None:
+def test_set_attention_is_permutation_equivariant(block: Literal["transformer", "set-attention"]) -> None:
     torch.manual_seed(1)
     encoder = SetAttention(16, 4, 2, block=block).double()
     x = torch.randn(3, 11, 16, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_permuting_a_set_permutes_its_encoding(block: Literal["transformer", "se
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_sets_do_not_leak_into_each_other(block: Literal["transformer", "set-attention"]) -> None:
+def test_sets_are_independent(block: Literal["transformer", "set-attention"]) -> None:
     torch.manual_seed(2)
     encoder = SetAttention(16, 4, 2, block=block).double()
     x = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
@@ -92,12 +92,12 @@ def test_sets_do_not_leak_into_each_other(block: Literal["transformer", "set-att
     (gradient,) = torch.autograd.grad(together[1].sum(), x)
     assert torch.equal(gradient[0], torch.zeros(7, 16).double())
     assert torch.equal(gradient[2], torch.zeros(7, 16).double())
-    # Within the set every point does depend on every other one.
+    # Within a set every point depends on every other one.
     (gradient,) = torch.autograd.grad(encoder(x)[1, 0].sum(), x)
     assert (gradient[1].abs().sum(dim=1) > 0).all()
 
 
-def test_gradient_is_the_finite_difference() -> None:
+def test_gradient_equals_finite_differences() -> None:
     torch.manual_seed(3)
     encoder = SetAttention(4, 2, 2).double()
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)

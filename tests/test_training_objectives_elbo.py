@@ -1,4 +1,4 @@
-"""The objective (Eq. 3, 9) against its transcription, and what decoding R of N samples does to it."""
+"""The lower bound (Eq. 3) and the objective (Eq. 9) against their literal transcriptions; decoding R of N samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from metagmvae.training.objectives.elbo import (
 from metagmvae.training.objectives.mixture import Mixture, fit_mixture
 
 B, M, N, K, D = 2, 5, 4, 3, 2
-ROWS = torch.tensor([[0, 7, 13], [19, 4, 10]])  # of the M * N samples
+ROWS = torch.tensor([[0, 7, 13], [19, 4, 10]])
+"""Indices of the samples at which EM starts, of M * N per episode."""
 
 
 class Problem:
@@ -43,13 +44,13 @@ class Problem:
         self.noise = normal(B, M, N, D)
 
     def loss(self, decoded: int, scale: str, order: tuple[int, ...] = tuple(range(N))) -> Tensor:
-        """The negative objective with the samples of every point taken in another order.
+        """The negative objective with the samples of every data point in another order.
 
-        The means of EM start on the same samples, wherever they have gone.
+        EM starts from the same samples in any order.
         """
         noise = self.noise[:, :, list(order)]
-        place = {n: position for position, n in enumerate(order)}
-        rows = torch.tensor([[int(r) // N * N + place[int(r) % N] for r in row] for row in ROWS])
+        position_of = {n: position for position, n in enumerate(order)}
+        rows = torch.tensor([[int(r) // N * N + position_of[int(r) % N] for r in row] for row in ROWS])
         z = sample_latents(self.mean, self.log_variance, noise)
         mixture = fit_mixture(z.flatten(1, 2), rows, 3)
         logits = self.decode(z[:, :, :decoded].flatten(0, 2))
@@ -62,7 +63,7 @@ class Problem:
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @pytest.mark.parametrize("decoded", [1, 2, N])
-def test_objective_is_the_transcription(scale: str, decoded: int) -> None:
+def test_objective_equals_the_transcription(scale: str, decoded: int) -> None:
     problem = Problem()
     z = sample_latents(problem.mean, problem.log_variance, problem.noise).detach()
     probability = torch.sigmoid(problem.decode(z[:, :, :decoded].flatten(0, 2))).detach()
@@ -85,7 +86,7 @@ def test_objective_is_the_transcription(scale: str, decoded: int) -> None:
     assert float(problem.loss(decoded, scale).detach()) == pytest.approx(expected, rel=1e-11)
 
 
-def test_the_three_terms_are_the_ones_of_eq_3() -> None:
+def test_terms_equal_those_of_eq_3() -> None:
     problem = Problem(1)
     z = sample_latents(problem.mean, problem.log_variance, problem.noise).detach()
     mixture = fit_mixture(z.flatten(1, 2), ROWS, 2)
@@ -108,7 +109,7 @@ def test_the_three_terms_are_the_ones_of_eq_3() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0, 3.0])
-def test_beta_weighs_the_divergence_and_leaves_the_reconstruction(beta: float) -> None:
+def test_beta_multiplies_the_kl_divergence_only(beta: float) -> None:
     problem = Problem(6)
     z = sample_latents(problem.mean, problem.log_variance, problem.noise)
     mixture = fit_mixture(z.detach().flatten(1, 2), ROWS, 2)
@@ -117,8 +118,8 @@ def test_beta_weighs_the_divergence_and_leaves_the_reconstruction(beta: float) -
     expected = 0.0
     for b in range(B):
         for j in range(M):
-            divergence = -float(terms.prior[b, j]) - float(terms.entropy[b, j])
-            expected += (float(terms.reconstruction[b, j]) - beta * divergence) / B
+            kl = -float(terms.prior[b, j]) - float(terms.entropy[b, j])
+            expected += (float(terms.reconstruction[b, j]) - beta * kl) / B
     assert float(objective(terms, "sum", beta)) == pytest.approx(expected, rel=1e-12)
     assert float(objective(terms, "mean", beta)) == pytest.approx(expected / M, rel=1e-12)
     assert float(objective(terms, "sum")) == pytest.approx(float(terms.elbo.sum(dim=1).mean()), rel=1e-12)
@@ -126,28 +127,28 @@ def test_beta_weighs_the_divergence_and_leaves_the_reconstruction(beta: float) -
 
 @pytest.mark.parametrize("decoded", [1, 2, 3])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_decoding_fewer_samples_leaves_the_expectation_and_its_gradient(decoded: int, scale: str) -> None:
-    """The N samples of a point are exchangeable: all N! orders of one draw are equally likely. The mean over
-    all of them of the objective with R decoded, and of its gradient, is the one with all N decoded: exactly,
-    for every draw, and so in expectation."""
+def test_decoding_fewer_samples_keeps_the_expectation_and_its_gradient(decoded: int, scale: str) -> None:
+    """The N samples of a data point are exchangeable: all N! orders of a draw are equally likely. The mean of the
+    objective with R decoded samples over all orders, and of its gradient, equals the one with all N decoded, exactly,
+    for every draw, hence in expectation."""
     problem = Problem(2)
     losses = [problem.loss(decoded, scale, order) for order in permutations(range(N))]
     whole = problem.loss(N, scale)
     spread = torch.stack(losses).detach().std()
-    assert spread > 1e-3  # each order by itself is another estimate
+    assert spread > 1e-3  # a single order is another estimate
     mean = torch.stack(losses).mean()
     assert float(mean.detach()) == pytest.approx(float(whole.detach()), rel=1e-12)
     assert torch.allclose(problem.gradient(mean), problem.gradient(whole), rtol=1e-9, atol=1e-11)
 
 
-def test_with_all_samples_decoded_their_order_does_not_matter() -> None:
+def test_order_of_samples_does_not_matter_if_all_are_decoded() -> None:
     problem = Problem(3)
     values = [float(problem.loss(N, "sum", order).detach()) for order in permutations(range(N))]
     assert np.allclose(values, values[0], rtol=1e-12)
 
 
-def test_gradient_is_the_finite_difference_with_psi_held() -> None:
-    """gradcheck over means, log variances and every weight of the decoder; psi* is a constant of Eq. 9."""
+def test_gradient_equals_finite_differences_with_psi_fixed() -> None:
+    """gradcheck over means, log variances and all decoder weights, with psi* fixed (it is a constant of Eq. 9)."""
     problem = Problem(4)
     start = sample_latents(problem.mean, problem.log_variance, problem.noise).detach()
     mixture = fit_mixture(start.flatten(1, 2), ROWS, 3)
@@ -164,8 +165,8 @@ def test_gradient_is_the_finite_difference_with_psi_held() -> None:
 
 
 def test_gradient_does_not_flow_through_em() -> None:
-    """One step of EM moves psi with z: the derivative that follows it differs from the one that we take, and
-    once EM has converged both agree, since psi* then maximises the objective (Eq. 8)."""
+    """After one EM iteration psi still depends on z, so the total derivative differs from ours. After convergence both
+    agree, because psi* maximises the objective (Eq. 8)."""
 
     def derivatives(iterations: int) -> tuple[float, float]:
         problem = Problem(5)
@@ -180,17 +181,17 @@ def test_gradient_does_not_flow_through_em() -> None:
             return objective(terms, "sum")
 
         step = 1e-5
-        followed = float(value(step).detach() - value(-step).detach()) / (2 * step)
+        total = float(value(step).detach() - value(-step).detach()) / (2 * step)
         (gradient,) = torch.autograd.grad(value(0.0), problem.mean)
-        return followed, float((gradient * direction).sum())
+        return total, float((gradient * direction).sum())
 
-    followed, taken = derivatives(1)
-    assert abs(followed - taken) > 1e-3
-    followed, taken = derivatives(3000)
-    assert followed == pytest.approx(taken, abs=1e-6)
+    total, partial = derivatives(1)
+    assert abs(total - partial) > 1e-3
+    total, partial = derivatives(3000)
+    assert total == pytest.approx(partial, abs=1e-6)
 
 
-def test_bernoulli_log_prob_is_the_transcription_and_bears_extreme_logits() -> None:
+def test_bernoulli_log_prob_equals_the_transcription_and_is_finite_for_extreme_logits() -> None:
     x, logits = torch.rand(3, 1, 4, 4).double(), 3 * torch.randn(3, 1, 4, 4).double()
     ours = bernoulli_log_prob(x, logits)
     for i in range(3):
@@ -201,7 +202,7 @@ def test_bernoulli_log_prob_is_the_transcription_and_bears_extreme_logits() -> N
     assert bernoulli_log_prob(torch.ones(1, 2), torch.zeros(1, 2).bfloat16()).dtype == torch.float32
 
 
-def test_gaussian_log_prob_is_the_density_at_the_sample() -> None:
+def test_gaussian_log_prob_equals_the_density_at_the_sample() -> None:
     rng = np.random.default_rng(0)
     mean, log_variance, noise = rng.normal(size=3), rng.normal(size=3), rng.normal(size=3)
     z = mean + np.exp(0.5 * log_variance) * noise
@@ -210,8 +211,8 @@ def test_gaussian_log_prob_is_the_density_at_the_sample() -> None:
     assert float(ours) == pytest.approx(expected, rel=1e-12)
 
 
-def test_one_component_standard_prior_and_posterior_cancel() -> None:
-    """q = p makes prior + entropy zero sample by sample: what is left is the reconstruction."""
+def test_prior_and_entropy_cancel_if_posterior_equals_prior() -> None:
+    """If q equals the prior, prior + entropy is zero for each sample and only the reconstruction is left."""
     noise = torch.randn(1, 4, 3, 2).double()
     mixture = Mixture(torch.zeros(1, 1, 2).double(), torch.zeros(1, 1).double())
     x, logits = torch.rand(4, 1, 2, 2).double(), torch.randn(4, 1, 2, 2).double()
@@ -220,13 +221,13 @@ def test_one_component_standard_prior_and_posterior_cancel() -> None:
     assert torch.allclose(terms.elbo[0], bernoulli_log_prob(x, logits), atol=1e-13)
 
 
-def test_sum_is_m_times_the_mean() -> None:
+def test_sum_scale_is_m_times_mean_scale() -> None:
     problem = Problem(6)
     assert float(problem.loss(1, "sum").detach()) == pytest.approx(M * float(problem.loss(1, "mean").detach()))
 
 
-def test_unit_variance_is_half_the_squared_error() -> None:
-    """Row 6: what the published code minimises; the density of N(x; mean, I) but for its constant."""
+def test_unit_log_prob_is_minus_half_the_squared_error() -> None:
+    """log N(x; mean, I) without its constant."""
     x, mean = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 5).double()
     ours = unit_log_prob(x, mean)
     for b in range(2):

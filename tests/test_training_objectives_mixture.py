@@ -1,4 +1,4 @@
-"""EM (Eq. 7) against its slow transcription, scikit-learn and closed forms; memory and hard cases."""
+"""EM (Eq. 7) against its literal transcription, scikit-learn and closed forms; memory; difficult data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def keyed(*seeds: int) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize(("points", "size", "components"), [(7, 1, 1), (12, 3, 1), (40, 2, 3), (30, 8, 5), (60, 4, 50)])
-def test_em_is_the_transcription(points: int, size: int, components: int) -> None:
+def test_em_equals_the_transcription(points: int, size: int, components: int) -> None:
     rng = np.random.default_rng(points)
     z = np.stack([groups(rng, points, size, 3) for _ in range(2)])
     rows = np.stack([rng.permutation(points)[:components] for _ in range(2)])
@@ -56,8 +56,8 @@ def test_em_is_the_transcription(points: int, size: int, components: int) -> Non
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_em_in_float32_stays_with_the_transcription_however_far_the_points_lie(offset: float) -> None:
-    """The transcription sees the very float32 points, so what differs is the arithmetic alone."""
+def test_em_in_float32_is_accurate_far_from_zero(offset: float) -> None:
+    """The transcription gets the same float32 points in float64, so only the arithmetic differs."""
     rng = np.random.default_rng(3)
     z = (groups(rng, 60, 16, 4, 1.0) + offset).astype(np.float32)
     mixture = fit_mixture(torch.tensor(z)[None], torch.arange(4)[None], 10)
@@ -71,9 +71,9 @@ def test_em_in_float32_stays_with_the_transcription_however_far_the_points_lie(o
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_em_is_scikit_learns_with_covariances_held_at_the_identity(seed: int) -> None:
-    """GaussianMixture re-estimates covariances, but only after an E-step under the given ones: one iteration
-    from precisions of one yields the means and weights of Eq. 7, and such iterations are chained."""
+def test_em_equals_scikit_learn_with_identity_covariances(seed: int) -> None:
+    """GaussianMixture re-estimates covariances, but only after an E-step with the given ones. One iteration from unit
+    precisions gives the means and weights of Eq. 7, so single iterations are chained."""
     rng = np.random.default_rng(seed)
     size, components = 3, 4
     z = groups(rng, 80, size, components, 2.0)
@@ -104,7 +104,7 @@ def test_em_is_scikit_learns_with_covariances_held_at_the_identity(seed: int) ->
         assert np.allclose(log_prob, theirs.score_samples(z), atol=1e-9)
 
 
-def nasty_points(kind: str, rng: np.random.Generator) -> np.ndarray:
+def difficult_points(kind: str, rng: np.random.Generator) -> np.ndarray:
     base = groups(rng, 50, 4, 3)
     if kind == "duplicates":
         return np.concatenate([np.repeat(base[:5], 9, axis=0), base[5:10]])
@@ -122,18 +122,18 @@ def nasty_points(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["plain", "duplicates", "far", "outlier", "line", "tiny"])
 @pytest.mark.parametrize("components", [1, 2, 7, 20])
-def test_log_likelihood_never_falls(kind: str, components: int) -> None:
+def test_log_likelihood_never_decreases(kind: str, components: int) -> None:
     for seed in range(6):
         rng = np.random.default_rng([seed, components])
-        z = torch.tensor(nasty_points(kind, rng))[None]
+        z = torch.tensor(difficult_points(kind, rng))[None]
         rows = torch.tensor(rng.permutation(z.shape[1])[:components])[None]
         values = [float(mixture_log_prob(fit_mixture(z, rows, i), z).sum()) for i in range(12)]
-        # An empty component keeps a weight of 1e-6 points: that may cost so many nats, and no more.
-        slack = 1e-6 * components + 1e-11 * abs(values[0])
-        assert all(after >= before - slack for before, after in pairwise(values)), values
+        # Each empty component keeps the weight of 1e-6 points, which costs at most as many nats.
+        tolerance = 1e-6 * components + 1e-11 * abs(values[0])
+        assert all(after >= before - tolerance for before, after in pairwise(values)), values
 
 
-def test_float32_log_likelihood_never_falls_by_more_than_rounding() -> None:
+def test_log_likelihood_in_float32_decreases_by_rounding_at_most() -> None:
     for seed in range(10):
         rng = np.random.default_rng(seed)
         z = torch.tensor(groups(rng, 200, 16, 6, 1.0), dtype=torch.float32)[None]
@@ -142,7 +142,7 @@ def test_float32_log_likelihood_never_falls_by_more_than_rounding() -> None:
         assert all(b >= a - 2e-6 * abs(a) for a, b in pairwise(values)), values
 
 
-def test_zero_iterations_are_the_start() -> None:
+def test_zero_iterations_return_the_initial_mixture() -> None:
     z = torch.tensor(groups(np.random.default_rng(0), 10, 2, 2))[None]
     mixture = fit_mixture(z, torch.tensor([[3, 8]]), 0)
     assert torch.allclose(mixture.mean_EKD[0], z[0, [3, 8]], atol=1e-12)
@@ -150,24 +150,24 @@ def test_zero_iterations_are_the_start() -> None:
 
 
 STARVING = [-6.6, -5.7, -3.3, 2.9, 11.2, 11.21, 11.34, 11.53, 40.0, 42.0, 48.1, 66.6]
-"""Started at 11.2, -6.6, 11.21 and 2.9, the first component loses all its points in the second step."""
+"""With means started at 11.2, -6.6, 11.21 and 2.9, the first component loses all points in the second iteration."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_empty_component_keeps_its_mean_and_a_vanishing_weight(dtype: torch.dtype) -> None:
+def test_empty_component_keeps_its_mean_and_a_vanishing_weight(dtype: torch.dtype) -> None:
     z = torch.tensor(STARVING, dtype=dtype)[None, :, None]
     rows = torch.tensor([[4, 0, 5, 3]])
-    alive, starved, later = (fit_mixture(z, rows, i) for i in (1, 2, 10))
-    assert float(alive.log_weight_EK[0, 0].exp()) > 0.1
-    assert float(starved.log_weight_EK[0, 0].exp()) < 1e-6
-    assert torch.equal(later.mean_EKD[0, 0], starved.mean_EKD[0, 0])
+    populated, empty, later = (fit_mixture(z, rows, i) for i in (1, 2, 10))
+    assert float(populated.log_weight_EK[0, 0].exp()) > 0.1
+    assert float(empty.log_weight_EK[0, 0].exp()) < 1e-6
+    assert torch.equal(later.mean_EKD[0, 0], empty.mean_EKD[0, 0])
     assert torch.isfinite(later.mean_EKD).all()
     assert torch.allclose(later.log_weight_EK.exp().sum(dim=1), torch.ones(1, dtype=dtype))
     without = Mixture(later.mean_EKD[:, 1:], later.log_weight_EK[:, 1:])
     assert torch.allclose(mixture_log_prob(later, z), mixture_log_prob(without, z), atol=1e-5)
 
 
-def test_points_that_all_coincide_are_one_component() -> None:
+def test_equal_points_fit_one_component() -> None:
     z = torch.full((1, 9, 3), 2.5)
     mixture = fit_mixture(z, torch.tensor([[4]]), 10)
     assert torch.equal(mixture.mean_EKD, torch.full((1, 1, 3), 2.5))
@@ -176,7 +176,7 @@ def test_points_that_all_coincide_are_one_component() -> None:
     assert torch.allclose(mixture_log_prob(mixture, z), torch.full((1, 9), expected))
 
 
-def test_episodes_do_not_see_each_other() -> None:
+def test_episodes_are_independent() -> None:
     rng = np.random.default_rng(1)
     z = torch.tensor(np.stack([groups(rng, 30, 4, 3) + 50 * e for e in range(3)]))
     rows = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8], [9, 3, 1, 0]])
@@ -187,7 +187,7 @@ def test_episodes_do_not_see_each_other() -> None:
         assert torch.allclose(together.log_weight_EK[e], alone.log_weight_EK[0], atol=1e-12)
 
 
-def test_psi_is_a_constant_and_the_density_has_the_gradient_of_its_points() -> None:
+def test_psi_has_no_gradient_and_the_density_has_one() -> None:
     z = torch.tensor(groups(np.random.default_rng(2), 12, 3, 2))[None].requires_grad_()
     mixture = fit_mixture(z, torch.tensor([[0, 5]]), 3)
     assert not mixture.mean_EKD.requires_grad
@@ -195,10 +195,10 @@ def test_psi_is_a_constant_and_the_density_has_the_gradient_of_its_points() -> N
     assert torch.autograd.gradcheck(lambda points: mixture_log_prob(mixture, points), (z,))
 
 
-# --- where the means start --------------------------------------------------------------------------------
+# --- initial means ----------------------------------------------------------------------------------------
 
 
-def test_initial_rows_are_distinct_and_a_function_of_the_generator() -> None:
+def test_initial_indices_are_distinct_and_depend_on_the_generator() -> None:
     z = torch.randn(3, 40, 2, generator=torch.Generator().manual_seed(0))
     rows = init_indices(z, 7, keyed(1, 2, 3))
     assert torch.equal(rows, init_indices(z, 7, keyed(1, 2, 3)))
@@ -207,7 +207,7 @@ def test_initial_rows_are_distinct_and_a_function_of_the_generator() -> None:
     assert len({tuple(init_indices(z[:1], 7, keyed(seed))[0].tolist()) for seed in range(20)}) == 20
 
 
-def test_every_row_is_equally_likely_to_start_a_component() -> None:
+def test_every_point_is_equally_likely_as_an_initial_mean() -> None:
     z = torch.arange(10.0)[None, :, None]
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(10)
@@ -218,14 +218,14 @@ def test_every_row_is_equally_likely_to_start_a_component() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_duplicated_points_never_start_two_components(seed: int) -> None:
+def test_equal_points_never_start_two_components(seed: int) -> None:
     values = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
     z = values[torch.tensor([0] * 30 + [1, 2, 3])][None]
     rows = init_indices(z, 4, keyed(seed))
     assert len(torch.unique(z[0, rows[0]], dim=0)) == 4
 
 
-def test_more_components_than_distinct_points_is_a_clear_error() -> None:
+def test_more_components_than_distinct_points_is_an_error() -> None:
     z = torch.tensor([0.0, 1.0, 1.0, 0.0, 2.0])[None, :, None]
     assert sorted(z[0, init_indices(z, 3, keyed(0))[0], 0].tolist()) == [0.0, 1.0, 2.0]
     with pytest.raises(MixtureError, match=r"4 components need .* has 3: lower train\.components") as caught:
@@ -239,7 +239,7 @@ def test_more_components_than_distinct_points_is_a_clear_error() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation returned, views included."""
+    """Records the number of elements of the largest tensor that any operation returned, views included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,14 +253,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_meter_sees_a_points_by_components_by_dimensions_tensor() -> None:
+def test_largest_tensor_is_recorded() -> None:
     z, means = torch.randn(2, 50, 8), torch.randn(2, 5, 8)
     with Largest() as largest:
         (z[:, :, None] - means[:, None]).square().sum(-1)
     assert largest.numel == 2 * 50 * 5 * 8
 
 
-def test_no_tensor_is_larger_than_points_by_dimensions() -> None:
+def test_no_tensor_has_points_times_components_times_dimensions() -> None:
     E, P, K, D = 2, 300, 20, 24
     z = torch.randn(E, P, D, requires_grad=True)
     with Largest() as largest:
@@ -270,7 +270,7 @@ def test_no_tensor_is_larger_than_points_by_dimensions() -> None:
     with Largest() as largest:
         fitted = fit_semi_supervised(torch.randn(E, K, 5, D), z.detach(), iterations=3)
         class_log_posterior(fitted, z.detach())
-    # A point beside its square: twice the points (and the support, once, to centre both).
+    # z and z^2 side by side are twice the points.
     assert largest.numel == 2 * E * P * D
     assert isinstance(fitted, ClassMixture)
     assert float(fitted.variance_EKD.min()) >= VARIANCE_FLOOR

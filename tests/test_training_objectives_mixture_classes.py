@@ -1,4 +1,4 @@
-"""Semi-supervised EM (Eq. 10) and the posterior of Eq. 11 by transcription, closed form, hard case."""
+"""Semi-supervised EM (Eq. 10) and the posterior of Eq. 11 against transcription and closed forms; difficult data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BOTH: list[Covariance] = ["diagonal", "identity"]
 def episode(
     seed: int, way: int, shot: int, queries: int, size: int, spread: float = 2.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labelled points (K, T, D) and unlabelled ones (P, D) of the same K groups."""
+    """Labelled points (K, T, D) and unlabelled points (P, D) of the same K clusters."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(way, size)) * spread
     scale = rng.uniform(0.3, 1.5, size=(way, size))
     support = means[:, None] + scale[:, None] * rng.normal(size=(way, shot, size))
-    drawn = rng.integers(0, way, size=queries)
-    return support, means[drawn] + scale[drawn] * rng.normal(size=(queries, size))
+    label = rng.integers(0, way, size=queries)
+    return support, means[label] + scale[label] * rng.normal(size=(queries, size))
 
 
 def fitted(support: np.ndarray, query: np.ndarray, iterations: int, e_step: Covariance) -> ClassMixture:
@@ -39,10 +39,10 @@ def fitted(support: np.ndarray, query: np.ndarray, iterations: int, e_step: Cova
 @pytest.mark.parametrize(
     ("way", "shot", "queries", "size"), [(1, 1, 3, 2), (3, 2, 12, 4), (5, 1, 20, 3), (50, 2, 10, 2)]
 )
-def test_semi_supervised_em_is_the_transcription(
+def test_semi_supervised_em_equals_the_transcription(
     way: int, shot: int, queries: int, size: int, e_step: Covariance
 ) -> None:
-    """Any number of ways: nothing in the fit depends on the K of training."""
+    """For any number of ways: the fit does not depend on the K of training."""
     support, query = episode(way, way, shot, queries, size)
     for iterations in (1, 4):
         ours = fitted(support, query, iterations, e_step)
@@ -53,10 +53,10 @@ def test_semi_supervised_em_is_the_transcription(
 
 @pytest.mark.parametrize("e_step", BOTH)
 @pytest.mark.parametrize("temperature", [0.5, 6.0])
-def test_tempered_em_is_the_transcription(temperature: float, e_step: Covariance) -> None:
+def test_em_with_a_temperature_equals_the_transcription(temperature: float, e_step: Covariance) -> None:
     support, query = episode(8, 4, 2, 20, 3)
-    given, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
-    ours = fit_semi_supervised(given, unlabelled, iterations=4, e_step=e_step, temperature=temperature)
+    labelled, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
+    ours = fit_semi_supervised(labelled, unlabelled, iterations=4, e_step=e_step, temperature=temperature)
     means, variances = reference.semi_supervised_em(support, query, 4, e_step, VARIANCE_FLOOR, temperature)
     assert np.allclose(ours.mean_EKD[0].numpy(), means, rtol=0, atol=1e-8)
     assert np.allclose(ours.variance_EKD[0].numpy(), variances, rtol=0, atol=1e-8)
@@ -65,20 +65,20 @@ def test_tempered_em_is_the_transcription(temperature: float, e_step: Covariance
     assert np.allclose(posterior, expected, rtol=0, atol=1e-9)
 
 
-def test_a_temperature_is_a_wider_identity() -> None:
-    """N(z; mu, I)^(1/T) is N(z; mu, T I) up to a constant: points that lie closer by sqrt(T) under the identity."""
+def test_temperature_equals_a_larger_identity_covariance() -> None:
+    """N(z; mu, I)^(1/T) is proportional to N(z; mu, T I): the same as dividing all points by sqrt(T)."""
     support, query = episode(9, 4, 3, 24, 5)
-    given, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
-    tempered = fit_semi_supervised(given, unlabelled, iterations=5, e_step="identity", temperature=9.0)
-    closer = fit_semi_supervised(given / 3, unlabelled / 3, iterations=5, e_step="identity")
-    assert torch.allclose(tempered.mean_EKD, closer.mean_EKD * 3, atol=1e-10)
-    cold = fit_semi_supervised(given, unlabelled, iterations=5, e_step="identity")
-    assert not torch.allclose(tempered.mean_EKD, cold.mean_EKD, atol=1e-3)
+    labelled, unlabelled = torch.tensor(support)[None], torch.tensor(query)[None]
+    tempered = fit_semi_supervised(labelled, unlabelled, iterations=5, e_step="identity", temperature=9.0)
+    scaled = fit_semi_supervised(labelled / 3, unlabelled / 3, iterations=5, e_step="identity")
+    assert torch.allclose(tempered.mean_EKD, scaled.mean_EKD * 3, atol=1e-10)
+    plain = fit_semi_supervised(labelled, unlabelled, iterations=5, e_step="identity")
+    assert not torch.allclose(tempered.mean_EKD, plain.mean_EKD, atol=1e-3)
 
 
 @pytest.mark.parametrize("e_step", BOTH)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_float32_stays_with_the_transcription_however_far_the_points_lie(e_step: Covariance, offset: float) -> None:
+def test_float32_is_accurate_far_from_zero(e_step: Covariance, offset: float) -> None:
     support, query = (part.astype(np.float32) + np.float32(offset) for part in episode(5, 4, 6, 24, 8))
     ours = fitted(support, query, 5, e_step)
     exact_support, exact_query = support.astype(np.float64), query.astype(np.float64)
@@ -92,7 +92,7 @@ def test_float32_stays_with_the_transcription_however_far_the_points_lie(e_step:
 
 
 @pytest.mark.parametrize("e_step", BOTH)
-def test_with_all_points_labelled_it_is_each_class_mean_and_variance(e_step: Covariance) -> None:
+def test_without_unlabelled_points_the_fit_is_each_class_mean_and_variance(e_step: Covariance) -> None:
     support, _ = episode(1, 6, 7, 0, 5)
     for iterations in (1, 3):
         ours = fitted(support, np.zeros((0, 5)), iterations, e_step)
@@ -100,8 +100,7 @@ def test_with_all_points_labelled_it_is_each_class_mean_and_variance(e_step: Cov
         assert np.allclose(ours.variance_EKD[0].numpy(), support.var(1), rtol=0, atol=1e-12)
 
 
-def test_with_all_points_labelled_the_posterior_is_gaussian_naive_bayes() -> None:
-    """Another author's code for another name of the same thing."""
+def test_without_unlabelled_points_the_posterior_equals_gaussian_naive_bayes() -> None:
     support, query = episode(2, 4, 9, 30, 3)
     theirs = GaussianNB(priors=[0.25] * 4, var_smoothing=0.0)
     theirs.fit(support.reshape(36, 3), np.repeat(np.arange(4), 9))
@@ -109,7 +108,7 @@ def test_with_all_points_labelled_the_posterior_is_gaussian_naive_bayes() -> Non
     assert np.allclose(ours[0].numpy(), theirs.predict_log_proba(query), rtol=0, atol=1e-9)
 
 
-def test_the_identity_posterior_decides_for_the_nearest_mean() -> None:
+def test_posterior_with_identity_covariance_is_a_softmax_of_squared_distances() -> None:
     support, query = episode(3, 5, 3, 40, 4)
     ours = fitted(support, query, 2, "identity")
     distances = torch.cdist(torch.tensor(query), ours.mean_EKD[0]).square()
@@ -118,7 +117,7 @@ def test_the_identity_posterior_decides_for_the_nearest_mean() -> None:
 
 
 @pytest.mark.parametrize("covariance", BOTH)
-def test_final_posterior_is_eq_11(covariance: Covariance) -> None:
+def test_final_posterior_equals_eq_11(covariance: Covariance) -> None:
     rng = np.random.default_rng(4)
     support, query = episode(4, 3, 4, 5, 3)
     samples = query[:, None] + 0.5 * rng.normal(size=(5, 6, 3))
@@ -132,7 +131,7 @@ def test_final_posterior_is_eq_11(covariance: Covariance) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "one-shot", "duplicates", "far", "crowded", "tiny"])
-def test_the_objective_of_eq_10_never_falls(kind: str) -> None:
+def test_objective_of_eq_10_never_decreases(kind: str) -> None:
     for seed in range(5):
         support, query = episode(seed, 4, 1 if kind == "one-shot" else 3, 20, 3)
         if kind == "duplicates":
@@ -153,9 +152,7 @@ def test_the_objective_of_eq_10_never_falls(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("e_step", BOTH)
-def test_coinciding_points_give_the_smallest_variance_and_a_finite_answer(
-    dtype: torch.dtype, e_step: Covariance
-) -> None:
+def test_equal_points_give_the_smallest_variance_and_a_finite_posterior(dtype: torch.dtype, e_step: Covariance) -> None:
     support = torch.tensor([[[0.0, 1.0]] * 4, [[3.0, 1.0]] * 4], dtype=dtype)[None]
     query = torch.tensor([[[0.0, 1.0], [3.0, 1.0], [3.0, 1.0]]], dtype=dtype)
     ours = fit_semi_supervised(support, query, iterations=10, e_step=e_step)
@@ -166,14 +163,14 @@ def test_coinciding_points_give_the_smallest_variance_and_a_finite_answer(
     assert torch.allclose(posterior.sum(dim=2), torch.ones(1, 3, dtype=dtype))
 
 
-def test_all_classes_on_one_point_share_the_queries_equally() -> None:
+def test_equal_classes_have_equal_posteriors() -> None:
     support, query = torch.ones(1, 3, 2, 4), torch.ones(1, 5, 4)
     ours = fit_semi_supervised(support, query, iterations=10)
     posterior = class_log_posterior(ours, query).exp()
     assert torch.allclose(posterior, torch.full((1, 5, 3), 1 / 3))
 
 
-def test_a_query_far_from_every_class_still_has_a_posterior() -> None:
+def test_query_far_from_every_class_has_a_finite_posterior() -> None:
     support, query = torch.randn(1, 3, 2, 4), torch.full((1, 1, 4), 1e4)
     ours = fit_semi_supervised(support, query, iterations=10)
     posterior = class_log_posterior(ours, query).exp()
@@ -181,7 +178,7 @@ def test_a_query_far_from_every_class_still_has_a_posterior() -> None:
     assert torch.allclose(posterior.sum(dim=2), torch.ones(1, 1))
 
 
-def test_episodes_and_the_order_of_queries_and_classes_do_not_matter() -> None:
+def test_episodes_are_independent_and_queries_and_classes_equivariant() -> None:
     parts = [episode(seed, 4, 2, 15, 3) for seed in range(3)]
     support = torch.tensor(np.stack([s for s, _ in parts]))
     query = torch.tensor(np.stack([q for _, q in parts]))
@@ -195,6 +192,6 @@ def test_episodes_and_the_order_of_queries_and_classes_do_not_matter() -> None:
     assert torch.allclose(permuted.variance_EKD, together.variance_EKD[:, classes], atol=1e-10)
 
 
-def test_no_iterations_are_refused() -> None:
+def test_zero_iterations_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"iterations \(0\) must be at least 1"):
         fit_semi_supervised(torch.zeros(1, 2, 1, 3), torch.zeros(1, 4, 3), iterations=0)

@@ -20,35 +20,35 @@ def features(images: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 0.5, 5.0])
 @pytest.mark.parametrize(("images", "size"), [(1, 2), (2, 3), (7, 5)])
-def test_value_is_algorithm_1(images: int, size: int, temperature: float) -> None:
+def test_value_equals_algorithm_1(images: int, size: int, temperature: float) -> None:
     first, second = features(images, size)
     expected = reference.nt_xent(first.numpy(), second.numpy(), temperature)
     assert float(nt_xent(first, second, temperature)) == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-def test_gradient_is_the_finite_difference_of_algorithm_1() -> None:
-    """Central differences of the loops themselves: no line is shared with what is tested."""
+def test_gradient_equals_finite_differences_of_algorithm_1() -> None:
+    """Central differences of the literal transcription, which shares no code with the loss."""
     first, second = features(4, 3, seed=1)
     leaves = torch.stack([first, second]).requires_grad_()
     (gradient,) = torch.autograd.grad(nt_xent(leaves[0], leaves[1], 0.3), leaves)
     step, point = 1e-6, leaves.detach().numpy()
     for index in np.ndindex(point.shape):
-        moved = point.copy()
-        moved[index] += step
-        above = reference.nt_xent(moved[0], moved[1], 0.3)
-        moved[index] -= 2 * step
-        below = reference.nt_xent(moved[0], moved[1], 0.3)
+        shifted = point.copy()
+        shifted[index] += step
+        above = reference.nt_xent(shifted[0], shifted[1], 0.3)
+        shifted[index] -= 2 * step
+        below = reference.nt_xent(shifted[0], shifted[1], 0.3)
         assert float(gradient[index]) == pytest.approx((above - below) / (2 * step), abs=1e-8)
 
 
-def test_float32_keeps_to_float64_at_a_low_temperature() -> None:
+def test_float32_is_close_to_float64_at_a_low_temperature() -> None:
     first, second = features(64, 32, seed=2)
     exact = float(nt_xent(first, second, 0.05))
     assert float(nt_xent(first.float(), second.float(), 0.05)) == pytest.approx(exact, abs=1e-6)
     assert nt_xent(first.bfloat16(), second.bfloat16(), 0.05).dtype == torch.float32
 
 
-def test_lengths_order_of_images_and_of_views_do_not_matter() -> None:
+def test_loss_is_invariant_to_lengths_and_to_the_order_of_images_and_views() -> None:
     first, second = features(6, 4, seed=3)
     value = nt_xent(first, second, 0.2)
     order = torch.randperm(6)
@@ -57,12 +57,12 @@ def test_lengths_order_of_images_and_of_views_do_not_matter() -> None:
     assert torch.allclose(nt_xent(first[order], second[order], 0.2), value, rtol=1e-12)
 
 
-def test_equal_features_give_log_of_the_number_of_others() -> None:
+def test_equal_features_give_log_of_2n_minus_1() -> None:
     same = torch.ones(8, 4, dtype=torch.float64)
     assert float(nt_xent(same, same, 0.2)) == pytest.approx(math.log(15), rel=1e-12)
 
 
-def test_a_zero_feature_gives_a_finite_loss_and_gradient() -> None:
+def test_zero_feature_gives_finite_loss_and_gradient() -> None:
     first, second = features(3, 4, seed=4)
     first[1] = 0.0
     leaf = first.requires_grad_()

@@ -1,4 +1,4 @@
-"""Settings become what they say: models by seed, Adam with coupled decay, schedules in closed form."""
+"""Builders: models depend on settings and seed; optimisers and schedules against their formulas."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SHAPE = (1, 12, 12)
 TINY = {"latent": 3, "channels": 4, "width": 8, "heads": 2, "layers": 1}
 
 
-def test_a_model_is_a_function_of_settings_and_seed() -> None:
+def test_model_depends_on_settings_and_seed_only() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = build_model(ModelSettings(**TINY), SHAPE, seed=5)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    again = build_model(ModelSettings(**TINY), SHAPE, seed=5)
+    second = build_model(ModelSettings(**TINY), SHAPE, seed=5)
     other = build_model(ModelSettings(**TINY), SHAPE, seed=6)
-    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.head.weight, other.head.weight)
 
@@ -74,12 +74,12 @@ def test_a_model_is_a_function_of_settings_and_seed() -> None:
         ({"reconstruct": "features"}, lambda m: isinstance(m.decoder, FeatureDecoder)),
     ],
 )
-def test_every_setting_of_the_model_arrives(changes: dict[str, Any], check: Any) -> None:
+def test_every_model_setting_takes_effect(changes: dict[str, Any], check: Any) -> None:
     assert check(build_model(ModelSettings(**{**TINY, **changes}), SHAPE, seed=0))
 
 
-def test_every_setting_of_the_model_is_listed_above() -> None:
-    marks = test_every_setting_of_the_model_arrives.pytestmark[0].args[1]  # type: ignore[attr-defined]
+def test_every_model_setting_is_tested() -> None:
+    marks = test_every_model_setting_takes_effect.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert {key for changes, _ in marks for key in changes} == set(ModelSettings.model_fields)
 
 
@@ -89,9 +89,9 @@ def one_step(optimizer: torch.optim.Optimizer, weight: nn.Parameter, gradient: f
     return float(weight.detach())
 
 
-def test_meta_training_has_adam_with_coupled_decay() -> None:
-    """Decay enters the gradient before the moments (row 8): the first step is lr times its sign, whatever its
-    size, so decay alone turns the sign of a small gradient against a large weight."""
+def test_meta_training_uses_adam_with_coupled_weight_decay() -> None:
+    """Coupled decay is added to the gradient before the moments. The first step of Adam is lr times the sign of the
+    sum, and the decay of a large weight changes the sign of a small gradient."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 4.0)
     optimizer = build_optimizer(module, TrainSettings(learning_rate=0.1, weight_decay=0.5))
@@ -102,14 +102,14 @@ def test_meta_training_has_adam_with_coupled_decay() -> None:
     assert one_step(optimizer, module.weight, -1.0) == pytest.approx(4.1)
 
 
-def test_warm_up_has_adamw_with_decoupled_decay() -> None:
+def test_pretraining_uses_adamw_with_decoupled_weight_decay() -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 4.0)
     optimizer = build_pretrain_optimizer([module], PretrainSettings(learning_rate=0.1, weight_decay=0.5))
     assert one_step(optimizer, module.weight, -1.0) == pytest.approx(4.0 * (1 - 0.1 * 0.5) + 0.1)
 
 
-def test_an_encoder_may_have_adam_or_lars_and_its_projector_is_trained_with_it() -> None:
+def test_optimizers_of_pretraining_include_the_projector() -> None:
     modules = [nn.Linear(1, 1), nn.Linear(1, 1)]
     for name, kind in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("lars", Lars)):
         optimizer = build_pretrain_optimizer(modules, PretrainSettings(optimizer=name, weight_decay=0.3))
@@ -118,14 +118,14 @@ def test_an_encoder_may_have_adam_or_lars_and_its_projector_is_trained_with_it()
         assert len(optimizer.param_groups[0]["params"]) == 4
 
 
-def test_an_encoder_alone_is_the_one_that_the_model_begins_with() -> None:
+def test_encoder_model_has_the_initial_weights_of_the_complete_model() -> None:
     settings = ModelSettings(**TINY)
-    alone, whole = build_encoder_model(settings, SHAPE, 3), build_model(settings, SHAPE, 3)
-    ours, theirs = alone.encoder.state_dict(), whole.encoder.state_dict()
+    encoder_only, complete = build_encoder_model(settings, SHAPE, 3), build_model(settings, SHAPE, 3)
+    ours, theirs = encoder_only.encoder.state_dict(), complete.encoder.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_what_is_frozen_is_not_optimised() -> None:
+def test_frozen_parameters_are_not_optimised() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)
     optimizer = build_optimizer(module, TrainSettings())
@@ -136,29 +136,29 @@ def rates(kind: str, steps: int) -> list[float]:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2.0)
     schedule = build_schedule(optimizer, kind, steps)
-    used = []
+    history = []
     for _ in range(steps):
-        used.append(optimizer.param_groups[0]["lr"])
+        history.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return [*used, optimizer.param_groups[0]["lr"]]
+    return [*history, optimizer.param_groups[0]["lr"]]
 
 
-def test_schedules_in_closed_form() -> None:
+def test_schedules_equal_closed_forms() -> None:
     assert rates("constant", 7) == [2.0] * 8
     assert rates("cosine", 10) == pytest.approx([1 + math.cos(math.pi * s / 10) for s in range(11)], abs=1e-12)
     cycle = rates("one-cycle", 100)
     assert cycle[0] == pytest.approx(0.08)
     assert cycle.index(max(cycle)) == 30
     assert cycle[30] == pytest.approx(2.0)
-    assert cycle[65] == pytest.approx(1.0)  # half way down
+    assert cycle[65] == pytest.approx(1.0)  # halfway down
     assert cycle[100] == pytest.approx(0.0, abs=1e-12)
     assert cycle[:31] == sorted(cycle[:31])
     assert cycle[30:] == sorted(cycle[30:], reverse=True)
 
 
-def test_the_schedule_of_the_published_code_goes_by_epochs() -> None:
-    """Ten epochs as they are, then a cosine that is at zero 75 epochs later and up again after 75 more."""
+def test_published_code_schedule_is_a_cosine_over_epochs() -> None:
+    """Constant for 10 epochs, then a cosine: zero after 75 more epochs, back at 1 after another 75."""
     parameter = nn.Parameter(torch.zeros(1))
     schedule = build_schedule(torch.optim.SGD([parameter], lr=1.0), "published-code", 600, steps_per_epoch=3)
     factor = schedule.lr_lambdas[0]
@@ -174,5 +174,5 @@ def test_the_schedule_of_the_published_code_goes_by_epochs() -> None:
         theirs.step()
 
 
-def test_a_schedule_of_no_steps_can_be_built() -> None:
+def test_schedule_of_zero_steps() -> None:
     assert len(rates("one-cycle", 0)) == 1

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, ours or an error, and never code."""
+"""Checkpoints: written atomically; damaged and foreign files are errors; no code is run."""
 
 from __future__ import annotations
 
@@ -45,44 +45,44 @@ def state(step: int = 3) -> dict[str, Any]:
     }
 
 
-def same(left: Any, right: Any) -> bool:
+def equal(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right) and left.dtype == right.dtype
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+        return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
     return bool(left == right)
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_round_trip_is_exact(tmp_path: Path) -> None:
     saved = state()
     save_state(tmp_path / "deep" / "checkpoint.pt", saved)
     loaded = load_state(tmp_path / "deep" / "checkpoint.pt")
     assert loaded.pop("version") == VERSION
-    assert same(saved, loaded)
+    assert equal(saved, loaded)
     assert os.listdir(tmp_path / "deep") == ["checkpoint.pt"]
 
 
-def test_a_loaded_state_can_be_saved_again(tmp_path: Path) -> None:
+def test_loaded_state_can_be_saved_again(tmp_path: Path) -> None:
     save_state(tmp_path / "a.pt", state())
     save_state(tmp_path / "b.pt", load_state(tmp_path / "a.pt"))
-    assert same(load_state(tmp_path / "a.pt"), load_state(tmp_path / "b.pt"))
+    assert equal(load_state(tmp_path / "a.pt"), load_state(tmp_path / "b.pt"))
 
 
-@pytest.mark.parametrize("moment", ["before a byte", "in the middle", "before the rename"])
+@pytest.mark.parametrize("moment", ["before writing", "while writing", "before the rename"])
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
-def test_a_failure_while_saving_leaves_the_old_file_whole(
+def test_failure_while_saving_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     save_state(path, state(step=1))
     before = path.read_bytes()
-    whole = torch.save
+    torch_save = torch.save
 
     def failing_save(content: Any, file: Any) -> None:
-        if moment == "in the middle":
-            whole(content, file)
+        if moment == "while writing":
+            torch_save(content, file)
             file.truncate(file.tell() // 2)
         raise error
 
@@ -102,13 +102,13 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(
 
 
 @pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
-def test_another_version_is_refused_by_name(tmp_path: Path, version: Any) -> None:
+def test_another_version_is_an_error_that_names_it(tmp_path: Path, version: Any) -> None:
     save_state(tmp_path / "c.pt", state() | {"version": version})
     with pytest.raises(CheckpointError, match=f"version {version}, but this metagmvae reads version {VERSION}"):
         load_state(tmp_path / "c.pt")
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_truncated_files_are_errors(tmp_path: Path) -> None:
     save_state(tmp_path / "c.pt", state())
     content = (tmp_path / "c.pt").read_bytes()
     for length in [0, 1, 3, 4, 30, *range(100, len(content), len(content) // 40), len(content) - 1]:
@@ -118,8 +118,8 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
-    """torch.load by itself would return another weight without a word."""
+def test_flipped_bit_in_a_weight_is_an_error(tmp_path: Path) -> None:
+    """torch.load alone would return a different weight without an error."""
     path = tmp_path / "c.pt"
     saved = state()
     weights = saved["model"]["weight"].numpy().tobytes()
@@ -132,7 +132,7 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
         load_state(path)
 
 
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
+def test_foreign_files_are_errors(tmp_path: Path) -> None:
     rng = random.Random(0)
     foreign = {
         "text": b"accuracy,0.5\n" * 50,
@@ -158,13 +158,13 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"model": {}}, [1, 2], 5])
-def test_torch_files_that_are_not_ours_are_refused(tmp_path: Path, content: Any) -> None:
+def test_other_torch_files_are_errors(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of metagmvae"):
         load_state(tmp_path / "c.pt")
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
+def test_missing_keys_are_named(tmp_path: Path) -> None:
     partial = state()
     del partial["rng"], partial["best"]
     save_state(tmp_path / "c.pt", partial)
@@ -172,14 +172,14 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         load_state(tmp_path / "c.pt")
 
 
-def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError, match="no such checkpoint file"):
             load_state(path)
 
 
 class Trap:
-    """Unpickling this would create a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -188,21 +188,21 @@ class Trap:
         return (open, (str(self.path), "w"))
 
 
-def test_pickled_objects_are_refused_and_not_run(tmp_path: Path) -> None:
-    sprung = tmp_path / "sprung"
-    torch.save(state() | {"version": VERSION, "best": Trap(sprung)}, tmp_path / "c.pt")
+def test_pickled_objects_are_errors_and_do_not_run(tmp_path: Path) -> None:
+    created = tmp_path / "created"
+    torch.save(state() | {"version": VERSION, "best": Trap(created)}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError):
         load_state(tmp_path / "c.pt")
-    (tmp_path / "d.pt").write_bytes(pickle.dumps(Trap(sprung)))
+    (tmp_path / "d.pt").write_bytes(pickle.dumps(Trap(created)))
     with pytest.raises(CheckpointError):
         load_state(tmp_path / "d.pt")
-    assert not sprung.exists()
+    assert not created.exists()
 
 
-def test_random_states_go_on_where_they_were() -> None:
+def test_random_states_are_restored() -> None:
     saved = random_state()
-    drawn = (torch.rand(3), [random.random() for _ in range(3)], random.gauss(0, 1))
+    first = (torch.rand(3), [random.random() for _ in range(3)], random.gauss(0, 1))
     restore_random_state(saved)
-    again = (torch.rand(3), [random.random() for _ in range(3)], random.gauss(0, 1))
-    assert torch.equal(drawn[0], again[0])
-    assert drawn[1:] == again[1:]
+    second = (torch.rand(3), [random.random() for _ in range(3)], random.gauss(0, 1))
+    assert torch.equal(first[0], second[0])
+    assert first[1:] == second[1:]

@@ -1,4 +1,4 @@
-"""The scale of frozen features is that of all training rows, however they are cut into pieces."""
+"""Scaling of frozen features: the statistics of all training rows, for any chunk size."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def model(features: str) -> MetaGMVAE:
     return build_model(ModelSettings.model_validate(settings), (1, 28, 28), 0)
 
 
-@pytest.mark.parametrize("piece", [7, 1024])
-def test_the_statistics_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(frozen_features, "CHUNK", piece)
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_statistics_equal_those_of_all_rows(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(frozen_features, "CHUNK", chunk)
     raw = rows()
     standard = model("standard")
     assert isinstance(standard.scale, FeatureScale)
@@ -39,14 +39,14 @@ def test_the_statistics_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch, p
     assert isinstance(whitened.scale, FeatureWhitening)
     fit_feature_scaling(whitened, raw)
     expected = FeatureWhitening(SIZE)
-    evened = power_transform(torch.from_numpy(raw).double())
-    expected.set_statistics(evened.mean(dim=0), torch.cov(evened.T))
+    transformed = power_transform(torch.from_numpy(raw).double())
+    expected.set_statistics(transformed.mean(dim=0), torch.cov(transformed.T))
     assert torch.allclose(whitened.scale.mean, expected.mean, atol=1e-6)
     assert torch.allclose(whitened.scale.whitening, expected.whitening, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("features", ["standard", "whitened"])
-def test_rows_come_at_the_scale_of_the_model(features: str) -> None:
+def test_rows_are_scaled_as_in_the_model(features: str) -> None:
     raw, net = rows(), model(features)
     fit_feature_scaling(net, raw)
     scaled = ScaledRows(raw, net.scale)[np.array([3, 1])]
@@ -54,7 +54,7 @@ def test_rows_come_at_the_scale_of_the_model(features: str) -> None:
     assert np.allclose((scaled**2).sum(axis=1), SIZE, rtol=1e-4)
 
 
-def test_raw_features_have_no_scale() -> None:
+def test_raw_features_are_not_scaled() -> None:
     net = model("raw")
     fit_feature_scaling(net, rows())
     assert torch.equal(net.scale_features(torch.ones(2, SIZE)), torch.ones(2, SIZE))

@@ -19,16 +19,16 @@ def test_package_round_trip_is_exact_and_damage_is_reported(tmp_path):
     model = build_model(SETTINGS.model, SHAPE, seed=3).eval()
     loaded = LoadedModel(model, SETTINGS, SHAPE, {"step": 3})
     path = save_package(tmp_path / "p", loaded)
-    again = load_package(path)
-    assert again.settings == SETTINGS
-    assert again.info == {"step": 3}
+    read = load_package(path)
+    assert read.settings == SETTINGS
+    assert read.info == {"step": 3}
     for name, value in model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value)
+        assert torch.equal(read.model.state_dict()[name], value)
     with pytest.raises(DataError, match="already exists"):
         save_package(path, loaded)
-    raw = bytearray((path / "model.safetensors").read_bytes())
-    raw[-1] ^= 1
-    (path / "model.safetensors").write_bytes(raw)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
     with pytest.raises(DataError, match="changed after it was written"):
         load_model(path)
     card = json.loads((path / "model.json").read_text())
@@ -37,7 +37,7 @@ def test_package_round_trip_is_exact_and_damage_is_reported(tmp_path):
         load_model(path)
 
 
-def test_a_run_with_selection_gives_the_best_model_of_each_shot(tmp_path):
+def test_run_with_selection_loads_the_best_model_for_each_shot(tmp_path):
     settings = SETTINGS.model_copy(update={"train": TrainSettings(selection="best")})
     weights = [build_model(SETTINGS.model, SHAPE, seed).state_dict() for seed in range(3)]
     best = {
@@ -68,6 +68,6 @@ def test_a_run_with_selection_gives_the_best_model_of_each_shot(tmp_path):
     empty.mkdir()
     with pytest.raises(DataError, match="contains neither"):
         load_model(empty)
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK not one")
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK but not a zip file")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         load_model(tmp_path)

@@ -1,4 +1,4 @@
-"""A whole run, warm-up and meta-training: killed anywhere and resumed, it is the run never killed."""
+"""Complete runs of pre-training and meta-training: exact resume, best models, metric lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rank_processes import process_context
 
 from metagmvae.configs.schema import Settings
 from metagmvae.training.models.encoders import EncoderModel
@@ -56,27 +57,27 @@ def settings(reconstruct: str = "pixels", **changes: dict[str, Any]) -> Settings
     return Settings.model_validate({name: part | changes.get(name, {}) for name, part in sections.items()})
 
 
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     rng = np.random.default_rng(0)
     return (rng.random((40, *SHAPE)) < 0.3).astype(np.uint8) * 255
 
 
-def judge(model: MetaGMVAE) -> dict[str, dict[str, float]]:
-    """Some number that depends on all weights; in NumPy's own type, as a validation may return it."""
+def validate(model: MetaGMVAE) -> dict[str, dict[str, float]]:
+    """A number that depends on all weights, as a NumPy type, which a validation may return."""
     assert not model.training
     total = sum(p.detach().double().abs().sum() for p in model.parameters())
     return {"5w1s": {"accuracy": np.float64(float(total) % 1.0), "ci95": np.float64(0.1)}}
 
 
-class Folder:
-    """A rank with a folder; at the line of `killed_at`, a global step, it goes no further."""
+class FolderContext:
+    """A context with checkpoints in a folder. It is killed before it records the line of global step `killed_at`."""
 
     device = torch.device("cpu")
     rank, world = 0, 1
 
-    def __init__(self, folder: Path, killed_at: int = 0, by: int = 0) -> None:
+    def __init__(self, folder: Path, killed_at: int = 0, signal_number: int = 0) -> None:
         self.path = folder / "checkpoint.pt"
-        self.killed_at, self.by = killed_at, by
+        self.killed_at, self.signal_number = killed_at, signal_number
         self.lines: list[MetricLine] = []
         self.saved: list[tuple[str, int]] = []
 
@@ -85,8 +86,8 @@ class Folder:
 
     def report(self, line: MetricLine, state: TrainState | None) -> None:
         if self.killed_at and int(line["global_step"]) >= self.killed_at:
-            if self.by:
-                os.kill(os.getpid(), self.by)
+            if self.signal_number:
+                os.kill(os.getpid(), self.signal_number)
             raise InterruptedError
         self.lines.append(line)
         if state is not None:
@@ -94,13 +95,13 @@ class Folder:
             save_state(self.path, state)
 
 
-def run(folder: Folder, chosen: Settings, images: np.ndarray | None = None) -> TrainState:
-    return train(chosen, pictures() if images is None else images, SHAPE, "fingerprint", folder, judge)
+def run(context: FolderContext, chosen: Settings) -> TrainState:
+    return train(chosen, images(), SHAPE, "fingerprint", context, validate)
 
 
-def numbers(lines: list[MetricLine]) -> list[dict[str, Any]]:
-    clock = {"images_per_s", "elapsed_s", "waiting_share"}
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+def without_times(lines: list[MetricLine]) -> list[dict[str, Any]]:
+    times = {"images_per_s", "elapsed_s", "waiting_share"}
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def flat(value: Any) -> list[Any]:
@@ -111,33 +112,33 @@ def flat(value: Any) -> list[Any]:
     return [value.tolist()] if isinstance(value, torch.Tensor) else [value]
 
 
-def same(left: TrainState | None, right: TrainState | None) -> None:
+def assert_equal(left: TrainState | None, right: TrainState | None) -> None:
     assert left is not None
     assert right is not None
     for part in (left.keys() | right.keys()) - {"elapsed", "version"}:
         assert flat(left[part]) == flat(right[part]), part
 
 
-WHOLE: dict[str, Folder] = {}
+UNINTERRUPTED: dict[str, FolderContext] = {}
 
 
-def uninterrupted(reconstruct: str, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    if reconstruct not in WHOLE:
-        WHOLE[reconstruct] = Folder(tmp_path_factory.mktemp("whole"))
+def uninterrupted(reconstruct: str, tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
+    if reconstruct not in UNINTERRUPTED:
+        UNINTERRUPTED[reconstruct] = FolderContext(tmp_path_factory.mktemp("whole"))
         torch.manual_seed(1)
-        run(WHOLE[reconstruct], settings(reconstruct))
-    return WHOLE[reconstruct]
+        run(UNINTERRUPTED[reconstruct], settings(reconstruct))
+    return UNINTERRUPTED[reconstruct]
 
 
 @pytest.mark.parametrize("reconstruct", ["pixels", "features"])
 @pytest.mark.parametrize("killed_at", [2, 6, 8, 11, 12, 15])
-def test_killed_and_resumed_is_uninterrupted_to_the_bit(
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(
     reconstruct: str, killed_at: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Killed in the warm-up (before and after its checkpoint), at its end, and in the meta stage; the kill
-    comes before the checkpoint of that step is written, and the resumed process has its own random state."""
+    """Killed in pre-training (before and after its checkpoint), at its end, and in meta-training, always before the
+    checkpoint of that step is written. The resumed process starts with another global random state."""
     whole = uninterrupted(reconstruct, tmp_path_factory)
-    killed = Folder(tmp_path, killed_at)
+    killed = FolderContext(tmp_path, killed_at)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
         run(killed, settings(reconstruct))
@@ -148,31 +149,27 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(
         torch.manual_seed(1)
     else:
         torch.manual_seed(killed_at)
-        np.random.default_rng()
-    resumed = Folder(tmp_path)
+    resumed = FolderContext(tmp_path)
     run(resumed, settings(reconstruct))
-    same(whole.load(), resumed.load())
+    assert_equal(whole.load(), resumed.load())
     reached = last[1] if last[0] == "pretrain" else 6 + last[1]
     kept = [line for line in killed.lines if int(line["global_step"]) <= reached]
-    assert numbers(whole.lines) == numbers(kept) + numbers(resumed.lines)
+    assert without_times(whole.lines) == without_times(kept) + without_times(resumed.lines)
 
 
 def killed_process(folder: str, killed_at: int, threads: int) -> None:
-    torch.set_num_threads(threads)  # sums over threads differ in their last bits
-    run(Folder(Path(folder), killed_at, by=signal.SIGKILL), settings())
+    torch.set_num_threads(threads)  # the last bits of sums depend on the number of threads
+    run(FolderContext(Path(folder), killed_at, signal_number=signal.SIGKILL), settings())
 
 
-def test_a_process_that_is_really_killed_goes_on_to_the_bit(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_run_of_a_killed_process_resumes_exactly(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     whole = uninterrupted("pixels", tmp_path_factory)
-    spawn = torch.multiprocessing.get_context("spawn")
-    process = spawn.Process(target=killed_process, args=(str(tmp_path), 12, torch.get_num_threads()))
+    process = process_context().Process(target=killed_process, args=(str(tmp_path), 12, torch.get_num_threads()))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
-    resumed = Folder(tmp_path)
+    resumed = FolderContext(tmp_path)
     assert load_state(resumed.path)["step"] == 4
     run(resumed, settings())
     left, right = whole.load(), resumed.load()
@@ -182,7 +179,7 @@ def test_a_process_that_is_really_killed_goes_on_to_the_bit(
         assert flat(left[part]) == flat(right[part]), part
 
 
-def test_lines_hold_what_the_tracking_and_the_curves_need(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_metric_lines_have_all_keys_at_the_right_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
     lines = uninterrupted("pixels", tmp_path_factory).lines
     assert [(line["stage"], line["step"], line["global_step"]) for line in lines] == [
         *[("pretrain", step, step) for step in (2, 4, 6)],
@@ -195,13 +192,13 @@ def test_lines_hold_what_the_tracking_and_the_curves_need(tmp_path_factory: pyte
         parts = sum(float(line[name]) for name in ("reconstruction", "prior", "entropy"))
         assert float(line["elbo"]) == pytest.approx(parts, rel=1e-5)
         assert float(line["loss"]) == pytest.approx(-6 * float(line["elbo"]), rel=1e-5)  # sum over M = 6
-    judged = [line["step"] for line in meta if "validation/5w1s" in line]
-    assert judged == [3, 6, 9] == [line["step"] for line in meta if "validation/5w1s_ci95" in line]
+    validated = [line["step"] for line in meta if "validation/5w1s" in line]
+    assert validated == [3, 6, 9] == [line["step"] for line in meta if "validation/5w1s_ci95" in line]
     elapsed = [float(line["elapsed_s"]) for line in lines]
     assert elapsed == sorted(elapsed)
 
 
-def test_the_state_says_what_it_is_and_makes_the_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_final_state_describes_the_run_and_loads_into_the_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     state = uninterrupted("pixels", tmp_path_factory).load()
     assert state is not None
     assert (state["stage"], state["step"]) == ("meta", 9)
@@ -214,118 +211,118 @@ def test_the_state_says_what_it_is_and_makes_the_model(tmp_path_factory: pytest.
     model.load_state_dict(state["model"])
 
 
-def test_the_best_model_of_each_task_is_kept(tmp_path: Path) -> None:
-    """Scores 0.5, 0.9, 0.7 for one task, rising for the other: steps 6 and 9 are kept, with their weights."""
-    seen: list[dict[str, torch.Tensor]] = []
+def test_best_model_of_each_task_is_kept(tmp_path: Path) -> None:
+    """Accuracies 0.5, 0.9, 0.7 for one task, increasing for the other: the weights of steps 6 and 9 are kept."""
+    weights: list[dict[str, torch.Tensor]] = []
     scores = iter([(0.5, 0.1), (0.9, 0.2), (0.7, 0.3)])
 
-    def validate(model: MetaGMVAE) -> dict[str, dict[str, float]]:
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+    def scripted_validate(model: MetaGMVAE) -> dict[str, dict[str, float]]:
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
         first, second = next(scores)
         return {"5w1s": {"accuracy": first, "ci95": 0.0}, "5w5s": {"accuracy": second, "ci95": 0.0}}
 
-    folder = Folder(tmp_path)
-    train(settings(), pictures(), SHAPE, "fingerprint", folder, validate)
+    folder = FolderContext(tmp_path)
+    train(settings(), images(), SHAPE, "fingerprint", folder, scripted_validate)
     best = load_state(folder.path)["best"]
     assert (best["5w1s"]["step"], best["5w1s"]["accuracy"]) == (6, 0.9)
     assert (best["5w5s"]["step"], best["5w5s"]["accuracy"]) == (9, 0.3)
-    assert flat(best["5w1s"]["model"]) == flat(seen[1])
-    assert flat(best["5w5s"]["model"]) == flat(seen[2])
+    assert flat(best["5w1s"]["model"]) == flat(weights[1])
+    assert flat(best["5w5s"]["model"]) == flat(weights[2])
 
 
-def test_a_run_that_is_done_returns_at_once(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_finished_run_returns_at_once(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     done = uninterrupted("pixels", tmp_path_factory).load()
     assert done is not None
     save_state(tmp_path / "checkpoint.pt", done)
-    again = Folder(tmp_path)
-    same(done, run(again, settings()))
+    again = FolderContext(tmp_path)
+    assert_equal(done, run(again, settings()))
     assert again.lines == []
 
 
-def test_no_warm_up_starts_with_the_meta_stage(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+def test_without_pretraining_steps_meta_training_starts(tmp_path: Path) -> None:
+    folder = FolderContext(tmp_path)
     state = run(folder, settings(pretrain={"steps": 0}))
     assert {line["stage"] for line in folder.lines} == {"meta"}
     assert (state["stage"], state["step"]) == ("meta", 9)
     assert [line["global_step"] for line in folder.lines][-1] == 9
 
 
-def test_meta_training_on_features_leaves_the_warmed_up_encoder(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, killed_at=7)
+def test_meta_training_on_features_keeps_the_pretrained_encoder(tmp_path: Path) -> None:
+    folder = FolderContext(tmp_path, killed_at=7)
     with pytest.raises(InterruptedError):
         run(folder, settings("features"))
-    warm = load_state(folder.path)["model"]
-    run(Folder(tmp_path), settings("features"))
+    pretrained = load_state(folder.path)["model"]
+    run(FolderContext(tmp_path), settings("features"))
     final = load_state(folder.path)["model"]
-    changed = {name for name in warm if not torch.equal(warm[name], final[name])}
+    changed = {name for name in pretrained if not torch.equal(pretrained[name], final[name])}
     assert not any(name.startswith("encoder.") for name in changed)
     assert any(name.startswith("decoder.") for name in changed)
-    # The scale is that of the training images under this encoder.
+    # The scaling has the statistics of the training images under this encoder.
     model = build_model(settings("features").model, SHAPE, 0)
     model.load_state_dict(final)
     with torch.no_grad():
-        raw = model.eval().encoder(model.scale_images(torch.tensor(pictures())))
+        raw = model.eval().encoder(model.scale_images(torch.tensor(images())))
     assert torch.allclose(final["scale.mean"], raw.mean(dim=0), atol=1e-5)
 
 
-def test_a_head_begins_at_the_components_where_it_is_told_to(tmp_path: Path) -> None:
+def test_pca_initialisation_follows_the_settings(tmp_path: Path) -> None:
     for start in ("components", "random"):
         folder = tmp_path / start
         folder.mkdir()
-        begun = run(Folder(folder), settings("features", train={"steps": 0, "start": start}))["model"]
-        nothing_is_added = not begun["attention.blocks.0.output.weight"].any()
-        assert nothing_is_added == (start == "components")
+        initial = run(FolderContext(folder), settings("features", train={"steps": 0, "start": start}))["model"]
+        attention_is_identity = not initial["attention.blocks.0.output.weight"].any()
+        assert attention_is_identity == (start == "components")
 
 
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    wild = {"learning_rate": 1e30, "checkpoint_every": 1, "clip_norm": 0.0, "schedule": "constant"}
+def test_diverging_run_stops_and_keeps_the_last_finite_checkpoint(tmp_path: Path) -> None:
+    folder = FolderContext(tmp_path)
+    diverging = {"learning_rate": 1e30, "checkpoint_every": 1, "clip_norm": 0.0, "schedule": "constant"}
     with pytest.raises(NonFiniteLossError, match="last checkpoint stays"):
-        run(folder, settings(train=wild, pretrain={"steps": 0}, validation={"every": 0}))
+        run(folder, settings(train=diverging, pretrain={"steps": 0}, validation={"every": 0}))
     saved = load_state(folder.path)
     assert saved["step"] == folder.saved[-1][1] >= 1
     assert all(torch.isfinite(value.float()).all() for value in saved["optimizer"]["state"][0].values())
 
 
-def test_the_run_is_a_function_of_its_seed(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_run_depends_on_its_seed_only(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     whole = uninterrupted("pixels", tmp_path_factory).load()
     assert whole is not None
     torch.manual_seed(12345)
-    again = run(Folder(tmp_path / "again"), settings())
+    again = run(FolderContext(tmp_path / "again"), settings())
     assert flat(again["model"]) == flat(whole["model"])
-    other = run(Folder(tmp_path / "other"), settings(train={"seed": 1}))
+    other = run(FolderContext(tmp_path / "other"), settings(train={"seed": 1}))
     assert flat(other["model"]) != flat(whole["model"])
 
 
-def test_no_thread_is_left_behind(tmp_path: Path) -> None:
+def test_no_threads_are_left(tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    run(Folder(tmp_path / "a"), settings())
+    run(FolderContext(tmp_path / "a"), settings())
     with pytest.raises(InterruptedError):
-        run(Folder(tmp_path / "b", killed_at=9), settings())
-    run(Folder(tmp_path / "b"), settings())
-    run(Folder(tmp_path / "b"), settings())
+        run(FolderContext(tmp_path / "b", killed_at=9), settings())
+    run(FolderContext(tmp_path / "b"), settings())
+    run(FolderContext(tmp_path / "b"), settings())
     assert set(threading.enumerate()) == before
 
 
-def encoder_run(folder: Folder) -> TrainState:
+def encoder_run(context: FolderContext) -> TrainState:
     chosen = settings(pretrain={"steps": 9, "projector": (6, 4), "optimizer": "lars"})
-    return train(chosen, pictures(), SHAPE, "fingerprint", folder, encoder_judge, kind="encoder")
+    return train(chosen, images(), SHAPE, "fingerprint", context, encoder_validate, kind="encoder")
 
 
-def encoder_judge(model: EncoderModel) -> dict[str, dict[str, float]]:
+def encoder_validate(model: EncoderModel) -> dict[str, dict[str, float]]:
     assert not isinstance(model, MetaGMVAE)
     total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     return {"5w1s": {"accuracy": total % 1.0, "ci95": 0.1}, "linear": {"accuracy": 0.5}}
 
 
 @pytest.mark.parametrize("killed_at", [2, 6, 9])
-def test_an_encoder_alone_goes_on_to_the_bit_with_its_projector(killed_at: int, tmp_path: Path) -> None:
+def test_killed_and_resumed_encoder_only_run_equals_the_uninterrupted_one(killed_at: int, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = Folder(tmp_path / "whole")
+    whole = FolderContext(tmp_path / "whole")
     torch.manual_seed(1)
     state = encoder_run(whole)
-    killed = Folder(tmp_path / "killed", killed_at)
+    killed = FolderContext(tmp_path / "killed", killed_at)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
         encoder_run(killed)
@@ -333,29 +330,29 @@ def test_an_encoder_alone_goes_on_to_the_bit_with_its_projector(killed_at: int, 
         torch.manual_seed(5)
     else:
         torch.manual_seed(1)
-    resumed = Folder(tmp_path / "killed")
+    resumed = FolderContext(tmp_path / "killed")
     encoder_run(resumed)
-    same(whole.load(), resumed.load())
+    assert_equal(whole.load(), resumed.load())
     assert state["kind"] == "encoder"
     assert set(state["projector"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert all(name.startswith("encoder.") for name in state["model"])
-    judged = [line for line in whole.lines if "validation/5w1s" in line]
-    assert [line["step"] for line in judged] == [3, 6, 9]
-    assert all(line["validation/linear"] == 0.5 and "validation/linear_ci95" not in line for line in judged)
+    validated = [line for line in whole.lines if "validation/5w1s" in line]
+    assert [line["step"] for line in validated] == [3, 6, 9]
+    assert all(line["validation/linear"] == 0.5 and "validation/linear_ci95" not in line for line in validated)
     assert set(state["best"]) == {"5w1s"}
 
 
 @pytest.mark.parametrize("reconstruct", ["pixels", "features"])
-def test_data_on_the_device_give_the_same_run_to_the_bit(
+def test_data_on_the_device_give_the_same_run(
     reconstruct: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = uninterrupted(reconstruct, tmp_path_factory)
-    there, chosen = Folder(tmp_path), settings(reconstruct, data={"reader": "device"})
+    on_device, chosen = FolderContext(tmp_path), settings(reconstruct, data={"reader": "device"})
     assert chosen.data.reader == "device"
     torch.manual_seed(1)
-    run(there, chosen)
-    left, right = whole.load(), there.load()
+    run(on_device, chosen)
+    left, right = whole.load(), on_device.load()
     assert left is not None
     assert right is not None
     assert flat(left["model"]) == flat(right["model"])
-    assert numbers(whole.lines) == numbers(there.lines)
+    assert without_times(whole.lines) == without_times(on_device.lines)

@@ -1,4 +1,4 @@
-"""A whole run on two gloo ranks: it ends, both agree, and without batch statistics it is one process."""
+"""Complete runs on two gloo ranks: both ranks agree, and without batch statistics they equal one process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import run_on_two_ranks
 
 from metagmvae.configs.schema import Settings
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -19,7 +20,7 @@ SHAPE = (1, 8, 8)
 
 
 def settings() -> Settings:
-    """On features of the frozen encoder nothing that the meta stage trains is normalised over a batch."""
+    """Meta-training on frozen features: nothing that it trains uses batch normalisation."""
     sections = {
         "model": {
             "reconstruct": "features",
@@ -45,15 +46,15 @@ def settings() -> Settings:
     return Settings.model_validate(sections)
 
 
-class Memory:
-    """Keeps lines and counts states; starts from a checkpoint if it is given one, and leaves one if asked."""
+class MemoryContext:
+    """Records lines and counts checkpoints; starts from checkpoint `start`, saves that of pre-training to `leave`."""
 
     device = torch.device("cpu")
 
     def __init__(self, start: Path | None, leave: Path | None) -> None:
         self.start, self.leave = start, leave
-        active = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
+        distributed = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.lines: list[dict[str, Any]] = []
         self.states = 0
 
@@ -67,7 +68,7 @@ class Memory:
             save_state(self.leave, state)
 
 
-def judge(model: MetaGMVAE) -> dict[str, dict[str, float]]:
+def validate(model: MetaGMVAE) -> dict[str, dict[str, float]]:
     assert not dist.is_initialized() or dist.get_rank() == 0
     return {"5w1s": {"accuracy": 0.5, "ci95": 0.1}}
 
@@ -75,18 +76,18 @@ def judge(model: MetaGMVAE) -> dict[str, dict[str, float]]:
 def trained(start: Path | None = None, leave: Path | None = None) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = (rng.random((40, *SHAPE)) < 0.3).astype(np.uint8) * 255
-    memory = Memory(start, leave)
-    state = train(settings(), images, SHAPE, "", memory, judge)
-    return {"model": dict(state["model"]), "lines": memory.lines, "states": memory.states}
+    context = MemoryContext(start, leave)
+    state = train(settings(), images, SHAPE, "", context, validate)
+    return {"model": dict(state["model"]), "lines": context.lines, "states": context.states}
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        warm = Path(folder) / "warm-by-two.pt"
-        result = {"whole": trained(leave=warm), "resumed": trained(start=warm)}
-        result["meta"] = trained(start=Path(folder) / "warm.pt")
+        pretrained = Path(folder) / "pretrained-by-two.pt"
+        result = {"complete": trained(leave=pretrained), "resumed": trained(start=pretrained)}
+        result["meta"] = trained(start=Path(folder) / "pretrained.pt")
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -98,19 +99,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    return trained(leave=folder / "warm.pt")
+def one_process(folder: Path) -> dict[str, Any]:
+    return trained(leave=folder / "pretrained.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks(folder: Path, one_process: dict[str, Any]) -> list[dict[str, Any]]:
+    return run_on_two_ranks(worker, folder)
 
 
-@pytest.mark.parametrize("kind", ["whole", "resumed", "meta"])
+@pytest.mark.parametrize("kind", ["complete", "resumed", "meta"])
 def test_both_ranks_end_with_the_same_weights_and_lines(kind: str, ranks: list[dict[str, Any]]) -> None:
-    """Running statistics too: both ranks must encode by the same ones, whatever each last saw in warm-up."""
+    """Running statistics too: both ranks must encode with the same ones, although their last batches differed."""
     first, second = (rank[kind] for rank in ranks)
     for name in first["model"]:
         assert torch.equal(first["model"][name], second["model"][name]), name
@@ -118,32 +118,32 @@ def test_both_ranks_end_with_the_same_weights_and_lines(kind: str, ranks: list[d
     assert [[line[k] for k in shared] for line in first["lines"]] == [
         [line[k] for k in shared] for line in second["lines"]
     ]
-    judged = [line["step"] for line in first["lines"] if "validation/5w1s" in line]
-    assert judged == [3, 6]
+    validated = [line["step"] for line in first["lines"] if "validation/5w1s" in line]
+    assert validated == [3, 6]
     assert not any("validation/5w1s" in line for line in second["lines"])
     assert first["states"] == sum(line["checkpoint"] for line in first["lines"])
     assert second["states"] == 0
 
 
-def test_two_ranks_resume_to_the_bit(ranks: list[dict[str, Any]]) -> None:
-    """A checkpoint holds rank 0's running statistics; the uninterrupted run must go on with those as well."""
+def test_two_ranks_resume_exactly(ranks: list[dict[str, Any]]) -> None:
+    """A checkpoint has rank 0's running statistics, so an uninterrupted run must continue with those as well."""
     for rank in ranks:
-        for name, value in rank["whole"]["model"].items():
+        for name, value in rank["complete"]["model"].items():
             assert torch.equal(value, rank["resumed"]["model"][name]), name
 
 
-def test_two_ranks_go_on_from_one_process_as_one_process_would(
-    ranks: list[dict[str, Any]], alone: dict[str, Any]
+def test_two_ranks_continue_a_run_of_one_process_like_one_process(
+    ranks: list[dict[str, Any]], one_process: dict[str, Any]
 ) -> None:
     two = ranks[0]["meta"]
-    for name, value in alone["model"].items():
+    for name, value in one_process["model"].items():
         close = torch.isclose(two["model"][name], value, rtol=1e-4, atol=1e-5)
         if name.endswith("project.bias"):
-            close[8:16] = True  # the keys' bias cancels in the softmax: Adam moves it by rounding alone
-        # Adam divides by the size of a gradient: where that is nearly nothing, rounding moves a weight.
+            close[8:16] = True  # the bias of keys cancels in the softmax: Adam amplifies rounding errors
+        # Adam divides by the gradient's size: where that is nearly zero, rounding changes a weight.
         assert (~close).sum() <= 1e-5 * value.numel(), name
         assert torch.allclose(two["model"][name][~close], value[~close], rtol=0, atol=1e-3), name
-    meta = [line for line in alone["lines"] if line["stage"] == "meta"]
+    meta = [line for line in one_process["lines"] if line["stage"] == "meta"]
     assert [line["step"] for line in meta] == [line["step"] for line in two["lines"]]
     for a, b in zip(meta, two["lines"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

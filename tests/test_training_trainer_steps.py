@@ -1,4 +1,4 @@
-"""Whole steps in float64: against the transcription, finite differences, and their own determinism."""
+"""Meta-training steps in float64: against the literal transcription, finite differences, and reproducibility."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def gradients(net: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @pytest.mark.parametrize("decoded", [1, 4])
-def test_the_loss_of_a_step_is_the_transcription(scale: str, decoded: int) -> None:
-    """From pixels to Eq. 9: networks are ours, densities, EM and the sum are plain loops. (The noise itself,
-    and so its square, is float32.)"""
+def test_loss_of_a_step_equals_the_transcription(scale: str, decoded: int) -> None:
+    """From pixels to Eq. 9: the networks are those under test; densities, EM and sums are plain loops. (The noise is
+    float32.)"""
     net, sets = model(), batch()
-    chosen = settings(objective_scale=scale, decode_samples=decoded, seed=5)
-    loss, terms = MetaStep(net, chosen).eval()(sets)
+    options = settings(objective_scale=scale, decode_samples=decoded, seed=5)
+    loss, terms = MetaStep(net, options).eval()(sets)
     elbos = []
     for b, episode in enumerate(sets.episodes):
         generator = keyed_generator(torch.device("cpu"), 5, "meta", int(episode))
@@ -54,18 +54,18 @@ def test_the_loss_of_a_step_is_the_transcription(scale: str, decoded: int) -> No
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_gradient_of_a_step_is_the_finite_difference_with_psi_held(
+def test_gradient_of_a_step_equals_finite_differences_with_psi_fixed(
     train: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Along random directions through all parameters at once, batch normalisation in either mode."""
+    """Along random directions in all parameters, with batch normalisation in either mode."""
     net, sets = model(), batch()
     step = MetaStep(net, settings(decode_samples=2)).train(train)
-    held = {}
+    fitted = {}
 
-    def remembered(z: Tensor, rows: Tensor, iterations: int) -> Any:
-        return held.setdefault("psi", fit_mixture(z, rows, iterations))
+    def fit_once(z: Tensor, rows: Tensor, iterations: int) -> Any:
+        return fitted.setdefault("psi", fit_mixture(z, rows, iterations))
 
-    monkeypatch.setattr(metagmvae.training.trainer.steps, "fit_mixture", remembered)
+    monkeypatch.setattr(metagmvae.training.trainer.steps, "fit_mixture", fit_once)
     step(sets)[0].backward()
     gradient = gradients(net)
     assert set(gradient) == {name for name, _ in net.named_parameters()}
@@ -86,7 +86,7 @@ def test_gradient_of_a_step_is_the_finite_difference_with_psi_held(
         assert analytic == pytest.approx(numeric, rel=2e-5)
 
 
-def test_an_episode_does_not_depend_on_what_else_is_in_the_step() -> None:
+def test_episodes_of_a_step_are_independent() -> None:
     step = MetaStep(model(), settings()).eval()
     together = float(step(batch((4, 7)))[0].detach())
     alone = [float(step(batch((e,)))[0].detach()) for e in (4, 7)]
@@ -95,7 +95,7 @@ def test_an_episode_does_not_depend_on_what_else_is_in_the_step() -> None:
     assert swapped == pytest.approx(together, rel=1e-12)
 
 
-def test_a_step_is_a_function_of_seed_and_episode_and_not_of_global_state() -> None:
+def test_step_depends_on_seed_and_episode_and_not_on_the_global_random_state() -> None:
     net = model(torch.float32)
     step = MetaStep(net, settings()).eval()
     first = step(batch())[0]
@@ -108,7 +108,7 @@ def test_a_step_is_a_function_of_seed_and_episode_and_not_of_global_state() -> N
     assert not torch.equal(first, step(same_images)[0])
 
 
-def test_only_r_samples_are_decoded() -> None:
+def test_decode_samples_are_decoded() -> None:
     net = model()
     decoded = []
     net.decoder.register_forward_pre_hook(lambda module, args: decoded.append(args[0].shape[0]))
@@ -117,24 +117,24 @@ def test_only_r_samples_are_decoded() -> None:
     assert decoded == [B * M, 3 * B * M, 4 * B * M]
 
 
-def test_channels_last_is_the_same_step() -> None:
+def test_channels_last_gives_the_same_loss() -> None:
     net = model()
-    usual = MetaStep(net, settings()).eval()(batch())[0]
-    other = MetaStep(net, settings(channels_last=True)).eval()(batch())[0]
-    assert torch.allclose(usual, other, rtol=1e-12)
+    default = MetaStep(net, settings()).eval()(batch())[0]
+    channels_last = MetaStep(net, settings(channels_last=True)).eval()(batch())[0]
+    assert torch.allclose(default, channels_last, rtol=1e-12)
 
 
-def test_em_and_densities_are_float32_under_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_em_and_densities_are_float32_under_bfloat16_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def spy(z: Tensor, rows: Tensor, iterations: int) -> Any:
-        seen.append((z.dtype, torch.is_autocast_enabled("cpu")))
+        calls.append((z.dtype, torch.is_autocast_enabled("cpu")))
         return fit_mixture(z, rows, iterations)
 
     monkeypatch.setattr(metagmvae.training.trainer.steps, "fit_mixture", spy)
     net = model(torch.float32)
     loss, terms = MetaStep(net, settings(precision="bfloat16")).eval()(batch())
-    assert seen == [(torch.float32, False)]
+    assert calls == [(torch.float32, False)]
     assert loss.dtype == torch.float32
     assert {value.dtype for value in terms.values()} == {torch.float32}
     exact = MetaStep(net, settings()).eval()(batch())[0]
@@ -142,7 +142,7 @@ def test_em_and_densities_are_float32_under_bfloat16(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_auto_is_bfloat16_only_where_the_device_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+def test_auto_precision_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     monkeypatch.setattr(metagmvae.training.device.precision, "bfloat16_is_fast", lambda device_type: fast)
     net = model(torch.float32)
     kinds = ("auto", "bfloat16", "float32")
@@ -151,16 +151,16 @@ def test_auto_is_bfloat16_only_where_the_device_is_fast_at_it(monkeypatch: pytes
     assert loss["bfloat16"] != loss["float32"]
 
 
-def test_what_the_processor_says_of_itself_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for able, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False), ({}, False)):
+def test_bfloat16_is_fast_with_cpu_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fast in (("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)):
         metagmvae.training.device.precision.bfloat16_is_fast.cache_clear()
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
         assert metagmvae.training.device.precision.bfloat16_is_fast("cpu") is fast
     metagmvae.training.device.precision.bfloat16_is_fast.cache_clear()
 
 
-def test_more_components_than_distinct_samples_is_a_clear_error() -> None:
-    """Samples coincide where the posterior has no width: here every variance underflows to zero."""
+def test_more_components_than_distinct_samples_is_an_error() -> None:
+    """All samples of a point are equal if the posterior variance underflows to zero."""
     net = model()
     with torch.no_grad():
         net.head.weight.zero_()
@@ -169,7 +169,7 @@ def test_more_components_than_distinct_samples_is_a_clear_error() -> None:
         MetaStep(net, settings()).eval()(batch())
 
 
-def test_keyed_generators_differ_by_every_part_of_the_key() -> None:
+def test_keyed_generators_depend_on_every_part_of_the_key() -> None:
     cpu = torch.device("cpu")
     keys: list[tuple[int | str, ...]] = [
         (0, "a", 1),
@@ -181,11 +181,11 @@ def test_keyed_generators_differ_by_every_part_of_the_key() -> None:
     ]
     draws = [tuple(torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *key)).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
-    again = torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *keys[0]))
-    assert tuple(again.tolist()) == draws[0]
+    repeated = torch.randint(0, 2**40, (4,), generator=keyed_generator(cpu, *keys[0]))
+    assert tuple(repeated.tolist()) == draws[0]
 
 
-# --- features of a frozen encoder in the place of images --------------------------------------------------
+# --- features of a frozen encoder instead of images -------------------------------------------------------
 
 
 def feature_batch(net: MetaGMVAE, episodes: tuple[int, ...] = (4, 7)) -> SetBatch:
@@ -194,8 +194,8 @@ def feature_batch(net: MetaGMVAE, episodes: tuple[int, ...] = (4, 7)) -> SetBatc
     return SetBatch(net.scale(raw).numpy(), np.array(episodes, dtype=np.int64), step=0)
 
 
-def test_a_step_on_features_is_eq_3_with_a_calibrated_gaussian() -> None:
-    """Rybkin et al. 2020: the variance is the mean squared error of the episode's reconstructions."""
+def test_step_on_features_equals_eq_3_with_calibrated_variance() -> None:
+    """Rybkin et al. 2020: the variance is the mean squared error of the reconstructions of an episode."""
     net = model(reconstruct="features")
     sets = feature_batch(net)
     loss, terms = MetaStep(net, settings(decode_samples=2, seed=5)).eval()(sets)
@@ -227,7 +227,7 @@ def test_a_step_on_features_is_eq_3_with_a_calibrated_gaussian() -> None:
     assert float(terms["reconstruction"]) == pytest.approx(np.mean(reconstructions), rel=1e-8)
 
 
-def test_on_features_the_encoder_keeps_weights_and_statistics_and_the_rest_trains() -> None:
+def test_step_on_features_trains_everything_but_the_encoder() -> None:
     net = model(reconstruct="features")
     step = MetaStep(net, settings()).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
