@@ -83,7 +83,8 @@ def _sentences(comparison: Comparison) -> list[str]:
     for task in all_tasks(comparison.rows):
         best = _best(comparison, task)
         if best is not None:
-            sentences.append(f"{task_name(task)}: {best.name} is the most accurate, {score_cell(best.scores[task])}%.")
+            score = score_cell(best.scores[task])
+            sentences.append(f"{best.name} is the most accurate comparable model on {task_name(task)}: {score}%.")
     for pair in comparison.differences:
         paired = pair.paired
         verdict = {
@@ -91,12 +92,11 @@ def _sentences(comparison: Comparison) -> list[str]:
             "worse": f"{pair.challenger} is worse than {pair.champion}",
             "undecided": f"The difference between {pair.challenger} and {pair.champion} is not significant",
         }[paired.verdict]
-        protocol = f"{task_name((paired.way, paired.shot))}, {paired.mode}, {pair.split} split"
-        over = ""
+        where = f"{pair.task} ({paired.episodes:,} shared episodes, {paired.mode}, {pair.split} split)"
+        difference = f"{points(paired.difference, paired.ci95)} points"
         if pair.over_trainings is not None:
-            over = f"; over {pair.trainings} trainings {points(*pair.over_trainings)} points"
-        difference = points(paired.difference, paired.ci95)
-        sentences.append(f"{verdict} on the same {paired.episodes:,} episodes ({protocol}): {difference} points{over}.")
+            difference += f"; over {pair.trainings} trainings {points(*pair.over_trainings)} points"
+        sentences.append(f"{verdict} on {where}: {difference}.")
     return sentences
 
 
@@ -124,7 +124,7 @@ def _rows(comparison: Comparison, tasks: Sequence[Task]) -> list[dict[str, Any]]
             "style": "member" if id(row) in members else row.kind,
             "source": row.source if row.source != row.name and row.kind != "trainings" else "",
             "cells": [(score_cell(row.scores.get(task)), best[task] is row) for task in tasks],
-            "evaluated_on": f"{row.protocol.split or UNKNOWN} split of {format_value(row.protocol.data)}",
+            "evaluated_on": f"{row.protocol.split or UNKNOWN} split, data {format_value(row.protocol.data)}",
             "protocol": _protocol(row.protocol),
             "cost": [format_value(row.seconds), format_value(row.steps)],
         }
@@ -164,7 +164,7 @@ def _forest(pairs: Sequence[PairedComparison]) -> dict[str, Any]:
             {
                 "challenger": pair.challenger,
                 "champion": pair.champion,
-                "task": f"{task_name((paired.way, paired.shot))} {paired.mode}, {pair.split}",
+                "task": f"{pair.task} {paired.mode}, {pair.split}",
                 "difference": points(paired.difference, paired.ci95),
                 "over": over_trainings_cell(pair),
                 "tests": [p_value(paired.t_test), p_value(paired.wilcoxon)],

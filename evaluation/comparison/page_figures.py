@@ -100,11 +100,11 @@ def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
     )
     images = []
     for task in tasks:
-        for key, label in (("global_step", "step"), ("elapsed_s", "seconds of training")):
-            caption = f"Validation accuracy, {task.removeprefix('validation/')}, over {label}"
+        for key, label in (("global_step", "training step"), ("elapsed_s", "training time, seconds")):
+            caption = f"Validation accuracy, {task.removeprefix('validation/')}, by {label}"
             images.append(_themed(caption, partial(_accuracy, curves, task, key, label)))
     if any("loss" in line and line.get("stage") == "meta" for curve in curves for line in curve.lines):
-        images.append(_themed("Meta-training loss over step", partial(_loss, curves)))
+        images.append(_themed("Meta-training loss by training step", partial(_loss, curves)))
     return images
 
 
@@ -121,7 +121,7 @@ def _accuracy(curves: Sequence[Curve], task: str, key: str, label: str) -> Figur
 
 
 def _loss(curves: Sequence[Curve]) -> Figure:
-    figure, axes = _panel("step", "loss")
+    figure, axes = _panel("training step", "loss")
     for number, curve in enumerate(curves):
         rows = [line for line in curve.lines if line.get("stage") == "meta" and "loss" in line]
         x, loss = [row["global_step"] for row in rows], [row["loss"] for row in rows]

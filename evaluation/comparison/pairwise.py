@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metagmvae.evaluation.comparison.formatting import Task
+from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row
 from metagmvae.evaluation.fewshot.paired import PairedDifference, across_seeds, paired_difference
 
@@ -26,6 +26,11 @@ class PairedComparison:
     """Number of trainings behind `over_trainings`; 0 if that is None."""
     over_trainings: tuple[float, float] | None
     """Mean difference over trainings and half width of its 95% interval (Student's t)."""
+
+    @property
+    def task(self) -> str:
+        """The task as text: `(5,1)`."""
+        return task_name((self.paired.way, self.paired.shot))
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for JSON; accuracies and differences are fractions in [0, 1]."""

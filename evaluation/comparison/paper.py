@@ -18,7 +18,7 @@ TASKS: dict[DatasetName, tuple[Task, ...]] = {
 }
 """Columns of Table 1."""
 DATA: dict[DatasetName, str] = {
-    "omniglot": "Omniglot, the authors' own draw of 1200-100-323",
+    "omniglot": "Omniglot, the authors' own 1200-100-323 split",
     "mini-imagenet": "Mini-ImageNet, split of Ravi & Larochelle",
 }
 

@@ -23,81 +23,52 @@ LABELS = {
 }
 """Readable text for parts of the names that the files record."""
 
-BENCHES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
-    "step": (
-        "step",
-        "rows",
-        {
-            "variant": ("training step", "{}"),
-            "seconds": ("seconds per step", "{:.2f}"),
-            "times_faster": ("speed-up", "{:.1f}"),
-            "peak_mib": ("peak memory, MiB", "{:,.0f}"),
-            "profile.share_of_matmul_rate": ("FLOP/s relative to a large matrix product", "{:.0%}"),
-        },
-    ),
-    "episodes": (
-        "episodes",
-        "rows",
-        {
-            "form": ("evaluation", "{}"),
-            "seconds_per_episode": ("seconds per episode", "{:.3f}"),
-            "times_faster": ("speed-up", "{:.1f}"),
-        },
-    ),
-    "loader": (
-        "loader",
-        "rows",
-        {"reader": ("reader", "{}"), "samples_per_s": ("images per second", "{:,.0f}")},
-    ),
-    "loader-waiting": (
-        "loader",
-        "",
-        {
-            "waiting_share_in_training.memory": ("training time spent waiting, shards in memory", "{:.3%}"),
-            "waiting_share_in_training.mmap": ("training time spent waiting, shards memory-mapped", "{:.3%}"),
-        },
-    ),
-    "prepare": (
-        "prepare",
-        "rows",
-        {
-            "workers": ("Ray workers (0: one process without Ray)", "{}"),
-            "images_per_s": ("images per second", "{:,.0f}"),
-            "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
-        },
-    ),
-    "simclr": (
-        "simclr",
-        "rows",
-        {"road": ("input pipeline: what is measured", "{}"), "images_per_s": ("images per second", "{:,.0f}")},
-    ),
-    "features": (
-        "features",
-        "",
-        {
-            "written_rows_per_s": ("rows written per second", "{:,.0f}"),
-            "sampled_in_place_rows_per_s": ("rows sampled per second from memory-mapped shards", "{:,.0f}"),
-            "streamed_rows_per_s": ("rows streamed per second", "{:,.0f}"),
-            "peak_memory_gib.a tenth.written": ("peak memory for writing a tenth of the rows, GiB", "{:.2f}"),
-            "peak_memory_gib.all.written": ("peak memory for writing all rows, GiB", "{:.2f}"),
-        },
-    ),
-    "tune": (
-        "tune",
-        "",
-        {
-            "trials": ("trials", "{:,}"),
-            "at_once": ("concurrent trials", "{:,}"),
-            "training_s_per_trial": ("training, seconds per trial", "{:.2f}"),
-            "seconds_per_trial": ("wall time with MLflow, seconds per trial", "{:.2f}"),
-            "seconds_per_trial_without_mlflow": ("wall time without MLflow, seconds per trial", "{:.2f}"),
-            "growth.driver_mib": ("driver memory, last quarter of the trials over the second", "{:.3f}"),
-            "growth.workers_mib": ("worker memory, last quarter of the trials over the second", "{:.3f}"),
-        },
-    ),
+BENCHES = {
+    "step": ("step", "rows"),
+    "episodes": ("episodes", "rows"),
+    "loader": ("loader", "rows"),
+    "loader-waiting": ("loader", ""),
+    "prepare": ("prepare", "rows"),
+    "simclr": ("simclr", "rows"),
+    "features": ("features", ""),
+    "tune": ("tune", ""),
 }
-"""Name of a table -> FILE of `bench-FILE.json`; key of its list of rows, "" for a table with one row for each value;
-title and format of each column by its dotted key."""
+"""Name of a table -> FILE of `bench-FILE.json`, and the key of its list of rows, or "" for a table of single values."""
+
+COLUMNS = {
+    "variant": ("training step", "{}"),
+    "form": ("evaluation", "{}"),
+    "reader": ("reader", "{}"),
+    "workers": ("Ray workers (0: one process without Ray)", "{}"),
+    "road": ("input pipeline: what is measured", "{}"),
+    "seconds": ("seconds per step", "{:.2f}"),
+    "seconds_per_episode": ("seconds per episode", "{:.3f}"),
+    "samples_per_s": ("images per second", "{:,.0f}"),
+    "images_per_s": ("images per second", "{:,.0f}"),
+    "times_faster": ("speed-up", "{:.1f}"),
+    "peak_mib": ("peak memory, MiB", "{:,.0f}"),
+    "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
+    "profile.share_of_matmul_rate": ("FLOP/s relative to a large matrix product", "{:.0%}"),
+}
+"""Key in a row -> title and format of its column."""
+
+VALUES = {
+    "waiting_share_in_training.memory": ("training time spent waiting, shards in memory", "{:.3%}"),
+    "waiting_share_in_training.mmap": ("training time spent waiting, shards memory-mapped", "{:.3%}"),
+    "written_rows_per_s": ("rows written per second", "{:,.0f}"),
+    "sampled_in_place_rows_per_s": ("rows sampled per second from memory-mapped shards", "{:,.0f}"),
+    "streamed_rows_per_s": ("rows streamed per second", "{:,.0f}"),
+    "peak_memory_gib.a tenth.written": ("peak memory for writing a tenth of the rows, GiB", "{:.2f}"),
+    "peak_memory_gib.all.written": ("peak memory for writing all rows, GiB", "{:.2f}"),
+    "trials": ("trials", "{:,}"),
+    "at_once": ("concurrent trials", "{:,}"),
+    "training_s_per_trial": ("training, seconds per trial", "{:.2f}"),
+    "seconds_per_trial": ("wall time with MLflow, seconds per trial", "{:.2f}"),
+    "seconds_per_trial_without_mlflow": ("wall time without MLflow, seconds per trial", "{:.2f}"),
+    "growth.driver_mib": ("driver memory, last quarter of the trials over the second", "{:.3f}"),
+    "growth.workers_mib": ("worker memory, last quarter of the trials over the second", "{:.3f}"),
+}
+"""Key in a file -> title and format of its row in a table of single values."""
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -106,21 +77,19 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def bench_table(results: Path, name: str) -> str:
-    """Speed and memory of one benchmark, by the columns of `BENCHES`."""
+    """Speed and memory of one benchmark (`bench-NAME.json`)."""
     if name not in BENCHES:
         raise DataError(f"bench:{name}: unknown table; use one of {', '.join(BENCHES)}")
-    file, rows_key, columns = BENCHES[name]
+    file, rows_key = BENCHES[name]
     record = read_json(results / f"bench-{file}.json")
     if not rows_key:
-        return markdown_table(
-            ["measurement", "value"], [[title, _cell(record, key, form)] for key, (title, form) in columns.items()]
-        )
+        values = [(title, _cell(record, key, form)) for key, (title, form) in VALUES.items()]
+        return markdown_table(["measurement", "value"], [row for row in values if row[1]])
     profiles = record.get("profile", {})
     rows = [row | {"profile": profiles.get(row.get("variant"), {})} for row in record[rows_key]]
-    return markdown_table(
-        [title for title, _ in columns.values()],
-        [[_cell(row, key, form) for key, (_, form) in columns.items()] for row in rows],
-    )
+    columns = [(title, [_cell(row, key, form) for row in rows]) for key, (title, form) in COLUMNS.items()]
+    shown = [(title, cells) for title, cells in columns if any(cells)]
+    return markdown_table([title for title, _ in shown], zip(*(cells for _, cells in shown), strict=True))
 
 
 def ablation_table(results: Path, name: str) -> str:

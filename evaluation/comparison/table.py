@@ -134,7 +134,7 @@ def _paired_row(pair: PairedComparison) -> dict[str, str]:
     return {
         "name": pair.challenger,
         "against": pair.champion,
-        "task": task_name((paired.way, paired.shot)),
+        "task": pair.task,
         "episodes": str(paired.episodes),
         "difference": points(paired.difference, paired.ci95),
         "t-test p": p_value(paired.t_test),
