@@ -1,20 +1,30 @@
-"""What tests of the commands type: settings as words, and a small data set of glyphs to name."""
+"""Words of command lines in tests: settings of a small training, and settings as `--set` options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
+TINY = {
+    "model.channels": 8,
+    "model.width": 32,
+    "model.latent": 8,
+    "pretrain.steps": 4,
+    "pretrain.batch": 16,
+    "train.steps": 4,
+    "train.set_size": 24,
+    "train.samples": 4,
+    "train.decode_samples": 2,
+    "train.checkpoint_every": 2,
+    "train.log_every": 2,
+    "train.precision": "float32",
+    "validation.every": 4,
+    "validation.episodes": 5,
+    "adapt.samples": 4,
+    "tracking.enabled": "false",
+}
+"""Settings of a training that takes about a second."""
 
 
 def set_words(settings: Mapping[str, object]) -> list[str]:
     """Settings as `--set key=value`, word by word."""
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-
-
-def small_glyphs(folder: Path) -> Path:
-    """Shards of 30, 6 and 6 classes with 20 drawings each, in `folder`."""
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share."""
+"""Fixtures used by several test files."""
 
 import os
 from pathlib import Path
@@ -8,26 +8,40 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests do not write into the store of whoever runs them."""
+def _no_tracking_server_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not write into the MLflow store of the user who runs them."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
 def data_root() -> Path:
-    """Folder of the real data sets, from METAGMVAE_DATA; missing, the test is skipped, or fails where CI asks."""
+    """Folder of the real datasets, named by METAGMVAE_DATA.
+
+    Without it the test is skipped, or fails if METAGMVAE_REQUIRE_DATA is 1, as in CI.
+    """
     folder = Path(os.environ.get("METAGMVAE_DATA", ""))
     if os.environ.get("METAGMVAE_DATA") and folder.is_dir():
         return folder
-    message = f"METAGMVAE_DATA = {os.environ.get('METAGMVAE_DATA')!r} names no folder of real data"
+    message = f"METAGMVAE_DATA = {os.environ.get('METAGMVAE_DATA')!r} is not a folder of real datasets"
     if os.environ.get("METAGMVAE_REQUIRE_DATA") == "1":
         pytest.fail(message)
     pytest.skip(message)
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a dataset of glyphs: 30, 6 and 6 classes with 20 images each."""
+    from metagmvae.pipelines.shards.writer import write_dataset
+    from metagmvae.pipelines.sources.source import open_source
+
+    folder = tmp_path_factory.mktemp("glyphs") / "data"
+    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small data set of glyphs."""
+    """An opened dataset of glyphs: 8, 6 and 3 classes with 20 images each."""
     from metagmvae.pipelines.shards.dataset import Dataset
     from metagmvae.pipelines.shards.writer import write_dataset
     from metagmvae.pipelines.sources.source import open_source
@@ -39,7 +53,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def plan(dataset: Any, tmp_path: Path) -> Any:
-    """Of a small sweep on it."""
+    """The plan of a small sweep on `dataset`."""
     from small_sweep import new_plan
 
     return new_plan(tmp_path, dataset)

@@ -10,30 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from command_words import TINY, set_words
 from mlflow_template import closed_port
-from command_words import set_words, small_glyphs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 HOSTILE = 'raise RuntimeError("a module of the user was imported in place of ours")\n'
 TOKEN = "a" * 32
-SETTINGS = {
-    "model.channels": 8,
-    "model.width": 32,
-    "model.latent": 8,
-    "train.steps": 2,
-    "train.batch": 2,
-    "train.set_size": 50,
-    "train.samples": 4,
-    "train.decode_samples": 1,
-    "validation.every": 2,
-    "validation.episodes": 2,
-    "adapt.samples": 4,
-    "tracking.enabled": "false",
-    "run.engine": "ray",
-    "run.workers": 2,
-    "run.figures": "false",
-}
+SETTINGS = TINY | {"pretrain.steps": 0, "train.batch": 2, "run.engine": "ray", "run.workers": 2, "run.figures": "false"}
 PRINT_CODE_OF_A_WORKER = """
 import sys, ray
 from metagmvae.configs.load import SettingsError
@@ -94,15 +78,14 @@ def code_of_a_worker(address, environment, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
 
 
-def test_workers_do_not_import_folders_and_modules_of_the_user(tmp_path):
+def test_workers_do_not_import_folders_and_modules_of_the_user(data, tmp_path):
     """Neither from the working folder nor from PYTHONPATH."""
     for name in ("configs", "training", "infra"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(HOSTILE)
     (tmp_path / "evaluation.py").write_text(HOSTILE)
     (tmp_path / "pipelines.py").write_text(HOSTILE)
-    small_glyphs(tmp_path / "data")
-    words = set_words(SETTINGS | {"data.uri": "data", "run.out": "run"})
+    words = set_words(SETTINGS | {"data.uri": data, "run.out": "run"})
     command = [sys.executable, "-m", "metagmvae", "train", "omniglot-5way", *words]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)

@@ -1,4 +1,4 @@
-"""Shards written by Ray tasks are those of one process, whatever happens to the workers."""
+"""Ray tasks write the same shards as one process, also when a worker is lost or a task fails."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from folder_contents import contents
 from PIL import Image
 
 from metagmvae.infra.cli import main
@@ -39,8 +40,8 @@ def glyphs():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for row in range(60):
         (folder / f"class{row % 6}").mkdir(exist_ok=True)
         image = np.random.default_rng(row).integers(0, 256, (40, 30), dtype=np.uint8)
@@ -48,53 +49,49 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_same_bytes_for_any_number_of_workers(glyphs, tmp_path, workers):
+def test_shards_do_not_depend_on_the_number_of_workers(glyphs, tmp_path, workers):
     write_dataset(glyphs, tmp_path / "here", **SMALL)
-    told = []
+    progress = []
     with ray_map(workers) as map_tasks:
-        write_dataset(glyphs, tmp_path / "ray", map_tasks=map_tasks, on_progress=lambda *at: told.append(at), **SMALL)
+        options = {"map_tasks": map_tasks, "on_progress": lambda *counts: progress.append(counts)}
+        write_dataset(glyphs, tmp_path / "ray", **options, **SMALL)
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
     shards = len(list((tmp_path / "ray").rglob("*.tar")))
     assert shards > 6
-    assert told == [(done, shards) for done in range(1, shards + 1)]
+    assert progress == [(done, shards) for done in range(1, shards + 1)]
 
 
-def test_the_command_reads_relative_folders_in_the_workers(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(pictures.parent)
-    request = ["prepare", "folder", "--source", pictures.name, "--size", "12", "--json"]
+def test_workers_read_relative_folders(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(image_folder.parent)
+    request = ["prepare", "folder", "--source", image_folder.name, "--size", "12", "--json"]
     assert main([*request, "--out", "by-ray", "--workers", "2"]) == 0
     assert main([*request, "--out", str(tmp_path / "here")]) == 0
-    assert contents(pictures.parent / "by-ray") == contents(tmp_path / "here")
-    assert verify_dataset(pictures.parent / "by-ray") == []
+    assert contents(image_folder.parent / "by-ray") == contents(tmp_path / "here")
+    assert verify_dataset(image_folder.parent / "by-ray") == []
     assert main([*request, "--out", str(tmp_path / "none"), "--workers", "-1"]) == 2
     assert "--workers is -1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_broken_pictures_are_found_by_the_workers_too(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metagmvae.pipelines.sources.image_folder.AT_ONCE", 7)
-    there = shutil.copytree(pictures, tmp_path / "pictures")
-    files = sorted(path for path in there.rglob("*") if path.is_file())
+def test_workers_report_unreadable_images(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("metagmvae.pipelines.sources.image_folder.IMAGES_PER_TASK", 7)
+    copy = shutil.copytree(image_folder, tmp_path / "images")
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
     for path in (files[3], files[-1]):
-        path.write_bytes(b"not a picture")
-    request = ["prepare", "folder", "--source", str(there), "--size", "12", "--max-broken", "0.5", "--json"]
+        path.write_bytes(b"not an image")
+    request = ["prepare", "folder", "--source", str(copy), "--size", "12", "--max-broken", "0.5", "--json"]
     answers = []
     for name, more in (("by-ray", ["--workers", "2"]), ("here", [])):
         assert main([*request, "--out", str(tmp_path / name), *more]) == 0
         answers.append(json.loads(capsys.readouterr().out))
-    assert [each["name"] for each in answers[0]["skipped"]] == [
-        p.relative_to(there).as_posix() for p in (files[3], files[-1])
-    ]
+    broken = [path.relative_to(copy).as_posix() for path in (files[3], files[-1])]
+    assert [skipped["name"] for skipped in answers[0]["skipped"]] == broken
     assert answers[0]["skipped"] == answers[1]["skipped"]
     assert contents(tmp_path / "by-ray") == contents(tmp_path / "here")
 
 
-def test_a_lost_worker_is_replaced(glyphs, tmp_path):
+def test_task_of_a_lost_worker_is_run_again(glyphs, tmp_path):
     mark = tmp_path / "killed"
 
     def once(source, split, rows, path, block):
@@ -110,8 +107,8 @@ def test_a_lost_worker_is_replaced(glyphs, tmp_path):
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
-def test_tasks_beside_one_that_failed_end_and_nothing_is_begun_after_it(tmp_path):
-    """Twenty times: what is given up must not be cancelled, which would abort this process now and then."""
+def test_after_a_failed_task_running_tasks_end_and_no_new_task_starts(tmp_path):
+    """Repeated 20 times, because cancelling the running tasks would sometimes abort this process."""
 
     def task(folder, number):
         failing = Path(folder) / "1"
@@ -119,7 +116,7 @@ def test_tasks_beside_one_that_failed_end_and_nothing_is_begun_after_it(tmp_path
             failing.touch()
             raise DataError("the second one failed")
         (Path(folder) / str(number)).touch()
-        while not failing.exists():  # its worker may start long after the first
+        while not failing.exists():  # its worker may start much later than the first
             time.sleep(0.01)
         time.sleep(0.1)
         return number
@@ -130,20 +127,20 @@ def test_tasks_beside_one_that_failed_end_and_nothing_is_begun_after_it(tmp_path
             folder.mkdir()
             with pytest.raises(DataError, match="the second one failed"):
                 list(map_tasks(task, [(str(folder), number) for number in range(50)]))
-            begun = {int(path.name) for path in folder.iterdir()}
-            assert {0, 1} <= begun
-            assert len(begun) < 50
-            assert begun == {int(path.name) for path in folder.iterdir()}
+            started = {int(path.name) for path in folder.iterdir()}
+            assert {0, 1} <= started
+            assert len(started) < 50
+            assert started == {int(path.name) for path in folder.iterdir()}
 
 
-def test_an_error_in_a_task_is_ours_again_and_the_rest_can_be_finished_later(glyphs, tmp_path):
+def test_error_of_a_task_is_raised_unchanged_and_the_dataset_can_be_finished_later(glyphs, tmp_path):
     def broken(source, split, rows, path, block):
         if path.endswith("train/shard-000002.tar"):
-            raise DataError(f"{path}: no room; make some")
+            raise DataError(f"{path}: no space; make some")
         return write_shard(source, split, rows, path, block)
 
     with ray_map(1) as map_tasks:
-        with pytest.raises(DataError, match=r"^/.*shard-000002\.tar: no room; make some$"):
+        with pytest.raises(DataError, match=r"^/.*shard-000002\.tar: no space; make some$"):
             write_dataset(glyphs, tmp_path / "ray", map_tasks=lambda _, tasks: map_tasks(broken, tasks), **SMALL)
         assert len(list((tmp_path / "ray").rglob("*.tar"))) == 2
         assert not (tmp_path / "ray" / "dataset.json").exists()

@@ -1,6 +1,5 @@
-"""Training on Ray goes on when a worker or the driver dies, and ends as if nothing had happened."""
+"""Training on Ray continues after the loss of a worker or of the driver, with the same result as without."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,44 +7,32 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
-from command_words import set_words, small_glyphs
+from command_words import TINY, set_words
+from driver_processes import end, kill_all, processes_of
 
 from metagmvae.infra.cluster.connect import cluster
+from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
 from metagmvae.training.trainer.checkpoint import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-ROOT = Path(__file__).parents[1]
 STEPS = 40
-SETTINGS = {
-    "model.channels": 8,
-    "model.width": 32,
-    "model.latent": 8,
+SETTINGS = TINY | {
+    "pretrain.steps": 0,
     "train.steps": STEPS,
     "train.batch": 4,
     "train.set_size": 100,
     "train.samples": 8,
-    "train.decode_samples": 2,
     "train.checkpoint_every": 5,
     "train.log_every": 5,
-    "train.precision": "float32",
     "validation.every": 20,
-    "validation.episodes": 5,
-    "adapt.samples": 4,
-    "tracking.enabled": "false",
     "run.engine": "ray",
     "run.workers": 2,
     "run.figures": "false",
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def command(data: Path, out: Path, *more: str, **settings: object) -> list[str]:
@@ -55,7 +42,7 @@ def command(data: Path, out: Path, *more: str, **settings: object) -> list[str]:
 
 
 def start(data: Path, out: Path, *more: str, **settings: object) -> subprocess.Popen:
-    """A driver in a session of its own: what it leaves behind is found and ended by it."""
+    """Start a driver in a new session, by which the processes that it leaves behind are found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.parent / f"{out.name}.log", "a") as log:
@@ -69,99 +56,67 @@ def start(data: Path, out: Path, *more: str, **settings: object) -> subprocess.P
         )
 
 
-def end(driver: subprocess.Popen, seconds: float = 150) -> int:
-    try:
-        return driver.wait(seconds)
-    finally:
-        leave_nothing(driver)
-
-
-def family(driver: subprocess.Popen) -> list[psutil.Process]:
-    """Processes of the driver's session, its children that made sessions of their own included."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            sessions = {os.getsid(process.pid), *(os.getsid(parent.pid) for parent in process.parents())}
-        except (psutil.Error, ProcessLookupError):
-            continue
-        if driver.pid in sessions:
-            found.append(process)
-    return found
-
-
-def leave_nothing(driver: subprocess.Popen) -> None:
-    for process in family(driver):
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    driver.wait()
-
-
 def steps(out: Path) -> list[int]:
-    path = out / "metrics.jsonl"
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line)["global_step"] for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [line["global_step"] for line in read_lines(out / METRICS)]
 
 
 def wait_for_step(driver: subprocess.Popen, out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not (seen := steps(out)) or seen[-1] < step:
+    while not (done := steps(out)) or done[-1] < step:
         log = (out.parent / f"{out.name}.log").read_text()
         assert driver.poll() is None, log
         assert time.monotonic() < deadline, log
         time.sleep(0.05)
-    assert seen[-1] < STEPS, "the run was over before it could be disturbed"
+    assert done[-1] < STEPS, "the run ended before it could be interrupted"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
+def reference_run(data, tmp_path_factory):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("reference") / "run"
     assert end(start(data, out)) == 0, (out.parent / "run.log").read_text()
     return out
 
 
-def assert_equal_runs(out: Path, undisturbed: Path) -> None:
-    assert steps(out) == steps(undisturbed) == list(range(5, STEPS + 1, 5))
-    ours, theirs = load_state(out / "checkpoint.pt"), load_state(undisturbed / "checkpoint.pt")
-    assert ours["step"] == STEPS
-    assert ours["model"].keys() == theirs["model"].keys()
-    for key, value in theirs["model"].items():
-        assert torch.equal(ours["model"][key], value), key
-    assert ours["best"]["5w1s"]["accuracy"] == theirs["best"]["5w1s"]["accuracy"]
+def assert_equal_runs(out: Path, reference_run: Path) -> None:
+    assert steps(out) == steps(reference_run) == list(range(5, STEPS + 1, 5))
+    state, expected = load_state(out / CHECKPOINT), load_state(reference_run / CHECKPOINT)
+    assert state["step"] == STEPS
+    assert state["model"].keys() == expected["model"].keys()
+    for key, value in expected["model"].items():
+        assert torch.equal(state["model"][key], value), key
+    assert state["best"]["5w1s"]["accuracy"] == expected["best"]["5w1s"]["accuracy"]
 
 
-def test_a_killed_worker_is_replaced_and_training_goes_on_from_the_last_checkpoint(data, undisturbed, tmp_path):
+def test_killed_worker_is_replaced_and_training_continues_from_the_last_checkpoint(data, reference_run, tmp_path):
     out = tmp_path / "run"
     driver = start(data, out)
     try:
         wait_for_step(driver, out, 10)
-        workers = [p for p in family(driver) if "RayTrainWorker" in " ".join(p.cmdline())]
-        assert len(workers) == 2, [" ".join(p.cmdline())[:80] for p in family(driver)]
+        workers = [p for p in processes_of(driver) if "RayTrainWorker" in " ".join(p.cmdline())]
+        assert len(workers) == 2, [" ".join(p.cmdline())[:80] for p in processes_of(driver)]
         workers[1].kill()
     finally:
         code = end(driver)
     assert code == 0, (tmp_path / "run.log").read_text()
-    assert_equal_runs(out, undisturbed)
+    assert_equal_runs(out, reference_run)
 
 
-def test_a_killed_driver_is_resumed(data, undisturbed, tmp_path):
+def test_run_of_a_killed_driver_is_resumed(data, reference_run, tmp_path):
     out = tmp_path / "run"
     driver = start(data, out)
     try:
         wait_for_step(driver, out, 10)
         driver.kill()
     finally:
-        leave_nothing(driver)
-    before = load_state(out / "checkpoint.pt")["step"]
+        kill_all(driver)
+    before = load_state(out / CHECKPOINT)["step"]
     assert 0 < before < STEPS
     assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
-    assert_equal_runs(out, undisturbed)
+    assert_equal_runs(out, reference_run)
 
 
-def test_an_interrupt_ends_in_one_line_and_can_be_resumed(data, undisturbed, tmp_path):
+def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, tmp_path):
     out = tmp_path / "run"
     driver = start(data, out)
     try:
@@ -174,10 +129,10 @@ def test_an_interrupt_ends_in_one_line_and_can_be_resumed(data, undisturbed, tmp
     assert [line for line in log.splitlines() if line][-1].startswith("interrupted;"), log
     assert "Traceback" not in log
     assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
-    assert_equal_runs(out, undisturbed)
+    assert_equal_runs(out, reference_run)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_line(data, tmp_path):
+def test_non_finite_loss_ends_the_run_at_once_with_one_line(data, tmp_path):
     out = tmp_path / "run"
     code = end(start(data, out, **{"train.learning_rate": 1e30}))
     log = (tmp_path / "run.log").read_text()
@@ -187,13 +142,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_line(data, tmp_
     assert "Traceback" not in log
 
 
-def test_a_machine_that_is_too_busy_to_start_a_cluster(monkeypatch):
-    def slow(**request):
+def test_start_timeout_names_a_remedy(monkeypatch):
+    def slow(**options):
         raise Exception("The current node timed out during startup. This could happen because")
 
     monkeypatch.setattr(ray, "init", slow)
     with (
-        pytest.raises(RuntimeError, match="not start within its 30 s, this machine is too busy: try again"),
+        pytest.raises(RuntimeError, match="not start within 30 s because this machine is too busy: try again"),
         cluster("", 1),
     ):
         pass
@@ -206,7 +161,7 @@ def test_a_machine_that_is_too_busy_to_start_a_cluster(monkeypatch):
         ("nonsense", "give host:port, ray://host:port or auto"),
     ],
 )
-def test_a_cluster_that_is_not_there(data, tmp_path, address, reason):
+def test_wrong_address_is_one_error_line(data, tmp_path, address, reason):
     out = tmp_path / "run"
     assert end(start(data, out, **{"run.address": address}), 30) == 2
     log = (tmp_path / "run.log").read_text()

@@ -1,4 +1,4 @@
-"""Commands about the machine and about data, as a user types them."""
+"""The commands `doctor`, `bench`, `verify` and `figure`, and wrong requests to them."""
 
 import json
 import os
@@ -11,27 +11,30 @@ import pytest
 from PIL import Image
 
 from metagmvae.evaluation.bench import loader_speed
-from metagmvae.infra.cli import main
+from metagmvae.infra.cli import build_parser, main
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 
-ROOT = Path(__file__).parents[1]
+COMMANDS = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+"""Parsers by command name."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """A dataset large enough for 20-way episodes and for the loader benchmark."""
     folder = tmp_path_factory.mktemp("glyphs") / "data"
     write_dataset(open_source("glyphs", classes=(30, 24, 6), drawings=40), folder, block=64, shard_rows=512)
     return folder
 
 
 def answer_of(capsys, *request: str, code: int = 0):
+    """The JSON answer of a command."""
     capsys.readouterr()
     assert main([*request, "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
-def test_verify_ends_with_one_when_there_is_damage(data, tmp_path, capsys):
+def test_verify_lists_damage_and_exits_with_1(data, tmp_path, capsys):
     assert answer_of(capsys, "verify", str(data))["problems"] == []
     broken = shutil.copytree(data, tmp_path / "broken")
     (broken / "test" / "shard-000000.tar").unlink()
@@ -41,7 +44,8 @@ def test_verify_ends_with_one_when_there_is_damage(data, tmp_path, capsys):
     assert "no dataset.json there" in capsys.readouterr().err
 
 
-def test_bench_episodes_and_loader_compare_like_with_like(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_bench_episodes_and_loader(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loader_speed, "TRAINED_STEPS", 2)
     record = tmp_path / "bench.json"
     size = ["--data", str(data), "--split", "validation"]
@@ -56,7 +60,7 @@ def test_bench_episodes_and_loader_compare_like_with_like(data, tmp_path, capsys
     assert set(answer["waiting_share_in_training"]) == {"memory", "mmap"}
 
 
-def test_bench_features_and_prepare_come_to_an_end_and_count_what_they_wrote(tmp_path, capsys):
+def test_bench_features_and_prepare(tmp_path, capsys):
     answer = answer_of(capsys, "bench", "features", "--rows", "3000")
     assert answer["rows"] == 3000
     assert all(answer[name] > 0 for name in answer if name.endswith("_rows_per_s"))
@@ -72,26 +76,26 @@ def test_bench_features_and_prepare_come_to_an_end_and_count_what_they_wrote(tmp
 
 
 @pytest.mark.parametrize(
-    ("request_", "reason"),
+    ("words", "message"),
     [
         (["bench", "loader"], "name it with --data"),
         (["bench", "step", "--repeats", "0"], "--repeats is 0"),
         (["bench", "loader", "--data", "DATA", "--split", "test", "--pictures", "900"], "holds 240"),
-        (["bench", "episodes", "--data", "DATA", "--split", "test"], "20 ways were asked for and there are 6"),
+        (["bench", "episodes", "--data", "DATA", "--split", "test"], "way 20 exceeds the 6"),
         (["bench", "episodes", "--data", "DATA", "--split", "x"], "no split 'x'"),
         (["table", "nobody", "--results", "DATA"], "no result of 'nobody'"),
     ],
 )
-def test_wrong_requests(data, capsys, request_, reason):
-    assert main([part.replace("DATA", str(data)) for part in request_]) == 2
+def test_wrong_request_is_one_error_line(data, capsys, words, message):
+    assert main([word.replace("DATA", str(data)) for word in words]) == 2
     error = capsys.readouterr().err
-    assert reason in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.ray
-def test_doctor_names_a_store_that_is_down_and_its_remedy(tmp_path):
-    """In a process of its own: it starts a Ray cluster."""
+def test_doctor_reports_an_mlflow_server_that_is_down(tmp_path):
+    """In a new process, because it starts a Ray cluster."""
     environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "metagmvae", "doctor", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -104,7 +108,36 @@ def test_doctor_names_a_store_that_is_down_and_its_remedy(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_figures_of_a_model_are_pictures(data, tmp_path, capsys):
+def test_doctor_counts_the_registered_models_of_all_pages(monkeypatch):
+    from metagmvae.infra.tracking import store
+    from metagmvae.infra.workflows.doctor import CHECKS
+
+    class Page(list):
+        def __init__(self, items, token):
+            super().__init__(items)
+            self.token = token
+
+    class Client:
+        def search_registered_models(self, page_token=None):
+            return Page(["b"], "") if page_token else Page(["a"] * 100, "next")
+
+    monkeypatch.setattr(store, "connect", lambda tracking, create: store.Store(Client(), "sqlite:///x", None))
+    result = CHECKS["mlflow store"]("mlflow store")
+    assert result.state == "ok"
+    assert result.found.endswith(", 101 registered models")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_description_an_example_and_a_text_for_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example:\n  metagmvae {command}" in capsys.readouterr().out
+    for action in COMMANDS[command]._actions:
+        assert action.help, (command, action.dest)
+
+
+def test_figure_writes_png_files(data, tmp_path, capsys):
     import mlflow_template
 
     run = mlflow_template.new_run(tmp_path / "run")
@@ -112,8 +145,8 @@ def test_figures_of_a_model_are_pictures(data, tmp_path, capsys):
     names = {Path(file).name for file in answer["figures"]}
     assert names == {"reconstructions.png", "modes-meta-training.png", "modes-meta-test.png", "latent-map.png"}
     for file in answer["figures"]:
-        with Image.open(file) as picture:
-            assert picture.width > 300
-            assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
+        with Image.open(file) as image:
+            assert image.width > 300
+            assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
     assert main(["figure", str(run), "--data", str(data), "--split", "x", "--out", str(tmp_path / "no")]) == 2
     assert not (tmp_path / "no").exists()

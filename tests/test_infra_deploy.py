@@ -1,4 +1,4 @@
-"""The files for a cluster ask for what is there: no cluster is started, but nothing in them can have drifted."""
+"""The deployment files agree with the package, its dependencies and its settings; no cluster is started."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "infra" / "deploy"
 
 
-def test_the_image_holds_every_package_and_file_that_the_build_needs():
+def test_docker_image_has_all_packages_and_files_of_the_build():
     text = (DEPLOY / "Dockerfile").read_text()
     copied = {name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]}
     assert all((ROOT / name).exists() for name in copied)
@@ -31,7 +31,7 @@ def test_the_image_holds_every_package_and_file_that_the_build_needs():
     assert needed | {project["project"]["readme"], "constraints.txt"} == copied
 
 
-def test_the_job_is_a_request_that_the_command_line_understands():
+def test_ray_job_runs_a_valid_command():
     job = yaml.safe_load((DEPLOY / "ray-job.yaml").read_text())
     program, *request = shlex.split(job["spec"]["entrypoint"])
     assert program == "metagmvae"

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from command_words import small_glyphs
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.fewshot import encoder_package
@@ -29,11 +28,6 @@ with lock_run_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_glyphs(tmp_path_factory.mktemp("glyphs") / "data")
 
 
 def settings(data, out, preset="omniglot-5way", **changes):
