@@ -1,4 +1,4 @@
-"""Glyphs are the same bytes anywhere, vary within a class, and are neither trivial nor hopeless."""
+"""Glyphs: reproducible bytes, variation within a class, difficulty for simple classifiers."""
 
 import hashlib
 import pickle
@@ -14,16 +14,16 @@ from metagmvae.pipelines.sources.source import open_source
 def nearest_class_mean(images, way, shot, query, episodes):
     """Mean accuracy on raw pixels; images (classes, drawings, pixels)."""
     rng = np.random.default_rng(0)
-    right = []
+    accuracies = []
     for _ in range(episodes):
         task = images[rng.choice(len(images), way, replace=False)][:, rng.permutation(images.shape[1])[: shot + query]]
         means, queries = task[:, :shot].mean(axis=1), task[:, shot:]
         distance = ((queries[:, :, None] - means[None, None]) ** 2).sum(axis=-1)
-        right.append((distance.argmin(axis=-1) == np.arange(way)[:, None]).mean())
-    return float(np.mean(right))
+        accuracies.append((distance.argmin(axis=-1) == np.arange(way)[:, None]).mean())
+    return float(np.mean(accuracies))
 
 
-def test_glyphs_depend_on_seed_class_and_drawing_alone():
+def test_glyphs_depend_on_seed_class_and_number_alone():
     small = open_source("glyphs", classes=(3, 2, 2), drawings=4)
     large = open_source("glyphs", classes=(5, 2, 2), drawings=6)
     first = small.load_block("train", [0, 1, 4])
@@ -35,8 +35,8 @@ def test_glyphs_depend_on_seed_class_and_drawing_alone():
     assert not np.array_equal(first, open_source("glyphs", classes=(3, 0, 0), seed=1).load_block("train", [0, 1, 20]))
 
 
-def test_the_bytes_of_this_generator_are_these():
-    """Where this fails, the same seed draws other pixels: raise GENERATOR, or find what the machine does otherwise."""
+def test_the_generator_gives_the_recorded_bytes():
+    """If this fails, the same seed gives other pixels: increase GENERATOR, or find the difference of the machine."""
     assert GENERATOR == 1
     pixels = np.stack([draw_glyph(0, "train", number, drawing) for number in range(20) for drawing in range(5)])
     assert (
@@ -45,7 +45,7 @@ def test_the_bytes_of_this_generator_are_these():
     )
 
 
-def test_classes_and_keys_are_one_to_a_name():
+def test_numbers_of_classes_and_unique_keys():
     source = open_source("glyphs", classes=(12, 3, 4), drawings=5)
     assert {split: len(records) for split, records in source.splits.items()} == {
         "train": 60,
@@ -59,13 +59,13 @@ def test_classes_and_keys_are_one_to_a_name():
     assert len(set.union(*names)) == 19
 
 
-def test_the_fingerprint_follows_the_options():
+def test_the_fingerprint_depends_on_the_options():
     options = [{}, {"seed": 1}, {"drawings": 19}, {"classes": (400, 60, 99)}]
     assert len({open_source("glyphs", **option).fingerprint for option in options}) == 4
     assert open_source("glyphs").fingerprint == open_source("glyphs", classes=[400, 60, 100], drawings=20).fingerprint
 
 
-def test_figures_fill_the_unit_square_and_differ():
+def test_strokes_fill_the_unit_square_and_differ():
     for number in range(30):
         points = np.concatenate(class_strokes(0, "test", number))
         assert 2 <= len(class_strokes(0, "test", number)) <= 4
@@ -73,7 +73,7 @@ def test_figures_fill_the_unit_square_and_differ():
         assert not np.array_equal(points[:4], np.concatenate(class_strokes(0, "test", number + 1))[:4])
 
 
-def test_ink_stays_on_the_page_and_leaves_most_of_it_free():
+def test_strokes_stay_inside_the_image_and_leave_most_of_it_blank():
     images = open_source("glyphs", classes=(60, 0, 0)).load_block("train", range(1200))[:, 0] / 255
     ink = images.mean(axis=(1, 2))
     assert ink.min() > 0.01
@@ -82,14 +82,14 @@ def test_ink_stays_on_the_page_and_leaves_most_of_it_free():
     assert border.mean() < 0.01
 
 
-def test_raw_pixels_do_badly_and_better_than_chance():
+def test_nearest_class_mean_on_pixels_is_poor_but_above_chance():
     images = open_source("glyphs", classes=(0, 0, 100)).load_block("test", range(2000)) / 255.0
     images = images.reshape(100, 20, -1)
     assert 0.35 < nearest_class_mean(images, 5, 1, 15, 200) < 0.55
     assert nearest_class_mean(images, 20, 1, 15, 50) < 0.35
 
 
-def test_drawings_of_a_class_vary_in_pen_place_and_size():
+def test_images_of_a_class_vary_in_pen_width_position_and_size():
     images = open_source("glyphs", classes=(40, 0, 0)).load_block("train", range(800)).reshape(40, 20, 28, 28) / 255
     ink = images.sum(axis=(2, 3))
     assert (ink.std(axis=1) / ink.mean(axis=1) > 0.1).all()
@@ -109,16 +109,16 @@ def test_drawings_of_a_class_vary_in_pen_place_and_size():
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_impossible_options_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(DataError, match=words):
         open_source("glyphs", **options)
 
 
-def test_nothing_is_read():
-    with pytest.raises(DataError, match="glyphs are generated: remove --source somewhere"):
+def test_a_source_path_is_refused():
+    with pytest.raises(DataError, match="glyphs are generated; remove --source somewhere"):
         open_source("glyphs", "somewhere")
 
 
-def test_records_travel():
+def test_records_can_be_pickled():
     record = open_source("glyphs", classes=(1, 0, 0), drawings=1).splits["train"][0]
     assert np.array_equal(pickle.loads(pickle.dumps(record)).load(), record.load())

@@ -1,4 +1,4 @@
-"""What image files really hold becomes 8-bit pixels of one size, or one line that names the file."""
+"""Image files of all modes become 8-bit pixels of one size; damaged files give one line with the file name."""
 
 import io
 import zlib
@@ -40,7 +40,7 @@ def flat(mode, value, size=(4, 4)):
         (Image.fromarray(np.full((4, 4), 257 * 90, np.uint16)), 90),
     ],
 )
-def test_modes_become_grey_on_white(image, grey):
+def test_all_modes_are_decoded(image, grey):
     pixels = decoded(image)
     assert pixels.shape == (1, 4, 4)
     assert pixels.dtype == np.uint8
@@ -56,25 +56,25 @@ def test_palettes_with_and_without_transparency():
     assert decoded(palette, channels=3, transparency=1)[:, 0, 0].tolist() == [255, 255, 255]
 
 
-def test_colour_comes_channels_first():
+def test_colour_images_have_channels_first():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     assert np.array_equal(decoded(image, channels=3), np.asarray(image).transpose(2, 0, 1))
 
 
-def test_a_wide_picture_is_cut_to_its_centre():
-    picture = np.zeros((4, 12), np.uint8)
-    picture[:, 4:8] = 200
-    assert (decoded(Image.fromarray(picture)) == 200).all()
-    assert (decoded(Image.fromarray(picture.T)) == 200).all()
+def test_a_wide_image_is_cropped_to_its_centre():
+    pixels = np.zeros((4, 12), np.uint8)
+    pixels[:, 4:8] = 200
+    assert (decoded(Image.fromarray(pixels)) == 200).all()
+    assert (decoded(Image.fromarray(pixels.T)) == 200).all()
 
 
-def test_one_pixel_and_long_thin_pictures_are_fine():
+def test_one_pixel_and_very_long_images_are_decoded():
     assert (decoded(flat("L", 7, (1, 1)), size=28) == 7).all()
     assert decoded(flat("L", 7, (1, 3000)), size=5).shape == (1, 5, 5)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation):
+def test_the_exif_orientation_is_applied(orientation):
     upright = np.array([[10, 60], [110, 160]], np.uint8).repeat(8, 0).repeat(8, 1)
     stored = {
         1: upright,
@@ -92,13 +92,13 @@ def test_pictures_are_turned_upright(orientation):
     assert np.array_equal(pixels[0], upright)
 
 
-def test_the_first_frame_of_an_animation_counts():
+def test_the_first_frame_of_an_animation_is_used():
     frames = [flat("L", 10), flat("L", 250)]
     assert (decoded(frames[0], "GIF", save_all=True, append_images=frames[1:]) == 10).all()
     assert (decoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]) == 10).all()
 
 
-def test_a_large_jpeg_gives_what_its_full_decoding_gives():
+def test_reduced_decoding_of_a_large_jpeg_agrees_with_full_decoding():
     ramp = np.add.outer(np.arange(800), np.arange(1000)) / 1800 * 255
     data = encoded(Image.fromarray(ramp.astype(np.uint8)), "JPEG", quality=95)
     with Image.open(io.BytesIO(data)) as image:
@@ -107,7 +107,7 @@ def test_a_large_jpeg_gives_what_its_full_decoding_gives():
     assert np.abs(pixels.astype(int) - full).max() <= 3
 
 
-def refused(data, *words):
+def assert_refused(data, *words):
     with pytest.raises(DataError) as caught:
         decode_image(data, "cat/1.png", size=4, channels=1)
     assert "\n" not in str(caught.value)
@@ -115,26 +115,26 @@ def refused(data, *words):
         assert word in str(caught.value)
 
 
-def test_what_is_no_picture_is_refused(monkeypatch):
-    refused(b"", "broken image")
-    refused(b"hello", "not an image that can be read")
+def test_files_that_are_not_images_are_refused(monkeypatch):
+    assert_refused(b"", "broken image")
+    assert_refused(b"hello", "unknown image format")
     whole = encoded(Image.effect_noise((64, 64), 60))
-    refused(whole[: len(whole) // 2], "broken image")
-    refused(encoded(flat("F", 0.5), "TIFF"), "floating-point")
-    refused(encoded(flat("I", 70_000), "TIFF"), "outside 16 bits")
-    refused(b"P5\n0 0\n255\n", "cat/1.png")
+    assert_refused(whole[: len(whole) // 2], "broken image")
+    assert_refused(encoded(flat("F", 0.5), "TIFF"), "floating-point")
+    assert_refused(encoded(flat("I", 70_000), "TIFF"), "exceed 16 bits")
+    assert_refused(b"P5\n0 0\n255\n", "cat/1.png")
     header = bytearray(encoded(flat("L", 1)))
     header[16:24] = (60_000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    refused(bytes(header), "more than 64000000 pixels")
+    assert_refused(bytes(header), "more than 64000000 pixels")
     monkeypatch.setattr(image_decoding, "MAX_PIXELS", 15)
-    refused(encoded(flat("L", 1)), "4 x 4 pixels, more than 15")
+    assert_refused(encoded(flat("L", 1)), "4 x 4 pixels, more than 15")
 
 
 @pytest.mark.parametrize(
     ("kind", "options"), [("PNG", {}), ("JPEG", {"exif": True}), ("GIF", {}), ("TIFF", {}), ("BMP", {})]
 )
-def test_damaged_bytes_are_refused_or_decoded_but_raise_nothing_else(kind, options):
+def test_damaged_files_raise_only_data_errors(kind, options):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 24), dtype=np.uint8))
     if options:

@@ -1,4 +1,4 @@
-"""A tree of pictures means one thing or is refused; broken pictures are listed, or are too many."""
+"""Folders of images: interpretation of the tree, splits, broken images."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.source import open_source
 
 
-def picture(value=120, size=(10, 8), mode="L"):
+def png(value=120, size=(10, 8), mode="L"):
     buffer = io.BytesIO()
     Image.new(mode, size, value).save(buffer, "PNG")
     return buffer.getvalue()
@@ -21,7 +21,7 @@ def picture(value=120, size=(10, 8), mode="L"):
 def tree(root, files):
     """Write files: a list of names, or bytes by name."""
     if not isinstance(files, dict):
-        files = {name: picture(value=20 + number) for number, name in enumerate(files)}
+        files = {name: png(value=20 + number) for number, name in enumerate(files)}
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
@@ -32,7 +32,7 @@ def classes(source):
     return {split: sorted({r.class_name for r in records}) for split, records in source.splits.items()}
 
 
-def refused(root, *words, **options):
+def assert_refused(root, *words, **options):
     with pytest.raises(DataError) as caught:
         open_source("folder", str(root), **options)
     assert "\n" not in str(caught.value)
@@ -40,7 +40,7 @@ def refused(root, *words, **options):
         assert word in str(caught.value)
 
 
-def test_pictures_in_one_place_are_unlabelled_training_images(tmp_path):
+def test_images_in_one_folder_are_unlabelled_training_images(tmp_path):
     source = open_source("folder", str(tree(tmp_path, ["b.png", "a.png", "c.jpg.png", "notes.txt"])), size=6)
     assert [r.key for r in source.splits["train"]] == ["a.png", "b.png", "c.jpg.png"]
     assert classes(source) == {"train": [""]}
@@ -51,7 +51,7 @@ def test_pictures_in_one_place_are_unlabelled_training_images(tmp_path):
     assert source.report["skipped"] == []
 
 
-def test_each_of_several_folders_is_a_class_named_by_its_path(tmp_path):
+def test_several_folders_are_classes_named_by_their_paths(tmp_path):
     source = open_source(
         "folder", str(tree(tmp_path, ["dog/1.png", "wild/cat/1.png", "wild/cat/2.png", "wild/ox/1.png"]))
     )
@@ -67,7 +67,7 @@ def test_each_of_several_folders_is_a_class_named_by_its_path(tmp_path):
     assert unlabelled.fingerprint != source.fingerprint
 
 
-def test_a_zip_with_one_folder_around_everything_is_the_same_data_set(tmp_path):
+def test_a_zip_file_with_one_common_folder_is_the_same_data_set(tmp_path):
     root = tree(tmp_path / "pictures", ["cat/1.png", "dog/1.png"])
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for path in root.rglob("*.png"):
@@ -78,32 +78,32 @@ def test_a_zip_with_one_folder_around_everything_is_the_same_data_set(tmp_path):
     assert np.array_equal(plain.load_block("train", [0, 1]), zipped.load_block("train", [0, 1]))
 
 
-def test_the_fingerprint_follows_content_names_and_options(tmp_path):
+def test_the_fingerprint_depends_on_content_names_and_options(tmp_path):
     root = tree(tmp_path, ["cat/1.png", "dog/1.png"])
-    seen = [open_source("folder", str(root), **o).fingerprint for o in ({}, {"size": 9}, {"invert": True})]
-    assert open_source("folder", str(root)).fingerprint == seen[0]
-    (root / "dog" / "1.png").write_bytes(picture(200))
-    seen.append(open_source("folder", str(root)).fingerprint)
+    fingerprints = [open_source("folder", str(root), **o).fingerprint for o in ({}, {"size": 9}, {"invert": True})]
+    assert open_source("folder", str(root)).fingerprint == fingerprints[0]
+    (root / "dog" / "1.png").write_bytes(png(200))
+    fingerprints.append(open_source("folder", str(root)).fingerprint)
     (root / "dog" / "1.png").rename(root / "dog" / "2.png")
-    seen.append(open_source("folder", str(root)).fingerprint)
-    assert len(set(seen)) == 5
+    fingerprints.append(open_source("folder", str(root)).fingerprint)
+    assert len(set(fingerprints)) == 5
 
 
-def test_fractions_split_the_classes_by_a_seeded_draw(tmp_path):
+def test_fractions_divide_the_classes_at_random(tmp_path):
     names = [f"c{number}" for number in range(10)]
     root = tree(tmp_path, [f"{name}/{number}.png" for name in names for number in range(2)])
     source = open_source("folder", str(root), fractions=(0.6, 0.2, 0.2))
-    found = classes(source)
-    assert {split: len(part) for split, part in found.items()} == {"train": 6, "validation": 2, "test": 2}
-    assert sorted(name for part in found.values() for name in part) == names
+    parts = classes(source)
+    assert {split: len(part) for split, part in parts.items()} == {"train": 6, "validation": 2, "test": 2}
+    assert sorted(name for part in parts.values() for name in part) == names
     again = open_source("folder", str(root), fractions=[0.6, 0.2, 0.2])
-    assert classes(again) == found
+    assert classes(again) == parts
     assert again.fingerprint == source.fingerprint
     other = open_source("folder", str(root), fractions=(0.6, 0.2, 0.2), seed=1)
-    assert classes(other) != found
+    assert classes(other) != parts
     assert other.fingerprint != source.fingerprint
     assert list(classes(open_source("folder", str(root), fractions=(0.5, 0, 0.5)))) == ["train", "test"]
-    refused(root, "10 classes do not split into (0.98, 0.01, 0.01)", fractions=(0.98, 0.01, 0.01))
+    assert_refused(root, "fractions (0.98, 0.01, 0.01) cannot divide 10 classes", fractions=(0.98, 0.01, 0.01))
 
 
 def test_split_folders_are_the_splits(tmp_path):
@@ -111,7 +111,7 @@ def test_split_folders_are_the_splits(tmp_path):
     source = open_source("folder", str(tree(tmp_path / "x", files)))
     assert classes(source) == {"train": [""], "validation": ["cat", "dog"], "test": ["hen", "ox"]}
     assert source.splits["test"][0].key == "test/hen/1.png"
-    refused(tmp_path / "x", "has folders for its splits already", fractions=(0.5, 0, 0.5))
+    assert_refused(tmp_path / "x", "already has folders for the splits", fractions=(0.5, 0, 0.5))
     one = open_source("folder", str(tree(tmp_path / "y", ["train/cat/1.png", "train/dog/1.png"])))
     assert classes(one) == {"train": ["cat", "dog"]}
     beside = open_source("folder", str(tree(tmp_path / "z", ["train/1.png", "plane/1.png"])))
@@ -121,50 +121,53 @@ def test_split_folders_are_the_splits(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["Cat/1.png", "cat/1.png"], "two classes of one name, train/Cat and train/cat"),
-        (["caf\u00e9/1.png", "cafe\u0301/1.png"], "two classes of one name"),
-        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"], "splits share none"),
-        (["1.png", "cat/1.png"], "images lie in . and deeper in cat"),
-        (["a/1.png", "a/b/1.png", "c/1.png"], "images lie in a and deeper in a/b"),
+        (["Cat/1.png", "cat/1.png"], "train/Cat and train/cat are classes with the same name"),
+        (["caf\u00e9/1.png", "cafe\u0301/1.png"], "classes with the same name"),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"],
+            "test/a and train/a are classes with",
+        ),
+        (["1.png", "cat/1.png"], ". and its subfolder cat both contain images"),
+        (["a/1.png", "a/b/1.png", "c/1.png"], "a and its subfolder a/b both contain images"),
     ],
 )
-def test_trees_that_can_be_read_in_two_ways_are_refused(tmp_path, files, words):
+def test_ambiguous_trees_are_refused(tmp_path, files, words):
     root = tree(tmp_path, files)
     if len({path.name for path in root.iterdir()}) < len({name.split("/")[0] for name in files}):
-        pytest.skip("this file system takes the two names for one")
-    refused(root, words)
+        pytest.skip("this file system does not distinguish the two names")
+    assert_refused(root, words)
     assert classes(open_source("folder", str(root), classes=False)) == {"train": [""]}
 
 
-def test_nothing_there_is_refused(tmp_path):
-    refused(tmp_path / "none", "no such file or folder")
-    refused(tmp_path, "holds no images (.png")
-    refused(tree(tmp_path, {"a.txt": b"x"}), "holds no images")
+def test_folders_without_images_are_refused(tmp_path):
+    assert_refused(tmp_path / "none", "no such file or folder")
+    assert_refused(tmp_path, "contains no images (.png")
+    assert_refused(tree(tmp_path, {"a.txt": b"x"}), "contains no images")
     with pytest.raises(DataError, match="--source"):
         open_source("folder")
 
 
-def test_broken_pictures_are_left_out_and_listed_up_to_a_share(tmp_path):
-    whole = picture(size=(40, 40))
-    files = {f"cat/{number}.png": picture() for number in range(17)}
-    files |= {"cat/zero.png": b"", "cat/text.png": b"hello", "cat/cut.png": whole[:-30], "dog/1.png": picture()}
+def test_broken_images_are_skipped_and_listed_up_to_max_broken(tmp_path):
+    whole = png(size=(40, 40))
+    files = {f"cat/{number}.png": png() for number in range(17)}
+    files |= {"cat/zero.png": b"", "cat/text.png": b"hello", "cat/cut.png": whole[:-30], "dog/1.png": png()}
     root = tree(tmp_path, files)
-    refused(root, "3 of 21 images cannot be used, more than max_broken = 0.01", "cat/cut.png: broken image")
+    assert_refused(root, "3 of 21 images cannot be decoded, more than max_broken = 0.01", "cat/cut.png: broken image")
     source = open_source("folder", str(root), max_broken=0.2)
     assert [each["name"] for each in source.report["skipped"]] == ["cat/cut.png", "cat/text.png", "cat/zero.png"]
     assert all("broken image" in each["reason"] for each in source.report["skipped"])
     assert source.load_block("train", range(18)).shape == (18, 1, 28, 28)
     assert source.report["images"] == {"train": 18}
-    refused(tree(tmp_path / "bad", {"a.png": b"", "b.png": b""}), "2 of 2 images", max_broken=1.0)
+    assert_refused(tree(tmp_path / "bad", {"a.png": b"", "b.png": b""}), "2 of 2 images", max_broken=1.0)
 
 
-def test_pictures_of_all_kinds_and_sizes_come_out_alike(tmp_path):
+def test_images_of_all_modes_and_sizes_are_decoded(tmp_path):
     files = {
-        "grey.png": picture(90),
-        "palette.png": picture(0, mode="P"),
-        "alpha.png": picture((9, 9, 9, 0), mode="RGBA"),
-        "colour.png": picture((90, 90, 90), (300, 20), mode="RGB"),
-        "one.png": picture(1, (1, 1), mode="1"),
+        "grey.png": png(90),
+        "palette.png": png(0, mode="P"),
+        "alpha.png": png((9, 9, 9, 0), mode="RGBA"),
+        "colour.png": png((90, 90, 90), (300, 20), mode="RGB"),
+        "one.png": png(1, (1, 1), mode="1"),
     }
     source = open_source("folder", str(tree(tmp_path, files)), size=5, channels=3)
     assert source.image_shape == (3, 5, 5)
@@ -174,7 +177,7 @@ def test_pictures_of_all_kinds_and_sizes_come_out_alike(tmp_path):
     assert np.array_equal(inverted.load_block("train", range(5)), 255 - block)
 
 
-def test_records_travel(tmp_path):
+def test_a_source_can_be_pickled(tmp_path):
     source = pickle.loads(pickle.dumps(open_source("folder", str(tree(tmp_path, ["a.png"])))))
     assert source.load_block("train", [0]).shape == (1, 1, 28, 28)
 
@@ -189,13 +192,13 @@ def test_records_travel(tmp_path):
         ({"fractions": (0.5, 0.5)}, "give three"),
         ({"fractions": (0.9, 0.2, 0.2)}, "sum to 1"),
         ({"fractions": (1.2, -0.1, -0.1)}, "fractions is"),
-        ({"fractions": (0, 0.5, 0.5)}, "train needs some"),
-        ({"fractions": (0.5, 0.2, 0.3), "classes": False}, "leave classes on"),
+        ({"fractions": (0, 0.5, 0.5)}, "a positive fraction for train"),
+        ({"fractions": (0.5, 0.2, 0.3), "classes": False}, "need classes on"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_is_read(options, words):
-    refused("/nowhere", words, **options)
+def test_invalid_options_are_refused_before_reading(options, words):
+    assert_refused("/nowhere", words, **options)
 
 
 def test_fractions_need_classes(tmp_path):
-    refused(tree(tmp_path, ["a.png", "b.png"]), "0 classes do not split", fractions=(0.5, 0.25, 0.25))
+    assert_refused(tree(tmp_path, ["a.png", "b.png"]), "cannot divide 0 classes", fractions=(0.5, 0.25, 0.25))

@@ -1,4 +1,4 @@
-"""Mini-ImageNet in every layout that is found: the same images, splits and classes from each."""
+"""Mini-ImageNet: every layout gives the same images, splits and classes; unsafe cache files are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
 from metagmvae.pipelines.sources.source import open_source
 
 SPLITS = {"train": ("n01", "n02", "n03"), "val": ("n04", "n05"), "test": ("n06", "n07")}
-OURS = {"train": "train", "val": "validation", "test": "test"}
+OUR_NAMES = {"train": "train", "val": "validation", "test": "test"}
 PER_CLASS = 4
 SIDE = 10
 
@@ -128,61 +128,61 @@ def test_every_layout_gives_the_same_images_and_classes(layout, tmp_path):
     assert list(source.splits) == ["train", "validation", "test"]
     assert source.report["missing"] == []
     for split, files in FILES.items():
-        records = source.splits[OURS[split]]
+        records = source.splits[OUR_NAMES[split]]
         assert sorted(r.class_name for r in records) == sorted(label for label, _ in files)
-        block = source.load_block(OURS[split], list(range(len(records))))
+        block = source.load_block(OUR_NAMES[split], list(range(len(records))))
         wanted = {pixels(*file).transpose(2, 0, 1).tobytes(): file[0] for file in files}
         assert [wanted.pop(image.tobytes()) for image in block] == [r.class_name for r in records]
         assert not wanted
 
 
-def test_the_same_files_are_the_same_data_set_in_any_archive(tmp_path):
+def test_the_same_files_have_the_same_fingerprint_in_any_layout(tmp_path):
     names = ("lists", "folders", "lists, zipped", "folders, tar.gz", "a zip for each split", "a tar.xz for each split")
-    prints = {
+    fingerprints = {
         name: open_mini_imagenet(str(LAYOUTS[name](tmp_path / str(i) / "data")), size=SIDE).fingerprint
         for i, name in enumerate(names)
         if not (tmp_path / str(i)).mkdir()
     }
-    assert len(set(prints.values())) == 1
+    assert len(set(fingerprints.values())) == 1
 
 
-def refused(text: str, source: Path | None, **options) -> None:
+def assert_refused(text: str, source: Path | None, **options) -> None:
     with pytest.raises(DataError, match=text) as caught:
         open_mini_imagenet(None if source is None else str(source), size=SIDE, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_missing_is_said_and_can_be_allowed(tmp_path):
+def test_missing_images_are_reported_and_can_be_allowed(tmp_path):
     root = by_folders(tmp_path / "data")
     shutil.rmtree(root / "mini" / "val" / "n05")
     (root / "mini" / "train" / "n02" / "n0200000001.png").unlink()
-    refused(r"train has classes without exactly 4 images \(n02 3\); validation has 1 of 2 classes", root)
+    assert_refused(r"train has classes without exactly 4 images \(n02 3\); validation has 1 of 2 classes", root)
     source = open_mini_imagenet(str(root), size=SIDE, allow_missing=True)
     assert source.report["classes"] == {"train": 3, "validation": 1, "test": 2}
     assert len(source.report["missing"]) == 2
 
 
-def test_wrong_input_is_one_line(tmp_path):
-    refused("name your copy by --source", None)
-    refused("no such file or folder", tmp_path / "nowhere")
+def test_wrong_input_gives_one_error_line(tmp_path):
+    assert_refused("give your copy with --source", None)
+    assert_refused("no such file or folder", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    refused("holds no Mini-ImageNet; known layouts", tmp_path / "empty")
+    assert_refused("no Mini-ImageNet found; layouts", tmp_path / "empty")
     put(tmp_path / "odd" / "picture.png", png("n01", 0))
-    refused("lies in no folder of a split and a class", tmp_path / "odd")
+    assert_refused("picture.png is not in a folder of a class", tmp_path / "odd")
     root = by_lists(tmp_path / "lists")
     for number in range(2):
         (root / "images" / f"n01{number:08d}.png").unlink()
-    refused(r"train.csv names 2 files that are not there: n0100000000.png, n0100000001.png", root)
+    assert_refused(r"2 files of train.csv are missing: n0100000000.png, n0100000001.png", root)
     put(root / "train.csv", b"filename,label\nx.png\n")
-    refused("train.csv line 2 is not filename,label", root)
+    assert_refused("train.csv line 2 is not filename,label", root)
     put(root / "train.csv", b"\xff\xfe")
-    refused("train.csv is not a csv file", root)
+    assert_refused("train.csv is not a csv file", root)
     root = by_folders(tmp_path / "twice")
     shutil.copytree(root / "mini" / "train" / "n01", root / "mini" / "val" / "n01")
-    refused("class n01 stands in two splits", root, allow_missing=True)
+    assert_refused("class n01 is in two splits", root, allow_missing=True)
     root = archive_per_split(tmp_path / "double", "zip")
     shutil.copy(root / "train.zip", root / "TRAIN.zip")
-    refused("two archives of train", root)
+    assert_refused("two archives of train", root)
 
 
 # --- cache files ------------------------------------------------------------------------------------------
@@ -205,17 +205,17 @@ class Hostile:
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_nothing_of_a_hostile_pickle_runs(call, name, protocol, tmp_path):
+def test_no_code_of_a_pickle_is_run(call, name, protocol, tmp_path):
     mark = tmp_path / "ran"
     function, (argument,) = call
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(pickle.dumps(Hostile((function, (argument.format(mark=mark),))), protocol=protocol))
-    with pytest.raises(DataError, match=rf"refused .*{name}, which no array needs"):
+    with pytest.raises(DataError, match=rf"refused .*{name}, which is not allowed"):
         read_cache(str(path))
     assert not mark.exists()
 
 
-def test_caches_hold_arrays_strings_and_numbers_only(tmp_path):
+def test_only_arrays_strings_and_numbers_are_read(tmp_path):
     path = tmp_path / "x.pkl"
 
     def error(content) -> str:
@@ -227,44 +227,44 @@ def test_caches_hold_arrays_strings_and_numbers_only(tmp_path):
         return str(caught.value)
 
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    assert "is refused" in error(Path("x")) or "which no array needs" in error(Path("x"))
-    assert "arrays of 'O8' are refused" in error({"image_data": np.array([object], dtype=object)})
-    assert "image_data is no uint8 array" in error({"image_data": images[0], "class_dict": {}})
-    assert "image_data is no uint8 array" in error([1, 2])
-    assert "class_dict is no table" in error({"image_data": images, "class_dict": [1]})
-    assert "rows of class n01 are no numbers below 2" in error({"image_data": images, "class_dict": {"n01": [2]}})
-    assert "is no name of a class" in error({"image_data": images, "class_dict": {"../n01": [0]}})
+    assert "which is not allowed" in error(Path("x"))
+    assert "arrays of type 'O8' are refused" in error({"image_data": np.array([object], dtype=object)})
+    assert "image_data is not a uint8 array" in error({"image_data": images[0], "class_dict": {}})
+    assert "image_data is not a uint8 array" in error([1, 2])
+    assert "class_dict is not a dict" in error({"image_data": images, "class_dict": [1]})
+    assert "rows of class n01 are not integers below 2" in error({"image_data": images, "class_dict": {"n01": [2]}})
+    assert "is not a class name" in error({"image_data": images, "class_dict": {"../n01": [0]}})
     whole = pickle.dumps({"image_data": images, "class_dict": {"n01": [0, 1]}}, protocol=2)
     for length in range(0, len(whole), 7):
         error(whole[:length])
     assert "no such file" in error(b"").lower() or "refused or not readable" in error(b"")
     array, u1 = b"cnumpy.core.multiarray\n_reconstruct\n(tR", b"cnumpy\ndtype\n(S'u1'\ntR"
     states = {
-        "an array without its content": b"",
-        "whose type or content": b"(K\x01(K\x01K\x01K\x01K\x03tK\x05\x89U\x03xxxtb",
-        "or content is something": b"(K\x01(K\x01K\x01K\x01K\x03t" + u1 + b"\x89K\x03tb",
+        "an array without content": b"",
+        "with a wrong type or content": b"(K\x01(K\x01K\x01K\x01K\x03tK\x05\x89U\x03xxxtb",
+        "wrong type or content": b"(K\x01(K\x01K\x01K\x01K\x03t" + u1 + b"\x89K\x03tb",
         "ordinal not in range": b"(K\x01(K\x01K\x01K\x01K\x03t" + u1 + b"\x89X\x03\x00\x00\x00\xe4\xb8\xadtb",
         "of shape (-1, -2, 1, 3)": b"(K\x01(J\xff\xff\xff\xffJ\xfe\xff\xff\xffK\x01K\x03t" + u1 + b"\x89U\x06xxxxxxtb",
     }
     for text, state in states.items():
-        found = error(b"\x80\x02}(U\nimage_data" + array + state + b"U\nclass_dict}u.")
-        assert text in found
-        assert found.startswith(f"{path}: image_data is ")
-    # Hashing a tuple of tuples of tuples has no bound, of depth or of time.
+        message = error(b"\x80\x02}(U\nimage_data" + array + state + b"U\nclass_dict}u.")
+        assert text in message
+        assert message.startswith(f"{path}: image_data is ")
+    # Hashing nested tuples has no bound of depth or time.
     deep = b")" + b"\x85" * 200_000
     wide = b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(100))
     for key in (deep, wide):
-        assert "a key is of type tuple" in error(b"\x80\x02}" + key + b"K\x01s.")
-        assert "a key is of type tuple" in error(b"\x80\x02}(" + key + b"K\x01u.")
-        assert "no array needs" in error(b"\x80\x02(" + key + b"K\x01d.")
-        assert "no array needs" in error(b"\x80\x04(" + key + b"\x91.")
-        assert "arrays of no name" in error(b"\x80\x02cnumpy\ndtype\n(" + key + b"tR.")
-    assert "changes what is no array" in error(b"\x80\x02c_codecs\nencode\n}U\x01aK\x01sb.")
+        assert "a key has type tuple" in error(b"\x80\x02}" + key + b"K\x01s.")
+        assert "a key has type tuple" in error(b"\x80\x02}(" + key + b"K\x01u.")
+        assert "not allowed" in error(b"\x80\x02(" + key + b"K\x01d.")
+        assert "not allowed" in error(b"\x80\x04(" + key + b"\x91.")
+        assert "arrays of type no name" in error(b"\x80\x02cnumpy\ndtype\n(" + key + b"tR.")
+    assert "state of something that is not an array" in error(b"\x80\x02c_codecs\nencode\n}U\x01aK\x01sb.")
     for lengths in (b"\xff" * 8, b"\xff" * 6 + b"\x00\x00"):
         assert "refused or not readable" in error(b"\x80\x04\x8e" + lengths + b".")
 
 
-def test_a_cache_that_lies_about_its_shape_allocates_nothing(tmp_path):
+def test_a_wrong_shape_allocates_no_memory(tmp_path):
     path = tmp_path / "x.pkl"
     images = np.zeros((2, 4, 4, 3), np.uint8)
     content = pickle.dumps({"image_data": images, "class_dict": {"n01": [0]}}, protocol=2)
@@ -276,7 +276,7 @@ def test_a_cache_that_lies_about_its_shape_allocates_nothing(tmp_path):
 
 
 @pytest.mark.real_data
-def test_the_real_files_are_whole_and_decode(data_root, monkeypatch):
+def test_the_real_files_are_complete_and_can_be_decoded(data_root, monkeypatch):
     monkeypatch.undo()
     source = open_source("mini-imagenet", str(data_root / "mini-imagenet"))
     assert {split: len(records) for split, records in source.splits.items()} == {

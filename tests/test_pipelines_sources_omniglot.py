@@ -1,4 +1,4 @@
-"""Omniglot's layouts, splits and rotations, on a small copy of its form and on the real archives."""
+"""Omniglot: layouts, splits and rotations, on a small data set of the same form and on the real archives."""
 
 import csv
 import io
@@ -65,7 +65,7 @@ def everything(source):
     }
 
 
-def test_zips_folders_and_a_folder_around_them_are_one_data_set(folder, tmp_path):
+def test_zip_files_and_folders_are_the_same_data_set(folder, tmp_path):
     first = open_source("omniglot", str(folder))
     wrapped = tmp_path / "wrapped"
     zipped(folder, tmp_path / "zips")
@@ -82,7 +82,7 @@ def test_zips_folders_and_a_folder_around_them_are_one_data_set(folder, tmp_path
     assert open_source("omniglot", str(folder)).fingerprint == first.fingerprint
 
 
-def test_a_changed_drawing_or_option_changes_the_fingerprint(folder):
+def test_the_fingerprint_depends_on_drawings_and_options(folder):
     options = [{}, {"split": "vinyals"}, {"rotations": 1}, {"size": 14}]
     seen = [open_source("omniglot", str(folder), **option).fingerprint for option in options]
     next(iter(sorted(folder.rglob("*.png")))).write_bytes(drawing(99))
@@ -90,7 +90,7 @@ def test_a_changed_drawing_or_option_changes_the_fingerprint(folder):
     assert len(set(seen)) == 5
 
 
-def test_rotations_are_classes_of_the_same_split_and_turn_counter_clockwise(folder):
+def test_rotations_are_counter_clockwise_classes_of_the_same_split(folder):
     source = open_source("omniglot", str(folder))
     for split, records in source.splits.items():
         images = source.load_block(split, range(len(records)))
@@ -107,7 +107,7 @@ def test_rotations_are_classes_of_the_same_split_and_turn_counter_clockwise(fold
     assert {r.class_name.split("@")[1] for r in alone.splits["train"]} == {"000"}
 
 
-def test_strokes_are_bright_on_black_at_the_size_asked_for(folder):
+def test_strokes_are_bright_on_black_in_the_requested_size(folder):
     source = open_source("omniglot", str(folder), size=14, rotations=1)
     block = source.load_block("train", range(4))
     assert source.image_shape == block.shape[1:] == (1, 14, 14)
@@ -117,8 +117,8 @@ def test_strokes_are_bright_on_black_at_the_size_asked_for(folder):
     assert 0.005 < block.mean() / 255 < 0.1
 
 
-def test_each_drawing_is_decoded_once_for_all_its_rotations(folder, monkeypatch):
-    omniglot._decoded_once.cache_clear()
+def test_each_drawing_is_decode_once_for_all_rotations(folder, monkeypatch):
+    omniglot._decode_once.cache_clear()
     source = open_source("omniglot", str(folder))
     calls = []
     decode = omniglot.decode_image
@@ -130,7 +130,7 @@ def test_each_drawing_is_decoded_once_for_all_its_rotations(folder, monkeypatch)
         image[0, 0, 0] = 1
 
 
-def test_splits_share_no_character_and_the_rule_of_vinyals_holds_out_alphabets(folder):
+def test_splits_share_no_character_and_the_vinyals_split_holds_out_alphabets(folder):
     ours = open_source("omniglot", str(folder), rotations=1)
     names = {split: {r.class_name for r in records} for split, records in ours.splits.items()}
     assert {split: len(part) for split, part in names.items()} == {"train": 5, "validation": 1, "test": 2}
@@ -140,7 +140,7 @@ def test_splits_share_no_character_and_the_rule_of_vinyals_holds_out_alphabets(f
     assert alphabets == {"train": {"Greek", "Avesta"}, "validation": {"Armenian"}, "test": {"Avesta"}}
 
 
-def refused(root, *words, **options):
+def assert_refused(root, *words, **options):
     with pytest.raises(DataError) as caught:
         open_source("omniglot", str(root), **options)
     assert "\n" not in str(caught.value)
@@ -148,42 +148,42 @@ def refused(root, *words, **options):
         assert word in str(caught.value)
 
 
-def test_what_is_missing_is_said(folder, tmp_path):
+def test_missing_drawings_characters_and_archives_are_reported(folder, tmp_path):
     lost = folder / "images_background" / "Greek" / "character02"
     next(lost.iterdir()).unlink()
-    refused(folder, "images_background holds 5 of 5", "images_background/Greek/character02 has 1")
+    assert_refused(folder, "images_background has 5 of 5", "images_background/Greek/character02 has 1")
     shutil.rmtree(lost)
-    refused(folder, "images_background holds 4 of 5", "images_background/Greek/character02 is missing", "fetch")
+    assert_refused(folder, "images_background has 4 of 5", "images_background/Greek/character02 is missing", "download")
     shutil.rmtree(folder / "images_evaluation")
-    refused(folder, "neither images_evaluation.zip nor a folder images_evaluation", "--source")
-    refused(tmp_path / "nowhere", "nowhere", "--source")
+    assert_refused(folder, "neither images_evaluation.zip nor a folder images_evaluation", "--source")
+    assert_refused(tmp_path / "nowhere", "nowhere", "--source")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "neither images_background.zip")
+    assert_refused(tmp_path / "empty", "neither images_background.zip")
 
 
-def test_a_truncated_archive_a_stray_picture_and_a_broken_drawing_are_named(folder, tmp_path):
+def test_truncated_archives_unknown_files_and_broken_drawings_are_reported(folder, tmp_path):
     zips = zipped(folder, tmp_path / "zips")
     data = (zips / "images_evaluation.zip").read_bytes()
     (zips / "images_evaluation.zip").write_bytes(data[: len(data) // 2])
-    refused(zips, "images_evaluation.zip: not a whole zip file")
+    assert_refused(zips, "images_evaluation.zip: not a complete zip file")
     path = next(iter(sorted((folder / "images_background").rglob("*.png"))))
     path.write_bytes(b"broken")
     source = open_source("omniglot", str(folder))
     with pytest.raises(DataError, match=f"{path.name}: broken image"):
         everything(source)
     (folder / "images_background" / "extra.png").write_bytes(drawing(1))
-    refused(folder, "extra.png is not <alphabet>/character<NN>/<drawing>.png")
+    assert_refused(folder, "extra.png is not <alphabet>/character<NN>/<drawing>.png")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"split": "lake"}, "no split 'lake'"), ({"rotations": 3}, "rotations is 3"), ({"size": 0}, "size is 0")],
 )
-def test_impossible_options_are_refused_before_anything_is_read(options, words):
-    refused("/nowhere", words, **options)
+def test_invalid_options_are_refused_before_reading(options, words):
+    assert_refused("/nowhere", words, **options)
 
 
-def test_records_travel(folder):
+def test_a_source_can_be_pickled(folder):
     source = pickle.loads(pickle.dumps(open_source("omniglot", str(folder))))
     assert source.load_block("test", [0]).shape == (1, 1, 28, 28)
 
@@ -195,17 +195,17 @@ def stand_in(monkeypatch, download):
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("corrupted"), zipfile.BadZipFile("no zip")])
-def test_without_network_one_line_names_source(tmp_path, monkeypatch, error):
+def test_a_failed_download_gives_one_error_line(tmp_path, monkeypatch, error):
     def download(root, *, background, download):
         raise error
 
     stand_in(monkeypatch, download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(DataError, match=r"^Omniglot could not be downloaded .*images_evaluation.zip by --source$"):
+    with pytest.raises(DataError, match=r"^Omniglot could not be downloaded .*images_evaluation.zip with --source$"):
         open_source("omniglot")
 
 
-def test_what_was_downloaded_is_opened_and_standard_output_stays_clean(folder, tmp_path, monkeypatch, capsys):
+def test_downloaded_archives_are_opened_and_nothing_is_printed(folder, tmp_path, monkeypatch, capsys):
     class Omniglot:
         folder = "omniglot-py"
 
@@ -222,7 +222,7 @@ def test_what_was_downloaded_is_opened_and_standard_output_stays_clean(folder, t
 
 
 @pytest.mark.real_data
-def test_vinyals_split_is_the_published_list(data_root):
+def test_the_vinyals_split_is_the_published_list(data_root):
     source = open_source("omniglot", str(data_root / "omniglot"), split="vinyals")
     with open(data_root / "omniglot" / "vinyals-split.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -234,7 +234,7 @@ def test_vinyals_split_is_the_published_list(data_root):
 
 
 @pytest.mark.real_data
-def test_all_of_omniglot_is_there_with_rotations_as_classes(data_root):
+def test_the_real_archives_are_complete(data_root):
     source = open_source("omniglot", str(data_root / "omniglot"))
     classes = {split: {record.class_name for record in records} for split, records in source.splits.items()}
     assert {split: len(names) for split, names in classes.items()} == {"train": 4800, "validation": 400, "test": 1292}

@@ -1,4 +1,4 @@
-"""Sources by name: unknown names and options are refused, blocks are stacked records, everything travels."""
+"""Opening sources by name, decoding blocks, pickling, fingerprints."""
 
 import pickle
 
@@ -10,10 +10,12 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.source import OPENERS, check_integer, open_source, source_fingerprint
 
 
-def test_unknown_names_and_options_are_refused_with_what_there_is():
-    with pytest.raises(DataError, match="unknown source 'omniglott'; known: folder, glyphs, mini-imagenet, omniglot"):
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(
+        DataError, match="unknown source 'omniglott'; choose one of folder, glyphs, mini-imagenet, omniglot"
+    ):
         open_source("omniglott")
-    with pytest.raises(DataError, match="'glyphs' has no option 'size'; it has: classes, drawings, seed"):
+    with pytest.raises(DataError, match="'glyphs' has no option 'size'; choose from classes, drawings, seed"):
         open_source("glyphs", size=3)
 
 
@@ -23,7 +25,7 @@ def test_every_name_has_a_module():
             open_source(name, "/dev/null/nothing")
 
 
-def test_a_block_is_its_records_stacked_and_a_copy_that_travelled_gives_the_same():
+def test_a_block_contains_its_records_and_a_pickled_source_gives_the_same():
     source = open_source("glyphs", classes=(3, 1, 1), drawings=4)
     block = source.load_block("train", [7, 0, 7])
     records = source.splits["train"]
@@ -33,12 +35,12 @@ def test_a_block_is_its_records_stacked_and_a_copy_that_travelled_gives_the_same
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", True, None])
-def test_whole_numbers_only(value):
-    with pytest.raises(DataError, match=r"size is .*; give a whole number, 1 or more"):
+def test_check_integer_refuses_other_values(value):
+    with pytest.raises(DataError, match=r"size is .*; give an integer of at least 1"):
         check_integer("size", value, 1)
 
 
-def test_the_fingerprint_follows_content_and_options():
+def test_the_fingerprint_depends_on_content_and_options():
     entry = Entry("a.png", 7, 9)
     first = source_fingerprint("folder", [("train", entry)], {"size": 28})
     assert first == source_fingerprint("folder", [("train", Entry("a.png", 7, 9))], {"size": 28})

@@ -1,1 +1,1 @@
-"""Raw data sets read as labelled images."""
+"""Sources of raw images: generated glyphs, Omniglot, Mini-ImageNet, folders of images."""

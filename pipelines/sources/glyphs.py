@@ -1,8 +1,8 @@
-"""A seeded generator of hand-drawn-like characters: the whole system without any download.
+"""Seeded generator of images that resemble handwritten characters, for use without any download.
 
-A class is a figure of two to four strokes (lines, arcs, curves, dots) that hang together in their own way. A
-drawing is that figure in another hand: control points moved, slanted, turned, stretched, shifted, warped
-smoothly, in a thinner or thicker pen. Class and drawing are functions of (seed, split, number) alone.
+A class is a character of two to four connected strokes (lines, arcs, curves, dots). An image of the class is a random
+variation of it: control points are moved, the character is slanted, rotated, stretched, shifted and smoothly warped,
+and the pen width varies. Class and image depend on (seed, split, number) alone.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ import numpy as np
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.source import Source, check_integer
+from metagmvae.pipelines.sources.source import ImageSource, check_integer
 
 GENERATOR = 1
-"""Part of the fingerprint: to be raised when the same seed draws other pixels."""
+"""Part of the fingerprint. Increase it when the same seed gives other pixels."""
 SIZE = 28
 SPLITS = ("train", "validation", "test")
 
 POINTS = 36
-"""Points along a stroke; at most about 0.8 px apart."""
+"""Points along a stroke, at most about 0.8 px apart."""
 DOT_CHANCE = 0.12
 JOIN_CHANCE = 0.6
-"""That a stroke starts on an earlier one."""
+"""Probability that a stroke starts on an earlier one."""
 
 BOX = 17.0
-"""Side in pixels of the square that an unvaried figure fills."""
+"""Side of the square that an unvaried character fills, in pixels."""
 JITTER = 0.05
-"""Standard deviation of control points, in sides of the figure."""
+"""Standard deviation of the control points, in units of the side."""
 SLANT = 0.25
 TURN = np.pi / 12
 STRETCH = (0.75, 1.15)
 SHIFT = 2.5
-"""Pixels."""
+"""Largest shift in pixels."""
 WARP = 0.8
-"""Standard deviation in pixels of the amplitude of each warp wave."""
+"""Standard deviation of the amplitude of each warp wave, in pixels."""
 PEN = (0.75, 1.5)
-"""Half the width of the pen, in pixels."""
+"""Range of half the pen width, in pixels."""
 GRID = 64
-"""Points are rounded to 1/64 px: from there on the arithmetic is exact on every machine."""
+"""Points are rounded to 1/64 px; the arithmetic after that is exact, so all machines give the same pixels."""
 
-Figure = tuple[np.ndarray, ...]
+Strokes = tuple[np.ndarray, ...]
 """Control points (4, 2) of each stroke's cubic Bézier curve, in the unit square; a dot has four equal points."""
 
 
@@ -55,20 +55,20 @@ def open_glyphs(
     classes: tuple[int, int, int] = (400, 60, 100),
     drawings: int = 20,
     seed: int = 0,
-) -> Source:
-    """Glyphs, (1, 28, 28), strokes 255 on 0; classes `train-0000`, drawings `train-0000/00`.
+) -> ImageSource:
+    """Glyphs: uint8, (1, 28, 28), strokes 255 on background 0; classes `train-0000`, images `train-0000/00`.
 
     Args:
-        source: must be None; nothing is read.
-        classes: of train, validation and test; a larger number keeps the smaller one's classes.
-        drawings: of each class.
-        seed: other seeds have other classes.
+        source: must be None, because nothing is read.
+        classes: numbers of classes for train, validation and test. A larger number adds classes and changes none.
+        drawings: number of images per class.
+        seed: seed of the classes and images.
 
     Raises:
-        DataError: an option is not possible.
+        DataError: an option is invalid.
     """
     if source is not None:
-        raise DataError(f"glyphs are generated: remove --source {source}")
+        raise DataError(f"glyphs are generated; remove --source {source}")
     counts = tuple(classes) if isinstance(classes, Sequence) else ()
     if len(counts) != len(SPLITS) or not any(counts):
         raise DataError(f"classes is {classes!r}; give three counts, for train, validation and test")
@@ -82,7 +82,7 @@ def open_glyphs(
     }
     options: dict[str, Any] = {"classes": list(counts), "drawings": drawings, "seed": seed}
     fingerprint = sha256_json({"source": "glyphs", "generator": GENERATOR, "options": options})
-    return Source("glyphs", (1, SIZE, SIZE), splits, fingerprint, {"options": options})
+    return ImageSource("glyphs", (1, SIZE, SIZE), splits, fingerprint, {"options": options})
 
 
 def _record(seed: int, split: str, number: int, drawing: int) -> ImageRecord:
@@ -91,7 +91,7 @@ def _record(seed: int, split: str, number: int, drawing: int) -> ImageRecord:
 
 
 def draw_glyph(seed: int, split: str, number: int, drawing: int) -> np.ndarray:
-    """One drawing of a class: uint8, (1, 28, 28)."""
+    """One image of a class: uint8, (1, 28, 28)."""
     rng = keyed_rng("glyph drawing", seed, split, number, drawing)
     strokes = [
         _curve(points + rng.normal(0, JITTER, (1, 2)) / 2 + _jitter(points, rng))
@@ -102,14 +102,14 @@ def draw_glyph(seed: int, split: str, number: int, drawing: int) -> np.ndarray:
 
 
 def _jitter(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Moves each control point by itself; a dot stays a dot."""
+    """Independent shifts of the control points; zero for a dot, whose points stay together."""
     moves = rng.normal(0, JITTER, points.shape)
     return np.zeros_like(points) if np.ptp(points, axis=0).max() == 0 else moves
 
 
 @lru_cache(maxsize=4096)
-def class_strokes(seed: int, split: str, number: int) -> Figure:
-    """The figure of a class, centred at 0 and as large as the unit square."""
+def class_strokes(seed: int, split: str, number: int) -> Strokes:
+    """The strokes of a class, centred at 0 and scaled to the unit square."""
     rng = keyed_rng("glyph class", seed, split, number)
     strokes: list[np.ndarray] = []
     for _ in range(rng.integers(2, 5)):
@@ -120,7 +120,7 @@ def class_strokes(seed: int, split: str, number: int) -> Figure:
 
 
 def _stroke(earlier: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Control points of a new stroke, often beginning on an earlier one."""
+    """Control points of a new stroke, which often starts on an earlier one: (4, 2)."""
     if earlier and rng.random() < DOT_CHANCE:
         return np.repeat(rng.uniform(0, 1, (1, 2)), 4, axis=0)
     start = rng.uniform(0, 1, 2)
@@ -131,7 +131,7 @@ def _stroke(earlier: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
         end = rng.uniform(0, 1, 2)
     along = end - start
     across = np.array([-along[1], along[0]])
-    # How far the two middle control points stand off the chord: a line, an arc, a hook, a wave.
+    # Distances of the two middle control points from the chord.
     bends = {
         "line": (0.0, 0.0),
         "arc": (0.8, 0.8),
@@ -157,7 +157,7 @@ _BERNSTEIN = _bernstein()
 
 
 def _vary(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Slant, stretch, turn, warp and shift: points of the figure -> pixel coordinates (x, y)."""
+    """Slant, stretch, rotate, warp and shift points; return pixel coordinates (x, y)."""
     slant = np.array([[1, rng.uniform(-SLANT, SLANT)], [0, 1]])
     stretch = np.diag(rng.uniform(*STRETCH, 2))
     angle = rng.uniform(-TURN, TURN)
@@ -171,7 +171,7 @@ def _vary(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _render(points: np.ndarray, pen: float) -> np.ndarray:
-    """Ink by distance to the nearest point, falling from 255 to 0 over one pixel at the rim of the pen."""
+    """Draw points with a round pen whose edge falls from 255 to 0 over one pixel: uint8, (1, 28, 28)."""
     rounded = (np.rint(points * GRID) / GRID).astype(np.float32)
     pixels = np.arange(SIZE, dtype=np.float32)[:, None]
     square = (pixels - rounded[:, 0]) ** 2, (pixels - rounded[:, 1]) ** 2

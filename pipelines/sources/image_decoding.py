@@ -1,4 +1,4 @@
-"""Image file bytes -> uint8 pixels of one size, with guards for what folders of images really hold."""
+"""Decodes image files to uint8 pixels of one size, and refuses damaged and oversized files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 from metagmvae.pipelines.records import DataError
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded."""
+"""Images with more pixels are refused before decoding."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB"}
 SIXTEEN_BIT = 65_535
 ORIENTATION = 0x0112
-"""EXIF tag."""
+"""EXIF tag of the orientation."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,27 +28,27 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
-"""What Pillow's decoders raise on damaged bytes, found by feeding them such."""
+"""Exceptions of the decoders of Pillow on damaged files, found by tests with such files."""
 
 
 def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bool = False) -> np.ndarray:
-    """Decode, turn upright, cut to a centred square, resize (Lanczos).
+    """Decode an image, crop it to a centred square and resize it (Lanczos).
 
-    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, the orientation in EXIF is applied,
-    and of an animation or a file of several pages the first frame is taken.
+    Transparent pixels become white, 16-bit grey values are scaled to 8 bits, and the EXIF orientation is applied. Of an
+    animation or a file with several pages the first frame is used.
 
     Args:
-        data: the bytes of the file.
-        name: of the file, for messages.
+        data: content of the file.
+        name: name of the file for error messages.
         size: side of the result in pixels.
         channels: 1 (grey) or 3 (RGB).
-        invert: 255 - value, for dark strokes on a bright background.
+        invert: replace each value by 255 - value, for dark strokes on a bright background.
 
     Returns:
         uint8, (channels, size, size).
 
     Raises:
-        DataError: not an image, damaged, cut short, without pixels, too large, or of floating-point values.
+        DataError: the file is not an image, damaged, truncated, empty, too large, or has floating-point values.
     """
     try:
         with warnings.catch_warnings():
@@ -56,7 +56,7 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
             with Image.open(io.BytesIO(data)) as image:
                 _check_area(image, name)
                 if image.format == "JPEG":
-                    # Decoded at 1/2, 1/4 or 1/8 where that leaves twice the size: several times faster.
+                    # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
                     image.draft(None, (2 * size, 2 * size))
                 image.load()
                 upright = _upright(image)
@@ -64,10 +64,10 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: more than {MAX_PIXELS} pixels; make it smaller or leave it out") from error
+        raise DataError(f"{name}: more than {MAX_PIXELS} pixels; resize or remove it") from error
     except DAMAGE as error:
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image that can be read" if unknown else " ".join(str(error).split())
+        reason = "unknown image format" if unknown else " ".join(str(error).split())
         raise DataError(f"{name}: broken image ({reason}); replace or remove it") from error
     pixels = np.asarray(square, dtype=np.uint8)
     if invert:
@@ -76,14 +76,14 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
 
 
 def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Pixels that are decoded already to a centred square: uint8 (H, W, 3) -> (3, size, size)."""
+    """Crop decoded pixels to a centred square and resize it: uint8, (H, W, 3) -> (3, size, size)."""
     square = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """By the camera's note of how it was held. `ImageOps.exif_transpose` also writes the rest of EXIF anew, and fails
-    on pictures whose only damage is there."""
+    """Apply the EXIF orientation. `ImageOps.exif_transpose` also rewrites the other EXIF tags, and therefore fails on
+    images in which only those are damaged."""
     turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
@@ -91,19 +91,19 @@ def _upright(image: Image.Image) -> Image.Image:
 def _check_area(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise DataError(f"{name}: image of {width} x {height} pixels; replace or remove it")
+        raise DataError(f"{name}: image has {width} x {height} pixels; replace or remove it")
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS}; make it smaller or leave it out")
+        raise DataError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS}; resize or remove it")
 
 
 def _eight_bit(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """Any mode -> "L" or "RGB"."""
+    """Convert an image of any mode to "L" or "RGB"."""
     if image.mode == "F":
-        raise DataError(f"{name}: floating-point pixels have no fixed range; save it with 8 or 16 bits")
+        raise DataError(f"{name}: floating-point pixels have no fixed range; save the image with 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > SIXTEEN_BIT:
-            raise DataError(f"{name}: values outside 16 bits; save it with 8 or 16 bits")
+            raise DataError(f"{name}: values exceed 16 bits; save the image with 8 or 16 bits")
         image = Image.fromarray(np.rint(values / (SIXTEEN_BIT / 255)).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,12 +1,12 @@
 """Mini-ImageNet (Vinyals et al. 2016) in the split of Ravi & Larochelle 2017: 64, 16 and 20 classes of 600 images.
 
-Read as it is found in the wild, told apart by what lies there:
+It is read in all common layouts, which are detected by their file names:
 
-- `images/` (or `images.zip`, `images.tar` and so on) beside `train.csv`, `val.csv` and `test.csv`, lines
-  `filename,label`, in a folder or together in one archive;
-- folders `train`, `val` and `test` (in a folder, zip or tar), a folder for each class in them;
-- an archive for each split, `train.zip`, `val.tar` and so on, a folder for each class inside;
-- `mini-imagenet-cache-train.pkl` and its two fellows (`pipelines.sources.mini_imagenet_pickle`).
+- `images/` (or `images.zip`, `images.tar`, …) with `train.csv`, `val.csv` and `test.csv` of lines `filename,label`, in
+  one folder or one archive;
+- folders `train`, `val` and `test` with one folder per class, in a folder or an archive;
+- one archive per split (`train.zip`, `val.tar`, …) with one folder per class;
+- `mini-imagenet-cache-train.pkl` and the two other caches (`pipelines.sources.mini_imagenet_pickle`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,68 +25,74 @@ from metagmvae.pipelines.archives.reader import ARCHIVES, Entry, list_entries, r
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, decode_image, resize_pixels
 from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
-from metagmvae.pipelines.sources.source import Source, check_integer, source_fingerprint
+from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
 CLASSES = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS = 600
-NAMES = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
-"""What the splits are called in files and folders."""
+SPLIT_NAMES = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+"""Names of the splits in files and folders."""
 CACHE = "mini-imagenet-cache-{}.pkl"
 LAYOUTS = "images/ with train.csv, val.csv, test.csv; folders or archives train, val, test; mini-imagenet-cache-*.pkl"
 IMAGES = "images"
-SHOWN = 3
 
 
-class MiniImagenetImage(NamedTuple):
-    """One image: the folder or archive it lies in, and the class that it is said to be of."""
+class LocatedEntry(NamedTuple):
+    """An image file in a folder or archive."""
 
     root: str
     entry: Entry
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Path below the root."""
+        return PurePosixPath(self.entry.name)
+
+
+class LabelledImage(NamedTuple):
+    """An image with its class; the entry has its key, CRC-32 and size."""
+
     label: str
+    entry: Entry
+    load: Callable[[], np.ndarray]
 
 
-def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missing: bool = False) -> Source:
-    """All images by split, cut to centred squares, (3, size, size).
+def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missing: bool = False) -> ImageSource:
+    """Read Mini-ImageNet: uint8, (3, size, size), cropped to centred squares.
 
     Args:
         source: folder or archive in one of the layouts above.
         size: side in pixels.
-        allow_missing: take what is there where classes or images are missing.
+        allow_missing: accept missing classes and images.
 
     Raises:
-        DataError: it cannot be downloaded and none was named, the layout is none of those above, a csv names files
-            that are not there, or classes or images are missing (the report says which).
+        DataError: `source` is None, the layout is unknown, or files, images or classes are missing.
     """
     check_integer("size", size, 1)
     if source is None:
-        raise DataError("Mini-ImageNet may not be passed on, so nothing is downloaded: name your copy by --source")
+        raise DataError("Mini-ImageNet cannot be downloaded for licence reasons; give your copy with --source")
     root = Path(source)
-    caches = {split: root / CACHE.format(names[0]) for split, names in NAMES.items()}
-    if root.is_dir() and any(path.is_file() for path in caches.values()):
-        return _from_caches({split: path for split, path in caches.items() if path.is_file()}, size, allow_missing)
-    pictures = _images_of(root)
-    counts = {split: dict(Counter(picture.label for picture in found)) for split, found in pictures.items()}
-    report = _report(source, counts, allow_missing)
-    splits = {
-        split: [
-            ImageRecord(f"{p.label}/{PurePosixPath(p.entry.name).name}", p.label, partial(load_image, p, size))
-            for p in sorted(found, key=lambda p: (p.label, PurePosixPath(p.entry.name).name))
-        ]
-        for split, found in pictures.items()
-    }
-    content = [
-        (split, Entry(f"{p.label}/{PurePosixPath(p.entry.name).name}", p.entry.crc, p.entry.size))
-        for split, found in pictures.items()
-        for p in sorted(found, key=lambda p: (p.label, PurePosixPath(p.entry.name).name))
-    ]
-    fingerprint = source_fingerprint("mini-imagenet", content, {"size": size})
-    return Source("mini-imagenet", (3, size, size), splits, fingerprint, report)
+    paths = {split: root / CACHE.format(names[0]) for split, names in SPLIT_NAMES.items()}
+    caches = {split: str(path.absolute()) for split, path in paths.items() if path.is_file()}
+    options: dict[str, object] = {"size": size}
+    if caches:
+        images = {split: _images_of_cache(path, size) for split, path in caches.items()}
+        options["layout"] = "cache"
+    else:
+        images = {split: _images_of_files(files, size) for split, files in _files_by_split(root).items()}
+    report = _report(source, {split: Counter(image.label for image in part) for split, part in images.items()})
+    if report["missing"] and not allow_missing:
+        problems = "; ".join(report["missing"])
+        raise DataError(f"{source}: {problems}; download it again, or use it with --allow-missing")
+    splits = {split: [ImageRecord(i.entry.name, i.label, i.load) for i in part] for split, part in images.items()}
+    content = [(split, image.entry) for split, part in images.items() for image in part]
+    fingerprint = source_fingerprint("mini-imagenet", content, options)
+    return ImageSource("mini-imagenet", (3, size, size), splits, fingerprint, report)
 
 
-def load_image(picture: MiniImagenetImage, size: int) -> np.ndarray:
-    """Decode one image: uint8, (3, size, size)."""
-    data = read_entry(picture.root, picture.entry.name)
-    return decode_image(data, f"{picture.root}: {picture.entry.name}", size=size, channels=3)
+def load_file(file: LocatedEntry, size: int) -> np.ndarray:
+    """Decode one image file: uint8, (3, size, size)."""
+    data = read_entry(file.root, file.entry.name)
+    return decode_image(data, f"{file.root}: {file.entry.name}", size=size, channels=3)
 
 
 def load_cached(path: str, row: int, size: int) -> np.ndarray:
@@ -94,131 +100,124 @@ def load_cached(path: str, row: int, size: int) -> np.ndarray:
     return resize_pixels(read_cache(path).images[row], size)
 
 
-def _images_of(root: Path) -> dict[str, list[MiniImagenetImage]]:
-    """Pictures by split, whichever layout of files it is."""
-    archives = _archives(root)
-    entries: dict[str, list[tuple[str, Entry]]] = {split: [] for split in CLASSES}
-    loose: list[tuple[str, Entry]] = []
-    lists: dict[str, tuple[str, str]] = {}
-    for name, path in archives.items():
-        found = [(str(path), entry) for entry in list_entries(path, SUFFIXES)]
-        if name == IMAGES:
-            loose += found
-        else:
-            entries[name] += found
+def _images_of_cache(path: str, size: int) -> list[LabelledImage]:
+    cache = read_cache(path)
+    return [
+        LabelledImage(
+            label,
+            Entry(f"{label}/{row:05d}", cache.checksum(row), cache.images[row].nbytes),
+            partial(load_cached, path, row, size),
+        )
+        for label, rows in sorted(cache.classes.items())
+        for row in rows
+    ]
+
+
+def _images_of_files(files: list[tuple[str, LocatedEntry]], size: int) -> list[LabelledImage]:
+    return [
+        LabelledImage(
+            label,
+            Entry(f"{label}/{file.path.name}", file.entry.crc, file.entry.size),
+            partial(load_file, file, size),
+        )
+        for label, file in sorted(files, key=lambda item: (item[0], item[1].path.name))
+    ]
+
+
+def _files_by_split(root: Path) -> dict[str, list[tuple[str, LocatedEntry]]]:
+    """(class, file) of all images by split, in any layout of image files."""
+    files: dict[str, list[LocatedEntry]] = {split: [] for split in CLASSES}
+    unassigned: list[LocatedEntry] = []
+    csv_files: dict[str, str] = {}
+    for name, path in _archives(root).items():
+        part = unassigned if name == IMAGES else files[name]
+        part += [LocatedEntry(str(path), entry) for entry in list_entries(path, SUFFIXES)]
     for entry in list_entries(root, (*SUFFIXES, ".csv")):
-        listed = _split_of(PurePosixPath(entry.name).stem) if entry.name.endswith(".csv") else None
-        if listed is not None:
-            lists[listed] = (str(root), entry.name)
-        elif not entry.name.endswith(".csv"):
-            loose.append((str(root), entry))
-    if loose and lists:
-        return _by_split_lists(root, loose, lists)
-    for place, entry in loose:
-        above = [of for part in PurePosixPath(entry.name).parts[:-2] if (of := _split_of(part))]
-        if not above:
-            raise DataError(f"{root}: {entry.name} lies in no folder of a split and a class; known layouts: {LAYOUTS}")
-        entries[above[0]].append((place, entry))
-    if not any(entries.values()):
-        raise DataError(f"{root}: holds no Mini-ImageNet; known layouts: {LAYOUTS}")
-    return {
-        split: [MiniImagenetImage(where, entry, PurePosixPath(entry.name).parent.name) for where, entry in found]
-        for split, found in entries.items()
-        if found
-    }
+        if not entry.name.endswith(".csv"):
+            unassigned.append(LocatedEntry(str(root), entry))
+        elif split := _split_of(PurePosixPath(entry.name).stem):
+            csv_files[split] = entry.name
+    if unassigned and csv_files:
+        return _assign_by_csv(root, unassigned, csv_files)
+    for file in unassigned:
+        split = next(filter(None, map(_split_of, file.path.parts[:-2])), None)
+        if split is None:
+            raise DataError(
+                f"{root}: {file.entry.name} is not in a folder of a class in a folder of a split; layouts: {LAYOUTS}"
+            )
+        files[split].append(file)
+    if not any(files.values()):
+        raise DataError(f"{root}: no Mini-ImageNet found; layouts: {LAYOUTS}")
+    return {split: [(file.path.parent.name, file) for file in part] for split, part in files.items() if part}
 
 
 def _archives(root: Path) -> dict[str, Path]:
-    """The archive of each split, and of all images, where the root is a folder that holds such."""
-    found: dict[str, Path] = {}
+    """Archives in the folder `root`: one of each split, and `images`."""
+    archives: dict[str, Path] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         suffix = next((end for end in ARCHIVES if path.name.lower().endswith(end)), None)
         stem = path.name[: -len(suffix)].lower() if suffix else ""
         name = IMAGES if stem == IMAGES else _split_of(stem)
         if name is None:
             continue
-        if name in found:
-            raise DataError(f"{root}: two archives of {name}, {found[name].name} and {path.name}; keep one")
-        found[name] = path
-    return found
+        if name in archives:
+            raise DataError(f"{root}: two archives of {name}, {archives[name].name} and {path.name}; remove one")
+        archives[name] = path
+    return archives
 
 
 def _split_of(name: str) -> str | None:
-    return next((split for split, names in NAMES.items() if name.lower() in names), None)
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def _by_split_lists(
-    root: Path, loose: list[tuple[str, Entry]], lists: Mapping[str, tuple[str, str]]
-) -> dict[str, list[MiniImagenetImage]]:
-    """Split and class of each image from the csv files."""
-    by_name = {PurePosixPath(entry.name).name: (where, entry) for where, entry in loose}
-    pictures: dict[str, list[MiniImagenetImage]] = {}
-    for split in CLASSES:
-        if split not in lists:
-            continue
-        where, name = lists[split]
-        rows = list(_rows(where, name))
-        missing = [file for file, _ in rows if file not in by_name]
-        if missing:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+def _assign_by_csv(
+    root: Path, files: list[LocatedEntry], csv_files: Mapping[str, str]
+) -> dict[str, list[tuple[str, LocatedEntry]]]:
+    by_name = {file.path.name: file for file in files}
+    assigned: dict[str, list[tuple[str, LocatedEntry]]] = {}
+    for split in [split for split in CLASSES if split in csv_files]:
+        rows = list(_csv_rows(root, csv_files[split]))
+        if missing := [name for name, _ in rows if name not in by_name]:
             raise DataError(
-                f"{root}: {name} names {len(missing)} files that are not there: {', '.join(missing[:SHOWN])}{more}; "
-                "fetch the images again"
+                f"{root}: {len(missing)} files of {csv_files[split]} are missing: {first_few(missing)}; download the "
+                "images again"
             )
-        pictures[split] = [MiniImagenetImage(*by_name[file], label) for file, label in rows]
-    return pictures
+        assigned[split] = [(label, by_name[name]) for name, label in rows]
+    return assigned
 
 
-def _rows(where: str, name: str) -> Iterator[tuple[str, str]]:
-    """(file name, class) by line of a csv file."""
+def _csv_rows(root: Path, csv_file: str) -> Iterator[tuple[str, str]]:
+    """(file name, class) of each line of a csv file."""
     try:
-        reader = csv.DictReader(io.StringIO(read_entry(where, name).decode("utf-8-sig")), strict=True)
+        reader = csv.DictReader(io.StringIO(read_entry(root, csv_file).decode("utf-8-sig")), strict=True)
         for row in reader:
-            file, label = row.get("filename"), row.get("label")
-            if not file or not label or "/" in label:
-                raise DataError(f"{where}: {name} line {reader.line_num} is not filename,label; fetch it again")
-            yield file, label
+            name, label = row.get("filename"), row.get("label")
+            if not name or not label or "/" in label:
+                raise DataError(f"{root}: {csv_file} line {reader.line_num} is not filename,label; download it again")
+            yield name, label
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{where}: {name} is not a csv file of filename,label ({error}); fetch it again") from error
+        raise DataError(f"{root}: {csv_file} is not a csv file ({error}); download it again") from error
 
 
-def _report(source: str, counts: Mapping[str, Mapping[str, int]], allow_missing: bool) -> dict[str, object]:
-    """What is there and what is missing.
+def _report(source: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Numbers of classes, and what is missing.
+
+    Args:
+        source: name for error messages.
+        counts: number of images by split and class.
 
     Raises:
-        DataError: something is missing, and that is not allowed.
+        DataError: a class is in two splits.
     """
     missing = []
-    for split, wanted in CLASSES.items():
-        found = counts.get(split, {})
-        if len(found) != wanted:
-            missing.append(f"{split} has {len(found)} of {wanted} classes")
-        odd = [f"{label} {count}" for label, count in sorted(found.items()) if count != IMAGES_PER_CLASS]
-        if odd:
-            more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
-            missing.append(
-                f"{split} has classes without exactly {IMAGES_PER_CLASS} images ({', '.join(odd[:SHOWN])}{more})"
-            )
-    if missing and not allow_missing:
-        raise DataError(f"{source}: {'; '.join(missing)}; fetch it again, or take what is there with --allow-missing")
-    shared = [
-        label for label, splits in Counter(label for found in counts.values() for label in found).items() if splits > 1
-    ]
-    if shared:
-        raise DataError(f"{source}: class {shared[0]} stands in two splits; splits share no class")
-    return {"classes": {split: len(found) for split, found in counts.items()}, "missing": missing}
-
-
-def _from_caches(caches: Mapping[str, Path], size: int, allow_missing: bool) -> Source:
-    splits, counts, content = {}, {}, []
-    for split, path in caches.items():
-        cache = read_cache(str(path.absolute()))
-        counts[split] = {label: len(rows) for label, rows in cache.classes.items()}
-        named = [(f"{label}/{row:05d}", label, row) for label, rows in sorted(cache.classes.items()) for row in rows]
-        splits[split] = [
-            ImageRecord(key, label, partial(load_cached, str(path.absolute()), row, size)) for key, label, row in named
-        ]
-        content += [(split, Entry(key, cache.checksum(row), cache.images[row].nbytes)) for key, _, row in named]
-    report = _report(str(next(iter(caches.values())).parent), counts, allow_missing)
-    fingerprint = source_fingerprint("mini-imagenet", content, {"size": size, "layout": "cache"})
-    return Source("mini-imagenet", (3, size, size), splits, fingerprint, report)
+    for split, expected in CLASSES.items():
+        part = counts.get(split, {})
+        if len(part) != expected:
+            missing.append(f"{split} has {len(part)} of {expected} classes")
+        incomplete = [f"{label} {count}" for label, count in sorted(part.items()) if count != IMAGES_PER_CLASS]
+        if incomplete:
+            missing.append(f"{split} has classes without exactly {IMAGES_PER_CLASS} images ({first_few(incomplete)})")
+    for label, splits in Counter(label for part in counts.values() for label in part).items():
+        if splits > 1:
+            raise DataError(f"{source}: class {label} is in two splits; remove it from one")
+    return {"classes": {split: len(part) for split, part in counts.items()}, "missing": missing}

@@ -1,8 +1,8 @@
-"""Omniglot (Lake, Salakhutdinov, Tenenbaum 2015): 1,623 characters of 50 alphabets, 20 drawings each.
+"""Omniglot (Lake, Salakhutdinov, Tenenbaum 2015): 1,623 characters of 50 alphabets with 20 drawings each.
 
-Two splits. `1200-100-323` has the sizes that the paper states; which characters is not published, so ours is a
-seeded draw over the sorted names. `vinyals` is the split of Vinyals et al. 2016, by alphabets. Rotations
-by quarter turns count as further classes and stay in the split of their character.
+There are two splits. `1200-100-323` has the numbers of characters of the paper, whose selection is not published; here
+it is a seeded random selection. `vinyals` is the split of Vinyals et al. 2016 by alphabets. Characters rotated by
+multiples of 90 degrees are separate classes, in the same split as the original.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import decode_image
-from metagmvae.pipelines.sources.source import Source, check_integer, source_fingerprint
+from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS = 20
 SIZES = {"train": 1200, "validation": 100, "test": 323}
-"""Characters by part of the split `1200-100-323`."""
+"""Numbers of characters of the split `1200-100-323`."""
 SPLIT_SEED = 0
 VINYALS_DEVELOPMENT = 1200
-"""Characters of train and validation together, first in the order of archive, alphabet, character."""
+"""Number of characters of train and validation together: the first ones, sorted by archive, alphabet, character."""
 VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 SPLITS = ("1200-100-323", "vinyals")
 CHARACTER_NAME = re.compile(r"character\d\d")
 CACHED_SIDE = 64
-"""Largest side of which decoded drawings are kept: 32,460 of them, 25 MB at 28 x 28."""
+"""Largest side for which decoded drawings are cached in memory: 32,460 drawings, 25 MB at 28 x 28."""
 
 Character = tuple[str, str, str]
 """(archive, alphabet, character)."""
@@ -45,35 +45,35 @@ Character = tuple[str, str, str]
 
 def open_omniglot(
     source: str | None = None, *, split: str = "1200-100-323", size: int = 28, rotations: int = 4
-) -> Source:
-    """Omniglot as classes `archive/alphabet/character01@090`, strokes 255 on 0, (1, size, size).
+) -> ImageSource:
+    """Read Omniglot: uint8, (1, size, size), strokes 255 on background 0; classes `archive/alphabet/character01@090`.
 
     Args:
-        source: folder that holds `images_background` and `images_evaluation`, each a zip or a folder, or that holds
-            nothing but such a folder; downloaded into the user's cache folder when None.
+        source: folder with `images_background` and `images_evaluation`, each a zip file or a folder; None downloads
+            them into the user's cache folder.
         split: `1200-100-323` or `vinyals`.
         size: side in pixels.
-        rotations: 4 (quarter turns, counter-clockwise, are classes of their own) or 1.
+        rotations: 4 (counter-clockwise rotations by 90 degrees are separate classes) or 1.
 
     Raises:
-        DataError: an option is not possible, the data cannot be downloaded, or drawings are missing.
+        DataError: an option is invalid, the download fails, or drawings are missing.
     """
     if split not in SPLITS:
         raise DataError(f"omniglot has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if rotations not in (1, 4):
-        raise DataError(f"rotations is {rotations}; choose 4 (quarter turns as classes) or 1")
+        raise DataError(f"rotations is {rotations}; choose 4 (rotations as classes) or 1")
     check_integer("size", size, 1)
-    root = _inner(Path(source)) if source is not None else download_omniglot()
+    root = _data_folder(Path(source)) if source is not None else download_omniglot()
     parts = {archive: _find_part(root, archive) for archive in CHARACTERS}
     drawings: dict[Character, list[tuple[str, Entry]]] = {}
     for archive, part in parts.items():
         for character, entry in _drawings(part, archive):
             drawings.setdefault(character, []).append((part, entry))
     _check_complete(root, drawings)
-    chosen = _vinyals(sorted(drawings)) if split == "vinyals" else _paper_sizes(sorted(drawings))
+    characters_of = _vinyals(sorted(drawings)) if split == "vinyals" else _random_split(sorted(drawings))
     splits = {
         name: [record for c in characters for record in _records(c, drawings[c], size, rotations)]
-        for name, characters in chosen.items()
+        for name, characters in characters_of.items()
     }
     options = {"split": split, "size": size, "rotations": rotations}
     content = [
@@ -82,54 +82,54 @@ def open_omniglot(
         for _, entry in drawings[character]
     ]
     report: dict[str, Any] = {
-        "characters": {name: len(characters) for name, characters in chosen.items()},
+        "characters": {name: len(characters) for name, characters in characters_of.items()},
         "drawings": len(content),
         "options": options,
     }
-    return Source("omniglot", (1, size, size), splits, source_fingerprint("omniglot", content, options), report)
+    return ImageSource("omniglot", (1, size, size), splits, source_fingerprint("omniglot", content, options), report)
 
 
 def download_omniglot() -> Path:
-    """Fetch both archives with torchvision, once, into the user's cache folder; return where they lie.
+    """Download both archives with torchvision into the user's cache folder, if they are not there; return the folder.
 
     Raises:
-        DataError: no network, or no room.
+        DataError: the download fails, or the disk is full.
     """
     from torchvision.datasets import Omniglot
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metagmvae"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # torchvision prints, and standard output may be kept for one JSON object.
+        # torchvision prints to standard output, which is reserved for JSON.
         with contextlib.redirect_stdout(sys.stderr):
             for background in (True, False):
                 Omniglot(str(cache), background=background, download=True)
     except (OSError, RuntimeError, HTTPException, BadZipFile) as error:
         raise DataError(
-            f"Omniglot could not be downloaded to {cache} ({error}); name a folder with images_background.zip and "
-            "images_evaluation.zip by --source"
+            f"Omniglot could not be downloaded to {cache} ({error}); give a folder with images_background.zip and "
+            "images_evaluation.zip with --source"
         ) from error
     return cache / Omniglot.folder
 
 
-def _inner(root: Path) -> Path:
-    """The folder itself, or the one folder in it where it holds neither archive."""
+def _data_folder(root: Path) -> Path:
+    """The folder itself, or its only subfolder if it contains neither archive."""
     try:
-        inside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        contents = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise DataError(f"{root}: not a folder that can be read; name the one with the archives by --source") from error
-    folders = [path for path in inside if path.is_dir()]
-    if len(folders) == 1 and not any(path.stem in CHARACTERS for path in inside):
-        return _inner(folders[0])
+        raise DataError(f"{root}: not a readable folder; give the folder with the archives with --source") from error
+    folders = [path for path in contents if path.is_dir()]
+    if len(folders) == 1 and not any(path.stem in CHARACTERS for path in contents):
+        return _data_folder(folders[0])
     return root
 
 
 def _find_part(root: Path, archive: str) -> str:
-    """The zip of that name, or else the folder."""
+    """The zip file of an archive, or its folder."""
     for part in (root / f"{archive}.zip", root / archive):
         if part.exists():
             return str(part)
-    raise DataError(f"{root}: neither {archive}.zip nor a folder {archive} there; name their folder by --source")
+    raise DataError(f"{root}: neither {archive}.zip nor a folder {archive} there; give their folder with --source")
 
 
 def _drawings(part: str, archive: str) -> Iterator[tuple[Character, Entry]]:
@@ -141,24 +141,23 @@ def _drawings(part: str, archive: str) -> Iterator[tuple[Character, Entry]]:
 
 
 def _check_complete(root: Path, drawings: dict[Character, list[tuple[str, Entry]]]) -> None:
-    """Positions in the sorted list decide the splits, so a missing character would move all others."""
+    """Refuse missing drawings: the splits depend on positions in the sorted list, so one would change all of them."""
     for archive, expected in CHARACTERS.items():
-        found = sorted(character for character in drawings if character[0] == archive)
-        wrong = [f"{'/'.join(c)} has {len(drawings[c])}" for c in found if len(drawings[c]) != DRAWINGS]
-        wrong += [f"{'/'.join(c)} is missing" for c in _gaps(found)]
-        if wrong or len(found) != expected:
-            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            detail = f": {', '.join(wrong[:3])}{more}" if wrong else ""
+        characters = sorted(character for character in drawings if character[0] == archive)
+        wrong = [f"{'/'.join(c)} has {len(drawings[c])}" for c in characters if len(drawings[c]) != DRAWINGS]
+        wrong += [f"{'/'.join(c)} is missing" for c in _missing(characters)]
+        if wrong or len(characters) != expected:
+            detail = f": {first_few(wrong)}" if wrong else ""
             raise DataError(
-                f"{root}: {archive} holds {len(found)} of {expected} characters, each of {DRAWINGS} drawings"
-                f"{detail}; fetch the archive again"
+                f"{root}: {archive} has {len(characters)} of {expected} characters with {DRAWINGS} drawings each"
+                f"{detail}; download the archive again"
             )
 
 
-def _gaps(found: list[Character]) -> list[Character]:
-    """Characters are numbered from 01 within an alphabet; those left out below the highest number."""
+def _missing(characters: list[Character]) -> list[Character]:
+    """Missing numbers below the highest number of an alphabet; characters are numbered from 01."""
     numbers: dict[tuple[str, str], set[str]] = {}
-    for archive, alphabet, character in found:
+    for archive, alphabet, character in characters:
         numbers.setdefault((archive, alphabet), set()).add(character)
     return [
         (*alphabet, name)
@@ -168,15 +167,15 @@ def _gaps(found: list[Character]) -> list[Character]:
     ]
 
 
-def _paper_sizes(characters: list[Character]) -> dict[str, list[Character]]:
-    """Our seeded draw over the list sorted by alphabet and character."""
+def _random_split(characters: list[Character]) -> dict[str, list[Character]]:
+    """Seeded random selection from the list sorted by alphabet and character."""
     ordered = sorted(characters, key=lambda character: character[1:])
     order = keyed_rng("omniglot", SPLIT_SEED).permutation(len(ordered))
-    chosen, first = {}, 0
+    splits, first = {}, 0
     for split, count in SIZES.items():
-        chosen[split] = sorted(ordered[row] for row in order[first : first + count])
+        splits[split] = sorted(ordered[row] for row in order[first : first + count])
         first += count
-    return chosen
+    return splits
 
 
 def _vinyals(characters: list[Character]) -> dict[str, list[Character]]:
@@ -201,16 +200,16 @@ def _records(
 
 
 def load_drawing(part: str, name: str, size: int, turns: int) -> np.ndarray:
-    """One drawing, turned counter-clockwise by quarter turns: uint8, (1, size, size)."""
-    decode = _decoded_once if size <= CACHED_SIDE else _decoded
+    """One drawing, rotated counter-clockwise by `turns` times 90 degrees: uint8, (1, size, size)."""
+    decode = _decode_once if size <= CACHED_SIDE else _decode
     return np.rot90(decode(part, name, size), turns, axes=(1, 2))
 
 
-def _decoded(part: str, name: str, size: int) -> np.ndarray:
+def _decode(part: str, name: str, size: int) -> np.ndarray:
     pixels = decode_image(read_entry(part, name), f"{part}: {name}", size=size, channels=1, invert=True)
     pixels.flags.writeable = False  # shared between the rotations
     return pixels
 
 
-_decoded_once = lru_cache(maxsize=sum(CHARACTERS.values()) * DRAWINGS)(_decoded)
-"""Rows are stored in a permuted order, so the rotations of a drawing lie far apart."""
+_decode_once = lru_cache(maxsize=sum(CHARACTERS.values()) * DRAWINGS)(_decode)
+"""Cached, because the rows are stored in random order and the rotations of a drawing are far apart."""

@@ -1,4 +1,4 @@
-"""Raw images by name: `open_source("omniglot", "downloads/omniglot", split="vinyals")`."""
+"""Opens a source of raw images by name: `open_source("omniglot", "downloads/omniglot", split="vinyals")`."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ OPENERS = {
     "mini-imagenet": "metagmvae.pipelines.sources.mini_imagenet:open_mini_imagenet",
     "omniglot": "metagmvae.pipelines.sources.omniglot:open_omniglot",
 }
-"""Name -> module and function, imported when asked for."""
+"""Module and function by name of the source; the module is imported when the source is opened."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images by split, in a stable order. Picklable: it travels to the workers that decode."""
+class ImageSource:
+    """Images by split, in a fixed order. It is sent to the workers that decode images, so it must be picklable."""
 
     name: str
     image_shape: tuple[int, int, int]
     """(C, H, W)."""
     splits: dict[str, list[ImageRecord]]
     fingerprint: str
-    """sha256 over the identity of the content and the options: the same where the images are the same."""
+    """sha256 of content and options: equal for equal images."""
     report: dict[str, Any] = field(default_factory=dict)
-    """What was found, what is missing and what was left out."""
+    """Numbers of images and classes, and what is missing or skipped, for the output of `metagmvae prepare`."""
 
     permuted = False
     dtype = "uint8"
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         return self.image_shape
 
     @property
     def about(self) -> dict[str, Any]:
+        """Further keys of the manifest."""
         return {"kind": "images", "image_shape": list(self.image_shape)}
 
     @property
     def attachments(self) -> dict[str, Path]:
+        """No additional files."""
         return {}
 
     def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
-        """Decode rows of a split: uint8 (n, C, H, W).
+        """Decode images of a split: uint8, (n, C, H, W).
 
         Raises:
             DataError: an image cannot be decoded.
@@ -65,41 +68,49 @@ class Source:
         return block
 
 
-def open_source(name: str, source: str | None = None, *, map_tasks: MapTasks | None = None, **options: Any) -> Source:
+def open_source(
+    name: str, source: str | None = None, *, map_tasks: MapTasks | None = None, **options: Any
+) -> ImageSource:
     """Open a source of images.
 
     Args:
         name: one of `OPENERS`.
-        source: folder or archive that holds it, for the sources that need one.
-        map_tasks: does what there is to be done image by image (Ray tasks, say); in this process when None.
-        options: of that source; see its module.
+        source: folder or archive with the raw data, for sources that need one.
+        map_tasks: decodes images in parallel, for example as Ray tasks; None decodes them in this process.
+        options: options of the source, see its module.
 
     Raises:
-        DataError: unknown name or option, or what the source refuses.
+        DataError: the name or an option is unknown, or the source refuses the data.
     """
     if name not in OPENERS:
-        raise DataError(f"unknown source {name!r}; known: {', '.join(OPENERS)}")
+        raise DataError(f"unknown source {name!r}; choose one of {', '.join(OPENERS)}")
     module, function = OPENERS[name].split(":")
-    opener: Callable[..., Source] = getattr(import_module(module), function)
+    opener: Callable[..., ImageSource] = getattr(import_module(module), function)
     parameters = inspect.signature(opener).parameters
     known = [option for option in parameters if option not in ("source", "map_tasks")]
     for option in options:
         if option not in known:
-            raise DataError(f"source {name!r} has no option {option!r}; it has: {', '.join(known)}")
+            raise DataError(f"source {name!r} has no option {option!r}; choose from {', '.join(known)}")
     return opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
 
 
 def check_integer(option: str, value: Any, least: int) -> None:
-    """Refuse an option that is not a whole number of at least `least`.
+    """Refuse an option that is not an integer of at least `least`.
 
     Raises:
-        DataError: naming the option and the value.
+        DataError: with the option and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{option} is {value!r}; give a whole number, {least} or more")
+        raise DataError(f"{option} is {value!r}; give an integer of at least {least}")
+
+
+def first_few(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
+    """The first items and the number of the others, for error messages: "a, b, c and 5 more"."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(items[:shown]) + more
 
 
 def source_fingerprint(name: str, entries: Iterable[tuple[str, Entry]], options: dict[str, Any]) -> str:
-    """sha256 over the name, the files (part, name, CRC-32, size) and the options of a source."""
+    """sha256 of the name, the files (part, name, CRC-32, size) and the options of a source."""
     files = [[part, entry.name, entry.crc, entry.size] for part, entry in entries]
     return sha256_json({"source": name, "files": files, "options": options})
