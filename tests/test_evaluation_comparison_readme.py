@@ -84,7 +84,7 @@ def test_wrong_markers_are_errors(page, message):
 def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monkeypatch):
     module = tmp_path / "evaluation" / "comparison" / "readme.py"
     monkeypatch.setattr(readme, "__file__", str(module))
-    with pytest.raises(DataError, match="no source checkout"):
+    with pytest.raises(DataError, match="not a source checkout"):
         write_pages()
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "evaluation").mkdir()

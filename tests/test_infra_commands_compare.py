@@ -28,9 +28,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def answer_of(capsys, *request: object) -> dict:
+def compare_json(capsys, *arguments: object) -> dict:
     capsys.readouterr()
-    assert main(["compare", *map(str, request), "--json"]) == 0, capsys.readouterr().err
+    assert main(["compare", *map(str, arguments), "--json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
 
 
@@ -60,8 +60,8 @@ def sweep(folder: Path, **changes: object) -> Path:
 
 def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused(data, tmp_path, capsys):
     one, other = (mlflow_template.new_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
-    wanted = [one, other, "--data", data, "--episodes", 6, "--shot", 1, 5, "--csv", tmp_path / "rows.csv"]
-    fresh = answer_of(capsys, *wanted)
+    arguments = [one, other, "--data", data, "--episodes", 6, "--shot", 1, 5, "--csv", tmp_path / "rows.csv"]
+    fresh = compare_json(capsys, *arguments)
     assert [row["name"] for row in fresh["rows"]] == ["one", "other"]
     assert [row["mark"] for row in fresh["rows"]] == ["", ""]
     assert fresh["settings"] == [{"setting": "train.seed", "values": {"one": 0, "other": 1}}]
@@ -81,16 +81,16 @@ def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused
     for run in (one, other):
         for shot in ("1", "5"):
             evaluate(run, data, "--shot", shot)
-    stored = answer_of(capsys, *wanted)
+    stored = compare_json(capsys, *arguments)
     assert "calibration" not in stored
-    without_data = answer_of(capsys, one, other)
+    without_data = compare_json(capsys, one, other)
     for answer in (stored, without_data):
         assert answer["paired"] == fresh["paired"]
         assert [row["results"] for row in answer["rows"]] == [row["results"] for row in fresh["rows"]]
     # Results of an earlier training step are not reused.
     state = load_state(one / "checkpoint.pt")
     save_state(one / "checkpoint.pt", state | {"step": 2})
-    assert {row["name"] for row in answer_of(capsys, *wanted)["calibration"]} == {"one"}
+    assert {row["name"] for row in compare_json(capsys, *arguments)["calibration"]} == {"one"}
 
 
 def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_pat
     record = tmp_path / "kept-5way-1shot.json"
     evaluate(run, data, "--record", str(record), "--results", str(record.with_suffix(".parquet")))
     evaluate(run, data, "--mode", "inductive")
-    answer = answer_of(capsys, record, run, sweep(tmp_path / "sweep"), "paper:omniglot/umtra", "--top", 2)
+    answer = compare_json(capsys, record, run, sweep(tmp_path / "sweep"), "paper:omniglot/umtra", "--top", 2)
     rows = answer["rows"]
     names = ["kept", "run", "run", "first, trial 1", "first, trial 0", "paper: UMTRA"]
     assert [row["name"] for row in rows] == names
@@ -126,20 +126,22 @@ def test_registered_versions_show_their_results(data, tmp_path, capsys, monkeypa
         register(mlflow_template.new_run(tmp_path / f"run{seed}", seed=seed), store, "glyphs", alias="champion")
         evaluate(f"models:/glyphs/{seed + 1}", data)
     client = connect(store).client
-    answer = answer_of(capsys, "models:/glyphs")
+    answer = compare_json(capsys, "models:/glyphs")
     assert [row["name"] for row in answer["rows"]] == ["glyphs v1", "glyphs v2 (champion)"]
     assert [row["mark"] for row in answer["rows"]] == ["", ""]
     assert answer["rows"][1]["episodes"] == 6
     (pair,) = answer["paired"]
-    again = answer_of(capsys, "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
+    again = compare_json(capsys, "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
     assert again["paired"][0]["difference"] == pytest.approx(pair["difference"])
     # Tags do not record queries, episodes and data, so the row is marked.
     third = register(mlflow_template.new_run(tmp_path / "run2", seed=2), store, "glyphs", alias="")
-    assert answer_of(capsys, "models:/glyphs")["notes"] == ["models:/glyphs/3: left out, because it has no result yet"]
+    assert compare_json(capsys, "models:/glyphs")["notes"] == [
+        "models:/glyphs/3: left out, because it has no result yet"
+    ]
     assert main(["compare", "models:/glyphs/1", "models:/glyphs/3"]) == 2
     assert "models:/glyphs/3: no result yet" in capsys.readouterr().err
     client.set_model_version_tag("glyphs", third.version, "results.test.5w1s.transductive", "0.5")
-    answer = answer_of(capsys, "models:/glyphs")
+    answer = compare_json(capsys, "models:/glyphs")
     assert answer["rows"][2]["mark"] == "a"
     assert answer["marks"]["a"].endswith("query unrecorded, not 15; episodes unrecorded, not 6; seed unrecorded, not 0")
     assert main(["compare", "models:/glyphs/2", "models:/glyphs@champion"]) == 2
@@ -177,7 +179,7 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
     (run / "figures").mkdir()
     (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line]}))
     register(run, store, "glyphs", alias="champion")
-    rows = answer_of(capsys, "models:/glyphs", run)["rows"]
+    rows = compare_json(capsys, "models:/glyphs", run)["rows"]
     assert [row["name"] for row in rows] == ["glyphs v1 (champion)", "run"]
     for row in rows:
         assert row["results"] == [{"way": 5, "shot": 1, "accuracy": 0.25, "ci95": 0.02}]
@@ -207,14 +209,14 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
     ],
 )
 def test_wrong_requests_give_one_error_line(data, tmp_path, capsys, request_, reason):
-    places = {"DATA": data, "RUN": mlflow_template.new_run(tmp_path / "run"), "SWEEP": sweep(tmp_path / "sweep")}
-    places["BROKEN"] = sweep(tmp_path / "broken", task="five")
-    places["BAD.json"] = tmp_path / "bad.json"
+    paths = {"DATA": data, "RUN": mlflow_template.new_run(tmp_path / "run"), "SWEEP": sweep(tmp_path / "sweep")}
+    paths["BROKEN"] = sweep(tmp_path / "broken", task="five")
+    paths["BAD.json"] = tmp_path / "bad.json"
     task = {"ci95": 0.1, "way": 5, "shot": 1, "query": 15, "episodes": 6, "seed": 0, "mode": "transductive"}
     content = task | {"accuracy": 97.0, "split": "test", "data_fingerprint": "d"}
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    words = [str(places.get(word.rstrip("/"), word)) + ("/" if word.endswith("/") else "") for word in request_]
-    assert main(["compare", *words, "--html", str(tmp_path / "page.html")]) == 2
+    arguments = [str(paths.get(word.rstrip("/"), word)) + ("/" if word.endswith("/") else "") for word in request_]
+    assert main(["compare", *arguments, "--html", str(tmp_path / "page.html")]) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1

@@ -35,8 +35,8 @@ def render_tables(page: str, results: Path) -> str:
     Raises:
         DataError: a marker has no end or an unknown name, or a result file is missing.
     """
-    found = list(MARKER.finditer(page))
-    if len(START.findall(page)) != len(found) or any(START.search(match[3]) for match in found):
+    markers = list(MARKER.finditer(page))
+    if len(START.findall(page)) != len(markers) or any(START.search(match[3]) for match in markers):
         raise DataError("a marker <!-- KIND:NAME --> has no <!-- /KIND --> behind its table; add it")
 
     def render(match: re.Match[str]) -> str:
@@ -54,7 +54,7 @@ def write_pages() -> list[str]:
     """
     root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
-        raise DataError(f"--write: {root} is no source checkout; run it in one after `make setup`")
+        raise DataError(f"--write: {root} is not a source checkout; run `make docs` in a clone of the repository")
     changed = []
     for name in PAGES:
         path = root / name

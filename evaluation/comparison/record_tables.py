@@ -7,7 +7,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from metagmvae.evaluation.comparison.formatting import parse_task, percent, points, task_name
+from metagmvae.evaluation.comparison.formatting import Task, parse_task, percent, points, task_name
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
@@ -96,12 +96,12 @@ def ablation_table(results: Path, name: str) -> str:
     """Accuracy in percent of each configuration in `ablation-NAME.json`, and its paired difference to the first one."""
     record = read_json(results / f"ablation-{name}.json")
     first = record["rows"][0]["name"]
-    tasks = [(one["way"], one["shot"]) for one in record["rows"][0]["results"]]
-    paired = {(one["name"], (one["way"], one["shot"])): one for one in record["paired"]}
+    tasks = [_task(result) for result in record["rows"][0]["results"]]
+    paired = {(pair["name"], _task(pair)): pair for pair in record["paired"]}
     rows = []
     for row in record["rows"]:
         cells = [_ablation_label(record["settings"], first, row["name"])]
-        scores = {(one["way"], one["shot"]): one for one in row["results"]}
+        scores = {_task(result): result for result in row["results"]}
         for task in tasks:
             pair = paired.get((row["name"], task))
             cells += [
@@ -143,13 +143,13 @@ def promotion_table(results: Path, name: str) -> str:
     record = read_json(results / f"promotion-{name}.json")
     rows = [
         [
-            _task_title(one["task"]),
-            percent(one["challenger"]),
-            percent(one["champion"]),
-            points(one["difference"], one["ci95"]),
-            one["verdict"],
+            _task_title(task["task"]),
+            percent(task["challenger"]),
+            percent(task["champion"]),
+            points(task["difference"], task["ci95"]),
+            task["verdict"],
         ]
-        for one in record["tasks"]
+        for task in record["tasks"]
     ]
     return markdown_table(["task", "challenger", "champion", "difference, points", "verdict"], rows)
 
@@ -158,20 +158,20 @@ def sweep_table(results: Path, name: str) -> str:
     """Importance and best value of each setting (`sweep-NAME.json`), from trials at the same step."""
     record = read_json(results / f"sweep-{name}.json")
     rows = []
-    for one in record["importance"]["settings"]:
-        (setting,) = one["names"]
+    for importance in record["importance"]["settings"]:
+        (setting,) = importance["names"]
         best = record["settings"][setting]["best"]
         value = best["value"]
         rows.append(
             [
                 f"`{setting}`",
-                f"{one['importance']:.1%} ({one['low']:.1%} to {one['high']:.1%})",
-                f"{one['chance']:.1%}",
+                f"{importance['importance']:.1%} ({importance['low']:.1%} to {importance['high']:.1%})",
+                f"{importance['chance']:.1%}",
                 f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else str(value),
                 f"{percent(best['mean'], best['ci95'])} ({best['trials']} trials)",
             ]
         )
-    accuracy = f"{_task_title(record['task'])} accuracy there at step {record['judged_at_step']}"
+    accuracy = f"mean {_task_title(record['task'])} accuracy of its trials at step {record['judged_at_step']}"
     head = ["setting", "importance (95% interval)", "importance by chance", "best value", accuracy]
     return markdown_table(head, rows)
 
@@ -189,9 +189,9 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
 def _ablation_label(settings: Sequence[Mapping[str, Any]], first: str, name: str) -> str:
     """Settings of a row that differ from those of the first row, or its name where too many differ."""
     changed = [
-        f"`{one['setting']} = {str(one['values'][name]).lower()}`"
-        for one in settings
-        if one["values"][name] != one["values"][first]
+        f"`{row['setting']} = {str(row['values'][name]).lower()}`"
+        for row in settings
+        if row["values"][name] != row["values"][first]
     ]
     if len(changed) > MOST_CHANGES or name in LABELS:
         return LABELS.get(name, name)
@@ -206,6 +206,10 @@ def _validated_tasks(line: Mapping[str, Any]) -> dict[str, str]:
 
 def _validation_cells(line: Mapping[str, Any], tasks: Mapping[str, str]) -> list[str]:
     return [percent(line[key], line[f"{key}_ci95"]) for key in tasks]
+
+
+def _task(result: Mapping[str, Any]) -> Task:
+    return result["way"], result["shot"]
 
 
 def _task_title(name: str) -> str:

@@ -56,14 +56,14 @@ def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] 
     rows = []
     for asked in names:
         name = asked.removesuffix("+")
-        found = [_read(results, name, task) for task in tasks]
-        if not any(found):
+        by_task = [_read(results, name, task) for task in tasks]
+        if not any(by_task):
             raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
-        rows.append([f"**`{name}`**{_protocol(found)}", *map(_cell, found)])
+        rows.append([f"**`{name}`**{_protocol(by_task)}", *map(_cell, by_task)])
         if asked != name:
-            by_label = _baselines(found)
-            for label in baselines or by_label:
-                rows.append([f"{label}{_protocol(by_label[label])}", *map(_cell, by_label[label])])
+            recorded = _baselines(by_task)
+            for label in baselines or recorded:
+                rows.append([f"{label}{_protocol(recorded[label])}", *map(_cell, recorded[label])])
     for label, key in PAPER_ROWS[dataset].items():
         rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
     return markdown_table([f"{TITLES[dataset]} (way,shot)", *map(task_name, tasks)], rows)
@@ -88,24 +88,24 @@ def _read(results: Path, name: str, task: Task) -> Results:
     return [read_json(file) for file in files]
 
 
-def _baselines(found: Sequence[Results]) -> dict[str, list[Results]]:
-    """Recorded results of each baseline by its label, one list for each task."""
-    recorded = [[row for result in some for row in result.get("baselines", [])] for some in found]
-    labels = dict.fromkeys(row["baseline"] for some in recorded for row in some)
-    return {label: [[row for row in some if row["baseline"] == label] for some in recorded] for label in labels}
+def _baselines(by_task: Sequence[Results]) -> dict[str, list[Results]]:
+    """Return the recorded results of each baseline by its label, one list for each task."""
+    recorded = [[row for result in results for row in result.get("baselines", [])] for results in by_task]
+    labels = dict.fromkeys(row["baseline"] for rows in recorded for row in rows)
+    return {label: [[row for row in rows if row["baseline"] == label] for rows in recorded] for label in labels}
 
 
-def _protocol(found: Sequence[Results]) -> str:
-    """Evaluation mode and number of trainings of a row, as recorded."""
-    modes = sorted({result["mode"] for some in found for result in some})
-    trainings = max(map(len, found))
+def _protocol(by_task: Sequence[Results]) -> str:
+    """Return the recorded mode and the number of trainings of a row."""
+    modes = sorted({result["mode"] for results in by_task for result in results})
+    trainings = max(map(len, by_task))
     return f" ({', '.join(modes)}{f', {trainings} trainings' if trainings > 1 else ''})"
 
 
-def _cell(found: Results) -> str:
-    """Accuracy ± 95% interval of one training; mean ± standard deviation over several."""
-    if not found:
+def _cell(results: Results) -> str:
+    """Format accuracy ± 95% interval of one training, or mean ± standard deviation over several."""
+    if not results:
         return ""
-    accuracies = [result["accuracy"] for result in found]
-    spread = found[0]["ci95"] if len(found) == 1 else statistics.stdev(accuracies)
+    accuracies = [result["accuracy"] for result in results]
+    spread = results[0]["ci95"] if len(results) == 1 else statistics.stdev(accuracies)
     return percent(statistics.fmean(accuracies), spread)
