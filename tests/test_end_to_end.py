@@ -105,7 +105,7 @@ def test_prepare_folder_lists_skipped_images(tmp_path, capsys):
     (tmp_path / "images" / "c0" / "broken.png").write_bytes(b"not an image")
     request = ["prepare", "folder", "--source", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--json"]
     assert main(request) == 2
-    assert "1 of 13 images cannot be used" in capsys.readouterr().err
+    assert "1 of 13 images cannot be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     request += ["--max-broken", "0.1", "--channels", "3", "--size", "16", "--fractions", "0.34", "0.33", "0.33"]
     assert main(request) == 0
@@ -158,7 +158,8 @@ def test_local_engine_needs_neither_ray_nor_mlflow(data, tmp_path):
         "from metagmvae.infra.cli import main\n"
         "raise SystemExit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "train", "omniglot-cpu", *options(data, tmp_path / "run")]
+    words = options(data, tmp_path / "run", **{"run.figures": "false"})
+    command = [sys.executable, "-c", code, "train", "omniglot-cpu", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / CHECKPOINT).exists()

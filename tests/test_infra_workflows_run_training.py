@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from command_words import TINY
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.fewshot import encoder_package
@@ -18,8 +19,7 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.training.trainer.package import load_model
 
-SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_size": 10, "train.samples": 4}
-OFF = {"validation.every": 0, "tracking.enabled": "false", "run.figures": "false", "train.precision": "float32"}
+SETTINGS = TINY | {"pretrain.steps": 0, "train.steps": 2, "validation.every": 0, "run.figures": "false"}
 HOLD_LOCK = """
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ with lock_run_folder(Path(sys.argv[1])):
 
 
 def settings(data, out, preset="omniglot-5way", **changes):
-    pairs = SMALL | OFF | {"data.uri": data, "run.out": out} | changes
+    pairs = SETTINGS | {"data.uri": data, "run.out": out} | changes
     return load_settings(preset, [f"{key}={value}" for key, value in pairs.items()])
 
 
@@ -95,8 +95,8 @@ def test_impossible_settings_are_refused_before_the_folder_is_created(data, tmp_
 @pytest.fixture
 def features(data, tmp_path):
     """The glyphs encoded by a small encoder."""
-    pretrain = {"pretrain.steps": 2, "pretrain.batch": 8, "pretrain.projector": "[]"}
-    encoder = run_training(settings(data, tmp_path / "encoder", "omniglot-cpu", **pretrain), kind="encoder")
+    pretraining = settings(data, tmp_path / "encoder", "omniglot-cpu", **{"pretrain.steps": 2})
+    encoder = run_training(pretraining, kind="encoder")
     with encoder_package.feature_source(load_model(encoder), Dataset.open(data), "float32") as source:
         write_dataset(source, tmp_path / "features")
     return tmp_path / "features"
@@ -117,8 +117,7 @@ def test_dataset_encoder_and_device_are_opened_once(features, tmp_path, monkeypa
     count(Dataset, "__init__")
     count(encoder_package, "load_package")
     count(run_training_module, "select_device")
-    changes = {"pretrain.steps": 0, "pretrain.projector": "[]", "train.set_size": 24, "run.figures": "true"}
-    validation = {"validation.every": 1, "validation.episodes": 2}
-    out = run_training(settings(features, tmp_path / "run", "omniglot-cpu", **changes, **validation))
+    changes = {"validation.every": 1, "run.figures": "true"}
+    out = run_training(settings(features, tmp_path / "run", "omniglot-cpu", **changes))
     assert calls == {"__init__": 1, "load_package": 1, "select_device": 1}
     assert (out / FIGURES / "latent-map.png").is_file()
