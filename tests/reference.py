@@ -1,10 +1,11 @@
-"""Slow literal transcriptions of the paper's equations: the yardstick of the training tests.
+"""Literal, slow transcriptions of the paper's equations, against which the training tests compare the package.
 
-Lee et al., "Meta-GMVAE", ICLR 2021, and Chen et al., "SimCLR", ICML 2020. Plain loops over Python numbers
-and small float64 arrays, one symbol of the paper at a time: nothing is broadcast over points or components,
-nothing is expanded, nothing is shifted; what the package does cleverly is done here without cleverness.
+Lee et al., "Meta-GMVAE", ICLR 2021, and Chen et al., "SimCLR", ICML 2020. Plain loops over Python numbers and small
+float64 arrays, one symbol of the paper at a time: nothing is broadcast over points or components, no expression is
+expanded or shifted for speed or accuracy. `test_reference.py` checks them against SciPy and closed forms.
 
-Notation: M points, N samples, K components or classes, T labelled rows per class, D latent size, F width.
+Notation: M data points, N Monte Carlo samples, R decoded samples, P points, K components or classes, T labelled points
+per class, Q queries, D latent size, F width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Array = np.ndarray
 
 
 def log_sum_exp(values: list[float]) -> float:
-    """log sum_k exp(v_k), the largest taken out so that nothing overflows."""
+    """log sum_k exp(v_k), without overflow."""
     largest = max(values)
     return largest + math.log(sum(math.exp(v - largest) for v in values))
 
@@ -71,7 +72,7 @@ def em_m_step(points: Array, q: Array) -> tuple[Array, Array]:
 
 
 def em(points: Array, rows: list[int], iterations: int) -> tuple[Array, Array]:
-    """EM of Eq. 7 from the given rows as means and weights 1/K: (pi, mu)."""
+    """EM of Eq. 7 with initial means at the given rows and initial weights 1/K: (pi, mu), (K,) and (K, D)."""
     means = np.stack([points[row] for row in rows])
     weights = np.full(len(rows), 1.0 / len(rows))
     for _ in range(iterations):
@@ -87,7 +88,7 @@ def em_log_likelihood(points: Array, weights: Array, means: Array) -> float:
 def class_posterior(z: Array, means: Array, variances: Array, temperature: float = 1.0) -> Array:
     """p_psi(y = k | z) by Bayes' rule under equal weights, (K,): E-step of Eq. 10, summand of Eq. 11.
 
-    `temperature` is not the paper's: p(z | y)^(1 / temperature) in the place of p(z | y).
+    `temperature` is not in the paper: p(z | y)^(1 / temperature) instead of p(z | y).
     """
     terms = [gaussian_log_density(z, means[k], variances[k]) / temperature for k in range(len(means))]
     evidence = log_sum_exp(terms)
@@ -104,8 +105,8 @@ def semi_supervised_em(
 ) -> tuple[Array, Array]:
     """Eq. 10: (mu, sigma^2), (K, D) each.
 
-    support: (T_k, D) for each class, query (P, D). `e_step` "identity" is the published code's E-step. `floor` is the
-    smallest variance, which the paper does not have.
+    support: (T_k, D) for each class; query: (P, D). `e_step` "identity" is the E-step of the published code. `floor` is
+    the smallest variance; the paper has none.
     """
     classes, size = len(support), query.shape[1]
     means = np.zeros((classes, size))
@@ -139,7 +140,7 @@ def semi_supervised_em(
 
 
 def semi_supervised_objective(support: Array, query: Array, means: Array, variances: Array) -> float:
-    """What Eq. 10 climbs: sum_s log 1/K N(z_s; y_s) + sum_q log sum_k 1/K N(z_q; k)."""
+    """The objective that Eq. 10 increases: sum_s log 1/K N(z_s; y_s) + sum_q log sum_k 1/K N(z_q; k)."""
     classes = len(means)
     total = 0.0
     for k in range(classes):

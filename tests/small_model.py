@@ -1,4 +1,4 @@
-"""A model, settings and a batch that a step in float64 takes a moment for."""
+"""A small model, settings and a batch, for fast training steps in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ B, M, SHAPE = 2, 6, (1, 6, 6)
 
 
 def settings(**changes: Any) -> TrainSettings:
-    base = {
+    """Settings of meta-training, with changes."""
+    defaults = {
         "batch": B,
         "set_size": M,
         "samples": 4,
@@ -23,14 +24,15 @@ def settings(**changes: Any) -> TrainSettings:
         "em_iterations": 3,
         "channels_last": False,
     }
-    return TrainSettings(**{**base, **changes})
+    return TrainSettings(**{**defaults, **changes})
 
 
 def model(dtype: torch.dtype = torch.float64, **changes: Any) -> MetaGMVAE:
+    """The model in evaluation mode, with changed arguments of `MetaGMVAE`."""
     torch.manual_seed(0)
     sizes = {"latent": 2, "channels": 3, "width": 4, "heads": 2, "layers": 1}
     net = MetaGMVAE(SHAPE, **{**sizes, **changes}).to(dtype).eval()
-    for layer in net.modules():  # away from zero, where a dead map would sit on the kink of its ReLU
+    for layer in net.modules():  # a constant map at zero would be at the kink of its ReLU
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.bias, 0.1, 0.5)
     if dtype == torch.float64:
@@ -39,5 +41,6 @@ def model(dtype: torch.dtype = torch.float64, **changes: Any) -> MetaGMVAE:
 
 
 def batch(episodes: tuple[int, ...] = (4, 7), seed: int = 0) -> SetBatch:
+    """Random images, a function of seed and episode."""
     images = [np.random.default_rng([seed, e]).integers(0, 256, (M, *SHAPE), dtype=np.uint8) for e in episodes]
     return SetBatch(np.stack(images), np.array(episodes, dtype=np.int64), step=0)

@@ -217,18 +217,18 @@ def one_process() -> dict[str, dict[str, Any]]:
 def test_two_ranks_equal_one_process(
     case: str, ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
 ) -> None:
-    for key, whole in one_process[case].items():
+    for key, expected in one_process[case].items():
         for rank in ranks:
-            assert torch.allclose(rank[case][key], whole, rtol=1e-11, atol=1e-12), key
+            assert torch.allclose(rank[case][key], expected, rtol=1e-11, atol=1e-12), key
         assert torch.equal(ranks[0][case][key], ranks[1][case][key])
 
 
 def test_two_ranks_equal_one_process_in_the_contrastive_step(
     ranks: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
 ) -> None:
-    for key, whole in one_process["contrastive step"].items():
+    for key, expected in one_process["contrastive step"].items():
         for rank in ranks:
-            assert torch.allclose(rank["contrastive step"][key], whole, rtol=1e-4, atol=1e-6), key  # float32
+            assert torch.allclose(rank["contrastive step"][key], expected, rtol=1e-4, atol=1e-6), key  # float32
 
 
 def test_training_on_two_ranks_equals_training_in_one_process(

@@ -147,8 +147,8 @@ def test_channels_last_gives_the_same_features() -> None:
 def test_images_are_independent_in_evaluation_mode() -> None:
     encoder = ConvEncoder((1, 12, 12), 4).double().eval()
     x = torch.rand(5, 1, 12, 12, dtype=torch.float64)
-    alone = torch.cat([encoder(x[i : i + 1]) for i in range(5)])
-    assert torch.allclose(encoder(x), alone, rtol=0, atol=1e-13)
+    separate = torch.cat([encoder(x[i : i + 1]) for i in range(5)])
+    assert torch.allclose(encoder(x), separate, rtol=0, atol=1e-13)
 
 
 def test_one_pixel_in_training_mode_gives_finite_statistics() -> None:

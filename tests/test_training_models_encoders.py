@@ -78,12 +78,12 @@ def test_pretrained_weights_are_loaded_and_their_absence_gives_one_error_line(
     with pytest.raises(EncoderError, match="publishes no weights"):
         pretrained_encoder("conv4", (3, 84, 84))
     weights = torchvision.models.get_model_weights("resnet18").DEFAULT
-    whole = torchvision.models.resnet18(weights=None).state_dict()
+    expected = torchvision.models.resnet18(weights=None).state_dict()
     file = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
     file.parent.mkdir(parents=True)
-    torch.save(whole, file)
+    torch.save(expected, file)
     encoder = pretrained_encoder("resnet18", (3, 64, 64)).encoder
-    assert torch.equal(encoder.net.conv1.weight, whole["conv1.weight"])  # type: ignore[union-attr]
+    assert torch.equal(encoder.net.conv1.weight, expected["conv1.weight"])  # type: ignore[union-attr]
     file.unlink()
 
     def offline(*_: object, **__: object) -> None:
@@ -95,19 +95,19 @@ def test_pretrained_weights_are_loaded_and_their_absence_gives_one_error_line(
 
 
 def test_digest_depends_on_weights_statistics_and_final_relu() -> None:
-    first, again = (build_encoder("conv4", (1, 28, 28), 4) for _ in range(2))
-    again.load_state_dict(first.state_dict())
-    assert encoder_digest(first) == encoder_digest(again.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    first, second = (build_encoder("conv4", (1, 28, 28), 4) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    assert encoder_digest(first) == encoder_digest(second.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     assert len(encoder_digest(first)) == len(hashlib.sha256().hexdigest())
     with torch.no_grad():
-        next(again.parameters())[0, 0, 0, 0] += 1e-6
-    assert encoder_digest(first) != encoder_digest(again)
-    again.load_state_dict(first.state_dict())
-    again.blocks[0].norm.running_mean[0] = 0.5  # type: ignore[union-attr,index]
-    assert encoder_digest(first) != encoder_digest(again)
-    again = build_encoder("conv4", (1, 28, 28), 4, final_relu=False)
-    again.load_state_dict(first.state_dict())
-    assert encoder_digest(first) != encoder_digest(again)
+        next(second.parameters())[0, 0, 0, 0] += 1e-6
+    assert encoder_digest(first) != encoder_digest(second)
+    second.load_state_dict(first.state_dict())
+    second.blocks[0].norm.running_mean[0] = 0.5  # type: ignore[union-attr,index]
+    assert encoder_digest(first) != encoder_digest(second)
+    second = build_encoder("conv4", (1, 28, 28), 4, final_relu=False)
+    second.load_state_dict(first.state_dict())
+    assert encoder_digest(first) != encoder_digest(second)
 
 
 def test_encoder_model_does_not_scale_features() -> None:

@@ -133,12 +133,12 @@ def test_decoding_fewer_samples_keeps_the_expectation_and_its_gradient(decoded: 
     for every draw, hence in expectation."""
     problem = Problem(2)
     losses = [problem.loss(decoded, scale, order) for order in permutations(range(N))]
-    whole = problem.loss(N, scale)
+    all_decoded = problem.loss(N, scale)
     spread = torch.stack(losses).detach().std()
     assert spread > 1e-3  # a single order is another estimate
     mean = torch.stack(losses).mean()
-    assert float(mean.detach()) == pytest.approx(float(whole.detach()), rel=1e-12)
-    assert torch.allclose(problem.gradient(mean), problem.gradient(whole), rtol=1e-9, atol=1e-11)
+    assert float(mean.detach()) == pytest.approx(float(all_decoded.detach()), rel=1e-12)
+    assert torch.allclose(problem.gradient(mean), problem.gradient(all_decoded), rtol=1e-9, atol=1e-11)
 
 
 def test_order_of_samples_does_not_matter_if_all_are_decoded() -> None:

@@ -182,9 +182,9 @@ def test_episodes_are_independent() -> None:
     rows = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8], [9, 3, 1, 0]])
     together = fit_mixture(z, rows, 5)
     for e in range(3):
-        alone = fit_mixture(z[e : e + 1], rows[e : e + 1], 5)
-        assert torch.allclose(together.mean_EKD[e], alone.mean_EKD[0], atol=1e-12)
-        assert torch.allclose(together.log_weight_EK[e], alone.log_weight_EK[0], atol=1e-12)
+        separate = fit_mixture(z[e : e + 1], rows[e : e + 1], 5)
+        assert torch.allclose(together.mean_EKD[e], separate.mean_EKD[0], atol=1e-12)
+        assert torch.allclose(together.log_weight_EK[e], separate.log_weight_EK[0], atol=1e-12)
 
 
 def test_psi_has_no_gradient_and_the_density_has_one() -> None:

@@ -121,8 +121,8 @@ def test_optimizers_of_pretraining_include_the_projector() -> None:
 def test_encoder_model_has_the_initial_weights_of_the_complete_model() -> None:
     settings = ModelSettings(**TINY)
     encoder_only, complete = build_encoder_model(settings, SHAPE, 3), build_model(settings, SHAPE, 3)
-    ours, theirs = encoder_only.encoder.state_dict(), complete.encoder.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    actual, expected = encoder_only.encoder.state_dict(), complete.encoder.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in actual.items())
 
 
 def test_frozen_parameters_are_not_optimised() -> None:
@@ -167,11 +167,11 @@ def test_published_code_schedule_is_a_cosine_over_epochs() -> None:
     assert factor(3 * 85) == pytest.approx(0.0, abs=1e-12)
     assert factor(3 * 160) == pytest.approx(1.0)
     other = torch.optim.SGD([parameter], lr=1.0)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=75)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=75)
     for epoch in range(10, 200):
         assert factor(3 * epoch) == pytest.approx(other.param_groups[0]["lr"], abs=1e-9)
         other.step()
-        theirs.step()
+        cosine.step()
 
 
 def test_schedule_of_zero_steps() -> None:

@@ -186,14 +186,16 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, kil
     resumed = Run(FolderContext(tmp_path / "killed"))
     assert resumed.start == (killed_at - 1) // 5 * 5
     resumed.fit()
-    theirs, ours = uninterrupted.context.load(), resumed.context.load()
-    assert theirs is not None
-    assert ours is not None
-    assert theirs.keys() == ours.keys()
-    for part in theirs.keys() - {"elapsed"}:
-        assert flat(theirs[part]) == flat(ours[part]), part
-    kept = [line for line in killed.context.lines if int(line["step"]) <= resumed.start]
-    assert without_times(uninterrupted.context.lines) == without_times(kept) + without_times(resumed.context.lines)
+    expected, actual = uninterrupted.context.load(), resumed.context.load()
+    assert expected is not None
+    assert actual is not None
+    assert expected.keys() == actual.keys()
+    for part in expected.keys() - {"elapsed"}:
+        assert flat(expected[part]) == flat(actual[part]), part
+    lines_before = [line for line in killed.context.lines if int(line["step"]) <= resumed.start]
+    assert without_times(uninterrupted.context.lines) == without_times(lines_before) + without_times(
+        resumed.context.lines
+    )
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])

@@ -95,8 +95,8 @@ class FolderContext:
             save_state(self.path, state)
 
 
-def run(context: FolderContext, chosen: Settings) -> TrainState:
-    return train(chosen, images(), SHAPE, "fingerprint", context, validate)
+def run(context: FolderContext, options: Settings) -> TrainState:
+    return train(options, images(), SHAPE, "fingerprint", context, validate)
 
 
 def without_times(lines: list[MetricLine]) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ UNINTERRUPTED: dict[str, FolderContext] = {}
 
 def uninterrupted(reconstruct: str, tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
     if reconstruct not in UNINTERRUPTED:
-        UNINTERRUPTED[reconstruct] = FolderContext(tmp_path_factory.mktemp("whole"))
+        UNINTERRUPTED[reconstruct] = FolderContext(tmp_path_factory.mktemp("uninterrupted"))
         torch.manual_seed(1)
         run(UNINTERRUPTED[reconstruct], settings(reconstruct))
     return UNINTERRUPTED[reconstruct]
@@ -137,7 +137,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     """Killed in pre-training (before and after its checkpoint), at its end, and in meta-training, always before the
     checkpoint of that step is written. The resumed process starts with another global random state."""
-    whole = uninterrupted(reconstruct, tmp_path_factory)
+    expected_run = uninterrupted(reconstruct, tmp_path_factory)
     killed = FolderContext(tmp_path, killed_at)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
@@ -151,10 +151,10 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(
         torch.manual_seed(killed_at)
     resumed = FolderContext(tmp_path)
     run(resumed, settings(reconstruct))
-    assert_equal(whole.load(), resumed.load())
+    assert_equal(expected_run.load(), resumed.load())
     reached = last[1] if last[0] == "pretrain" else 6 + last[1]
-    kept = [line for line in killed.lines if int(line["global_step"]) <= reached]
-    assert without_times(whole.lines) == without_times(kept) + without_times(resumed.lines)
+    lines_before = [line for line in killed.lines if int(line["global_step"]) <= reached]
+    assert without_times(expected_run.lines) == without_times(lines_before) + without_times(resumed.lines)
 
 
 def killed_process(folder: str, killed_at: int, threads: int) -> None:
@@ -163,7 +163,7 @@ def killed_process(folder: str, killed_at: int, threads: int) -> None:
 
 
 def test_run_of_a_killed_process_resumes_exactly(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    whole = uninterrupted("pixels", tmp_path_factory)
+    expected_run = uninterrupted("pixels", tmp_path_factory)
     process = process_context().Process(target=killed_process, args=(str(tmp_path), 12, torch.get_num_threads()))
     process.start()
     process.join()
@@ -172,7 +172,7 @@ def test_run_of_a_killed_process_resumes_exactly(tmp_path: Path, tmp_path_factor
     resumed = FolderContext(tmp_path)
     assert load_state(resumed.path)["step"] == 4
     run(resumed, settings())
-    left, right = whole.load(), resumed.load()
+    left, right = expected_run.load(), resumed.load()
     assert left is not None
     assert right is not None
     for part in ("model", "optimizer", "schedule", "best"):
@@ -202,12 +202,12 @@ def test_final_state_describes_the_run_and_loads_into_the_model(tmp_path_factory
     state = uninterrupted("pixels", tmp_path_factory).load()
     assert state is not None
     assert (state["stage"], state["step"]) == ("meta", 9)
-    chosen = Settings.model_validate_json(state["settings"])
-    assert chosen == settings()
+    options = Settings.model_validate_json(state["settings"])
+    assert options == settings()
     assert tuple(state["image_shape"]) == SHAPE
     assert state["data_fingerprint"] == "fingerprint"
     assert state["elapsed"] > 0
-    model = build_model(chosen.model, SHAPE, seed=99)
+    model = build_model(options.model, SHAPE, seed=99)
     model.load_state_dict(state["model"])
 
 
@@ -234,9 +234,9 @@ def test_finished_run_returns_at_once(tmp_path: Path, tmp_path_factory: pytest.T
     done = uninterrupted("pixels", tmp_path_factory).load()
     assert done is not None
     save_state(tmp_path / "checkpoint.pt", done)
-    again = FolderContext(tmp_path)
-    assert_equal(done, run(again, settings()))
-    assert again.lines == []
+    finished = FolderContext(tmp_path)
+    assert_equal(done, run(finished, settings()))
+    assert finished.lines == []
 
 
 def test_without_pretraining_steps_meta_training_starts(tmp_path: Path) -> None:
@@ -285,13 +285,13 @@ def test_diverging_run_stops_and_keeps_the_last_finite_checkpoint(tmp_path: Path
 
 
 def test_run_depends_on_its_seed_only(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    whole = uninterrupted("pixels", tmp_path_factory).load()
-    assert whole is not None
+    expected_run = uninterrupted("pixels", tmp_path_factory).load()
+    assert expected_run is not None
     torch.manual_seed(12345)
-    again = run(FolderContext(tmp_path / "again"), settings())
-    assert flat(again["model"]) == flat(whole["model"])
+    repeated = run(FolderContext(tmp_path / "repeated"), settings())
+    assert flat(repeated["model"]) == flat(expected_run["model"])
     other = run(FolderContext(tmp_path / "other"), settings(train={"seed": 1}))
-    assert flat(other["model"]) != flat(whole["model"])
+    assert flat(other["model"]) != flat(expected_run["model"])
 
 
 def test_no_threads_are_left(tmp_path: Path) -> None:
@@ -305,8 +305,8 @@ def test_no_threads_are_left(tmp_path: Path) -> None:
 
 
 def encoder_run(context: FolderContext) -> TrainState:
-    chosen = settings(pretrain={"steps": 9, "projector": (6, 4), "optimizer": "lars"})
-    return train(chosen, images(), SHAPE, "fingerprint", context, encoder_validate, kind="encoder")
+    options = settings(pretrain={"steps": 9, "projector": (6, 4), "optimizer": "lars"})
+    return train(options, images(), SHAPE, "fingerprint", context, encoder_validate, kind="encoder")
 
 
 def encoder_validate(model: EncoderModel) -> dict[str, dict[str, float]]:
@@ -317,11 +317,11 @@ def encoder_validate(model: EncoderModel) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("killed_at", [2, 6, 9])
 def test_killed_and_resumed_encoder_only_run_equals_the_uninterrupted_one(killed_at: int, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "uninterrupted").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = FolderContext(tmp_path / "whole")
+    expected_run = FolderContext(tmp_path / "uninterrupted")
     torch.manual_seed(1)
-    state = encoder_run(whole)
+    state = encoder_run(expected_run)
     killed = FolderContext(tmp_path / "killed", killed_at)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
@@ -332,11 +332,11 @@ def test_killed_and_resumed_encoder_only_run_equals_the_uninterrupted_one(killed
         torch.manual_seed(1)
     resumed = FolderContext(tmp_path / "killed")
     encoder_run(resumed)
-    assert_equal(whole.load(), resumed.load())
+    assert_equal(expected_run.load(), resumed.load())
     assert state["kind"] == "encoder"
     assert set(state["projector"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert all(name.startswith("encoder.") for name in state["model"])
-    validated = [line for line in whole.lines if "validation/5w1s" in line]
+    validated = [line for line in expected_run.lines if "validation/5w1s" in line]
     assert [line["step"] for line in validated] == [3, 6, 9]
     assert all(line["validation/linear"] == 0.5 and "validation/linear_ci95" not in line for line in validated)
     assert set(state["best"]) == {"5w1s"}
@@ -346,13 +346,13 @@ def test_killed_and_resumed_encoder_only_run_equals_the_uninterrupted_one(killed
 def test_data_on_the_device_give_the_same_run(
     reconstruct: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    whole = uninterrupted(reconstruct, tmp_path_factory)
-    on_device, chosen = FolderContext(tmp_path), settings(reconstruct, data={"reader": "device"})
-    assert chosen.data.reader == "device"
+    expected_run = uninterrupted(reconstruct, tmp_path_factory)
+    on_device, options = FolderContext(tmp_path), settings(reconstruct, data={"reader": "device"})
+    assert options.data.reader == "device"
     torch.manual_seed(1)
-    run(on_device, chosen)
-    left, right = whole.load(), on_device.load()
+    run(on_device, options)
+    left, right = expected_run.load(), on_device.load()
     assert left is not None
     assert right is not None
     assert flat(left["model"]) == flat(right["model"])
-    assert without_times(whole.lines) == without_times(on_device.lines)
+    assert without_times(expected_run.lines) == without_times(on_device.lines)

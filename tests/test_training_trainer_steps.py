@@ -89,8 +89,8 @@ def test_gradient_of_a_step_equals_finite_differences_with_psi_fixed(
 def test_episodes_of_a_step_are_independent() -> None:
     step = MetaStep(model(), settings()).eval()
     together = float(step(batch((4, 7)))[0].detach())
-    alone = [float(step(batch((e,)))[0].detach()) for e in (4, 7)]
-    assert together == pytest.approx(np.mean(alone), rel=1e-12)
+    separate = [float(step(batch((e,)))[0].detach()) for e in (4, 7)]
+    assert together == pytest.approx(np.mean(separate), rel=1e-12)
     swapped = float(step(batch((7, 4)))[0].detach())
     assert swapped == pytest.approx(together, rel=1e-12)
 

@@ -82,8 +82,8 @@ def _distinct_indices(z_PD: Tensor, components: int, generator: torch.Generator)
     # The first point of each value in a random order: later writes win, so write in reverse order.
     first = torch.empty(len(values), dtype=torch.long, device=z_PD.device)
     first[group[order.flip(0)]] = order.flip(0)
-    chosen = torch.randperm(len(values), generator=generator, device=generator.device)[:components]
-    return first[chosen.to(z_PD.device)]
+    random_values = torch.randperm(len(values), generator=generator, device=generator.device)[:components]
+    return first[random_values.to(z_PD.device)]
 
 
 @torch.no_grad()
