@@ -1,4 +1,4 @@
-"""The slow form that benchmarks measure against gives the numbers of the fast one."""
+"""The literal implementation in the benchmarks gives the same results as the fast one."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def images(*sizes: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*sizes, *SHAPE), dtype=np.uint8)
 
 
-def test_one_step():
+def test_literal_step_equals_fast_step():
     settings = TrainSettings(batch=2, set_size=12, samples=4, decode_samples=4, components=3, em_iterations=4)
     batch = SetBatch(images(2, 12), np.array([5, 6]), 3)
     model = build_model(SMALL, SHAPE, 0)
@@ -46,17 +46,17 @@ def test_one_step():
 
 @pytest.mark.parametrize("temperature", [1.0, 7.0])
 @pytest.mark.parametrize("covariance", ["diagonal", "identity"])
-def test_one_episode(covariance, temperature):
+def test_literal_episode_equals_fast_episode(covariance, temperature):
     adapt = AdaptSettings(
         e_step=covariance, final_covariance=covariance, temperature=temperature, samples=4, iterations=3
     )
     model = build_model(SMALL, SHAPE, 0).eval()
-    picture = images(3 * 2 + 9)
+    pixels = images(3 * 2 + 9)
     device = torch.device("cpu")
-    h = encode_images(model, picture, device)
+    h = encode_images(model, pixels, device)
     fast = predict_episodes(model, adapt, h[:6].reshape(1, 3, 2, -1), h[None, 6:], seed_by_episode=[4])[0]
     noise = latent_noise(model, adapt, 15, 4, device)
-    tensors = torch.as_tensor(picture)
+    tensors = torch.as_tensor(pixels)
     with torch.inference_mode():
         slow = reference.predict_episode(model, adapt, tensors[:6].reshape(3, 2, *SHAPE), tensors[6:], noise)
     torch.testing.assert_close(slow, fast, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,6 @@
-"""`metagmvae bench episodes`: judging many episodes, beside encoding every episode afresh with the memory-hungry EM.
+"""`metagmvae bench episodes`: evaluation speed compared with a literal evaluation, episode by episode.
+
+The literal evaluation encodes the images of each episode again and runs EM on large temporary tensors.
 
 Notation: K ways, S shots, Q queries per class, P = K * Q.
 """
@@ -24,26 +26,26 @@ WAY, SHOT, QUERY = 20, 5, 15
 def bench_episodes(
     model: MetaGMVAE, adapt: AdaptSettings, images: Any, labels: np.ndarray, *, episodes: int, literal_episodes: int
 ) -> dict[str, Any]:
-    """Seconds per episode of both ways on the same episodes, and how often their predictions agree.
+    """Measure the seconds per episode of both evaluations, and their largest difference in accuracy.
 
-    The literal way takes seconds an episode and is timed on fewer of them, half before and half after the
-    fast one, so that a change of the machine's load falls on both.
+    The literal evaluation takes seconds per episode, so it is timed on fewer episodes: half of them before the fast
+    evaluation and half after it, so that a change of the machine's load affects both.
 
     Args:
-        model, adapt: what is judged.
+        model, adapt: the model and how it adapts to an episode.
         images, labels: of a split, see `evaluate_images`.
-        episodes: 20-way 5-shot episodes of the fast way, encoding of all images included.
-        literal_episodes: the first of the same episodes.
+        episodes: number of 20-way 5-shot episodes of the fast evaluation; its time includes encoding all images.
+        literal_episodes: number of episodes of the literal evaluation, the first ones of the same sequence.
     """
     model.eval()
     half = literal_episodes // 2
-    before, accuracies = _literal(model, adapt, images, labels, range(half))
-    since = time.perf_counter()
+    seconds_before, accuracies = _literal(model, adapt, images, labels, range(half))
+    start = time.perf_counter()
     result = evaluate_images(model, adapt, images, labels, way=WAY, shot=SHOT, query=QUERY, episodes=episodes)
-    fast = time.perf_counter() - since
-    after, more = _literal(model, adapt, images, labels, range(half, literal_episodes))
-    accuracies += more
-    each, literal_each = fast / episodes, (before + after) / literal_episodes
+    fast_seconds = time.perf_counter() - start
+    seconds_after, later_accuracies = _literal(model, adapt, images, labels, range(half, literal_episodes))
+    accuracies += later_accuracies
+    fast_each, literal_each = fast_seconds / episodes, (seconds_before + seconds_after) / literal_episodes
     difference = np.abs(np.array(accuracies) - result.accuracies[:literal_episodes])
     return {
         "way": WAY,
@@ -56,11 +58,11 @@ def bench_episodes(
             {
                 "form": "each image encoded once, episodes in batches",
                 "episodes": episodes,
-                "seconds_per_episode": each,
-                "times_faster": literal_each / each,
+                "seconds_per_episode": fast_each,
+                "times_faster": literal_each / fast_each,
             },
         ],
-        "seconds_of_all_episodes": fast,
+        "seconds_of_all_episodes": fast_seconds,
         "largest_difference_in_accuracy": float(difference.max()),
         "threads": torch.get_num_threads(),
     }
@@ -70,19 +72,19 @@ def bench_episodes(
 def _literal(
     model: MetaGMVAE, adapt: AdaptSettings, images: Any, labels: np.ndarray, episodes: range
 ) -> tuple[float, list[float]]:
-    """Seconds for these episodes, and their accuracies."""
+    """Evaluate episodes literally; return the seconds in all and the accuracies."""
     sampler = EpisodeSampler(labels, way=WAY, shot=SHOT, query=QUERY, seed=0)
     device = next(model.parameters()).device
-    truth_P = torch.arange(WAY, device=device).repeat_interleave(QUERY)
-    points = WAY * (SHOT + QUERY)
+    label_P = torch.arange(WAY, device=device).repeat_interleave(QUERY)
+    images_per_episode = WAY * (SHOT + QUERY)
     accuracies = []
-    since = time.perf_counter()
+    start = time.perf_counter()
     for index in episodes:
         episode = sampler.episode(index)
         support = torch.as_tensor(images[episode.support.reshape(-1)]).to(device).unflatten(0, (WAY, SHOT))
         query = torch.as_tensor(images[episode.query.reshape(-1)]).to(device)
-        generator = keyed_generator(device, "predict", index)  # the noise of `predict_episodes`
-        noise = torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
-        guess_P = predict_episode(model, adapt, support, query, noise).argmax(dim=1)
-        accuracies.append(float((guess_P == truth_P).double().mean()))
-    return time.perf_counter() - since, accuracies
+        generator = keyed_generator(device, "predict", index)  # the same noise as in `predict_episodes`
+        noise = torch.randn(images_per_episode, adapt.samples, model.latent, generator=generator, device=device)
+        predicted_P = predict_episode(model, adapt, support, query, noise).argmax(dim=1)
+        accuracies.append(float((predicted_P == label_P).double().mean()))
+    return time.perf_counter() - start, accuracies

@@ -1,7 +1,4 @@
-"""`metagmvae bench features`: rates of writing and reading feature shards, and whether memory stays flat.
-
-Rows are synthetic: a function of their number, so that what is read can be compared with what was written.
-"""
+"""`metagmvae bench features`: speed and memory of writing and reading feature shards, on synthetic features."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ BATCH, SET_SIZE, STEPS = 4, 300, 500
 
 @dataclass(frozen=True)
 class SyntheticFeatures:
-    """A `RowSource` of random features."""
+    """A `RowSource` of random features, each block a function of its first row index."""
 
     rows: int
     dtype: str = "float16"
@@ -54,7 +51,7 @@ class SyntheticFeatures:
 
 
 class _Records(Sequence[ImageRecord]):
-    """Records by number, made when they are asked for."""
+    """Records that are created on access, to save memory."""
 
     def __init__(self, count: int) -> None:
         self.rows = count
@@ -63,50 +60,51 @@ class _Records(Sequence[ImageRecord]):
         return self.rows
 
     def __getitem__(self, number: Any) -> Any:
-        if not 0 <= number < self.rows:  # which is how iteration over a sequence ends
+        if not 0 <= number < self.rows:  # iteration over a sequence ends with IndexError
             raise IndexError(number)
-        return ImageRecord(f"{int(number):09d}", f"{int(number) % 1000:03d}", _never)
+        return ImageRecord(f"{int(number):09d}", f"{int(number) % 1000:03d}", _no_image)
 
 
-def _never() -> np.ndarray:
-    raise NotImplementedError
+def _no_image() -> np.ndarray:
+    raise NotImplementedError("synthetic features have no images")
 
 
 def bench_features(rows: int) -> dict[str, Any]:
-    """Rows a second, and the peak of this process's memory with a tenth of the rows and with all.
+    """Measure rows per second, and the peak memory of this process with a tenth of the rows and with all rows.
 
-    The peak after writing should not grow with the rows; that after reading holds the pages of the mapped shards too,
-    which the system takes back when it needs them.
+    The peak after writing should not depend on the number of rows. The peak after reading includes the pages of the
+    memory-mapped shards, which the operating system can reclaim.
 
     Args:
-        rows: how many are written and read.
+        rows: number of rows to write and read.
     """
-    answer: dict[str, Any] = {"rows": rows, "feature_size": SIZE, "dtype": "float16"}
+    result: dict[str, Any] = {"rows": rows, "feature_size": SIZE, "dtype": "float16"}
     peaks = {}
     for name, count in (("a tenth", max(rows // 10, 1)), ("all", rows)):
         with tempfile.TemporaryDirectory() as folder:
-            peaks[name] = _measure(Path(folder) / "data", count, answer)
-    answer["peak_memory_gib"] = peaks
-    return answer
+            peaks[name] = _measure(Path(folder) / "data", count, result)
+    result["peak_memory_gib"] = peaks
+    return result
 
 
-def _measure(folder: Path, count: int, answer: dict[str, Any]) -> dict[str, float]:
-    since = time.perf_counter()
+def _measure(folder: Path, count: int, result: dict[str, Any]) -> dict[str, float]:
+    """Write and read `count` rows; put the rates into `result` and return the peak memory in GiB."""
+    start = time.perf_counter()
     write_dataset(SyntheticFeatures(count), folder)
-    answer["written_rows_per_s"] = count / (time.perf_counter() - since)
+    result["written_rows_per_s"] = count / (time.perf_counter() - start)
     written = peak_rss() / 2**30
     dataset = Dataset.open(folder)
-    since = time.perf_counter()
+    start = time.perf_counter()
     mapped = dataset.rows("train", "mmap")
-    answer["opened_and_compared_rows_per_s"] = count / (time.perf_counter() - since)
-    since = time.perf_counter()
+    result["opened_and_compared_rows_per_s"] = count / (time.perf_counter() - start)
+    start = time.perf_counter()
     for _ in SetStream(mapped, batch=BATCH, set_size=SET_SIZE, seed=0, split="train", steps=STEPS):
         pass
-    answer["sampled_in_place_rows_per_s"] = STEPS * BATCH * SET_SIZE / (time.perf_counter() - since)
-    since = time.perf_counter()
+    result["sampled_in_place_rows_per_s"] = STEPS * BATCH * SET_SIZE / (time.perf_counter() - start)
+    start = time.perf_counter()
     streamed = StreamedImages(dataset, "train", 16_384)
     for number, _ in enumerate(streamed.rows(0, 0, 1, 0), 1):
         if number == count:
             break
-    answer["streamed_rows_per_s"] = count / (time.perf_counter() - since)
+    result["streamed_rows_per_s"] = count / (time.perf_counter() - start)
     return {"written": written, "read": peak_rss() / 2**30}

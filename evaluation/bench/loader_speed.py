@@ -1,6 +1,6 @@
-"""`metagmvae bench loader`: samples per second from shards, beside an image-folder DataLoader on the same pictures.
+"""`metagmvae bench loader`: samples per second from shards, compared with a DataLoader on a folder of the same images.
 
-The trainer must never wait for data: the share of time that a training waits is measured as well.
+It also measures the fraction of time that training waits for data, which should be close to zero.
 
 Notation: B episodes, M points per episode.
 """
@@ -30,86 +30,92 @@ TRAINED_STEPS = 20
 LOADER_WORKERS = 2
 
 
-def bench_loader(dataset: Dataset, split: str, pictures: int, repeats: int) -> dict[str, Any]:
-    """Rates in samples/s (median of `repeats`, readers in turns), and the waiting share of a training.
+def bench_loader(dataset: Dataset, split: str, image_count: int, repeats: int) -> dict[str, Any]:
+    """Measure samples per second of each reader, and the fraction of time that training waits for data.
+
+    The readers take turns, so that a change of the machine's load affects all of them. The median is reported.
 
     Args:
         dataset: local data set of images.
-        split: of it.
-        pictures: how many of them the image folder holds; they are written as PNG files in class folders.
+        split: of the data set.
+        image_count: number of images that are written as PNG files for the image folder.
         repeats: timed passes of each reader.
 
     Raises:
-        DataError: the split holds fewer pictures than one step takes.
+        DataError: the split or the image folder has fewer images than one training step needs.
     """
     count = len(dataset.labels(split))
-    if min(pictures, count) < BATCH * SET_SIZE:
-        raise DataError(f"--pictures is {pictures} and {split} holds {count}: a step takes {BATCH * SET_SIZE}")
+    if min(image_count, count) < BATCH * SET_SIZE:
+        raise DataError(
+            f"--pictures is {image_count} and {split} holds {count} images: one step needs {BATCH * SET_SIZE}"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(dataset, split, Path(folder), pictures)
+        write_image_folder(dataset, split, Path(folder), image_count)
         readers: dict[str, Callable[[], float]] = {
             "shards in memory": _stream_rate(dataset, split, "memory"),
             "shards in place": _stream_rate(dataset, split, "mmap"),
             "opening and decoding shards, warm": lambda: _open_rate(dataset, split),
-            "opening and decoding shards, cold": lambda: _open_rate(_cold(dataset, split), split),
+            "opening and decoding shards, cold": lambda: _open_rate(_evict_split(dataset, split), split),
             "image folder, warm": lambda: _folder_rate(Path(folder)),
-            "image folder, cold": lambda: _folder_rate(_forget(Path(folder))),
+            "image folder, cold": lambda: _folder_rate(_evict_from_cache(Path(folder))),
         }
         rates: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(repeats):
             for name, reader in readers.items():
                 rates[name].append(reader())
     rows = [{"reader": name, "samples_per_s": statistics.median(values)} for name, values in rates.items()]
-    shares = {reader: waiting_share(dataset, split, reader) for reader in ("memory", "mmap")}
+    fractions = {reader: waiting_fraction(dataset, split, reader) for reader in ("memory", "mmap")}
     return {
         "split": split,
-        "pictures": pictures,
+        "pictures": image_count,
         "image_shape": list(dataset.image_shape),
         "repeats": repeats,
         "loader_workers": LOADER_WORKERS,
         "rows": rows,
-        "waiting_share_in_training": shares,
+        "waiting_share_in_training": fractions,
     }
 
 
-def write_pictures(dataset: Dataset, split: str, folder: Path, count: int) -> None:
-    """The first rows of a split as PNG files in class folders, as torchvision's ImageFolder wants them."""
+def write_image_folder(dataset: Dataset, split: str, folder: Path, count: int) -> None:
+    """Write the first images of a split as PNG files in class folders, as torchvision's ImageFolder reads them."""
     from PIL import Image
 
     images, labels = dataset.images(split), dataset.labels(split)
     for row in range(min(count, len(labels))):
         parent = folder / str(labels[row])
         parent.mkdir(exist_ok=True)
-        picture = images[row].transpose(1, 2, 0)
-        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(parent / f"{row}.png")
+        image = images[row].transpose(1, 2, 0)
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(parent / f"{row}.png")
 
 
 def _stream_rate(dataset: Dataset, split: str, reader: Any) -> Callable[[], float]:
+    """A function that measures samples per second of unlabelled sets from shards."""
+
     def rate() -> float:
-        images = dataset.images(split, reader)  # opened here: mapped files would stay in the page cache
+        images = dataset.images(split, reader)  # opened per pass: files that stay mapped cannot leave the page cache
         stream = SetStream(images, batch=BATCH, set_size=SET_SIZE, seed=0, split=split, steps=STEPS)
-        since = time.perf_counter()
+        start = time.perf_counter()
         for batch in stream:
             torch.as_tensor(batch.images).float().sum()
-        return STEPS * BATCH * SET_SIZE / (time.perf_counter() - since)
+        return STEPS * BATCH * SET_SIZE / (time.perf_counter() - start)
 
     return rate
 
 
 def _open_rate(dataset: Dataset, split: str) -> float:
-    """From the tars to one array in memory, every checksum compared."""
-    since = time.perf_counter()
+    """Images per second from tar files to one array in memory, including the checksums."""
+    start = time.perf_counter()
     images = dataset.images(split, "memory")
-    return len(images) / (time.perf_counter() - since)
+    return len(images) / (time.perf_counter() - start)
 
 
-def _cold(dataset: Dataset, split: str) -> Dataset:
-    _forget(dataset.root / split)
+def _evict_split(dataset: Dataset, split: str) -> Dataset:
+    _evict_from_cache(dataset.root / split)
     return dataset
 
 
-def _forget(folder: Path) -> Path:
-    """Ask the kernel to drop the files of a folder from its page cache, as after a restart of the machine."""
+def _evict_from_cache(folder: Path) -> Path:
+    """Ask the kernel to drop the files of a folder from its page cache; return the folder."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -122,21 +128,21 @@ def _forget(folder: Path) -> Path:
 
 
 def _folder_rate(folder: Path) -> float:
-    """One epoch of the usual way: ImageFolder, PIL, ToTensor, shuffled batches, worker processes."""
+    """Images per second of one conventional epoch: ImageFolder, PIL, ToTensor, shuffled batches, worker processes."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import Compose, Grayscale, ToTensor
 
-    pictures = ImageFolder(str(folder), transform=Compose([Grayscale(), ToTensor()]))
-    loader = DataLoader(pictures, batch_size=BATCH * SET_SIZE, shuffle=True, num_workers=LOADER_WORKERS)
-    since = time.perf_counter()
+    images_in_folder = ImageFolder(str(folder), transform=Compose([Grayscale(), ToTensor()]))
+    loader = DataLoader(images_in_folder, batch_size=BATCH * SET_SIZE, shuffle=True, num_workers=LOADER_WORKERS)
+    start = time.perf_counter()
     for images, _ in loader:
         images.sum()
-    return len(pictures) / (time.perf_counter() - since)
+    return len(images_in_folder) / (time.perf_counter() - start)
 
 
-def waiting_share(dataset: Dataset, split: str, reader: Any) -> float:
-    """Share of the wall time of a training that its loop waited for the next batch, after the first one."""
+def waiting_fraction(dataset: Dataset, split: str, reader: Any) -> float:
+    """Fraction of the wall time of training that it waits for the next batch, without the first batch."""
     settings = TrainSettings(batch=BATCH, set_size=SET_SIZE, precision="auto")
     model = build_model(ModelSettings(), dataset.image_shape, 0).to(memory_format=torch.channels_last)
     module, optimizer = MetaStep(model, settings), build_optimizer(model, settings)
@@ -144,9 +150,9 @@ def waiting_share(dataset: Dataset, split: str, reader: Any) -> float:
     stream = SetStream(images, batch=BATCH, set_size=SET_SIZE, seed=0, split=split, steps=TRAINED_STEPS + 1)
     batches = iter(stream)
     next(batches)
-    since, waited = time.perf_counter(), stream.waiting_s
+    start, waited_before = time.perf_counter(), stream.waiting_s
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         module(batch)[0].backward()
         optimizer.step()
-    return (stream.waiting_s - waited) / (time.perf_counter() - since)
+    return (stream.waiting_s - waited_before) / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""`metagmvae bench prepare`: images a second into shards, by number of workers, and the memory that it takes."""
+"""`metagmvae bench prepare`: images per second written to shards, and peak memory, by number of workers."""
 
 from __future__ import annotations
 
@@ -21,45 +21,46 @@ POLL_S = 0.05
 def bench_prepare(
     name: str, source: str, workers: Sequence[int], pool: Callable[[int], AbstractContextManager[MapTasks]]
 ) -> dict[str, Any]:
-    """Write a source once for each number of workers; 0 is this process alone.
+    """Write a source once for each number of workers; 0 means in this process.
 
     Args:
-        name, source: as `prepare` takes them.
-        workers: numbers to try.
-        pool: makes what runs tasks on so many workers; starting it is not timed.
+        name, source: kind and location of the source, as in `metagmvae prepare`.
+        workers: numbers of workers to compare.
+        pool: starts a given number of workers; the time of the start is not included.
     """
-    since = time.perf_counter()
+    start = time.perf_counter()
     opened = open_source(name, source)
-    seconds = time.perf_counter() - since
+    listing_seconds = time.perf_counter() - start
     images = sum(len(records) for records in opened.splits.values())
     rows = []
     for count in workers:
         with tempfile.TemporaryDirectory() as folder:
             if count:
                 with pool(count) as map_tasks:
-                    rows.append({"workers": count, **_written(opened, Path(folder) / "data", images, map_tasks)})
+                    rows.append({"workers": count, **_measure(opened, Path(folder) / "data", images, map_tasks)})
             else:
-                rows.append({"workers": 0, **_written(opened, Path(folder) / "data", images, None)})
-    return {"source": name, "images": images, "listing_s": seconds, "rows": rows}
+                rows.append({"workers": 0, **_measure(opened, Path(folder) / "data", images, None)})
+    return {"source": name, "images": images, "listing_s": listing_seconds, "rows": rows}
 
 
-def _written(source: Any, folder: Path, images: int, map_tasks: MapTasks | None) -> dict[str, float]:
-    with _Memory() as memory:
-        since = time.perf_counter()
+def _measure(source: Any, folder: Path, images: int, map_tasks: MapTasks | None) -> dict[str, float]:
+    with _PeakMemory() as memory:
+        start = time.perf_counter()
         write_dataset(source, folder, map_tasks=map_tasks)
-        seconds = time.perf_counter() - since
+        seconds = time.perf_counter() - start
     return {"images_per_s": images / seconds, "peak_memory_gib": memory.peak / 2**30}
 
 
-class _Memory:
-    """The largest resident memory of this process and of Ray's workers, shared pages counted once for each."""
+class _PeakMemory:
+    """Samples the resident memory of this process and of Ray's workers; pages that they share count once each."""
 
     def __init__(self) -> None:
         self.peak = 0
+        """Bytes."""
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> _Memory:
+    def __enter__(self) -> _PeakMemory:
         self._thread.start()
         return self
 
@@ -67,6 +68,6 @@ class _Memory:
         self._ending.set()
         self._thread.join()
 
-    def _follow(self) -> None:
+    def _sample(self) -> None:
         while not self._ending.wait(POLL_S):
             self.peak = max(self.peak, current_rss() + ray_worker_rss("write_shard"))

@@ -1,7 +1,7 @@
-"""The method as the paper writes it, with no thought for time or memory: what `metagmvae bench` measures against.
+"""A literal implementation of the paper, not optimised for time or memory. `metagmvae bench` compares against it.
 
-Every one of the N samples is decoded, distances are formed as one tensor of points x components x D, tensors
-keep their default layout, and every episode is encoded afresh. The numbers are those of the fast form.
+All N samples are decoded, distances are computed in one tensor of points x components x D, tensors keep their default
+memory layout, and the images of every episode are encoded again. The results equal those of the fast implementation.
 
 Notation: B episodes, M points, N samples, K components or ways, S shots, P queries, D latent size.
 """
@@ -48,7 +48,7 @@ def fit_mixture(z_BPD: Tensor, rows_BK: Tensor, iterations: int) -> tuple[Tensor
 
 
 def mixture_joint(z_BPD: Tensor, mean_BKD: Tensor, weight_BK: Tensor) -> Tensor:
-    """log pi_k N(z; mu_k, I): (B, P, K)."""
+    """log pi_k N(z; mu_k, I), (B, P, K)."""
     log_density_BPK = log_normal(z_BPD[:, :, None], mean_BKD[:, None], torch.ones_like(mean_BKD[:, None]))
     return weight_BK.log()[:, None] + log_density_BPK
 
@@ -57,24 +57,24 @@ def step_loss(model: MetaGMVAE, images_BMCHW: Tensor, noise_BMND: Tensor, rows_B
     """The negative of the objective of Eq. 9 on pixels, summed over points and averaged over episodes.
 
     Args:
-        model: whose decoder explains pixels.
-        images_BMCHW: uint8 sets.
-        noise_BMND: standard normal draws.
-        rows_BK: points (of M * N) where the means of EM start.
-        iterations: of EM.
+        model: a model that reconstructs pixels.
+        images_BMCHW: uint8 images.
+        noise_BMND: standard normal noise.
+        rows_BK: indices (below M * N) of the samples that initialise the means of EM.
+        iterations: number of EM iterations.
     """
     B, M, N, _ = noise_BMND.shape
     x = images_BMCHW.flatten(0, 1).float() / 255
     mean_BMD, log_variance_BMD = model.posterior(encode(model.encoder, x).unflatten(0, (B, M)))
-    deviation_BMD = torch.exp(0.5 * log_variance_BMD)
-    z_BMND = mean_BMD[:, :, None] + deviation_BMD[:, :, None] * noise_BMND
+    std_BMD = torch.exp(0.5 * log_variance_BMD)
+    z_BMND = mean_BMD[:, :, None] + std_BMD[:, :, None] * noise_BMND
     z_BPD = z_BMND.flatten(1, 2)
     with torch.no_grad():
         mixture = fit_mixture(z_BPD, rows_BK, iterations)
     logits = model.decode(z_BPD.flatten(0, 1))
     target = x.repeat_interleave(N, dim=0)
-    error = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    log_p_x = -error.flatten(1).sum(dim=1).view(B, M, N)
+    pixel_loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    log_p_x = -pixel_loss.flatten(1).sum(dim=1).view(B, M, N)
     log_p_z = torch.logsumexp(mixture_joint(z_BPD, *mixture), dim=2).view(B, M, N)
     log_q = log_normal(z_BMND, mean_BMD[:, :, None], log_variance_BMD.exp()[:, :, None])
     return -(log_p_x + log_p_z - log_q).mean(dim=2).sum(dim=1).mean()
@@ -83,11 +83,11 @@ def step_loss(model: MetaGMVAE, images_BMCHW: Tensor, noise_BMND: Tensor, rows_B
 def predict_episode(
     model: MetaGMVAE, adapt: AdaptSettings, support_KSCHW: Tensor, query_PCHW: Tensor, noise_TND: Tensor
 ) -> Tensor:
-    """Eq. 10 and 11 on the images of one episode, transductive: probabilities (P, K).
+    """Transductive class probabilities of the queries of one episode, (P, K) (Eq. 10 and 11).
 
     Args:
         support_KSCHW, query_PCHW: uint8 images.
-        noise_TND: standard normal draws of the K * S support images, then of the P queries.
+        noise_TND: standard normal noise of the K * S support images, followed by the P queries.
     """
     K, S = support_KSCHW.shape[:2]
     P, N = len(query_PCHW), noise_TND.shape[1]

@@ -1,7 +1,7 @@
-"""`metagmvae bench simclr`: two views of each image on batches, beside a DataLoader with transforms image by image.
+"""`metagmvae bench simclr`: SimCLR augmentation on batches, compared with a DataLoader that augments image by image.
 
-Three rates of each road: views alone, and a whole training step with them. Both roads make SimCLR's crops, flips and
-colours at the same size and train the same encoder by the same code.
+For each method two rates are measured: the two views of each image alone, and a whole training step with them. Both
+methods apply SimCLR's crops, flips and colour changes at the same size, and train the same encoder with the same code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
-from metagmvae.evaluation.bench.loader_speed import LOADER_WORKERS, write_pictures
+from metagmvae.evaluation.bench.loader_speed import LOADER_WORKERS, write_image_folder
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.indexed import ImageBatchStream
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -34,27 +34,32 @@ SIZE = 42
 
 
 def bench_simclr(dataset: Dataset, split: str, repeats: int) -> dict[str, Any]:
-    """Images a second (median of `repeats`, roads in turns).
+    """Measure images per second of each method: the median of `repeats` passes, in which the methods take turns.
 
     Args:
-        dataset: data set of photographs.
-        split: of it.
-        repeats: timed passes of each road.
+        dataset: data set of RGB images.
+        split: of the data set.
+        repeats: timed passes of each method.
 
     Raises:
-        DataError: the split holds too few images, or they have no colours.
+        DataError: the split has too few images, or they are not RGB.
     """
     count = BATCH * (STEPS + 1)
     if len(dataset.labels(split)) < count or dataset.image_shape[0] != 3:
-        raise DataError(f"{dataset.uri}: {split} must hold {count} images of three channels for this benchmark")
+        raise DataError(
+            f"{dataset.uri}: {split} must have at least {count} RGB images; choose another --data or --split"
+        )
     model = build_encoder_model(ModelSettings(image_size=SIZE), dataset.image_shape, 0)
     model = model.to(memory_format=torch.channels_last)
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(dataset, split, Path(folder), count)
-        roads = {"batches": lambda: _ours(dataset, split), "DataLoader, PIL": lambda: _theirs(Path(folder))}
+        write_image_folder(dataset, split, Path(folder), count)
+        methods = {
+            "batches": lambda: _batch_views(dataset, split),
+            "DataLoader, PIL": lambda: _loader_views(Path(folder)),
+        }
         for _ in range(repeats):
-            for name, views in roads.items():
+            for name, views in methods.items():
                 rates.setdefault(f"{name}: views", []).append(_rate(views()))
                 rates.setdefault(f"{name}: training", []).append(_rate(views(), model))
     rows = [{"road": name, "images_per_s": statistics.median(values)} for name, values in rates.items()]
@@ -69,21 +74,21 @@ def bench_simclr(dataset: Dataset, split: str, repeats: int) -> dict[str, Any]:
 
 
 def _rate(views: Iterator[tuple[Tensor, Tensor]], model: EncoderModel | None = None) -> float:
-    """Images a second over STEPS batches, after a first one that is not timed."""
-    step = _Trained(model) if model is not None else None
-    since = time.perf_counter()
+    """Images per second over STEPS batches after one untimed batch; with a model, each batch is a training step."""
+    step = _TrainStep(model) if model is not None else None
+    start = time.perf_counter()
     for number, (first, second) in enumerate(views):
         if step is not None:
             step(first, second)
         if number == 0:
-            since = time.perf_counter()
+            start = time.perf_counter()
         if number == STEPS:
             break
-    return STEPS * BATCH / (time.perf_counter() - since)
+    return STEPS * BATCH / (time.perf_counter() - start)
 
 
-class _Trained:
-    """One optimiser step on two views, in bfloat16 where the processor has it."""
+class _TrainStep:
+    """One optimiser step on two views, in bfloat16 where the hardware supports it."""
 
     def __init__(self, model: EncoderModel) -> None:
         settings = PretrainSettings()
@@ -96,12 +101,11 @@ class _Trained:
         with autocast(views.device, "auto"):
             h = self.encoder(views)
         self.optimizer.zero_grad(set_to_none=True)
-        of_first, of_second = h.chunk(2)
-        nt_xent(of_first, of_second, self.temperature).backward()
+        nt_xent(*h.chunk(2), self.temperature).backward()
         self.optimizer.step()
 
 
-def _ours(dataset: Dataset, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch_views(dataset: Dataset, split: str) -> Iterator[tuple[Tensor, Tensor]]:
     stream = ImageBatchStream(dataset.images(split), batch=BATCH, seed=0, split=split, steps=STEPS + 1)
     seed = TrainSettings().seed
     for images, step in stream:
@@ -110,8 +114,8 @@ def _ours(dataset: Dataset, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield photo_view(x, generator, SIZE), photo_view(x, generator, SIZE)
 
 
-def _theirs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """The usual way: image files, PIL, torchvision's transforms image by image, worker processes."""
+def _loader_views(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Conventional views: image files, PIL, torchvision's transforms image by image, worker processes."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import (
@@ -133,7 +137,7 @@ def _theirs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
             ToTensor(),
         ]
     )
-    pictures = ImageFolder(str(folder), transform=lambda image: (view(image), view(image)))
-    loader = DataLoader(pictures, batch_size=BATCH, shuffle=True, drop_last=True, num_workers=LOADER_WORKERS)
+    images_in_folder = ImageFolder(str(folder), transform=lambda image: (view(image), view(image)))
+    loader = DataLoader(images_in_folder, batch_size=BATCH, shuffle=True, drop_last=True, num_workers=LOADER_WORKERS)
     for views, _ in loader:
         yield views

@@ -1,7 +1,7 @@
-"""`metagmvae bench step`: one training step at the paper's setting, beside the literal step, in one run.
+"""`metagmvae bench step`: one training step with the paper's settings, compared with a literal step.
 
-Every variant lives in a process of its own, so that peak memory is its own; the parent asks them in turns, so
-that a change of the machine's load falls on all of them alike.
+Every variant has its own process, so its peak memory can be measured. The variants take turns, so that a change of the
+machine's load affects all of them.
 
 Notation: B episodes, M points, N samples, R decoded samples, K components, D latent size.
 """
@@ -39,19 +39,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "R=1, memory given back": {},
     "R=1, bfloat16, memory given back": {"precision": "bfloat16"},
 }
-"""What differs from the paper's setting (the defaults of `TrainSettings`); `literal` runs `step_loss`."""
-GIVEN_BACK = ("literal", "R=1, memory given back", "R=1, bfloat16, memory given back")
-"""Those that leave the C library's allocator as it is; the others keep freed memory, as training does."""
+"""Differences from the paper's settings (the defaults of `TrainSettings`); `literal` runs `step_loss`."""
+DEFAULT_ALLOCATOR = ("literal", "R=1, memory given back", "R=1, bfloat16, memory given back")
+"""Variants with the C library's default allocator; the others keep freed memory, as training does."""
 
 Step = Callable[[], Tensor]
 
 
 def bench_step(repeats: int, threads: int) -> dict[str, Any]:
-    """Seconds (median of `repeats`, after one step to warm up) and peak memory of each variant; a profile.
+    """Measure seconds (median of `repeats` after one warm-up step) and peak memory of each variant, and profile two.
 
     Args:
-        repeats: timed steps of each variant, taken in turns.
-        threads: of torch in each variant; the others wait meanwhile.
+        repeats: timed steps of each variant.
+        threads: PyTorch threads of each variant; only one variant runs at a time.
     """
     with _children(threads) as children:
         for child in children.values():
@@ -74,25 +74,26 @@ def bench_step(repeats: int, threads: int) -> dict[str, Any]:
         }
         for name, values in times.items()
     ]
-    return {"setting": _setting(), "repeats": repeats, "threads": threads, "rows": rows, "profile": profiles}
+    return {"setting": _settings(), "repeats": repeats, "threads": threads, "rows": rows, "profile": profiles}
 
 
-def _setting() -> dict[str, Any]:
+def _settings() -> dict[str, Any]:
     keys = {"batch", "set_size", "samples", "components", "em_iterations"}
     return {**TrainSettings().model_dump(include=keys), "image_shape": list(SHAPE), "latent": ModelSettings().latent}
 
 
 @contextmanager
 def _children(threads: int) -> Iterator[dict[str, Any]]:
+    """Start one process per variant; yield a pipe to each, by name."""
     context = get_context("spawn")
     started = {}
     try:
         for name in VARIANTS:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(name, threads, theirs), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(name, threads, child_end), daemon=True)
             process.start()
-            theirs.close()
-            started[name] = (process, ours)
+            child_end.close()
+            started[name] = (process, parent_end)
         yield {name: pipe for name, (_, pipe) in started.items()}
     finally:
         for process, pipe in started.values():
@@ -102,6 +103,7 @@ def _children(threads: int) -> Iterator[dict[str, Any]]:
 
 
 def _ask(pipe: Any, question: str) -> Any:
+    """Send a question to a variant and return its answer."""
     pipe.send(question)
     answer = pipe.recv()
     if isinstance(answer, BaseException):
@@ -110,15 +112,15 @@ def _ask(pipe: Any, question: str) -> Any:
 
 
 def _serve(name: str, threads: int, pipe: Any) -> None:
-    """Answer the parent's questions until it hangs up."""
+    """Answer the parent's questions until it closes the pipe."""
     torch.set_num_threads(threads)
-    if name not in GIVEN_BACK:
+    if name not in DEFAULT_ALLOCATOR:
         keep_freed_memory()
-    step = _variant(name)
-    before = _peak_mib()
+    step = _make_step(name)
+    peak_before = _peak_mib()
     answers: dict[str, Callable[[], Any]] = {
         "step": lambda: _seconds(step),
-        "memory": lambda: _peak_mib() - before,
+        "memory": lambda: _peak_mib() - peak_before,
         "profile": lambda: _profile(step, VARIANTS[name].get("precision") == "bfloat16"),
     }
     try:
@@ -132,18 +134,18 @@ def _serve(name: str, threads: int, pipe: Any) -> None:
         return
 
 
-def _variant(name: str) -> Step:
-    """One whole step: forward, backward, update; on the GPU where there is one."""
+def _make_step(name: str) -> Step:
+    """A function that runs one training step of a variant: forward, backward, update; on the GPU if there is one."""
     settings = TrainSettings.model_validate(VARIANTS[name])
     device = default_device()
     model = build_model(ModelSettings(), SHAPE, 0).to(device)
     optimizer = build_optimizer(model, settings)
     images = np.random.default_rng(0).integers(0, 2, (settings.batch, settings.set_size, *SHAPE), dtype=np.uint8) * 255
-    compute = _literal(model, settings, images) if name == "literal" else _ours(model, settings, images)
+    compute_loss = _literal_loss(model, settings, images) if name == "literal" else _fast_loss(model, settings, images)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = compute()
+        loss = compute_loss()
         loss.backward()
         optimizer.step()
         return loss
@@ -151,7 +153,7 @@ def _variant(name: str) -> Step:
     return step
 
 
-def _ours(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
+def _fast_loss(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     module = MetaStep(model, settings)
@@ -159,24 +161,24 @@ def _ours(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
     return lambda: module(batch)[0]
 
 
-def _literal(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
+def _literal_loss(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
     device = next(model.parameters()).device
     sets = torch.as_tensor(images).to(device)
     generator = torch.Generator(device).manual_seed(0)
     B, M, N = settings.batch, settings.set_size, settings.samples
 
-    def compute() -> Tensor:
+    def compute_loss() -> Tensor:
         noise = torch.randn(B, M, N, model.latent, generator=generator, device=device)
         rows = init_indices(noise.flatten(1, 2), settings.components, [generator] * B)
         return step_loss(model, sets, noise, rows, settings.em_iterations)
 
-    return compute
+    return compute_loss
 
 
 def _seconds(step: Step) -> float:
-    since = time.perf_counter()
-    step().item()  # waits for the device as well
-    return time.perf_counter() - since
+    start = time.perf_counter()
+    step().item()  # also waits for the device
+    return time.perf_counter() - start
 
 
 def _peak_mib() -> float:
@@ -185,8 +187,8 @@ def _peak_mib() -> float:
     return peak_rss() / 2**20
 
 
-def _profile(step: Step, half: bool) -> dict[str, Any]:
-    """Where the time of a step goes, and how far its arithmetic is from what this processor can do."""
+def _profile(step: Step, bfloat16: bool) -> dict[str, Any]:
+    """Operators that take most of the time of a step, and its FLOP/s compared with a matrix product."""
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,10 +196,10 @@ def _profile(step: Step, half: bool) -> dict[str, Any]:
         step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         seconds = _seconds(step)
-    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    total = sum(spent.values())
-    largest = sorted(spent.items(), key=lambda item: -item[1])[:8]
-    rate = _matmul_rate(torch.bfloat16 if half else torch.float32)
+    seconds_by_operator = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    total = sum(seconds_by_operator.values())
+    largest = sorted(seconds_by_operator.items(), key=lambda item: -item[1])[:8]
+    rate = _matmul_rate(torch.bfloat16 if bfloat16 else torch.float32)
     return {
         "share_of_time": {key.removeprefix("aten::"): value / total for key, value in largest},
         "gflop": counter.get_total_flops() / 1e9,
@@ -208,12 +210,12 @@ def _profile(step: Step, half: bool) -> dict[str, Any]:
 
 
 def _matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """GFLOP/s of a large square matrix product here: what the processor can do."""
+    """GFLOP/s of a large square matrix product on this machine, as an upper bound for a step."""
     device = default_device()
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):
-        since = time.perf_counter()
+        start = time.perf_counter()
         (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - since)
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9

@@ -1,4 +1,4 @@
-"""The sweep that `metagmvae bench tune` times: short trials on generated glyphs."""
+"""Runs the sweeps that `metagmvae bench tune` times: short trials on generated glyphs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ train.learning_rate = { loguniform = [1e-4, 1e-2] }
 
 
 def bench_sweep(trials: int) -> dict[str, Any]:
-    """Time sweeps of short trials, as many at once as there are CPUs, all on one cluster."""
+    """Time sweeps of short trials on one Ray cluster, with as many simultaneous trials as CPUs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dataset(open_source("glyphs", classes=(40, 10, 5), drawings=20), folder / "data")

@@ -16,7 +16,11 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae bench step --record bench-step.json"
     what = "measure the speed of one stage next to a literal or conventional implementation"
     parser = add_command(parsers, "bench", bench, what, example)
-    parser.add_argument("name", choices=tuple(BENCHES))
+    help_text = (
+        "what to measure: step (training step), loader (reading images), episodes (evaluation), simclr (augmentation), "
+        "features (feature shards), prepare (writing shards), tune (sweep)"
+    )
+    parser.add_argument("name", choices=tuple(BENCHES), help=help_text)
     parser.add_argument("--data", metavar="URI", help="loader, episodes, simclr: data set folder")
     parser.add_argument("--split", default="validation", help="loader, episodes, simclr: split (validation)")
     parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the median is reported (3)")
