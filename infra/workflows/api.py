@@ -43,15 +43,17 @@ def train(config: str | Path, overrides: Mapping[str, Any] | None = None, *, res
         DataError: the data set or the run folder cannot be used.
         NonFiniteLossError: a step had a loss that is not finite; the last checkpoint is kept.
     """
-    # Loading a model needs neither of these, and they import matplotlib, among others.
-    from metagmvae.infra.registry.register import register
-    from metagmvae.infra.workflows.run_training import run_training
+    from metagmvae.infra.workflows.run_training import (
+        run_training,
+    )  # imports matplotlib, which load_model does not need
 
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
     as_text = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
     settings = load_settings(config, as_text)
     run_dir = run_training(settings, resume=resume)
     if settings.tracking.enabled and settings.tracking.register_as:
+        from metagmvae.infra.registry.register import register
+
         register(run_dir, settings.tracking)
     return run_dir
 
