@@ -45,7 +45,7 @@ def train(config: str | Path, overrides: Mapping[str, Any] | None = None, *, res
     """
     from metagmvae.infra.workflows.run_training import (
         run_training,
-    )  # imports matplotlib, which load_model does not need
+    )  # imports matplotlib; load_model needs none
 
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
     as_text = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
