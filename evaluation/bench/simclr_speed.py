@@ -101,7 +101,8 @@ class _TrainStep:
         with autocast(views.device, "auto"):
             h = self.encoder(views)
         self.optimizer.zero_grad(set_to_none=True)
-        nt_xent(*h.chunk(2), self.temperature).backward()
+        first_h, second_h = h.chunk(2)
+        nt_xent(first_h, second_h, self.temperature).backward()
         self.optimizer.step()
 
 

@@ -34,7 +34,7 @@ class LiveTracker(ABC):
 
     def __init__(self, folder: Path, tracking: TrackingSettings, interval_s: float) -> None:
         self.folder, self.tracking, self.interval_s = folder, tracking, interval_s
-        self._ending = threading.Event()
+        self._ending, self._wake, self._flushed = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._failing = self._closed = False
         self._warn = WarnOnce(f"the {self.subject} continues. Upload it later: metagmvae track {folder}")
@@ -51,6 +51,15 @@ class LiveTracker(ABC):
             self._thread.start()
         return self
 
+    def flush(self) -> None:
+        """Upload now, and wait for it for a limited time."""
+        if self._thread is None:
+            return
+        self._flushed.clear()
+        self._wake.set()
+        if not self._flushed.wait(self._patience()):
+            self._failing = True
+
     def close(self, status: str = "FINISHED") -> None:
         """Record the final status (FINISHED, FAILED or KILLED) and wait for the last upload, for a limited time."""
         if status not in ENDED:
@@ -60,7 +69,8 @@ class LiveTracker(ABC):
         if self._thread is None:
             return
         self._ending.set()
-        self._thread.join(PATIENCE_DOWN_S if self._failing else PATIENCE_S)
+        self._wake.set()
+        self._thread.join(self._patience())
         if self._thread.is_alive():
             self._warn(TrackingError(f"MLflow is slow: not all of the {self.subject} has been uploaded yet"))
 
@@ -73,15 +83,22 @@ class LiveTracker(ABC):
         if not self._closed:
             self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
 
+    def _patience(self) -> float:
+        return PATIENCE_DOWN_S if self._failing else PATIENCE_S
+
     def _upload_repeatedly(self) -> None:
         last = False
         while not last:
-            last = self._ending.is_set()
+            last, flushing = self._ending.is_set(), self._wake.is_set()
+            if flushing:
+                self._wake.clear()
             try:
                 self.upload(last=last)
                 self._failing = False
             except Exception as error:  # whatever MLflow raises must not end the uploads of work that continues
                 self._failing = True
                 self._warn(error)
+            if flushing:
+                self._flushed.set()
             if not last:
-                self._ending.wait(self.interval_s)
+                self._wake.wait(self.interval_s)

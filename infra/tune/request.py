@@ -18,7 +18,6 @@ from metagmvae.infra.tune.search import GridSearch, Search
 from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
 from metagmvae.infra.tune.sweep_state import BEST, SweepState, check_validation_interval
 from metagmvae.infra.tune.sweep_tracker import SweepTracker
-from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -84,19 +83,15 @@ def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict
 
 def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
     """Write the best settings and the report, upload them, and return the answer of `metagmvae tune`."""
-    from metagmvae.evaluation.sweeps.report import REPORT, SUMMARY, write_report
+    from metagmvae.evaluation.sweeps.report import REPORT, write_report
 
     root = sweep.folder.root
     best = sweep.write_best()
-    summary = write_report(root)
-    tracker.close()
+    tracker.flush()  # creates the MLflow runs of the last trials; the table and the report contain their IDs
     trials = tracker.with_runs(sweep.trials())
     sweep.folder.rewrite_trials(trials)
-    if summary["best"]:
-        # The report is uploaded together with the last trials, whose runs are known only after the upload.
-        run_ids = {trial.number: trial.run_id for trial in trials}
-        best_summary = summary["best"] | {"run_id": run_ids[summary["best"]["number"]]}
-        write_json(root / SUMMARY, summary | {"best": best_summary})
+    write_report(root)
+    tracker.close()
     counts = Counter(trial.status for trial in trials)
     answer: dict[str, Any] = {"sweep": str(root), "name": sweep.plan.name, "trials": dict(counts)}
     if best is None or best.last is None:
