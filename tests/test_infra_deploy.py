@@ -1,5 +1,6 @@
 """The deployment files agree with the package, its dependencies and its settings; no cluster is started."""
 
+import os
 import re
 import shlex
 import tomllib
@@ -29,6 +30,29 @@ def test_docker_image_has_all_packages_and_files_of_the_build():
         "pyproject.toml",
     }
     assert needed | {project["project"]["readme"], "constraints.txt"} == copied
+
+
+def test_docker_image_names_no_package_index():
+    lines = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    assert "://" not in "\n".join(lines)
+    assert {"ARG PIP_INDEX_URL", "ARG TORCH_INDEX_URL"} <= set(lines)  # without a default value
+
+
+def test_ci_workflow_runs_the_ci_script_on_the_required_python():
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    (python,) = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={python}"
+    (run,) = [step for step in job["steps"] if "run" in step]
+    assert os.access(ROOT / run["run"], os.X_OK)
+    assert all(name in (ROOT / run["run"]).read_text() for name in run["env"])
+
+
+def test_pre_commit_hooks_need_no_network():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    assert {hook["language"] for hook in repo["hooks"]} == {"system"}
+    assert [hook["id"] for hook in repo["hooks"]] == ["ruff-check", "ruff-format", "mypy"]
 
 
 def test_ray_job_runs_a_valid_command():
