@@ -30,6 +30,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps the description, but not the example: argparse would break its lines at hyphens."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("Example:") else super()._fill_text(text, width, indent)
+
+
 def add_command(
     parsers: Parsers, name: str, run: Callable[[argparse.Namespace], Answer], description: str, example: str
 ) -> argparse.ArgumentParser:
@@ -39,7 +46,7 @@ def add_command(
         help=description,
         description=f"{description[0].upper()}{description[1:]}.",
         epilog=f"Example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # does not break the example at hyphens
+        formatter_class=_HelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
