@@ -43,9 +43,8 @@ def train(config: str | Path, overrides: Mapping[str, Any] | None = None, *, res
         DataError: the data set or the run folder cannot be used.
         NonFiniteLossError: a step had a loss that is not finite; the last checkpoint is kept.
     """
-    from metagmvae.infra.workflows.run_training import (
-        run_training,
-    )  # imports matplotlib; load_model needs none
+    # Imported here, because it imports matplotlib, which load_model does not need.
+    from metagmvae.infra.workflows.run_training import run_training
 
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
     as_text = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
