@@ -1,9 +1,8 @@
-"""Typed, frozen, validated settings: what a run is, in one tree.
+"""Typed, immutable and validated settings of a run.
 
-Every key has one meaning and one place. Unknown keys, wrong types and impossible values are refused at
-construction, naming the dotted key (`configs.load` turns them into one line). Nothing here imports torch.
-"Row n" refers to the table of places where the paper and its published code differ; the presets `paper` and
-`published-code` differ in those settings and nowhere else.
+Unknown keys, wrong types and impossible values are refused at construction with the dotted key; `configs.load` turns
+the error into one line. [paper: a, code: b] marks the settings in which the paper and its published code differ; the
+presets `…-paper` and `…-published-code` differ in these settings only.
 """
 
 from __future__ import annotations
@@ -18,145 +17,147 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Average = Literal["none", "mirror", "crops"]
-"""Views of an image that features are the mean over (`training.models.multi_crop`)."""
-LARGEST_START = 256
-"""Components that fit through the decoder of Table 8, whose ReLUs need two of its 512 units for each."""
+"""Views of an image for multi-crop averaging of features (`training.models.multi_crop`)."""
+MAX_PCA_LATENT = 256
+"""Largest latent size for PCA initialisation: the ReLU decoder of Table 8 needs two of its 512 units per component."""
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, strict about types, closed to unknown keys."""
+    """Base class of all sections: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class DataSettings(Section):
-    """Which shards are read."""
+    """The data set and its reader."""
 
     uri: str = "data/omniglot"
-    """Prefix (path) that holds `dataset.json`."""
+    """Data set: folder or prefix (`s3://…`) with `dataset.json`."""
     train_split: str = "train"
     validation_split: str = "validation"
     reader: Literal["auto", "memory", "mmap", "device", "stream"] = "auto"
-    """`memory`: decoded once; `mmap`: by offset from local shards; `auto`: memory where it fits; `device`: on the
-    training device (a GPU's memory), sampled there; `stream`: shard after shard through a shuffle buffer, nothing
-    kept, approximate (`pipelines.sampling.sequential`)."""
+    """Reader of the training data. `memory`: the split in memory; `mmap`: memory-mapped shards; `auto`: memory up to
+    `memory_limit_mb`, else mmap; `device`: the split in the memory of the training device; `stream`: sequential reading
+    through a shuffle buffer without a local copy, approximate (`pipelines.sampling.sequential`)."""
     shuffle_buffer: Positive = 16_384
-    """Rows that `stream` shuffles among each other, in memory."""
+    """Rows in the shuffle buffer of `stream`."""
     memory_limit_mb: Positive = 4096
-    """Largest split (MiB, decoded) that `auto` keeps in memory."""
+    """Largest split that `auto` reads into memory, in MiB."""
 
 
 class ModelSettings(Section):
-    """The network q(z|x, D) and p(x|z): Tables 3, 4 and 6 to 8."""
+    """The networks q(z|x, D) and p(x|z): Tables 3, 4 and 6 to 8 of the paper."""
 
     encoder: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "conv4"
-    """`conv4` (Table 3), `conv5` (Table 6), or any classification network of torchvision by its name, without its
-    last layer. Where the data set holds features, the encoder is the one that made them."""
+    """Encoder: `conv4` (Table 3), `conv5` (Table 6), or the name of a classification network of torchvision, which is
+    used without its last layer. If the data set contains features, the encoder is the one that computed them."""
     image_size: NonNegative = 0
-    """Side that images are resized to before the encoder; 0: as they are stored."""
+    """Image size: side to which images are resized before the encoder, in pixels; 0: as stored."""
     rectified: bool = True
-    """`conv4` and `conv5` end in a ReLU, as in Tables 3 and 6. Without it features have both signs, of which a
-    contrastive loss makes much better ones."""
+    """Final ReLU of Conv4 and Conv5, as in Tables 3 and 6. Without it features have both signs, and contrastive
+    pre-training gives much better ones."""
     average: Average = "none"
-    """Features of a trained encoder are the mean over these views of an image: itself and its mirror image, or twelve,
-    with four corners and the centre (85% of the side). For photographs, at two or twelve times the time."""
+    """Multi-crop averaging of features: mean over `mirror`: the image and its mirror image; `crops`: twelve views, with
+    crops of the four corners and the centre (85% of the side). For photographs; costs two or twelve times the time."""
     reconstruct: Literal["pixels", "features"] = "pixels"
-    """What p(x|z) explains: pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder
-    (Gaussian; "Visual feature reconstruction", section 3.2, Tables 7 and 8)."""
+    """Reconstruction target of p(x|z): pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder (Gaussian,
+    "Visual feature reconstruction" of section 3.2, Tables 7 and 8)."""
     features: Literal["standard", "whitened", "raw"] = "standard"
-    """Features that are reconstructed: centred, divided by their deviation and of one length; or evened out by a square
-    root, centred, half-whitened and of one length; or as they are, which ends the decoder in the ReLU of Table 8."""
+    """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
+    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, with the final ReLU of
+    Table 8 in the decoder."""
     variance: Literal["calibrated", "unit"] = "calibrated"
-    """Row 6: variance of p(x|z) over features: the best for each episode (Rybkin et al. 2020), or 1, that is half
-    the summed squared error."""
+    """Variance of p(x|z) for features [paper: calibrated, code: unit]: the optimum of each episode (Rybkin et
+    al. 2020), or 1, which gives half the sum of squared errors."""
     latent: Positive = 64
-    """D, the latent size."""
+    """Latent size D."""
     channels: Positive = 64
-    """Channels of each block of `conv4` and `conv5`, and of the decoder."""
+    """Channels of each block of Conv4 and Conv5, and of the decoder."""
     width: Positive = 256
-    """d_model = d_ff of the set attention."""
+    """Width of the set attention, d_model = d_ff."""
     heads: Positive = 4
     layers: NonNegative = 2
-    """Set-attention layers; 0 removes the set from the posterior ("Set" in Table 2, left)."""
+    """Set-attention layers; 0 makes the posterior independent of the set (ablation "Set" in Table 2, left)."""
     attention_scale: Literal["head", "model"] = "head"
-    """Row 2: 1/sqrt(width/heads), or 1/sqrt(width)."""
+    """Scale of the attention scores [paper: head, code: model]: 1/sqrt(width/heads), or 1/sqrt(width)."""
     attention_block: Literal["transformer", "set-attention"] = "transformer"
-    """Row 3: TransformerEncoder without LayerNorm, or residual on the projected query with x + act(Wx)."""
+    """Attention block [paper: transformer, code: set-attention]: transformer encoder layer without LayerNorm, or a
+    residual connection from the projected query followed by x + act(Wx)."""
     attention_activation: Literal["elu", "relu"] = "elu"
-    """Row 4."""
+    """Activation function of the attention block [paper: elu on Omniglot, code: relu]."""
     posterior: Literal["isotropic", "diagonal"] = "diagonal"
-    """Row 12: one variance per point, or one per latent dimension."""
+    """Posterior covariance [paper: isotropic, code: diagonal]: one variance per point, or one per dimension."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _check_heads(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         return self
 
 
 class AdaptSettings(Section):
-    """Meta-test: semi-supervised EM over support and query (Eq. 10) and the final posterior (Eq. 11)."""
+    """Adaptation at meta-test: semi-supervised EM on support and queries (Eq. 10), class posterior (Eq. 11)."""
 
     e_step: Literal["diagonal", "identity"] = "diagonal"
-    """Row 1: sigma_k^2 in every E-step as in Eq. 10, or the identity in all of them."""
+    """Covariance in the E-steps [paper: diagonal, code: identity]: diagonal sigma_k^2 as in Eq. 10, or the identity."""
     final_covariance: Literal["diagonal", "identity"] = "diagonal"
-    """Covariance in the final posterior; `identity` here and in `e_step` is the ablation without sigma^2. One labelled
-    image has no variance that could be estimated: for queries that are judged alone `identity` is much better."""
+    """Covariance in the final posterior. `identity` here and in `e_step` is the ablation without sigma^2. One labelled
+    image gives no estimate of a class variance, so `identity` is much better for inductive 1-shot evaluation."""
     temperature: PositiveFloat = 1.0
-    """Log-likelihoods are divided by it, in the E-steps and in the final posterior; 1: Eq. 10 and 11. The dimensions of
-    a latent are taken as independent, which they are not: where classes lie close together EM is surer than it should
-    be, and hardens onto mistakes. Chosen on validation classes."""
+    """Temperature of the log-likelihoods in the E-steps and the final posterior; 1 gives Eq. 10 and 11. EM assumes
+    independent latent dimensions, so it is overconfident for similar classes. Select it on validation classes."""
     iterations: Positive = 10
     samples: Positive = 32
-    """N Monte Carlo samples of each point's posterior."""
+    """Monte Carlo samples N of the posterior of each data point."""
 
 
 class TrainSettings(Section):
-    """Meta-training by Eq. 9 with EM (Eq. 7) inside."""
+    """Meta-training: maximises Eq. 9, with EM (Eq. 7) in every step."""
 
     seed: NonNegative = 0
+    """Seed of initialisation, data order and Monte Carlo samples."""
     steps: NonNegative = 60_000
     batch: Positive = 4
-    """B, episodes per step over all workers."""
+    """Batch size B: episodes per step over all workers."""
     set_size: Positive = 200
-    """M, points per episode."""
+    """Data points M per episode."""
     samples: Positive = 32
-    """N, Monte Carlo samples per point, all used by EM and the KL term."""
+    """Monte Carlo samples N per data point, all used by EM and the KL term."""
     decode_samples: Positive = 1
-    """R <= N, samples that are decoded. The expectation of the objective does not depend on it where each sample is
-    decoded by itself: exactly so but for batch statistics of the decoder and the calibrated variance."""
+    """Decoded samples R <= N per data point. The expected objective does not depend on R, except through the batch
+    statistics of the decoder and the calibrated variance."""
     components: Positive = 5
-    """K."""
+    """Mixture components K."""
     em_iterations: Positive = 10
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
-    """Row 8: Adam's coupled form."""
+    """Weight decay in the coupled form of Adam [paper: 0, code: positive]."""
     objective_scale: Literal["sum", "mean"] = "sum"
-    """Row 11: sum or mean over the M points of an episode."""
+    """Objective [paper: sum, code: mean]: sum or mean over the M data points of an episode."""
     beta: PositiveFloat = 1.0
-    """Weight of the divergence from the prior (Higgins et al. 2017); 1: the lower bound of Eq. 9. A set of many classes
-    drawn at random has few clusters to speak of: below 1 the prior does not press it into K all the same."""
+    """Weight of the KL divergence (Higgins et al. 2017); 1 gives the lower bound of Eq. 9. A random set of many classes
+    has no clear clusters; values below 1 force it less strongly into K clusters."""
     denoise: bool = False
-    """The posterior sees a random view of each image (those of `pretrain.views`), and the image itself is reconstructed
-    (the denoising criterion of Im et al., AAAI 2017): what a view changes has no place in a latent."""
+    """Denoising criterion (Im et al., AAAI 2017): the posterior is computed from a random view of each image (see
+    `pretrain.views`), and the original image is reconstructed, so latents become invariant to the views."""
     start: Literal["random", "components"] = "random"
-    """Where meta-training on features begins: at random, or at their principal components, as a linear VAE would end
-    (`training.models.pca_init`)."""
+    """Initialisation of posterior and decoder in meta-training on features: `random`, or `components`: PCA of the
+    features, which is the optimum of a linear VAE (`training.models.pca_init`)."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: NonNegativeFloat = 0.0
-    """Largest gradient norm; 0 does not clip."""
+    """Gradient clipping: largest gradient norm; 0: no clipping."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Autocast of the networks; EM and the densities are float32 always. `auto`: bfloat16 where the device computes it
-    by instructions of its own, else float32 (elsewhere bfloat16 is emulated, many times slower)."""
+    """Autocast precision of the networks; EM and densities always use float32. `auto`: bfloat16 if the device has
+    instructions for it, else float32, because emulated bfloat16 is many times slower."""
     channels_last: bool = True
     compile: bool = False
     selection: Literal["last", "best"] = "last"
-    """Row 13: the last model, or the best validation accuracy per shot."""
+    """Model selection [paper: last, code: best]: the last model, or the best validation accuracy per shot."""
     checkpoint_every: Positive = 500
     log_every: Positive = 20
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
+    def _check_sizes(self) -> Self:
         if self.decode_samples > self.samples:
             raise ValueError(f"decode_samples ({self.decode_samples}) exceeds samples ({self.samples})")
         if self.components > self.set_size:
@@ -165,82 +166,91 @@ class TrainSettings(Section):
 
 
 class PretrainSettings(Section):
-    """Contrastive training of the encoder (SimCLR, Chen et al. 2020): before meta-training, or alone by
-    `metagmvae pretrain`; 0 steps: none."""
+    """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), before meta-training or encoder-only
+    (`metagmvae pretrain`)."""
 
     steps: NonNegative = 0
+    """Training steps; 0: no pre-training."""
     batch: Annotated[int, Field(ge=2)] = 256
-    """Images per step over all workers; each gives two views."""
+    """Batch size: images per step over all workers, with two views each."""
     views: Literal["auto", "strokes", "photographs"] = "auto"
-    """Distortions that make the views, those of `train.denoise` too: of strokes (affine, elastic, thickness), of
-    photographs (SimCLR's crops, flips and colours); `auto` goes by the channels, 1 or 3."""
+    """Augmentations for the views, also for `train.denoise`. `strokes`: affine, elastic, stroke width; `photographs`:
+    crops, flips and colours of SimCLR; `auto`: strokes for one channel, photographs for three."""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of a photograph that a view of it shows."""
+    """Smallest crop of a photograph, as a fraction of its area."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
-    """How far strokes are bent at most, in half widths. Weak bending learns faster, strong bending gets further."""
+    """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
+    distortion reaches a higher accuracy."""
     projector: tuple[Positive, ...] = ()
-    """Sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
+    """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: PositiveFloat = 0.2
+    """Temperature of the NT-Xent loss."""
     optimizer: Literal["adamw", "adam", "lars"] = "adamw"
     learning_rate: PositiveFloat = 3e-3
+    """Learning rate; the peak for `one-cycle`."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Decoupled for AdamW, coupled for Adam and LARS."""
+    """Weight decay: decoupled for AdamW, coupled for Adam and LARS."""
     schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
-    """`published-code`: row 7, from epoch 10 on a cosine over the epochs, 75 down and 75 up."""
+    """Learning rate schedule [paper: constant, code: published-code]. The latter: from epoch 10 a cosine
+    over epochs, 75 down and 75 up."""
 
 
 class ValidationSettings(Section):
-    """Labelled episodes judged during training, on validation classes only.
+    """Evaluation on labelled episodes of validation classes during training.
 
-    An encoder alone is judged by the nearest class mean on its features, by its nearest neighbours, and by a linear
-    probe."""
+    Encoder-only runs are evaluated by nearest class mean, nearest neighbours and a linear probe on the features."""
 
     every: NonNegative = 1_000
-    """Steps between validations; 0: never."""
+    """Steps between validations; 0: no validation."""
     episodes: Positive = 200
     way: Annotated[int, Field(ge=2)] = 5
+    """Classes K per episode."""
     shots: tuple[Positive, ...] = (1, 5)
+    """Support images S per class; each value is evaluated separately."""
     query: Positive = 15
+    """Query images Q per class."""
     seed: NonNegative = 1
     probes: bool = True
-    """Of an encoder alone: nearest neighbours (they need faiss) and a linear classifier."""
+    """Probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
 
 
 class RunSettings(Section):
-    """Where it runs."""
+    """Place and resources of the run."""
 
     out: str = "runs/omniglot-5way"
     engine: Literal["local", "ray"] = "local"
     workers: Positive = 1
-    """Data-parallel workers under Ray."""
+    """Data-parallel workers with Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Training device; `auto`: a GPU if there is one."""
     threads: NonNegative = 0
-    """Torch threads per worker; 0: torch's own choice (Ray: the CPUs of the worker)."""
+    """Torch threads per worker; 0: the default of torch (with Ray: the CPUs of the worker)."""
     cpus_per_worker: Positive = 1
     max_failures: NonNegative = 3
-    """Worker-group restarts that are tried before the run fails."""
+    """Restarts of the Ray workers before the run fails."""
     figures: bool = True
-    """Draw curves, reconstructions, modes and the latent map into the run folder at the end."""
+    """Figures in the run folder at the end: curves, reconstructions, mixture modes, latent map."""
     address: str = ""
-    """Ray cluster to join; empty: RAY_ADDRESS if set, else a cluster on this machine."""
+    """Address of a Ray cluster; empty: RAY_ADDRESS if set, else a new cluster on this machine."""
 
 
 class TrackingSettings(Section):
-    """MLflow."""
+    """Tracking with MLflow."""
 
     enabled: bool = True
     uri: str = ""
-    """Empty: MLFLOW_TRACKING_URI if set, else SQLite in `store`."""
+    """Tracking URI; empty: MLFLOW_TRACKING_URI if set, else a SQLite database in `store`."""
     store: str = "runs/mlflow"
-    """Folder of the default SQLite store and its artifacts."""
+    """Folder of the default SQLite database and its artifacts."""
     experiment: str = "metagmvae"
     register_as: str = ""
-    """Registered model name; empty: do not register. An encoder alone is registered as `NAME-encoder`."""
+    """Name of the registered model; empty: not registered. An encoder-only model is registered as `NAME-encoder`."""
     alias: str = "champion"
+    """Alias of the best version."""
 
 
 class Settings(Section):
-    """One run."""
+    """All settings of a run."""
 
     name: str = "run"
     data: DataSettings = DataSettings()
@@ -253,40 +263,37 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
-    def _features_need_all_images(self) -> Self:
+    def _check_features(self) -> Self:
         if self.model.reconstruct == "features" and self.data.reader == "stream":
             raise ValueError(
-                'data.reader ("stream") reads images once, and model.reconstruct ("features") encodes them all '
-                "before meta-training: set data.reader to mmap"
+                'data.reader ("stream") reads images sequentially, but model.reconstruct ("features") encodes all of '
+                "them before meta-training; set data.reader to mmap"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _views_are_of_images(self) -> Self:
         if self.train.denoise and self.model.reconstruct == "features":
             raise ValueError(
-                'train.denoise (true) distorts images, and model.reconstruct ("features") trains on features: set one '
-                "of them otherwise"
+                'train.denoise (true) augments images, but model.reconstruct ("features") trains on features; change '
+                "one of them"
             )
         return self
 
     @model_validator(mode="after")
-    def _components_have_a_place(self) -> Self:
+    def _check_pca_initialisation(self) -> Self:
         if self.train.start != "components":
             return self
-        model, why = self.model, 'and train.start is "components"'
+        model, reason = self.model, 'because train.start is "components"'
         if model.reconstruct != "features":
-            raise ValueError(f'model.reconstruct ("{model.reconstruct}") must be "features", {why}')
+            raise ValueError(f'model.reconstruct ("{model.reconstruct}") must be "features", {reason}')
         if model.layers and model.attention_block != "transformer":
-            raise ValueError(f'model.attention_block ("{model.attention_block}") must be "transformer", {why}')
-        if model.latent > min(model.width, LARGEST_START):
+            raise ValueError(f'model.attention_block ("{model.attention_block}") must be "transformer", {reason}')
+        if model.latent > min(model.width, MAX_PCA_LATENT):
             raise ValueError(
-                f"model.latent ({model.latent}) must be at most model.width ({model.width}) and {LARGEST_START}, {why}"
+                f"model.latent ({model.latent}) must be at most model.width ({model.width}) and {MAX_PCA_LATENT}, "
+                f"{reason}"
             )
         return self
 
     @model_validator(mode="after")
-    def _workers_divide_batches(self) -> Self:
+    def _check_workers(self) -> Self:
         for key, batch in (("train.batch", self.train.batch), ("pretrain.batch", self.pretrain.batch)):
             if self.run.engine == "ray" and batch % self.run.workers:
                 raise ValueError(f"{key} ({batch}) must be a multiple of run.workers ({self.run.workers})")
