@@ -163,7 +163,7 @@ def test_every_page_of_versions_and_models_is_read(tmp_path, monkeypatch):
         search = getattr(type(client), method)
         monkeypatch.setattr(type(client), method, partialmethod(search, max_results=2))
     monkeypatch.setattr(compare_versions, "_item", lambda store, version, ref: version.version)
-    assert compare_versions.version_items("models:/a") == ["1", "2", "3", "4", "5"]
+    assert compare_versions.version_items("models:/a") == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match=r"known: a, b, c$"):
         compare_versions.version_items("models:/nobody")
 

@@ -155,7 +155,7 @@ def test_the_first_one_becomes_champion_and_says_so(store, ask):
 
 def test_a_margin_that_is_none_is_refused_where_nothing_is_to_be_beaten_too(store, ask):
     error = ask("models:/glyphs/2", "--alias", "candidate", "--margin", "5", code=2)["error"]
-    assert "--margin is 5.0" in error
+    assert "--margin 5.0: must be" in error
     assert champion(store, "candidate") is None
 
 
@@ -247,11 +247,11 @@ WRONG = [
     (["runs:/abc"], "give models:/NAME/VERSION, or the run's folder"),
     (["nowhere"], "not a run folder"),
     (["models:/glyphs/2", "--name", "x"], "--name x: is for a run folder"),
-    (["models:/glyphs/2", "--margin", "-1"], "--margin is -1.0"),
-    (["models:/glyphs/2", "--split", "exam"], "no split 'exam'; it has"),
-    (["models:/glyphs/2", "--way", "50"], "50 ways were asked for and there are 6 classes"),
-    (["models:/glyphs/2", "--shot", "99"], "99 shots and 5 queries need 104 images"),
-    (["models:/glyphs/2", "--episodes", "3"], "an interval needs 30 episodes at least"),
+    (["models:/glyphs/2", "--margin", "-1"], "--margin -1.0: must be"),
+    (["models:/glyphs/2", "--split", "exam"], "no split 'exam'; choose one of"),
+    (["models:/glyphs/2", "--way", "50"], "way 50 exceeds the 6 classes"),
+    (["models:/glyphs/2", "--shot", "99"], "shot 99 and query 5 need 104 images"),
+    (["models:/glyphs/2", "--episodes", "3"], "a confidence interval needs at least 30"),
     (["models:/glyphs/2", "--rollback"], "--rollback takes models:/NAME@ALIAS"),
     (["models:/glyphs@nobody", "--rollback"], "no such version; versions of glyphs"),
 ]
@@ -272,8 +272,8 @@ def test_data_that_is_gone_or_other_is_refused(store, ask, tmp_path):
     other = tmp_path / "other"
     write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), other)
     error = ask("models:/glyphs/2", code=2, uri=other)["error"]
-    assert "models:/glyphs/2 was trained on other data" in error
-    assert "name its own with --data, or say --other-data" in error
+    assert "models:/glyphs/2 was trained on another dataset" in error
+    assert "give its own dataset with --data, or use --other-data" in error
     answer = ask("models:/glyphs/2", "--other-data", uri=other)
     assert [warning.split(" was ")[0] for warning in answer["warnings"]] == ["models:/glyphs/2", "models:/glyphs/1"]
 
@@ -300,4 +300,4 @@ def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask
     assert (won["decision"], won["tasks"][0]["verdict"]) == ("promoted", "better")
     assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
     error = ask(sharp, "--name", "glyphs", code=2)["error"]
-    assert f"{sharp} and models:/glyphs/1: one is an encoder alone, the other a whole model" in error
+    assert f"{sharp} and models:/glyphs/1: one is an encoder, the other a Meta-GMVAE" in error
