@@ -7,6 +7,7 @@ import pytest
 from metagmvae.evaluation.comparison import readme
 from metagmvae.evaluation.comparison.readme import PAGES, render_tables, write_pages
 from metagmvae.evaluation.comparison.record_tables import BENCHES
+from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -81,17 +82,18 @@ def test_wrong_markers_are_errors(page, message):
         render_tables(page, RESULTS)
 
 
-def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monkeypatch):
+def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monkeypatch, capsys):
     module = tmp_path / "evaluation" / "comparison" / "readme.py"
     monkeypatch.setattr(readme, "__file__", str(module))
-    with pytest.raises(DataError, match="not a source checkout"):
-        write_pages()
+    assert main(["table", "--write"]) == 2
+    assert "not a source checkout; run `make docs`" in capsys.readouterr().err
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results").symlink_to(RESULTS)
     (tmp_path / "README.md").write_text("<!-- bench:step -->\n<!-- /bench -->")
     monkeypatch.setattr(readme, "PAGES", ("README.md", "missing/README.md"))
-    assert write_pages() == ["README.md"]
+    assert main(["table", "--write"]) == 0
+    assert capsys.readouterr().out == "changed: README.md\n"
     assert "| R=1 | 0.99 |" in (tmp_path / "README.md").read_text()
     assert write_pages() == []
     (tmp_path / "README.md").write_text("<!-- bench:step -->")
