@@ -29,10 +29,10 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """The data set and its reader."""
+    """The dataset and its reader."""
 
     uri: str = "data/omniglot"
-    """Data set: folder or prefix (`s3://…`) with `dataset.json`."""
+    """Dataset: folder or prefix (`s3://…`) with `dataset.json`."""
     train_split: str = "train"
     validation_split: str = "validation"
     reader: Literal["auto", "memory", "mmap", "device", "stream"] = "auto"
@@ -50,7 +50,7 @@ class ModelSettings(Section):
 
     encoder: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "conv4"
     """Encoder: `conv4` (Table 3), `conv5` (Table 6), or the name of a classification network of torchvision, which is
-    used without its last layer. If the data set contains features, the encoder is the one that computed them."""
+    used without its last layer. If the dataset contains features, the encoder is the one that computed them."""
     image_size: NonNegative = 0
     """Image size: side to which images are resized before the encoder, in pixels; 0: as stored."""
     rectified: bool = True

@@ -31,7 +31,7 @@ NOT_SEARCHABLE = {
     "name": "it has no effect on the result",
     "run": "it only sets where a run takes place",
     "tracking": "it only sets where a run is recorded",
-    "data": "trials on different data cannot be compared; start one sweep for each data set",
+    "data": "trials on different data cannot be compared; start one sweep for each dataset",
     "validation": "trials evaluated on different episodes cannot be compared",
 }
 """Sections that a sweep cannot vary, and the reason."""

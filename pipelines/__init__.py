@@ -1,1 +1,1 @@
-"""Making data sets and reading them."""
+"""Making datasets and reading them."""

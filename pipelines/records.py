@@ -26,7 +26,7 @@ class ImageRecord:
     class_name: str
     """Empty if the source has no classes."""
     load: Callable[[], np.ndarray]
-    """Decodes the image: uint8, (C, H, W), in the size of the data set."""
+    """Decodes the image: uint8, (C, H, W), in the size of the dataset."""
 
 
 class Rows(Protocol):

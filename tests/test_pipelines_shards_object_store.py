@@ -1,4 +1,4 @@
-"""Data sets in an object store, on a real S3 server."""
+"""Datasets in an object store, on a real S3 server."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def cached(tmp_path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_remote_data_set_equals_the_local_one_and_only_requested_splits_are_copied(local, uri, tmp_path):
+def test_a_remote_dataset_equals_the_local_one_and_only_requested_splits_are_copied(local, uri, tmp_path):
     original, remote = Dataset.open(local), Dataset.open(uri)
     assert remote.fingerprint == original.fingerprint
     assert cached(tmp_path) == {"dataset.json"}
@@ -84,7 +84,7 @@ def test_an_altered_shard_is_refused_and_not_kept(local, uri, tmp_path):
     assert main(["verify", uri]) == 1
 
 
-def test_publish_continues_an_interrupted_upload_and_refuses_another_data_set(local, uri, tmp_path, monkeypatch):
+def test_publish_continues_an_interrupted_upload_and_refuses_another_dataset(local, uri, tmp_path, monkeypatch):
     sent = []
     real = RemotePrefix.put
     monkeypatch.setattr(RemotePrefix, "put", lambda self, path, name: (sent.append(name), real(self, path, name)))
@@ -100,7 +100,7 @@ def test_publish_continues_an_interrupted_upload_and_refuses_another_data_set(lo
     assert sent == []
     other = tmp_path / "other"
     write_dataset(open_source("glyphs", classes=(3, 3, 3), drawings=10), other)
-    with pytest.raises(DataError, match="contains another data set"):
+    with pytest.raises(DataError, match="contains another dataset"):
         publish(other, uri)
 
 
@@ -126,7 +126,7 @@ def test_prepare_train_and_verify_by_uri(tmp_path, capsys):
         ("nonsense://x/y", r"not an address of an object store"),
     ],
 )
-def test_addresses_without_a_data_set(address, reason, tmp_path):
+def test_addresses_without_a_dataset(address, reason, tmp_path):
     with pytest.raises(DataError, match=reason) as caught:
         Dataset.open(address)
     assert "\n" not in str(caught.value)

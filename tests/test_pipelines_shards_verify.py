@@ -36,7 +36,7 @@ def edit(root, change) -> None:
     (root / "dataset.json").write_text(json.dumps(manifest))
 
 
-def test_an_intact_data_set_has_no_problems_and_all_files_are_compared(data):
+def test_an_intact_dataset_has_no_problems_and_all_files_are_compared(data):
     progress = []
     assert verify_dataset(data, lambda done, total: progress.append((done, total))) == []
     files = len(list(data.rglob("*.tar"))) + len(list(data.rglob("*.parquet")))
@@ -78,7 +78,7 @@ def test_a_wrong_index_whose_sha256_is_in_the_manifest(data):
     assert "6 classes, but 99 in the manifest" in details[2]
 
 
-def test_an_unfinished_data_set(data):
+def test_an_unfinished_dataset(data):
     (data / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"no dataset\.json"):
         verify_dataset(data)

@@ -1,4 +1,4 @@
-"""Writer, index and readers of a data set on disk."""
+"""Writer, index and readers of a dataset on disk."""
 
 import gc
 import shutil
@@ -185,11 +185,11 @@ def test_writing_continues_after_a_full_disk(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_finished_data_set_is_not_written_again_and_another_is_refused(tmp_path, monkeypatch):
+def test_a_finished_dataset_is_not_written_again_and_another_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "d")
     monkeypatch.setattr(writer, "write_shard", None)
     assert write(tmp_path / "d")["name"] == "fake"
-    with pytest.raises(DataError, match="contains another data set"):
+    with pytest.raises(DataError, match="contains another dataset"):
         write(tmp_path / "d", seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("dear reader")
@@ -241,7 +241,7 @@ def test_the_error_names_a_damaged_shard(tmp_path, damage):
         Dataset.open(tmp_path / "d").images("train")
 
 
-def test_missing_data_set_split_and_index(tmp_path):
+def test_missing_dataset_split_and_index(tmp_path):
     with pytest.raises(DataError, match=r"no dataset.json there"):
         Dataset.open(tmp_path)
     write(tmp_path / "d")

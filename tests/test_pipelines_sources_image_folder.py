@@ -67,7 +67,7 @@ def test_several_folders_are_classes_named_by_their_paths(tmp_path):
     assert unlabelled.fingerprint != source.fingerprint
 
 
-def test_a_zip_file_with_one_common_folder_is_the_same_data_set(tmp_path):
+def test_a_zip_file_with_one_common_folder_is_the_same_dataset(tmp_path):
     root = tree(tmp_path / "pictures", ["cat/1.png", "dog/1.png"])
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for path in root.rglob("*.png"):

@@ -1,4 +1,4 @@
-"""Omniglot: layouts, splits and rotations, on a small data set of the same form and on the real archives."""
+"""Omniglot: layouts, splits and rotations, on a small dataset of the same form and on the real archives."""
 
 import csv
 import io
@@ -65,7 +65,7 @@ def everything(source):
     }
 
 
-def test_zip_files_and_folders_are_the_same_data_set(folder, tmp_path):
+def test_zip_files_and_folders_are_the_same_dataset(folder, tmp_path):
     first = open_source("omniglot", str(folder))
     wrapped = tmp_path / "wrapped"
     zipped(folder, tmp_path / "zips")

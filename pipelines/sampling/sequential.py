@@ -105,9 +105,9 @@ class StreamedImages:
         except DataError:
             raise
         except Exception as error:  # webdataset passes on all exceptions of tarfile and NumPy
-            raise DataError(f"{self.dataset.uri}: {name} is damaged ({error}); write the data set again") from error
+            raise DataError(f"{self.dataset.uri}: {name} is damaged ({error}); write the dataset again") from error
         if count != shard["rows"]:
-            raise DataError(f"{self.dataset.uri}: {name} has {count} of {shard['rows']} rows; write the data set again")
+            raise DataError(f"{self.dataset.uri}: {name} has {count} of {shard['rows']} rows; write the dataset again")
 
 
 class _RowStream(Stream):

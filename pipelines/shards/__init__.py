@@ -1,1 +1,1 @@
-"""The data set on disk or in an object store: shards, index, manifest."""
+"""The dataset on disk or in an object store: shards, index, manifest."""

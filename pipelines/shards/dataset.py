@@ -1,4 +1,4 @@
-"""Reads a data set: images or features by row for training, labels and index for evaluation.
+"""Reads a dataset: images or features by row for training, labels and index for evaluation.
 
 There are two exact readers: `memory` reads a split into one array, and `mmap` maps the tar files into memory. A third,
 approximate one is `stream` (`pipelines.sampling.sequential`), for data that do not fit on the local disk. No reader
@@ -50,7 +50,7 @@ class MappedRows:
 
 
 class Dataset:
-    """An open data set; `pipelines/README.md` describes its files.
+    """An open dataset; `pipelines/README.md` describes its files.
 
     >>> import metagmvae
     >>> data = metagmvae.Dataset.open("data/glyphs")         # or s3://bucket/prefix
@@ -79,12 +79,12 @@ class Dataset:
 
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:
-        """Open the data set in a folder or under a prefix (`s3://bucket/prefix`).
+        """Open the dataset in a folder or under a prefix (`s3://bucket/prefix`).
 
-        A remote data set is copied to this machine, each split when it is requested (`pipelines.shards.object_store`).
+        A remote dataset is copied to this machine, each split when it is requested (`pipelines.shards.object_store`).
 
         Raises:
-            DataError: no data set exists there, it is unfinished, or it has another schema version.
+            DataError: no dataset exists there, it is unfinished, or it has another schema version.
         """
         if is_remote(uri):
             folder, remote = open_copy(str(uri))
@@ -93,7 +93,7 @@ class Dataset:
         if not (root / MANIFEST).is_file():
             if (root / PLAN).exists():
                 raise DataError(f"{root}: not finished; run the same `metagmvae prepare` again to finish it")
-            raise DataError(f"{root}: no {MANIFEST} there; write a data set with `metagmvae prepare`")
+            raise DataError(f"{root}: no {MANIFEST} there; write a dataset with `metagmvae prepare`")
         return cls(root, read_manifest(root / MANIFEST))
 
     def split(self, name: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Dataset:
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
         path = self._local_path(f"{split}/{shard['name']}", shard["sha256"])
-        remedy = "`metagmvae verify` lists all damaged files; write the data set again"
+        remedy = "`metagmvae verify` lists all damaged files; write the dataset again"
         if not path.is_file():
             raise DataError(f"{path}: shard is missing; {remedy}")
         if path.stat().st_size != shard["bytes"]:
@@ -158,24 +158,24 @@ class Dataset:
         """Images of a split; see `rows`.
 
         Raises:
-            DataError: the data set contains features, or a shard is damaged.
+            DataError: the dataset contains features, or a shard is damaged.
         """
         if self.kind != "images":
-            raise DataError(f"{self.uri}: contains features, but images are needed; use the data set of the images")
+            raise DataError(f"{self.uri}: contains features, but images are needed; use the dataset of the images")
         return self.rows(split, reader, memory_limit_mb)
 
     def attachment(self, name: str) -> Path:
-        """Local path of an additional file of the data set (the encoder of features).
+        """Local path of an additional file of the dataset (the encoder of features).
 
         Raises:
             DataError: it does not exist or was altered.
         """
         attachments = self.manifest.get("attachments", {})
         if name not in attachments:
-            raise DataError(f"{self.uri}: has no {name}; write the data set again")
+            raise DataError(f"{self.uri}: has no {name}; write the dataset again")
         path = self._local_path(name, attachments[name]["sha256"])
         if not path.is_file() or sha256_file(path) != attachments[name]["sha256"]:
-            raise DataError(f"{path}: missing or altered (sha256 differs); write the data set again")
+            raise DataError(f"{path}: missing or altered (sha256 differs); write the dataset again")
         return path
 
     def index(self, split: str) -> pa.Table:
@@ -184,7 +184,7 @@ class Dataset:
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file of the data set as a stream of bytes, without a local copy.
+        """Open a file of the dataset as a stream of bytes, without a local copy.
 
         Raises:
             DataError: the file is missing.

@@ -1,4 +1,4 @@
-"""Data set of features: one row for each image of a data set of images, in the same order.
+"""Dataset of features: one row for each image of a dataset of images, in the same order.
 
 The encoder is passed in as a function. Its files are stored with the features (attachments), so that a model which is
 trained on the features can later be applied to images.
@@ -26,7 +26,7 @@ class FeatureSource:
     """`RowSource` of features, which are computed block by block in the process that writes them."""
 
     uri: str
-    """Data set of images."""
+    """Dataset of images."""
     splits: dict[str, Sequence[ImageRecord]]
     encode: Callable[[np.ndarray], np.ndarray]
     """uint8 images (n, C, H, W) -> float32 features (n, F); picklable."""
@@ -104,21 +104,21 @@ def open_features(
     attachments: dict[str, Path] | None = None,
     dtype: str = "float16",
 ) -> FeatureSource:
-    """Features of all splits of a data set of images, to be written by `write_dataset`.
+    """Features of all splits of a dataset of images, to be written by `write_dataset`.
 
     Args:
-        dataset: data set of images.
+        dataset: dataset of images.
         encode: uint8 (n, C, H, W) -> float32 (n, F); picklable, because it is sent to workers.
         feature_size: F.
         encoder: entry `encoder` of the manifest, with at least `sha256`.
-        attachments: additional files, by their name in the data set.
+        attachments: additional files, by their name in the dataset.
         dtype: type of the stored features, float16 or float32.
 
     Raises:
-        DataError: the data set contains features, or `dtype` is not supported.
+        DataError: the dataset contains features, or `dtype` is not supported.
     """
     if dataset.kind != "images":
-        raise DataError(f"{dataset.uri}: contains features; use the data set of the images")
+        raise DataError(f"{dataset.uri}: contains features; use the dataset of the images")
     if dtype not in DTYPES["features"]:
         raise DataError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES['features'])}")
     splits: dict[str, Sequence[ImageRecord]] = {

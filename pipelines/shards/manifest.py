@@ -1,4 +1,4 @@
-"""`dataset.json`, the manifest of a data set. It may be untrusted, so all names and types are checked."""
+"""`dataset.json`, the manifest of a dataset. It may be untrusted, so all names and types are checked."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 INDEX = "index.parquet"
 DTYPES = {"images": ("uint8",), "features": ("float16", "float32")}
-REMEDY = "write the data set again"
+REMEDY = "write the dataset again"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# No name can lead out of the folder of the data set.
+# No name can lead out of the folder of the dataset.
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
 SplitName = Annotated[str, Field(pattern=r"^[\w-]+$")]
 AttachmentName = Annotated[str, Field(pattern=r"^encoder/[\w-]+(\.[\w-]+)+$")]
@@ -78,7 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path}: not a data set of schema version {SCHEMA_VERSION}; {REMEDY}")
+        raise DataError(f"{path}: not a dataset of schema version {SCHEMA_VERSION}; {REMEDY}")
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Data sets in object stores (`s3://bucket/prefix`), through the file systems of Apache Arrow.
+"""Datasets in object stores (`s3://bucket/prefix`), through the file systems of Apache Arrow.
 
 Reading makes a copy on this machine: `dataset.json` at once, the files of a split when the split is requested. The
 sha256 of every file is compared with the manifest during the download. Credentials, region and endpoint come from the
@@ -43,7 +43,7 @@ def cache_root() -> Path:
 
 
 class RemotePrefix:
-    """The files of a data set under a prefix of an object store.
+    """The files of a dataset under a prefix of an object store.
 
     All methods raise DataError with one line if the store refuses a request or cannot be reached.
     """
@@ -120,9 +120,9 @@ def _first_line(error: Exception) -> str:
 
 
 def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
-    """Download the manifest of a remote data set; return the folder of the copy and the remote prefix.
+    """Download the manifest of a remote dataset; return the folder of the copy and the remote prefix.
 
-    The folder is named by the sha256 of the manifest, so another data set under the same prefix gets another folder.
+    The folder is named by the sha256 of the manifest, so another dataset under the same prefix gets another folder.
     """
     remote = RemotePrefix(uri)
     manifest = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
@@ -152,12 +152,12 @@ def temporary_copy(uri: str) -> Iterator[Path]:
 
 
 def publish(folder: Path, uri: str) -> dict[str, Any]:
-    """Upload a finished data set, `dataset.json` last; return its manifest.
+    """Upload a finished dataset, `dataset.json` last; return its manifest.
 
     Files that already have the right size in the store are skipped, so an interrupted upload can be continued.
 
     Raises:
-        DataError: the prefix contains another data set, or the store refuses a request.
+        DataError: the prefix contains another dataset, or the store refuses a request.
     """
     manifest = read_manifest(folder / MANIFEST)
     remote = RemotePrefix(uri)
@@ -166,7 +166,7 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
         with remote.open(MANIFEST) as file:
             if file.read() == (folder / MANIFEST).read_bytes():
                 return manifest
-        raise DataError(f"{uri}: contains another data set; choose another prefix")
+        raise DataError(f"{uri}: contains another dataset; choose another prefix")
     for name, _, _ in dataset_files(manifest):
         if stored.get(name) != (folder / name).stat().st_size:
             remote.put(folder / name, name)

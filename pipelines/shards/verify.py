@@ -1,4 +1,4 @@
-"""Compares the files of a data set with its manifest (`metagmvae verify`)."""
+"""Compares the files of a dataset with its manifest (`metagmvae verify`)."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished"
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a data set."""
+    """One problem of a dataset."""
 
     kind: ProblemKind
     path: str
-    """Path relative to the folder of the data set."""
+    """Path relative to the folder of the dataset."""
     detail: str
 
 
 def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None) -> list[Problem]:
-    """Compare every file of a data set with its manifest; an intact data set has no problems.
+    """Compare every file of a dataset with its manifest; an intact dataset has no problems.
 
     Kinds of problems: `missing`: a file of the manifest does not exist. `truncated`: its size differs. `altered`: its
     sha256 differs. `foreign`: a file is not in the manifest. `unfinished`: the writer was stopped. `inconsistent`:
     manifest, index and shards contradict each other although every file has the right sha256.
 
     Args:
-        root: folder of the data set.
+        root: folder of the dataset.
         on_progress: called with (files compared, all files).
 
     Raises:
-        DataError: there is no data set, or its manifest is damaged.
+        DataError: there is no dataset, or its manifest is damaged.
     """
     root = Path(root)
     if not (root / MANIFEST).is_file():
         if (root / PLAN).exists():
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
-        raise DataError(f"{root}: no {MANIFEST} there; give the folder of a data set")
+        raise DataError(f"{root}: no {MANIFEST} there; give the folder of a dataset")
     manifest = read_manifest(root / MANIFEST)
     total = sum(1 for _ in dataset_files(manifest))
     problems, done = list(_foreign(root, manifest)), 0
@@ -85,7 +85,7 @@ def _foreign(root: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name not in known:
-            yield Problem("foreign", name, "not a file of the data set; move it elsewhere")
+            yield Problem("foreign", name, "not a file of the dataset; move it elsewhere")
 
 
 def _inconsistent(root: Path, split: str, part: Mapping[str, Any]) -> Iterator[Problem]:

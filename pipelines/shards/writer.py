@@ -1,4 +1,4 @@
-"""Writes a data set: WebDataset tar files of blocks of rows, an index per split, and at the end `dataset.json`.
+"""Writes a dataset: WebDataset tar files of blocks of rows, an index per split, and at the end `dataset.json`.
 
 The same source and settings give the same bytes for any number of workers: a shard depends on its rows alone, not on
 time or machine. The rows of a split are stored in a seeded random order, so M consecutive rows are a random unlabelled
@@ -25,7 +25,7 @@ from metagmvae.pipelines.shards.index import write_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 
 PLAN = ".writing.json"
-"""Source and settings of an unfinished data set; deleted when `dataset.json` has been written."""
+"""Source and settings of an unfinished dataset; deleted when `dataset.json` has been written."""
 
 
 class RowSource(Protocol):
@@ -33,7 +33,7 @@ class RowSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the data set."""
+        """Name of the dataset."""
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class RowSource(Protocol):
 
     @property
     def attachments(self) -> dict[str, Path]:
-        """Additional files, by their name in the data set."""
+        """Additional files, by their name in the dataset."""
 
     @property
     def permuted(self) -> bool:
@@ -77,14 +77,14 @@ def write_dataset(
     map_tasks: MapTasks | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Write a data set; return its manifest.
+    """Write a dataset; return its manifest.
 
-    Nothing is written if the folder already contains the same data set. If an earlier process was killed while writing
+    Nothing is written if the folder already contains the same dataset. If an earlier process was killed while writing
     it, only the missing shards are written; the result is the same.
 
     Args:
         source: images or features by split.
-        out: folder of the data set.
+        out: folder of the dataset.
         seed: seed of the permutation of the rows.
         block: rows per `.npy` member.
         shard_rows: rows per tar file.
@@ -135,7 +135,7 @@ def write_dataset(
 
 
 def _prepare_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Create the folder with the plan, or check an existing one; return the manifest if the data set is finished."""
+    """Create the folder with the plan, or check an existing one; return the manifest if the dataset is finished."""
     if (out / MANIFEST).exists():
         manifest = read_json(out / MANIFEST)
         existing = {
@@ -144,15 +144,15 @@ def _prepare_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
             "schema_version": manifest.get("schema_version"),
         }
         if existing != plan:
-            raise DataError(f"{out}: contains another data set ({manifest.get('name')}); choose another --out")
+            raise DataError(f"{out}: contains another dataset ({manifest.get('name')}); choose another --out")
         return manifest
     if (out / PLAN).exists():
         if read_json(out / PLAN) != plan:
-            raise DataError(f"{out}: contains an unfinished data set with other settings; remove it first")
+            raise DataError(f"{out}: contains an unfinished dataset with other settings; remove it first")
         _remove_temporary_files(out)
         return None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: not empty and not a data set; choose a new or empty folder for --out")
+        raise DataError(f"{out}: not empty and not a dataset; choose a new or empty folder for --out")
     write_json(out / PLAN, plan)
     return None
 
@@ -164,7 +164,7 @@ def _remove_temporary_files(out: Path) -> None:
 
 
 def _remove_empty_dataset(out: Path) -> None:
-    """Remove the plan and the empty folders of a data set without a finished shard."""
+    """Remove the plan and the empty folders of a dataset without a finished shard."""
     (out / PLAN).unlink(missing_ok=True)
     for folder in [*(path for path in out.glob("*") if path.is_dir()), out]:
         with suppress(OSError):  # not empty, or in use
@@ -178,7 +178,7 @@ def _storage_order(source: RowSource, split: str, seed: int) -> np.ndarray:
 
 
 def _attach(source: RowSource, out: Path) -> dict[str, Any]:
-    """Copy the additional files of a data set; return their part of the manifest."""
+    """Copy the additional files of a dataset; return their part of the manifest."""
     entries = {}
     for name, path in source.attachments.items():
         with atomic_file(out / name) as file, open(path, "rb") as content:
@@ -246,7 +246,7 @@ def shard_blocks(path: str | Path) -> list[tuple[int, tuple[int, ...], str]]:
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not a readable shard ({error}); write the data set again") from error
+        raise DataError(f"{path}: not a readable shard ({error}); write the dataset again") from error
     return blocks
 
 
