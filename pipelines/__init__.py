@@ -1,1 +1,1 @@
-"""Making datasets and reading them."""
+"""Writing and reading datasets."""

@@ -130,8 +130,8 @@ def test_a_member_is_not_unpacked_beyond_its_stated_size(tmp_path):
 
 
 def test_a_truncated_zip_file_is_refused_at_every_length(tmp_path):
-    whole = make_zip(tmp_path / "whole.zip", [("a.png", os.urandom(200)), ("b.png", os.urandom(200))])
-    with open(whole, "rb") as file:
+    complete = make_zip(tmp_path / "whole.zip", [("a.png", os.urandom(200)), ("b.png", os.urandom(200))])
+    with open(complete, "rb") as file:
         data = file.read()
     path = tmp_path / "cut.zip"
     for length in range(0, len(data) - 1, 7):

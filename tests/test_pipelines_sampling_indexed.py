@@ -20,8 +20,8 @@ def sets(**options):
 
 
 def test_ranks_together_get_the_episodes_of_one_process():
-    whole, ranks = sets(), [sets(rank=r, world=2) for r in range(2)]
-    for step, batch in enumerate(whole):
+    complete, ranks = sets(), [sets(rank=r, world=2) for r in range(2)]
+    for step, batch in enumerate(complete):
         assert batch.step == step
         assert batch.images.shape == (4, 6, 1, 1, 1)
         joined = {int(e): x for rank in ranks for e, x in zip(rank[step].episodes, rank[step].images, strict=True)}

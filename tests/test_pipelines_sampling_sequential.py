@@ -53,11 +53,11 @@ def test_every_row_occurs_once_per_epoch_in_a_new_order(images, folder):
 
 @pytest.mark.parametrize(("kind", "more"), [(StreamedImageBatches, {}), (StreamedSets, {"set_size": 5})])
 def test_a_stream_can_start_at_any_step_of_any_epoch(images, kind, more):
-    whole = batches(images, kind, **more)
+    complete = batches(images, kind, **more)
     for start in (3, 38):
         tail = batches(images, kind, start_step=start, **more)
         assert len(tail) == 40 - start
-        for late, early in zip(tail, whole[start:], strict=True):
+        for late, early in zip(tail, complete[start:], strict=True):
             late, early = (b.images if kind is StreamedSets else b[0] for b in (late, early))
             np.testing.assert_array_equal(late, early)
     assert not np.array_equal(batches(images, seed=2)[0][0], batches(images)[0][0])
@@ -96,9 +96,9 @@ def test_labels_are_not_read(folder, images, monkeypatch):
 def test_the_error_names_a_damaged_shard(tmp_path):
     write_dataset(open_source("glyphs", classes=(4, 3, 3), drawings=15), tmp_path / "d", block=8, shard_rows=20)
     shard = tmp_path / "d" / "train" / "shard-000001.tar"
-    whole = shard.read_bytes()
+    complete = shard.read_bytes()
     images = StreamedImages(Dataset.open(tmp_path / "d"), "train", 16)
-    shard.write_bytes(whole[: len(whole) // 2])
+    shard.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(DataError, match=r"train/shard-000001\.tar (is damaged|has)"):
         batches(images)
     shard.unlink()

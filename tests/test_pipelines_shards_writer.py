@@ -112,8 +112,8 @@ def test_temporary_files_of_a_killed_worker_are_removed(tmp_path):
             yield function(*task)
 
     write(tmp_path / "out", map_tasks=lose_worker)
-    write(tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    write(tmp_path / "uninterrupted")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
 LIMITED_FILE_SIZE = """
@@ -181,8 +181,8 @@ def test_writing_continues_after_a_full_disk(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "dataset.json").exists()
     monkeypatch.undo()
     write(tmp_path / "out")
-    write(tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    write(tmp_path / "uninterrupted")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
 def test_a_finished_dataset_is_not_written_again_and_another_is_refused(tmp_path, monkeypatch):

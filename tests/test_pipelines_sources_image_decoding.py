@@ -118,8 +118,8 @@ def assert_refused(data, *words):
 def test_files_that_are_not_images_are_refused(monkeypatch):
     assert_refused(b"", "broken image")
     assert_refused(b"hello", "unknown image format")
-    whole = encoded(Image.effect_noise((64, 64), 60))
-    assert_refused(whole[: len(whole) // 2], "broken image")
+    complete = encoded(Image.effect_noise((64, 64), 60))
+    assert_refused(complete[: len(complete) // 2], "broken image")
     assert_refused(encoded(flat("F", 0.5), "TIFF"), "floating-point")
     assert_refused(encoded(flat("I", 70_000), "TIFF"), "exceed 16 bits")
     assert_refused(b"P5\n0 0\n255\n", "cat/1.png")

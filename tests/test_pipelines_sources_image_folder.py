@@ -148,9 +148,9 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_broken_images_are_skipped_and_listed_up_to_max_broken(tmp_path):
-    whole = png(size=(40, 40))
+    complete = png(size=(40, 40))
     files = {f"cat/{number}.png": png() for number in range(17)}
-    files |= {"cat/zero.png": b"", "cat/text.png": b"hello", "cat/cut.png": whole[:-30], "dog/1.png": png()}
+    files |= {"cat/zero.png": b"", "cat/text.png": b"hello", "cat/cut.png": complete[:-30], "dog/1.png": png()}
     root = tree(tmp_path, files)
     assert_refused(root, "3 of 21 images cannot be decoded, more than max_broken = 0.01", "cat/cut.png: broken image")
     source = open_source("folder", str(root), max_broken=0.2)

@@ -234,9 +234,9 @@ def test_only_arrays_strings_and_numbers_are_read(tmp_path):
     assert "class_dict is not a dict" in error({"image_data": images, "class_dict": [1]})
     assert "rows of class n01 are not integers below 2" in error({"image_data": images, "class_dict": {"n01": [2]}})
     assert "is not a class name" in error({"image_data": images, "class_dict": {"../n01": [0]}})
-    whole = pickle.dumps({"image_data": images, "class_dict": {"n01": [0, 1]}}, protocol=2)
-    for length in range(0, len(whole), 7):
-        error(whole[:length])
+    complete = pickle.dumps({"image_data": images, "class_dict": {"n01": [0, 1]}}, protocol=2)
+    for length in range(0, len(complete), 7):
+        error(complete[:length])
     assert "no such file" in error(b"").lower() or "refused or not readable" in error(b"")
     array, u1 = b"cnumpy.core.multiarray\n_reconstruct\n(tR", b"cnumpy\ndtype\n(S'u1'\ntR"
     states = {
