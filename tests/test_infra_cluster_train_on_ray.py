@@ -13,7 +13,10 @@ import torch
 from command_words import TINY, set_words
 from driver_processes import end, kill_all, processes_of
 
+from metagmvae.configs.load import SettingsError
+from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cluster.connect import cluster
+from metagmvae.infra.cluster.train_on_ray import _use_gpu
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
 from metagmvae.training.trainer.checkpoint import load_state
 
@@ -152,6 +155,27 @@ def test_start_timeout_names_a_remedy(monkeypatch):
         cluster("", 1),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("cpu", 8, False),
+        ("auto", 0, False),
+        ("auto", 2, True),
+        ("cuda", 2, True),
+        ("auto", 1, "the Ray cluster has 1 GPUs"),
+        ("cuda", 0, "the Ray cluster has 0 GPUs"),
+    ],
+)
+def test_workers_get_gpus_of_the_cluster_not_of_the_driver(monkeypatch, device, gpus, expected):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(gpus)} if gpus else {})
+    settings = Settings(run=RunSettings(engine="ray", workers=2, device=device))
+    if isinstance(expected, bool):
+        assert _use_gpu(settings) is expected
+    else:
+        with pytest.raises(SettingsError, match=expected):
+            _use_gpu(settings)
 
 
 @pytest.mark.parametrize(

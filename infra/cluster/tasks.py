@@ -17,17 +17,17 @@ MAX_RETRIES = 3
 
 
 @contextmanager
-def ray_map(workers: int, address: str = "", gpus: int = 0) -> Iterator[MapTasks]:
+def ray_map(workers: int, address: str = "", *, gpu: bool = False) -> Iterator[MapTasks]:
     """Yield a function that runs a function over argument tuples as Ray tasks, `workers` of them at the same time.
 
-    Each task reserves one CPU and `gpus` GPUs. The first argument (the source), which is the same object in all
+    Each task reserves one CPU. The first argument (the source), which is the same object in all
     tuples, is sent to the object store once. The task of a lost worker is run again. An error that the function
     raises is raised here unchanged, after the running tasks have ended.
 
     Args:
         workers: number of tasks at the same time.
         address: Ray cluster, see `metagmvae.infra.cluster.connect.cluster`.
-        gpus: GPUs per task.
+        gpu: whether each task also reserves a GPU, if the cluster has any.
 
     Raises:
         SettingsError: the cluster cannot be reached, or has fewer CPUs than workers.
@@ -36,6 +36,7 @@ def ray_map(workers: int, address: str = "", gpus: int = 0) -> Iterator[MapTasks
     if workers < 1:
         raise DataError(f"--workers is {workers}; give 1 or more")
     with cluster(address, workers):
+        gpus = int(gpu and ray.cluster_resources().get("GPU", 0) >= 1)
         yield lambda function, tasks: _results(function, tasks, workers, gpus)
 
 

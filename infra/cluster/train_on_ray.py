@@ -23,7 +23,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from metagmvae.configs.load import settings_from_json, to_json
+from metagmvae.configs.load import SettingsError, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
@@ -154,6 +154,7 @@ def train_on_ray(
         callbacks: called after each report has been written into the run folder.
 
     Raises:
+        SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
         NonFiniteLossError: a step had a loss that is not finite; it is not tried again.
         RuntimeError: the workers failed more often than `run.max_failures` allows.
     """
@@ -189,7 +190,7 @@ def _trainer(
         torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=settings.run.workers,
-            use_gpu=settings.run.device != "cpu" and torch.cuda.is_available(),
+            use_gpu=_use_gpu(settings),
             resources_per_worker={"CPU": settings.run.cpus_per_worker},
         ),
         run_config=RunConfig(
@@ -200,6 +201,23 @@ def _trainer(
             callbacks=[RunFolderCallback(str(run_dir)), *callbacks],
         ),
     )
+
+
+def _use_gpu(settings: Settings) -> bool:
+    """Return whether each worker gets a GPU: of the cluster, since the driver's node may have none.
+
+    Raises:
+        SettingsError: the cluster has fewer GPUs than workers, but at least one, or `run.device` asks for GPUs.
+    """
+    run, gpus = settings.run, int(ray.cluster_resources().get("GPU", 0))
+    if run.device == "cpu" or (run.device == "auto" and not gpus):
+        return False
+    if gpus < run.workers:
+        raise SettingsError(
+            f"run.workers is {run.workers}, but the Ray cluster has {gpus} GPUs: use fewer workers, or set "
+            'run.device to "cpu"'
+        )
+    return True
 
 
 @contextmanager

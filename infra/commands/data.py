@@ -111,13 +111,13 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
     shutil.rmtree(folder)
 
 
-def task_mapper(arguments: Namespace, gpus: int = 0) -> AbstractContextManager[MapTasks | None]:
-    """Return a context with the function that runs tasks on Ray, `gpus` GPUs each; with None for `--workers 0`."""
+def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextManager[MapTasks | None]:
+    """Return a context with a function that runs tasks on Ray, see `ray_map`; with None for `--workers 0`."""
     if not arguments.workers:
         return nullcontext()
     from metagmvae.infra.cluster.tasks import ray_map
 
-    return ray_map(arguments.workers, arguments.address, gpus)
+    return ray_map(arguments.workers, arguments.address, gpu=gpu)
 
 
 def verify(arguments: Namespace) -> Answer:

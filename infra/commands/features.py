@@ -38,8 +38,6 @@ def add(parsers: Parsers) -> None:
 
 def features(arguments: Namespace) -> Answer:
     """Run `metagmvae features`."""
-    import torch
-
     from metagmvae.evaluation.fewshot.encoder_package import feature_source, with_encoder_average
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.pipelines.shards.dataset import Dataset
@@ -55,7 +53,7 @@ def features(arguments: Namespace) -> Answer:
     with (
         feature_source(loaded, dataset, arguments.dtype) as source,
         open_output(arguments.out) as (out, uri),
-        task_mapper(arguments, gpus=int(torch.cuda.is_available())) as map_tasks,
+        task_mapper(arguments, gpu=True) as map_tasks,
         progress_bar("shards", arguments.json) as on_progress,
     ):
         manifest = write_dataset(source, out, map_tasks=map_tasks, on_progress=on_progress)

@@ -109,11 +109,11 @@ def evaluate(arguments: Namespace) -> Answer:
 
         answer["kept"] = save_results(Path(arguments.model), arguments.split, results, about | origin)
     if str(arguments.model).startswith("models:"):
-        from metagmvae.infra.registry.version_results import keep_on_version
+        from metagmvae.infra.registry.version_results import save_on_version
         from metagmvae.infra.tracking.store import redact
 
         about["data"] = redact(dataset.uri)  # valid on other machines too, unlike a relative path
-        answer["kept"] = keep_on_version(arguments.model, arguments.split, results, about | origin)
+        answer["kept"] = save_on_version(arguments.model, arguments.split, results, about | origin)
     return answer
 
 

@@ -1,4 +1,4 @@
-"""`promote` and `models`: the registry."""
+"""`promote` and `models`: the commands of the model registry."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from functools import partial
 
 from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, progress_bar
 
-GOOD = ("promoted", "would be promoted", "rolled back", "would be rolled back")
+SUCCESSFUL = ("promoted", "would be promoted", "rolled back", "would be rolled back")
 
 RULE = (
-    "Make a model the champion if it is better. Both are judged on the same episodes; the 95 % interval of the paired "
-    "difference must lie wholly above zero on the first task (with --allow-equal above -MARGIN), and above -MARGIN on "
-    "the others. Otherwise nothing moves and the exit status is 1. Where no version has the alias yet, the challenger "
-    "gets it. The evidence goes to its registered version and its run."
+    "Make a model the champion of a registered model if it is better. Challenger and champion are evaluated on the "
+    "same episodes. On the first task the 95% interval of the paired difference must lie above zero (with "
+    "--allow-equal: above -MARGIN), on the other tasks above -MARGIN. Otherwise the alias stays and the exit status is "
+    "1. If no version has the alias yet, the challenger gets it. The evidence is stored with the challenger's version "
+    "and run."
 )
 
 
@@ -21,35 +22,40 @@ def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     _add_promote(parsers)
     example = "metagmvae models omniglot"
-    what = "versions of registered models, their aliases, their evidence, and whether its data are still there"
-    parser = add_command(parsers, "models", models, what, example)
-    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="of one registered model (all)")
+    description = "list registered versions with their aliases, results, promotions and the state of their datasets"
+    parser = add_command(parsers, "models", models, description, example)
+    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="one registered model (default: all)")
 
 
 def _add_promote(parsers: Parsers) -> None:
     example = "metagmvae promote models:/omniglot/3 --data data/omniglot --shots 1 5"
-    what = "make a model the champion of a registered model, if it is better on the same episodes"
-    parser = add_command(parsers, "promote", promote, what, example)
+    description = "make a model the champion of a registered model if it is better on the same episodes"
+    parser = add_command(parsers, "promote", promote, description, example)
     parser.description = RULE
-    parser.add_argument("challenger", metavar="CHALLENGER", help="models:/NAME/VERSION, or a run folder")
-    parser.add_argument("--over", default="", metavar="MODEL", help="what to be better than (the alias of that name)")
-    parser.add_argument("--data", metavar="URI", help="data set to judge on: the one that both were trained on")
-    parser.add_argument("--split", default="validation", help="whose classes; test is for results (validation)")
-    parser.add_argument("--way", type=int, default=5)
+    add_argument = parser.add_argument
+    add_argument("challenger", metavar="CHALLENGER", help="models:/NAME/VERSION, or a run folder")
+    add_argument("--over", default="", metavar="MODEL", help="model to compare with (default: that of the alias)")
+    add_argument("--data", metavar="URI", help="dataset to evaluate on: the one that both were trained on")
+    add_argument("--split", default="validation", help="split to evaluate on (default: validation)")
+    add_argument("--way", type=int, default=5, help="classes per episode (default: 5)")
     shots = parser.add_mutually_exclusive_group()
-    shots.add_argument("--shot", type=int, default=1)
-    shots.add_argument("--shots", type=int, nargs="+", metavar="SHOT", help="several tasks, the first matters most")
-    parser.add_argument("--query", type=int, default=15)
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
-    parser.add_argument("--allow-equal", action="store_true", help="not worse is enough: the interval above -MARGIN")
-    parser.add_argument("--margin", type=float, default=0.005, help="a share of accuracy (0.005: half a point)")
-    parser.add_argument("--other-data", action="store_true", help="models may have been trained on other data")
-    parser.add_argument("--alias", default="champion", help="what is moved (champion)")
-    parser.add_argument("--name", default="", help="registered model for a run folder (tracking.register_as)")
-    parser.add_argument("--dry-run", action="store_true", help="judge and decide, and write nothing")
-    parser.add_argument("--rollback", action="store_true", help="CHALLENGER is models:/NAME@ALIAS: back to the former")
+    shots.add_argument("--shot", type=int, default=1, help="labelled images per class (default: 1)")
+    help_text = "several tasks; the challenger must be better on the first one"
+    shots.add_argument("--shots", type=int, nargs="+", metavar="SHOT", help=help_text)
+    add_argument("--query", type=int, default=15, help="query images per class (default: 15)")
+    add_argument("--episodes", type=int, default=1000, help="episodes per task (default: 1000)")
+    add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
+    add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    add_argument("--allow-equal", action="store_true", help="promote if not worse: interval above -MARGIN")
+    help_text = "fraction of accuracy (default: 0.005, half a percentage point)"
+    add_argument("--margin", type=float, default=0.005, help=help_text)
+    add_argument("--other-data", action="store_true", help="accept models that were trained on other data")
+    add_argument("--alias", default="champion", help="alias to move (default: champion)")
+    help_text = "registered model for a run folder (default: tracking.register_as of the run)"
+    add_argument("--name", default="", help=help_text)
+    add_argument("--dry-run", action="store_true", help="evaluate and decide, but write nothing")
+    help_text = "move the alias back; CHALLENGER is models:/NAME@ALIAS, and no dataset is needed"
+    add_argument("--rollback", action="store_true", help=help_text)
 
 
 def promote(arguments: Namespace) -> Answer:
@@ -60,33 +66,33 @@ def promote(arguments: Namespace) -> Answer:
         answer = roll_back(arguments.challenger, arguments.alias, arguments.dry_run)
     else:
         answer = _promote(arguments)
-    return answer if answer["decision"] in GOOD else FailedAnswer(answer)
+    return answer if answer["decision"] in SUCCESSFUL else FailedAnswer(answer)
 
 
 def _promote(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.head_to_head import open_plan
     from metagmvae.infra.registry.promote import PromotionRequest
-    from metagmvae.infra.registry.promote import promote as decide
+    from metagmvae.infra.registry.promote import promote as promote_challenger
     from metagmvae.pipelines.records import DataError
 
     if not arguments.data:
-        raise DataError("promote: name the data set to judge on with --data")
-    same = {key: getattr(arguments, key) for key in ("way", "query", "episodes", "seed")}
-    tasks = [{**same, "shot": shot} for shot in arguments.shots or [arguments.shot]]
-    how = {key: getattr(arguments, key) for key in ("mode", "other_data")}
+        raise DataError("promote: --data is missing; name the dataset to evaluate on")
+    shared = {key: getattr(arguments, key) for key in ("way", "query", "episodes", "seed")}
+    tasks = [{**shared, "shot": shot} for shot in arguments.shots or [arguments.shot]]
+    options = {key: getattr(arguments, key) for key in ("mode", "other_data")}
     progress = partial(progress_bar, quiet=arguments.json)
-    course = open_plan(arguments.data, arguments.split, tasks, progress=progress, **how)
+    plan = open_plan(arguments.data, arguments.split, tasks, progress=progress, **options)
     keys = ("challenger", "over", "alias", "name", "allow_equal", "margin", "dry_run")
-    return decide(PromotionRequest(**{key: getattr(arguments, key) for key in keys}), course)
+    return promote_challenger(PromotionRequest(**{key: getattr(arguments, key) for key in keys}), plan)
 
 
 def models(arguments: Namespace) -> Answer:
     """Run `metagmvae models`."""
     from metagmvae.configs.schema import TrackingSettings
-    from metagmvae.infra.registry.listing import list_models, short
+    from metagmvae.infra.registry.listing import list_models, table_row
     from metagmvae.infra.tracking.store import connect, redact
 
     store = connect(TrackingSettings(), create=False)
     with progress_bar("registered versions", arguments.json) as on_progress:
         rows = list_models(store, arguments.name, on_progress)
-    return {"store": redact(store.uri), "models": rows if arguments.json else [short(row) for row in rows]}
+    return {"store": redact(store.uri), "models": rows if arguments.json else [table_row(row) for row in rows]}

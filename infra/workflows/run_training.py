@@ -49,7 +49,7 @@ def run_training(
     inputs = load_inputs(settings, Dataset.open(settings.data.uri))
     settings = inputs.settings
     check_settings(settings, inputs.dataset, kind)
-    device = select_device(settings)
+    device = select_device(settings) if settings.run.engine == "local" else None  # Ray assigns a device to each worker
     run_dir = Path(settings.run.out).absolute()
     _prepare_folder(run_dir, inputs, resume)
     total_steps = settings.pretrain.steps + (settings.train.steps if kind == "meta-gmvae" else 0)
@@ -62,8 +62,8 @@ def run_training(
     return run_dir
 
 
-def _train(inputs: TrainingInputs, run_dir: Path, device: torch.device, kind: ModelKind, resume: bool) -> None:
-    if inputs.settings.run.engine == "local":
+def _train(inputs: TrainingInputs, run_dir: Path, device: torch.device | None, kind: ModelKind, resume: bool) -> None:
+    if device is not None:
         train_in_process(inputs, LocalContext(run_dir, device, resume=resume), kind)
         return
     from metagmvae.infra.cluster.train_on_ray import train_on_ray  # Ray is imported only where it is used
