@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metagmvae.evaluation.comparison import record_tables
+from metagmvae.evaluation.comparison.preset_table import preset_table
 from metagmvae.evaluation.comparison.results_table import results_table, summary_table
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
@@ -20,6 +21,7 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "bench": record_tables.bench_table,
     "curve": record_tables.curve_table,
     "decode": record_tables.decode_table,
+    "presets": preset_table,
     "promotion": record_tables.promotion_table,
     "sweep": record_tables.sweep_table,
 }

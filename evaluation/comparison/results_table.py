@@ -56,14 +56,14 @@ def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] 
     rows = []
     for asked in names:
         name = asked.removesuffix("+")
-        by_task = [_read(results, name, task) for task in tasks]
+        by_task = [read_results(results, name, task) for task in tasks]
         if not any(by_task):
             raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
-        rows.append([f"**`{name}`**{_protocol(by_task)}", *map(_cell, by_task)])
+        rows.append([f"**`{name}`**{_protocol(by_task)}", *map(accuracy_cell, by_task)])
         if asked != name:
             recorded = _baselines(by_task)
             for label in baselines or recorded:
-                rows.append([f"{label}{_protocol(recorded[label])}", *map(_cell, recorded[label])])
+                rows.append([f"{label}{_protocol(recorded[label])}", *map(accuracy_cell, recorded[label])])
     for label, key in PAPER_ROWS[dataset].items():
         rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
     return markdown_table([f"{TITLES[dataset]} (way,shot)", *map(task_name, tasks)], rows)
@@ -81,7 +81,8 @@ def summary_table(results: Path, dataset: str) -> str:
     return results_table(results, [f"{name}+"], baselines)
 
 
-def _read(results: Path, name: str, task: Task) -> Results:
+def read_results(results: Path, name: str, task: Task) -> Results:
+    """Return the recorded results of a name for a task: one, or one for each training; empty if there is none."""
     suffix = f"{task[0]}way-{task[1]}shot.json"
     single = results / f"{name}-{suffix}"
     files = [single] if single.exists() else sorted(results.glob(f"{name}-seed*-{suffix}"))
@@ -102,7 +103,7 @@ def _protocol(by_task: Sequence[Results]) -> str:
     return f" ({', '.join(modes)}{f', {trainings} trainings' if trainings > 1 else ''})"
 
 
-def _cell(results: Results) -> str:
+def accuracy_cell(results: Results) -> str:
     """Format accuracy ± 95% interval of one training, or mean ± standard deviation over several."""
     if not results:
         return ""
