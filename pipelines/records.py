@@ -17,6 +17,15 @@ class DataError(ValueError):
     """Wrong data or a wrong request. The message is one line: what, where, remedy."""
 
 
+def printable(text: str) -> str:
+    """Escape control characters of a name from outside (file, class, URI, key), so that a terminal does not obey them.
+
+    Letters of all scripts stay as they are; escape sequences, line breaks, direction marks and bytes that are not
+    UTF-8 become `\\x1b`, `\\n`, `\\u202e`, `\\udcff`.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """One image of a data source, decoded on demand."""
