@@ -16,6 +16,10 @@ from pydantic_core import ErrorDetails
 
 from metagmvae.configs.schema import Settings
 
+LATER_KEYS = (("model", "normalise", "none"), ("pretrain", "crops", "clipped"))
+"""Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
+fingerprint, so recorded results stay valid. Append new settings here."""
+
 
 class SettingsError(ValueError):
     """A wrong key, value or file of settings. The message is one line: what is wrong, and the remedy."""
@@ -74,6 +78,9 @@ def _toml(value: Any) -> str:
 def fingerprint(settings: Settings) -> str:
     """sha256 of all settings that affect the result: without `name`, `run` and `tracking`."""
     tree = json.loads(settings.model_dump_json(exclude={"name", "run", "tracking"}))
+    for section, key, default in LATER_KEYS:
+        if tree[section][key] == default:
+            del tree[section][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

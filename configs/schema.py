@@ -66,9 +66,12 @@ class ModelSettings(Section):
     """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
     `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, with the final ReLU of
     Table 8 in the decoder."""
-    variance: Literal["calibrated", "unit"] = "calibrated"
-    """Variance of p(x|z) for features [paper: calibrated, code: unit]: the optimum of each episode (Rybkin et
-    al. 2020), or 1, which gives half the sum of squared errors."""
+    normalise: Literal["none", "imagenet"] = "none"
+    """Input normalisation of Conv4 and Conv5 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean colour and
+    divide by its standard deviation. Torchvision's networks always have it."""
+    variance: Literal["calibrated", "unit", "half"] = "calibrated"
+    """Variance of p(x|z) for features [paper: calibrated, code: half]: the optimum of each episode (Rybkin et al.
+    2020), or 1, or 1/2. -log p(x|z) is half the sum of squared errors for `unit`, the whole sum for `half`."""
     latent: Positive = 64
     """Latent size D."""
     channels: Positive = 64
@@ -86,7 +89,7 @@ class ModelSettings(Section):
     attention_activation: Literal["elu", "relu"] = "elu"
     """Activation function of the attention block [paper: elu on Omniglot, code: relu]."""
     posterior: Literal["isotropic", "diagonal"] = "diagonal"
-    """Posterior covariance [paper: isotropic, code: diagonal]: one variance per point, or one per dimension."""
+    """Posterior covariance: one variance per dimension (Tables 3 and 7), or one per point (text of the paper)."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -151,8 +154,9 @@ class TrainSettings(Section):
     instructions for it, else float32, because emulated bfloat16 is many times slower."""
     channels_last: bool = True
     compile: bool = False
-    selection: Literal["last", "best"] = "last"
-    """Model selection [paper: last, code: best]: the last model, or the best validation accuracy per shot."""
+    selection: Literal["last", "best", "best-first-shot"] = "last"
+    """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]: the last model; for each validation
+    shot its best model, for others the last; or, for every shot, the best at the first of `validation.shots`."""
     checkpoint_every: Positive = 500
     log_every: Positive = 20
 
@@ -166,8 +170,7 @@ class TrainSettings(Section):
 
 
 class PretrainSettings(Section):
-    """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), before meta-training or encoder-only
-    (`metagmvae pretrain`)."""
+    """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), encoder-only or before meta-training."""
 
     steps: NonNegative = 0
     """Training steps; 0: no pre-training."""
@@ -178,6 +181,8 @@ class PretrainSettings(Section):
     crops, flips and colours of SimCLR; `auto`: strokes for one channel, photographs for three."""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest crop of a photograph, as a fraction of its area."""
+    crops: Literal["clipped", "torchvision"] = "clipped"
+    """Crops that exceed the photograph [paper, code: torchvision]: clipped to it, or drawn again as in torchvision."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
     """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
     distortion reaches a higher accuracy."""
@@ -191,14 +196,11 @@ class PretrainSettings(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay: decoupled for AdamW, coupled for Adam and LARS."""
     schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
-    """Learning rate schedule [paper: constant, code: published-code]. The latter: from epoch 10 a cosine
-    over epochs, 75 down and 75 up."""
+    """Learning rate schedule [paper: constant, code: published-code, from epoch 10 a cosine, 75 epochs down, 75 up]."""
 
 
 class ValidationSettings(Section):
-    """Evaluation on labelled episodes of validation classes during training.
-
-    Encoder-only runs are evaluated by nearest class mean, nearest neighbours and a linear probe on the features."""
+    """Evaluation on labelled episodes of validation classes during training; encoder-only: by nearest class mean."""
 
     every: NonNegative = 1_000
     """Steps between validations; 0: no validation."""
@@ -211,7 +213,7 @@ class ValidationSettings(Section):
     """Query images Q per class."""
     seed: NonNegative = 1
     probes: bool = True
-    """Probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
+    """Further probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
 
 
 class RunSettings(Section):
@@ -263,17 +265,16 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
-    def _check_features(self) -> Self:
+    def _check_combinations(self) -> Self:
+        if self.train.selection == "best-first-shot" and not self.validation.every:
+            raise ValueError('train.selection ("best-first-shot") needs validation: set validation.every above 0')
         if self.model.reconstruct == "features" and self.data.reader == "stream":
             raise ValueError(
                 'data.reader ("stream") reads images sequentially, but model.reconstruct ("features") encodes all of '
                 "them before meta-training; set data.reader to mmap"
             )
         if self.train.denoise and self.model.reconstruct == "features":
-            raise ValueError(
-                'train.denoise (true) augments images, but model.reconstruct ("features") trains on features; change '
-                "one of them"
-            )
+            raise ValueError('train.denoise (true) augments images, but model.reconstruct is "features": change one')
         return self
 
     @model_validator(mode="after")
@@ -286,10 +287,8 @@ class Settings(Section):
         if model.layers and model.attention_block != "transformer":
             raise ValueError(f'model.attention_block ("{model.attention_block}") must be "transformer", {reason}')
         if model.latent > min(model.width, MAX_PCA_LATENT):
-            raise ValueError(
-                f"model.latent ({model.latent}) must be at most model.width ({model.width}) and {MAX_PCA_LATENT}, "
-                f"{reason}"
-            )
+            limit = f"model.width ({model.width}) and {MAX_PCA_LATENT}"
+            raise ValueError(f"model.latent ({model.latent}) must be at most {limit}, {reason}")
         return self
 
     @model_validator(mode="after")

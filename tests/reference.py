@@ -197,6 +197,31 @@ def elbo(
     return total if scale == "sum" else total / points
 
 
+def squared_error(x: Array, decoded: Array) -> float:
+    """Reconstruction term of the published code for Mini-ImageNet: the summed squared error, without a factor."""
+    total = 0.0
+    for f in range(len(x)):
+        total += (decoded[f] - x[f]) ** 2
+    return total
+
+
+def published_code_loss(
+    h: Array, decoded: Array, z: Array, q_mean: Array, q_variance: Array, weights: Array, means: Array
+) -> float:
+    """Loss of the published code for Mini-ImageNet, for one episode: means over the M * N samples of both terms.
+
+    h (M, F) features; decoded (M, N, F) reconstructions; the rest as in `elbo`.
+    """
+    points, draws, _ = z.shape
+    reconstruction = divergence = 0.0
+    for j in range(points):
+        for n in range(draws):
+            reconstruction += squared_error(h[j], decoded[j, n]) / (points * draws)
+            log_q = gaussian_log_density(z[j, n], q_mean[j], q_variance[j])
+            divergence += (log_q - mixture_log_density(z[j, n], weights, means)) / (points * draws)
+    return reconstruction + divergence
+
+
 def batch_objective(elbos: list[float]) -> float:
     """Eq. 9: the mean over the B episodes of a step."""
     return sum(elbos) / len(elbos)

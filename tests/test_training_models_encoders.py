@@ -110,6 +110,35 @@ def test_digest_depends_on_weights_statistics_and_final_relu() -> None:
     assert encoder_digest(first) != encoder_digest(second)
 
 
+@pytest.mark.parametrize(("name", "size"), [("conv4", 28), ("conv5", 84)])
+def test_imagenet_normalisation_stands_in_front_of_the_first_convolution(name: str, size: int) -> None:
+    """As torchvision's Normalize on the images, in training mode too, where normalisation is folded into the first
+    convolution. It adds no weights, so the weights of either encoder load into the other."""
+    encoder = build_encoder(name, (3, size, size), 4, normalise="imagenet")
+    plain = build_encoder(name, (3, size, size), 4)
+    plain.load_state_dict(encoder.state_dict())
+    x = torch.rand(5, 3, size, size)
+    normalised = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
+    for mode in (True, False):
+        assert torch.allclose(encoder.train(mode)(x), plain.train(mode)(normalised), atol=1e-5)
+    assert not torch.allclose(encoder(x), plain(x), atol=1e-2)
+    assert encoder_digest(encoder) != encoder_digest(plain)
+
+
+def test_imagenet_normalisation_needs_colours() -> None:
+    with pytest.raises(EncoderError, match=r'model.normalise \("imagenet"\) needs three channels'):
+        build_encoder("conv4", (1, 28, 28), 4, normalise="imagenet")
+
+
+def test_digests_of_stored_encoders_stay_valid() -> None:
+    """Feature data sets name their encoder by its digest."""
+    encoder = build_encoder("conv4", (1, 28, 28), 2)
+    for p in encoder.parameters():
+        nn.init.constant_(p, 0.5)
+    assert encoder_digest(encoder).startswith("6eaf416daa40")
+    assert all(name.startswith("net.") for name in build_encoder("resnet18", (3, 64, 64), 0).state_dict())
+
+
 def test_encoder_model_does_not_scale_features() -> None:
     model = EncoderModel(build_encoder("conv4", (1, 28, 28), 4), (1, 28, 28)).eval()
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)

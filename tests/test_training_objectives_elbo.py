@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from metagmvae.training.models.meta_gmvae import sample_latents
 from metagmvae.training.objectives.elbo import (
     ElboTerms,
+    Likelihood,
     bernoulli_log_prob,
+    fixed_variance_log_prob,
     gaussian_log_prob,
     lower_bound,
     objective,
-    unit_log_prob,
 )
 from metagmvae.training.objectives.mixture import Mixture, fit_mixture
 
@@ -226,16 +227,20 @@ def test_sum_scale_is_m_times_mean_scale() -> None:
     assert float(problem.loss(1, "sum").detach()) == pytest.approx(M * float(problem.loss(1, "mean").detach()))
 
 
-def test_unit_log_prob_is_minus_half_the_squared_error() -> None:
-    """log N(x; mean, I) without its constant."""
+@pytest.mark.parametrize(("likelihood", "variance"), [("unit", 1.0), ("half", 0.5)])
+def test_fixed_variances_give_the_gaussian_density_without_its_constant(
+    likelihood: Likelihood, variance: float
+) -> None:
     x, mean = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 5).double()
-    ours = unit_log_prob(x, mean)
+    ours = fixed_variance_log_prob(x, mean, variance)
     for b in range(2):
         for p in range(3):
-            density = reference.gaussian_log_density(x[b, p].numpy(), mean[b, p].numpy(), np.ones(5))
-            assert float(ours[b, p]) == pytest.approx(density + 2.5 * np.log(2 * np.pi), rel=1e-12)
+            density = reference.gaussian_log_density(x[b, p].numpy(), mean[b, p].numpy(), np.full(5, variance))
+            assert float(ours[b, p]) == pytest.approx(density + 2.5 * np.log(2 * np.pi * variance), rel=1e-12)
+            error = reference.squared_error(x[b, p].numpy(), mean[b, p].numpy())
+            assert float(ours[b, p]) == pytest.approx(-error if likelihood == "half" else -error / 2, rel=1e-12)
     z, noise = torch.randn(2, 3, 4, 2).double(), torch.randn(2, 3, 4, 2).double()
     mixture = Mixture(torch.zeros(2, 1, 2).double(), torch.zeros(2, 1).double())
     decoded = mean.repeat_interleave(2, dim=1)
-    terms = lower_bound(x.flatten(0, 1), decoded.flatten(0, 1), z, noise, torch.zeros(2, 3, 2), mixture, "unit")
+    terms = lower_bound(x.flatten(0, 1), decoded.flatten(0, 1), z, noise, torch.zeros(2, 3, 2), mixture, likelihood)
     assert torch.allclose(terms.reconstruction, ours)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
+from metagmvae.training.augment.photos import photo_view
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
 from metagmvae.training.models.feature_scaling import FeatureWhitening
 from metagmvae.training.trainer.builders import (
@@ -18,6 +19,7 @@ from metagmvae.training.trainer.builders import (
     build_optimizer,
     build_pretrain_optimizer,
     build_schedule,
+    build_view,
 )
 from metagmvae.training.trainer.lars import Lars
 
@@ -70,17 +72,30 @@ def test_model_depends_on_settings_and_seed_only() -> None:
         ({"reconstruct": "features", "features": "standard"}, lambda m: isinstance(m.decoder.mlp[-1], nn.Linear)),
         ({"reconstruct": "features", "features": "whitened"}, lambda m: isinstance(m.scale, FeatureWhitening)),
         ({"variance": "unit"}, lambda m: m.variance == "unit"),
+        ({"variance": "half"}, lambda m: m.variance == "half"),
+        ({}, lambda m: m.encoder.normalise is None),
+        ({"normalise": "imagenet"}, lambda m: m.encoder.normalise is not None),
         ({"reconstruct": "pixels"}, lambda m: isinstance(m.decoder, ConvDecoder)),
         ({"reconstruct": "features"}, lambda m: isinstance(m.decoder, FeatureDecoder)),
     ],
 )
 def test_every_model_setting_takes_effect(changes: dict[str, Any], check: Any) -> None:
-    assert check(build_model(ModelSettings(**{**TINY, **changes}), SHAPE, seed=0))
+    shape = (3, 12, 12) if "normalise" in changes else SHAPE
+    assert check(build_model(ModelSettings(**{**TINY, **changes}), shape, seed=0))
 
 
 def test_every_model_setting_is_tested() -> None:
     marks = test_every_model_setting_takes_effect.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert {key for changes, _ in marks for key in changes} == set(ModelSettings.model_fields)
+
+
+@pytest.mark.parametrize("crops", ["clipped", "torchvision"])
+def test_view_follows_the_settings_of_photographs(crops: str) -> None:
+    model = build_encoder_model(ModelSettings(**TINY), (3, 12, 12), 0)
+    settings = PretrainSettings.model_validate({"crops": crops, "crop_area": 0.3})
+    x = torch.rand(4, 3, 12, 12)
+    expected = photo_view(x, torch.Generator().manual_seed(0), 12, 0.3, settings.crops)
+    assert torch.equal(build_view(settings, model)(x, torch.Generator().manual_seed(0)), expected)
 
 
 def one_step(optimizer: torch.optim.Optimizer, weight: nn.Parameter, gradient: float) -> float:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from metagmvae.configs.schema import ModelSettings, Settings, TrainSettings
+from metagmvae.configs.schema import ModelSettings, Settings, TrainSettings, ValidationSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.checkpoint import CheckpointError, save_state
@@ -37,12 +37,25 @@ def test_package_round_trip_is_exact_and_damage_is_reported(tmp_path):
         load_model(path)
 
 
-def test_run_with_selection_loads_the_best_model_for_each_shot(tmp_path):
-    settings = SETTINGS.model_copy(update={"train": TrainSettings(selection="best")})
+@pytest.mark.parametrize(
+    ("selection", "validated", "expected"),
+    [
+        ("best", (1, 5), {1: 0, 5: 1, 20: 2, None: 0}),
+        ("best-first-shot", (1, 5), {1: 0, 5: 0, 20: 0, None: 0}),
+        ("best-first-shot", (5, 1), {1: 1, 5: 1, 20: 1, None: 1}),
+        ("best-first-shot", (1,), {1: 0, 5: 0, 50: 0, None: 0}),
+        ("last", (1, 5), {1: 2, 5: 2, None: 2}),
+    ],
+)
+def test_selection_decides_which_model_of_a_run_is_loaded(tmp_path, selection, validated, expected):
+    """Models 0 and 1 are the best at 1 and 5 shots, model 2 is the last one."""
+    parts = {"train": TrainSettings(selection=selection), "validation": ValidationSettings(shots=validated)}
+    settings = SETTINGS.model_copy(update=parts)
     weights = [build_model(SETTINGS.model, SHAPE, seed).state_dict() for seed in range(3)]
     best = {
         f"5w{shot}s": {"accuracy": 0.5, "ci95": 0.1, "step": 7 * shot, "model": weights[number]}
         for number, shot in enumerate((1, 5))
+        if shot in validated
     }
     state = {
         "kind": "meta-gmvae",
@@ -60,10 +73,14 @@ def test_run_with_selection_loads_the_best_model_for_each_shot(tmp_path):
         "elapsed": 0.0,
     }
     save_state(tmp_path / "checkpoint.pt", state)
-    for shot, number in ((1, 0), (5, 1), (20, 2), (None, 0)):
-        head = load_model(tmp_path, shot=shot).model.state_dict()["head.weight"]
-        assert torch.equal(head, weights[number]["head.weight"])
-    assert load_model(tmp_path, shot=5).info["step"] == 35
+    for shot, number in expected.items():
+        loaded = load_model(tmp_path, shot=shot)
+        assert torch.equal(loaded.model.state_dict()["head.weight"], weights[number]["head.weight"])
+        assert loaded.info["step"] == (7, 35, 60)[number]
+        assert loaded.info.get("selected_by") == ("validation/5w1s", "validation/5w5s", None)[number]
+
+
+def test_folders_and_files_that_are_no_checkpoint(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(DataError, match="contains neither"):

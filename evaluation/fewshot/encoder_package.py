@@ -88,6 +88,8 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
             "rectified": settings.rectified,
             "average": settings.average,
         }
+        if settings.normalise != "none":  # without it the description is that of older versions
+            description["normalise"] = settings.normalise
         yield open_features(
             dataset,
             PackagedEncoder(tuple((name, (package / name).read_bytes()) for name in (CARD, WEIGHTS))),

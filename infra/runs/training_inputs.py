@@ -13,7 +13,7 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel
 
-ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average")
+ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average", "normalise")
 """Keys of [model] that define the encoder."""
 
 

@@ -1,14 +1,16 @@
 """SimCLR's augmentation of photos: random crops, flips and colour changes (Chen et al., ICML 2020, appendix A).
 
 torchvision draws one set of parameters per call; here each image of a batch has its own, drawn on the batch's device.
-The colour changes equal torchvision's functions applied image by image (tested). Two differences: crops are resized
-bilinearly without antialiasing, and one random order of the colour changes holds for a whole batch. There is no blur,
-as in Lee et al. All randomness comes from the generator argument.
+The colour changes equal torchvision's functions applied image by image, and crops can have the distribution of its
+RandomResizedCrop (both tested). Two differences: crops are resized bilinearly without antialiasing, and one random
+order of the colour changes holds for a whole batch. There is no blur, as in Lee et al. All randomness comes from the
+generator argument.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from metagmvae.training.device.seeding import uniform
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a crop."""
+CROP_TRIES = 10
+"""Draws of a crop that must lie inside the image, before the fallback."""
 BRIGHTNESS = CONTRAST = SATURATION = 0.8
 """Factors are drawn from [1 - value, 1 + value]."""
 HUE = 0.2
@@ -28,12 +32,29 @@ LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in the luminance."""
 
 
-def photo_view(images: Tensor, generator: torch.Generator, size: int, min_area: float = 0.08) -> Tensor:
+Crops = Literal["clipped", "torchvision"]
+"""What happens to a drawn rectangle that exceeds the image: it is clipped, or drawn again as in torchvision."""
+
+
+class Rectangles(NamedTuple):
+    """One rectangle per image, (n,) each, in units in which the image is the square [-1, 1] x [-1, 1]."""
+
+    x: Tensor
+    """Centre."""
+    y: Tensor
+    width: Tensor
+    """In units of the image's width, in (0, 1]."""
+    height: Tensor
+
+
+def photo_view(
+    images: Tensor, generator: torch.Generator, size: int, min_area: float = 0.08, crops: Crops = "clipped"
+) -> Tensor:
     """One random view of each image: (n, C, H, W) in [0, 1] -> (n, C, size, size) in [0, 1].
 
     Saturation and hue change for three channels only. A crop covers between `min_area` and all of the image's area.
     """
-    x = _random_crop(images, generator, size, min_area)
+    x = _random_crop(images, generator, size, min_area, crops)
     draw = uniform((len(x), 6), x, generator)
     jittered = draw[:, 4] < 2 * JITTER_PROBABILITY - 1
     jitter = torch.where(jittered[:, None], draw[:, :4], 0.0)
@@ -50,21 +71,64 @@ def photo_view(images: Tensor, generator: torch.Generator, size: int, min_area: 
     return torch.where(grayscale[:, None, None, None], to_grayscale(x), x)
 
 
-def _random_crop(images: Tensor, generator: torch.Generator, size: int, min_area: float) -> Tensor:
+def _random_crop(
+    images: Tensor, generator: torch.Generator, size: int, min_area: float, crops: Crops = "clipped"
+) -> Tensor:
     """A random rectangle of each image, flipped horizontally with probability 1/2 and resized to `size`."""
     n = len(images)
     draw = (uniform((n, 5), images, generator) + 1) / 2
-    area = min_area + (1 - min_area) * draw[:, 0]
-    log_min, log_max = (math.log(ratio) for ratio in CROP_RATIO)
-    ratio = torch.exp(log_min + (log_max - log_min) * draw[:, 1])
-    # A rectangle larger than the image is clipped to it, where torchvision draws another one.
-    width, height = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
-    x, y = (1 - width) * (2 * draw[:, 2] - 1), (1 - height) * (2 * draw[:, 3] - 1)
+    if crops == "clipped":
+        x, y, width, height = _clipped_rectangles(draw, min_area)
+    else:
+        tries = (uniform((n, CROP_TRIES, 2), images, generator) + 1) / 2
+        x, y, width, height = _redrawn_rectangles(tries, draw[:, 2:4], images.shape[-2:], min_area)
     flipped_width = torch.where(draw[:, 4] < 0.5, -width, width)
     zero = torch.zeros_like(x)
     matrix = torch.stack([torch.stack([flipped_width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     grid = F.affine_grid(matrix, [n, images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _area_and_ratio(draw: Tensor, min_area: float) -> tuple[Tensor, Tensor]:
+    """Uniform area in [min_area, 1] and log-uniform width / height, from uniform numbers (..., 2) in [0, 1)."""
+    log_min, log_max = (math.log(ratio) for ratio in CROP_RATIO)
+    return min_area + (1 - min_area) * draw[..., 0], torch.exp(log_min + (log_max - log_min) * draw[..., 1])
+
+
+def _clipped_rectangles(draw: Tensor, min_area: float) -> Rectangles:
+    """Rectangles whose sides are clipped to the image, from uniform numbers (n, >= 4) in [0, 1)."""
+    area, ratio = _area_and_ratio(draw, min_area)
+    width, height = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
+    return Rectangles((1 - width) * (2 * draw[:, 2] - 1), (1 - height) * (2 * draw[:, 3] - 1), width, height)
+
+
+def _redrawn_rectangles(tries: Tensor, position: Tensor, image_size: torch.Size, min_area: float) -> Rectangles:
+    """Rectangles with the distribution of torchvision's RandomResizedCrop: whole pixels, inside the image.
+
+    The first of the tries that fits counts. If none fits: the largest central rectangle of an allowed ratio.
+
+    Args:
+        tries: uniform numbers in [0, 1), (n, CROP_TRIES, 2).
+        position: uniform numbers in [0, 1), (n, 2).
+        image_size: (H, W) of the images.
+        min_area: smallest area, as a fraction of the image.
+    """
+    H, W = image_size
+    area, ratio = _area_and_ratio(tries, min_area)
+    widths, heights = (area * (H * W) * ratio).sqrt().round(), (area * (H * W) / ratio).sqrt().round()
+    fits = (widths > 0) & (widths <= W) & (heights > 0) & (heights <= H)
+    first = fits.byte().argmax(dim=1, keepdim=True)
+    none_fits = ~fits.any(dim=1)
+    width = widths.gather(1, first)[:, 0].masked_fill(none_fits, min(W, round(H * CROP_RATIO[1])))
+    height = heights.gather(1, first)[:, 0].masked_fill(none_fits, min(H, round(W / CROP_RATIO[0])))
+    left = torch.where(none_fits, (W - width) // 2, _whole_pixels(position[:, 0], W - width))
+    top = torch.where(none_fits, (H - height) // 2, _whole_pixels(position[:, 1], H - height))
+    return Rectangles((2 * left + width) / W - 1, (2 * top + height) / H - 1, width / W, height / H)
+
+
+def _whole_pixels(draw: Tensor, largest: Tensor) -> Tensor:
+    """A uniform integer from 0 to `largest` (included), from a uniform number in [0, 1)."""
+    return torch.minimum((draw * (largest + 1)).floor(), largest)
 
 
 def to_grayscale(x: Tensor) -> Tensor:

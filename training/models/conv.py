@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metagmvae.training.device.precision import at_least_float32
+from metagmvae.training.models.normalisation import ImageNetNormalisation
 
 LEVELS = 4
 
@@ -89,7 +90,8 @@ class ConvEncoder(nn.Module):
 
     Pooling rounds up in Conv4 (Table 3: 28 -> 14 -> 7 -> 4 -> 2) and down in Conv5 (Table 6: 84 -> 42 -> 21 -> 10 -> 5
     -> 2). Both tables end in a ReLU; without it (`final_relu`) the features have both signs, which is better for a
-    contrastive loss.
+    contrastive loss. With `normalise`, colours are first normalised by the statistics of ImageNet (published code of
+    SimCLR), so the zero padding of the first convolution is ImageNet's mean colour.
     """
 
     def __init__(
@@ -99,9 +101,12 @@ class ConvEncoder(nn.Module):
         levels: int = LEVELS,
         round_up: bool = True,
         final_relu: bool = True,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         inputs, *sides = image_shape
+        if normalise and inputs != 3:
+            raise ValueError(f'model.normalise ("imagenet") needs three channels, images have {inputs}; set it to none')
         last_map = [pooled_sizes(side, levels, round_up)[-1] for side in sides]
         if not all(last_map):
             raise ValueError(
@@ -112,10 +117,13 @@ class ConvEncoder(nn.Module):
             ConvBlock(inputs if level == 0 else channels, channels, round_up, final_relu or level < levels - 1)
             for level in range(levels)
         ]
+        self.normalise = ImageNetNormalisation() if normalise else None
         self.blocks = nn.Sequential(*blocks)
         self.feature_dim = channels * math.prod(last_map)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.normalise is not None:
+            x = self.normalise(x)
         # contiguous(): the order of the flattened features must not depend on the memory format.
         return self.blocks(x).contiguous().flatten(1)
 

@@ -6,6 +6,7 @@ Every encoder maps images (n, C, H, W) in [0, 1] to features (n, F), and has F a
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,11 @@ from metagmvae.configs.schema import Average
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
 from metagmvae.training.models.multi_crop import MultiCropEncoder
+from metagmvae.training.models.normalisation import ImageNetNormalisation
 
 OWN_ENCODERS = ("conv4", "conv5")
 HEADS = ("fc", "classifier", "head", "heads")
 """Attributes of torchvision's networks that hold their last layers."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Mean and standard deviation of red, green and blue that torchvision's weights expect."""
 
 
 class EncoderError(ValueError):
@@ -34,6 +33,7 @@ def build_encoder(
     image_size: int = 0,
     final_relu: bool = True,
     averaging: Average = "none",
+    normalise: Literal["none", "imagenet"] = "none",
 ) -> nn.Module:
     """A freshly initialised encoder.
 
@@ -44,16 +44,18 @@ def build_encoder(
         image_size: side length that images are resized to first; 0: not resized.
         final_relu: whether `conv4` and `conv5` end in a ReLU.
         averaging: multi-crop averaging in evaluation mode, see `MultiCropEncoder`.
+        normalise: input normalisation of `conv4` and `conv5`; networks of torchvision always have ImageNet's.
 
     Raises:
         EncoderError: there is no such network, or it does not accept images of this shape.
     """
     input_shape = (image_shape[0], image_size, image_size) if image_size else image_shape
+    conv: dict[str, Any] = {"final_relu": final_relu, "normalise": normalise == "imagenet"}
     try:
         if name == "conv4":
-            net: nn.Module = ConvEncoder(input_shape, channels, final_relu=final_relu)
+            net: nn.Module = ConvEncoder(input_shape, channels, **conv)
         elif name == "conv5":
-            net = ConvEncoder(input_shape, channels, levels=5, round_up=False, final_relu=final_relu)
+            net = ConvEncoder(input_shape, channels, levels=5, round_up=False, **conv)
         else:
             net = TorchvisionEncoder(name, input_shape)
     except ValueError as error:
@@ -63,9 +65,6 @@ def build_encoder(
 
 class TorchvisionEncoder(nn.Module):
     """A classification network of torchvision without its last layer; grey images are repeated to three channels."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, name: str, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -77,12 +76,11 @@ class TorchvisionEncoder(nn.Module):
             raise ValueError(f"no such encoder; known: {', '.join([*OWN_ENCODERS, *known])}")
         self.net = get_model(name, weights=None)
         self.feature_dim = _remove_head(self.net)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.normalise = ImageNetNormalisation()
         self._check(image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net((x.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        return self.net(self.normalise(x.expand(-1, 3, -1, -1)))
 
     @torch.no_grad()
     def _check(self, image_shape: tuple[int, int, int]) -> None:
@@ -172,10 +170,12 @@ def build_projector(feature_dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
 def encoder_digest(encoder: nn.Module) -> str:
     """sha256 of the weights and running statistics of an encoder: equal digests mean equal features."""
     digest = hashlib.sha256()
-    # The weights do not show a missing ReLU or multi-crop averaging, so the digest includes them. (The defaults add
-    # nothing, which keeps older digests valid.)
+    # The weights do not show a missing ReLU, the input normalisation or multi-crop averaging, so the digest includes
+    # them. (The defaults add nothing, which keeps older digests valid.)
     if any(isinstance(module, ConvBlock) and not module.relu for module in encoder.modules()):
         digest.update(b"not rectified;")
+    if any(isinstance(module, ConvEncoder) and module.normalise is not None for module in encoder.modules()):
+        digest.update(b"normalised by ImageNet;")
     if isinstance(encoder, MultiCropEncoder) and encoder.averaging != "none":
         digest.update(f"average {encoder.averaging};".encode())
     for name, value in sorted(encoder.state_dict().items()):

@@ -34,9 +34,10 @@ class MetaGMVAE(EncoderModel):
         image_size: int = 0,
         final_relu: bool = True,
         averaging: Average = "none",
+        normalise: Literal["none", "imagenet"] = "none",
         reconstruct: Literal["pixels", "features"] = "pixels",
         scaling: Literal["standard", "whitened", "raw"] = "standard",
-        variance: Literal["calibrated", "unit"] = "calibrated",
+        variance: Literal["calibrated", "unit", "half"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
         width: int = 256,
@@ -47,7 +48,8 @@ class MetaGMVAE(EncoderModel):
         attention_activation: Literal["elu", "relu"] = "elu",
         posterior: Literal["isotropic", "diagonal"] = "diagonal",
     ) -> None:
-        super().__init__(build_encoder(encoder, image_shape, channels, image_size, final_relu, averaging), image_shape)
+        net = build_encoder(encoder, image_shape, channels, image_size, final_relu, averaging, normalise)
+        super().__init__(net, image_shape)
         self.latent = latent
         # Conv4 on 28x28 images has F = 256, the width of the set encoder in Table 3; other sizes need a projection.
         self.inlet = nn.Identity() if self.feature_dim == width else nn.Linear(self.feature_dim, width)
@@ -74,7 +76,7 @@ class MetaGMVAE(EncoderModel):
     def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5: features of whole sets, (B, M, F) -> mean and log variance of q(z_j | x_j, D), (B, M, D) each.
 
-        The variance is diagonal as in Eq. 5 and Table 3, or isotropic as the paper's text says (`posterior`).
+        The variance is diagonal as in Eq. 5 and Tables 3 and 7, or isotropic as the paper's text says (`posterior`).
         """
         hidden = at_least_float32(self.head(self.attention(self.inlet(h_BMF))))
         mean_BMD, log_variance = hidden[..., : self.latent], hidden[..., self.latent :]

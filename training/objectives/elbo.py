@@ -20,8 +20,9 @@ from metagmvae.training.objectives.mixture import Mixture, mixture_log_prob
 CALIBRATION_FLOOR = 1e-6
 """Smallest calibrated variance: a perfect reconstruction would otherwise have infinite likelihood."""
 
-Likelihood = Literal["bernoulli", "calibrated", "unit"]
-"""p(x | z): Bernoulli pixels, or Gaussian features with calibrated (paper) or unit variance (published code)."""
+Likelihood = Literal["bernoulli", "calibrated", "unit", "half"]
+"""p(x | z): Bernoulli pixels, or Gaussian features with variance calibrated (paper), 1, or 1/2 (published code)."""
+FIXED_VARIANCES = {"unit": 1.0, "half": 0.5}
 
 
 class ElboTerms(NamedTuple):
@@ -58,12 +59,12 @@ def calibrated_log_prob(x: Tensor, mean: Tensor) -> Tensor:
     return -0.5 * (error / variance + variance.log() + math.log(2 * math.pi)).sum(dim=2)
 
 
-def unit_log_prob(x: Tensor, mean: Tensor) -> Tensor:
-    """log N(x; mean, I) without its constant, -|x - mean|^2 / 2: (B, P, F) twice -> (B, P).
+def fixed_variance_log_prob(x: Tensor, mean: Tensor, variance: float) -> Tensor:
+    """log N(x; mean, s^2 I) without its constant, -|x - mean|^2 / (2 s^2): (B, P, F) twice -> (B, P).
 
-    The published code minimises the squared error without the factor 1/2.
+    s^2 = 1/2 gives the reconstruction term of the published code for Mini-ImageNet, the whole squared error.
     """
-    return -0.5 * (x - at_least_float32(mean)).square().sum(dim=2)
+    return -0.5 / variance * (x - at_least_float32(mean)).square().sum(dim=2)
 
 
 def gaussian_log_prob(noise: Tensor, log_variance: Tensor) -> Tensor:
@@ -102,8 +103,11 @@ def lower_bound(
     if likelihood == "bernoulli":
         log_likelihood = bernoulli_log_prob(target, decoded)
     else:
-        log_prob = calibrated_log_prob if likelihood == "calibrated" else unit_log_prob
-        log_likelihood = log_prob(target.unflatten(0, (B, -1)), decoded.unflatten(0, (B, -1)))
+        target_BPF, mean_BPF = target.unflatten(0, (B, -1)), decoded.unflatten(0, (B, -1))
+        if likelihood == "calibrated":
+            log_likelihood = calibrated_log_prob(target_BPF, mean_BPF)
+        else:
+            log_likelihood = fixed_variance_log_prob(target_BPF, mean_BPF, FIXED_VARIANCES[likelihood])
     reconstruction = log_likelihood.view(B, M, R).mean(dim=2)
     prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
     log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)

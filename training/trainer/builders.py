@@ -36,6 +36,7 @@ def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed
             image_size=settings.image_size,
             final_relu=settings.rectified,
             averaging=settings.average,
+            normalise=settings.normalise,
             reconstruct=settings.reconstruct,
             scaling=settings.features,
             variance=settings.variance,
@@ -62,6 +63,7 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
             settings.image_size,
             settings.rectified,
             settings.average,
+            settings.normalise,
         )
         return EncoderModel(encoder, image_shape)
 
@@ -72,7 +74,7 @@ def build_view(settings: PretrainSettings, model: EncoderModel) -> View:
     if on_strokes:
         return partial(stroke_view, elastic=settings.elastic)
     size = model.encoder.size[-1] if isinstance(model.encoder, MultiCropEncoder) else model.image_shape[-1]
-    return partial(photo_view, size=size, min_area=settings.crop_area)
+    return partial(photo_view, size=size, min_area=settings.crop_area, crops=settings.crops)
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -96,8 +96,11 @@ def load_package(path: str | Path) -> LoadedModel:
 def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     """Read a model from a package folder, a checkpoint file, or a run folder.
 
-    If the run kept the best model of each number of shots (`train.selection = "best"`), the one for `shot` is loaded,
-    or the one for the fewest shots if `shot` is None; otherwise the last model.
+    Which model of a run is loaded depends on its `train.selection`:
+    - "last": the last one.
+    - "best": the best one for `shot` on the validation episodes, or for the fewest shots if `shot` is None; the last
+      one if the validation did not include `shot`.
+    - "best-first-shot": the best one for the first of `validation.shots`, whatever `shot` is.
 
     Raises:
         DataError, CheckpointError: there is no model, or it cannot be read.
@@ -145,10 +148,14 @@ def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
 
 
 def _best_model(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str, Any]] | None:
-    """Task and entry of the model kept for `shot`, or for the fewest shots; None where there is none."""
-    if not state["best"] or json.loads(state["settings"])["train"]["selection"] != "best":
+    """Task and entry of the best model that `load_model` loads; None if it loads the last model."""
+    settings = json.loads(state["settings"])
+    selection = settings["train"]["selection"]
+    if not state["best"] or selection == "last":
         return None
     by_shot = {int(task.split("w")[1].rstrip("s")): task for task in state["best"]}
+    if selection == "best-first-shot":
+        shot = settings["validation"]["shots"][0]
     task = by_shot.get(shot if shot is not None else min(by_shot))
     return None if task is None else (task, state["best"][task])
 
