@@ -6,7 +6,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.comparison.table import Comparison
@@ -34,7 +34,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--query", type=int, default=15, help="with --data: queries per class (15)")
     parser.add_argument("--episodes", type=int, default=1000, help="with --data: episodes per task (1000)")
     parser.add_argument("--seed", type=int, default=0, help="with --data: seed of the episodes (0)")
-    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
     parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
     parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
     parser.add_argument("--csv", metavar="FILE", help="write a CSV file with one line for each row and task")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -66,9 +66,7 @@ def _add_evaluate(parsers: Parsers) -> None:
     parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
-    help_text = "transductive: all queries of an episode are classified together; inductive: each query alone "
-    help_text += "(default: transductive)"
-    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=help_text)
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
     help_text = "also evaluate baselines on the same features and episodes"
     parser.add_argument("--baselines", action="store_true", help=help_text)
     parser.add_argument("--results", metavar="FILE.parquet", help="write the accuracy of every episode")

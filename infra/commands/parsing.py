@@ -16,6 +16,11 @@ Answer = dict[str, Any]
 Parsers = Any
 """The sub-parsers of argparse, which have no public type."""
 
+MODE_HELP = (
+    "transductive: the queries of an episode are classified together; inductive: each query alone "
+    "(default: transductive)"
+)
+
 
 class FailedAnswer(dict[str, Any]):
     """An answer that reports damage or a failed check: it is printed as usual, but the exit code is 1."""

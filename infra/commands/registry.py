@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import partial
 
-from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import MODE_HELP, Answer, FailedAnswer, Parsers, add_command, progress_bar
 
 SUCCESSFUL = ("promoted", "would be promoted", "rolled back", "would be rolled back")
 
@@ -45,7 +45,7 @@ def _add_promote(parsers: Parsers) -> None:
     add_argument("--query", type=int, default=15, help="query images per class (default: 15)")
     add_argument("--episodes", type=int, default=1000, help="episodes per task (default: 1000)")
     add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
-    add_argument("--mode", choices=("transductive", "inductive"), default="transductive")
+    add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
     add_argument("--allow-equal", action="store_true", help="promote if not worse: interval above -MARGIN")
     help_text = "fraction of accuracy (default: 0.005, half a percentage point)"
     add_argument("--margin", type=float, default=0.005, help=help_text)
