@@ -1,0 +1,76 @@
+"""Both stages of a training draw from all rows of the training data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from metagmvae.configs.schema import Settings
+from metagmvae.training.trainer import stages
+from metagmvae.training.trainer.context import MetricLine, TrainState
+from metagmvae.training.trainer.frozen_features import ScaledRows
+from metagmvae.training.trainer.stages import train
+
+COUNT, SHAPE = 40, (1, 8, 8)
+
+
+class Context:
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.stage = ""
+
+    def load(self) -> TrainState | None:
+        return None
+
+    def report(self, line: MetricLine, state: TrainState | None) -> None:
+        pass
+
+
+class RecordedRows:
+    """Images by row index; remembers which rows were read."""
+
+    shape = (COUNT, *SHAPE)
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+        self.images = np.random.default_rng(0).integers(0, 256, self.shape, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.read += np.asarray(rows).tolist()
+        return self.images[rows]
+
+
+def settings(pretrain: int, meta: int, reconstruct: str = "pixels") -> Settings:
+    model = {"reconstruct": reconstruct, "channels": 4, "width": 8, "heads": 2, "latent": 3}
+    stage = {"steps": meta, "batch": 2, "set_size": 20, "samples": 2, "components": 2, "em_iterations": 2}
+    pretraining = {"steps": pretrain, "batch": 8}
+    return Settings.model_validate({"model": model, "train": stage, "pretrain": pretraining})
+
+
+@pytest.mark.parametrize(("pretrain", "meta"), [(10, 0), (0, 10)])
+def test_every_image_is_drawn_in_either_stage(pretrain: int, meta: int) -> None:
+    """Two epochs of pre-training; in meta-training 400 draws with replacement, which miss an image with p < 0.002."""
+    data = RecordedRows()
+    train(settings(pretrain, meta), data, SHAPE, "data", Context())
+    assert sorted(set(data.read)) == list(range(COUNT))
+
+
+def test_every_feature_is_scaled_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    read_scaled = ScaledRows.__getitem__
+
+    def spy(self: ScaledRows, rows: np.ndarray) -> np.ndarray:
+        drawn.extend(np.asarray(rows).tolist())
+        return read_scaled(self, rows)
+
+    fitted: list[int] = []
+    monkeypatch.setattr(ScaledRows, "__getitem__", spy)
+    monkeypatch.setattr(stages, "fit_feature_scaling", lambda model, raw: fitted.append(len(raw)))
+    train(settings(2, 10, "features"), RecordedRows(), SHAPE, "data", Context())
+    assert fitted == [COUNT]
+    assert sorted(set(drawn)) == list(range(COUNT))
