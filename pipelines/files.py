@@ -45,7 +45,12 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON, as `write_json` writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: str | Path) -> Any:

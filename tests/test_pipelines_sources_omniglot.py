@@ -117,12 +117,14 @@ def test_strokes_are_bright_on_black_in_the_requested_size(folder):
     assert 0.005 < block.mean() / 255 < 0.1
 
 
-def test_each_drawing_is_decode_once_for_all_rotations(folder, monkeypatch):
+def test_each_drawing_is_decoded_once_for_all_rotations(folder, monkeypatch):
     omniglot._decode_once.cache_clear()
     source = open_source("omniglot", str(folder))
     calls = []
-    decode = omniglot.decode_image
-    monkeypatch.setattr(omniglot, "decode_image", lambda data, name, **o: calls.append(name) or decode(data, name, **o))
+    decode = omniglot.apply_preprocessing
+    monkeypatch.setattr(
+        omniglot, "apply_preprocessing", lambda data, name, p: calls.append(name) or decode(data, name, p)
+    )
     everything(source)
     assert len(calls) == len(set(calls)) == 16
     image = source.splits["train"][0].load()

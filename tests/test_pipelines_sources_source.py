@@ -1,12 +1,16 @@
 """Opening sources by name, decoding blocks, pickling, fingerprints."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 
 from metagmvae.pipelines.archives.reader import Entry
+from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import OPENERS, check_integer, open_source, source_fingerprint
 
 
@@ -53,3 +57,39 @@ def test_the_fingerprint_depends_on_content_and_options():
         source_fingerprint("omniglot", [("train", entry)], {"size": 28}),
     }
     assert len(others | {first}) == 7
+
+
+def test_manifest_records_the_preprocessing(tmp_path):
+    source = open_source("glyphs", classes=(2, 1, 1), drawings=2)
+    write_dataset(source, tmp_path / "data")
+    expected = {"invert": False, "channels": 1, "size": [28, 28], "resample": "lanczos", "crop": "center square"}
+    assert json.loads((tmp_path / "data/dataset.json").read_text())["preprocessing"] == expected
+    assert Dataset.open(tmp_path / "data").preprocessing == source.preprocessing
+
+
+def test_manifest_of_an_older_version_is_read_and_completed(tmp_path):
+    source = open_source("glyphs", classes=(2, 1, 1), drawings=2)
+    write_dataset(source, tmp_path / "data")
+    new = (tmp_path / "data/dataset.json").read_bytes()
+    fingerprint = Dataset.open(tmp_path / "data").fingerprint
+    manifest = json.loads(new)
+    del manifest["preprocessing"]
+    write_json(tmp_path / "data/dataset.json", manifest)
+    old = Dataset.open(tmp_path / "data")
+    assert old.preprocessing is None
+    assert old.fingerprint == fingerprint
+    write_dataset(source, tmp_path / "data")
+    assert (tmp_path / "data/dataset.json").read_bytes() == new
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"invert": 1}, {"channels": 3}, {"size": [28, 27]}, {"size": 28}, {"blur": 2}, {"resample": "nearest"}],
+)
+def test_preprocessing_that_cannot_be_applied_is_refused(tmp_path, change):
+    write_dataset(open_source("glyphs", classes=(2, 1, 1), drawings=2), tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/dataset.json").read_text())
+    manifest["preprocessing"].update(change)
+    write_json(tmp_path / "data/dataset.json", manifest)
+    with pytest.raises(DataError, match="preprocessing"):
+        Dataset.open(tmp_path / "data")

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from metagmvae.pipelines.files import sha256_file
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.index import read_index
-from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, read_manifest
+from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, dataset_fingerprint, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
 
@@ -75,7 +76,11 @@ class Dataset:
         self.row_shape: tuple[int, ...] = (manifest["feature_size"],) if features else self.image_shape
         self.dtype = np.dtype(manifest["dtype"])
         self.splits: list[str] = list(manifest["splits"])
-        self.fingerprint = sha256_file(root / MANIFEST)
+        recorded = manifest.get("preprocessing")
+        self.preprocessing = None if recorded is None else Preprocessing.model_validate(recorded)
+        """What `metagmvae prepare` did to each image; None if an older version wrote the dataset (unknown)."""
+        # The digest of the file itself for a manifest of an older version, whatever its formatting.
+        self.fingerprint = sha256_file(root / MANIFEST) if recorded is None else dataset_fingerprint(manifest)
 
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import DTYPES
@@ -34,6 +35,8 @@ class FeatureSource:
     dtype: str
     name: str
     image_shape: tuple[int, int, int]
+    preprocessing: Preprocessing | None
+    """Of the dataset of images; None if it is not recorded there."""
     encoder: dict[str, Any]
     """Entry `encoder` of the manifest, with at least `sha256`."""
     fingerprint: str
@@ -51,6 +54,7 @@ class FeatureSource:
         return {
             "kind": "features",
             "image_shape": list(self.image_shape),
+            **({"preprocessing": self.preprocessing.model_dump(mode="json")} if self.preprocessing else {}),
             "feature_size": self.feature_size,
             "encoder": self.encoder,
         }
@@ -134,6 +138,7 @@ def open_features(
         dtype,
         f"{dataset.name} features",
         dataset.image_shape,
+        dataset.preprocessing,
         encoder,
         sha256_json(content),
         attachments or {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from metagmvae.configs.load import mistake_text
-from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.files import json_bytes, read_json
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 
 SCHEMA_VERSION = 1
@@ -57,6 +59,7 @@ class _Manifest(BaseModel):
     kind: Literal["images", "features"]
     dtype: str
     image_shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    preprocessing: Preprocessing | None = None
     feature_size: PositiveInt | None = None
     attachments: dict[AttachmentName, _Attachment] = {}
     splits: dict[SplitName, _Split]
@@ -67,6 +70,8 @@ class _Manifest(BaseModel):
             raise ValueError(f"dtype of {self.kind} is {self.dtype!r}, not {' or '.join(DTYPES[self.kind])}")
         if self.kind == "features" and self.feature_size is None:
             raise ValueError("feature_size is missing")
+        if self.preprocessing is not None and list(self.preprocessing.image_shape) != self.image_shape:
+            raise ValueError(f"preprocessing gives {self.preprocessing.image_shape}, not image_shape")
         return self
 
 
@@ -84,6 +89,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise DataError(f"{path}: {mistake_text(error.errors()[0])}; {REMEDY}") from error
     return manifest
+
+
+def dataset_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without `preprocessing`, which manifests that were written by older versions lack.
+
+    The source fingerprint decides the preprocessing, so nothing is lost, and the same dataset has the same fingerprint
+    in all versions.
+    """
+    content = {key: value for key, value in manifest.items() if key != "preprocessing"}
+    return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
 def dataset_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:

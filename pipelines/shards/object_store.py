@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from metagmvae.pipelines.files import atomic_file, sha256_file
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, read_manifest
+from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, dataset_fingerprint, read_manifest
 
 CHUNK = 2**22
 """Bytes per read of a download or upload."""
@@ -164,9 +164,12 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
     stored = remote.sizes()
     if MANIFEST in stored:
         with remote.open(MANIFEST) as file:
-            if file.read() == (folder / MANIFEST).read_bytes():
-                return manifest
-        raise DataError(f"{uri}: contains another dataset; choose another prefix")
+            existing = file.read()
+        if existing == (folder / MANIFEST).read_bytes():
+            return manifest
+        # An older version wrote the same dataset without its preprocessing; the new manifest replaces that one.
+        if hashlib.sha256(existing).hexdigest() != dataset_fingerprint(manifest):
+            raise DataError(f"{uri}: contains another dataset; choose another prefix")
     for name, _, _ in dataset_files(manifest):
         if stored.get(name) != (folder / name).stat().st_size:
             remote.put(folder / name, name)

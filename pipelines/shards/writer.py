@@ -101,7 +101,7 @@ def write_dataset(
         raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
     manifest = _prepare_folder(out, plan)
     if manifest is not None:
-        return manifest
+        return _add_preprocessing(out, manifest, source.about)
     tasks = [task for split in source.splits for task in _split_tasks(source, out, split, settings)]
     pending = [task for task in tasks if not Path(task[3]).exists()]
     done = len(tasks) - len(pending)
@@ -155,6 +155,17 @@ def _prepare_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         raise DataError(f"{out}: not empty and not a dataset; choose a new or empty folder for --out")
     write_json(out / PLAN, plan)
     return None
+
+
+def _add_preprocessing(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Record the preprocessing in a manifest that an older version wrote; its fingerprint stays the same."""
+    if "preprocessing" in manifest or "preprocessing" not in about:
+        return manifest
+    position = list(manifest).index("image_shape") + 1  # where new manifests have it
+    items = list(manifest.items())
+    manifest = dict([*items[:position], ("preprocessing", about["preprocessing"]), *items[position:]])
+    write_json(out / MANIFEST, manifest)
+    return manifest
 
 
 def _remove_temporary_files(out: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.source import ImageSource, check_integer
@@ -82,7 +83,9 @@ def open_glyphs(
     }
     options: dict[str, Any] = {"classes": list(counts), "drawings": drawings, "seed": seed}
     fingerprint = sha256_json({"source": "glyphs", "generator": GENERATOR, "options": options})
-    return ImageSource("glyphs", (1, SIZE, SIZE), splits, fingerprint, {"options": options})
+    # The drawn images are bright on dark and need no preprocessing; this is what other images need to resemble them.
+    preprocessing = Preprocessing.of_shape((1, SIZE, SIZE), invert=False)
+    return ImageSource("glyphs", (1, SIZE, SIZE), splits, fingerprint, {"options": options}, preprocessing)
 
 
 def _record(seed: int, split: str, number: int, drawing: int) -> ImageRecord:

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 
 MAX_PIXELS = 64_000_000
@@ -29,6 +30,29 @@ UPRIGHT = {
 }
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
 """Exceptions of the decoders of Pillow on damaged files, found by tests with such files."""
+
+
+def apply_preprocessing(image: bytes | np.ndarray, name: str, preprocessing: Preprocessing) -> np.ndarray:
+    """Apply the recorded preprocessing of a dataset to one image, exactly as `metagmvae prepare` does.
+
+    Args:
+        image: content of an image file, or uint8 pixels, (1, H, W) or (3, H, W).
+        name: name of the image for error messages.
+        preprocessing: `Dataset.preprocessing`.
+
+    Returns:
+        uint8, `preprocessing.image_shape`.
+
+    Raises:
+        DataError: the file cannot be decoded (see `decode_image`), or the array has another type or shape.
+    """
+    size, channels, invert = preprocessing.size[0], preprocessing.channels, preprocessing.invert
+    if isinstance(image, bytes):
+        return decode_image(image, name, size=size, channels=channels, invert=invert)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in MODES or 0 in image.shape:
+        raise DataError(f"{name}: pixels are {image.dtype} {image.shape}; give uint8 (1, H, W) or (3, H, W)")
+    opened = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return _to_square(opened.convert(MODES[channels]), size, invert)
 
 
 def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bool = False) -> np.ndarray:
@@ -60,7 +84,7 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
                     image.draft(None, (2 * size, 2 * size))
                 image.load()
                 upright = _upright(image)
-                square = ImageOps.fit(_eight_bit(upright, channels, name), (size, size), Image.Resampling.LANCZOS)
+                return _to_square(_eight_bit(upright, channels, name), size, invert)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -69,16 +93,15 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "unknown image format" if unknown else " ".join(str(error).split())
         raise DataError(f"{name}: broken image ({reason}); replace or remove it") from error
+
+
+def _to_square(image: Image.Image, size: int, invert: bool) -> np.ndarray:
+    """Crop an "L" or "RGB" image to a centred square and resize it: uint8, (1 or 3, size, size)."""
+    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(square, dtype=np.uint8)
     if invert:
         pixels = 255 - pixels
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
-
-
-def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Crop decoded pixels to a centred square and resize it: uint8, (H, W, 3) -> (3, size, size)."""
-    square = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def _upright(image: Image.Image) -> Image.Image:

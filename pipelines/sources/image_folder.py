@@ -22,9 +22,10 @@ from typing import Any, cast
 import numpy as np
 
 from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.image_decoding import MODES, SUFFIXES, decode_image
+from metagmvae.pipelines.sources.image_decoding import MODES, SUFFIXES, apply_preprocessing
 from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -91,7 +92,8 @@ def open_folder(
     images = _parse_paths(entries, classes)
     class_of = _classes(source, images) if classes else {}
     split_of = _assign_splits(source, images, class_of, fractions, seed) if fractions is not None else {}
-    load = partial(load_image, str(source), size=size, channels=channels, invert=invert)
+    preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
+    load = partial(load_image, str(source), preprocessing=preprocessing)
     intact, skipped = _skip_broken(source, images, load, max_broken, map_tasks)
     splits: dict[str, list[ImageRecord]] = {}
     content = []
@@ -110,12 +112,12 @@ def open_folder(
         "options": {**options, "fractions": fractions and list(fractions), "seed": seed, "max_broken": max_broken},
     }
     fingerprint = source_fingerprint("folder", content, options)
-    return ImageSource("folder", (channels, size, size), splits, fingerprint, report)
+    return ImageSource("folder", (channels, size, size), splits, fingerprint, report, preprocessing)
 
 
-def load_image(root: str, name: str, *, size: int, channels: int, invert: bool) -> np.ndarray:
+def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndarray:
     """Decode one file of a folder or archive: uint8, (channels, size, size)."""
-    return decode_image(read_entry(root, name), f"{root}: {name}", size=size, channels=channels, invert=invert)
+    return apply_preprocessing(read_entry(root, name), f"{root}: {name}", preprocessing)
 
 
 def find_broken(load: Callable[[str], np.ndarray], names: Sequence[str]) -> list[tuple[str, str]]:

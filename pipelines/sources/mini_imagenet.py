@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metagmvae.pipelines.archives.reader import ARCHIVES, Entry, list_entries, read_entry
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord
-from metagmvae.pipelines.sources.image_decoding import SUFFIXES, decode_image, resize_pixels
+from metagmvae.pipelines.sources.image_decoding import SUFFIXES, apply_preprocessing
 from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
 from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
@@ -86,18 +87,23 @@ def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missi
     splits = {split: [ImageRecord(i.entry.name, i.label, i.load) for i in part] for split, part in images.items()}
     content = [(split, image.entry) for split, part in images.items() for image in part]
     fingerprint = source_fingerprint("mini-imagenet", content, options)
-    return ImageSource("mini-imagenet", (3, size, size), splits, fingerprint, report)
+    return ImageSource("mini-imagenet", (3, size, size), splits, fingerprint, report, _preprocessing(size))
 
 
 def load_file(file: LocatedEntry, size: int) -> np.ndarray:
     """Decode one image file: uint8, (3, size, size)."""
     data = read_entry(file.root, file.entry.name)
-    return decode_image(data, f"{file.root}: {file.entry.name}", size=size, channels=3)
+    return apply_preprocessing(data, f"{file.root}: {file.entry.name}", _preprocessing(size))
 
 
 def load_cached(path: str, row: int, size: int) -> np.ndarray:
     """One image of a cache file: uint8, (3, size, size)."""
-    return resize_pixels(read_cache(path).images[row], size)
+    pixels = read_cache(path).images[row].transpose(2, 0, 1)
+    return apply_preprocessing(pixels, f"{path}: image {row}", _preprocessing(size))
+
+
+def _preprocessing(size: int) -> Preprocessing:
+    return Preprocessing.of_shape((3, size, size), invert=False)
 
 
 def _images_of_cache(path: str, size: int) -> list[LabelledImage]:

@@ -21,9 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.image_decoding import decode_image
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -86,7 +87,8 @@ def open_omniglot(
         "drawings": len(content),
         "options": options,
     }
-    return ImageSource("omniglot", (1, size, size), splits, source_fingerprint("omniglot", content, options), report)
+    fingerprint = source_fingerprint("omniglot", content, options)
+    return ImageSource("omniglot", (1, size, size), splits, fingerprint, report, _preprocessing(size))
 
 
 def download_omniglot() -> Path:
@@ -199,6 +201,11 @@ def _records(
             yield ImageRecord(key, name + variant, partial(load_drawing, part, entry.name, size, turns))
 
 
+def _preprocessing(size: int) -> Preprocessing:
+    """The drawings are black on white; the dataset has bright strokes on a dark background."""
+    return Preprocessing.of_shape((1, size, size), invert=True)
+
+
 def load_drawing(part: str, name: str, size: int, turns: int) -> np.ndarray:
     """One drawing, rotated counter-clockwise by `turns` times 90 degrees: uint8, (1, size, size)."""
     decode = _decode_once if size <= CACHED_SIDE else _decode
@@ -206,7 +213,7 @@ def load_drawing(part: str, name: str, size: int, turns: int) -> np.ndarray:
 
 
 def _decode(part: str, name: str, size: int) -> np.ndarray:
-    pixels = decode_image(read_entry(part, name), f"{part}: {name}", size=size, channels=1, invert=True)
+    pixels = apply_preprocessing(read_entry(part, name), f"{part}: {name}", _preprocessing(size))
     pixels.flags.writeable = False  # shared between the rotations
     return pixels
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from metagmvae.pipelines.archives.reader import Entry
 from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 
 OPENERS = {
@@ -37,6 +38,9 @@ class ImageSource:
     report: dict[str, Any] = field(default_factory=dict)
     """Numbers of images and classes, and what is missing or skipped, for the output of `metagmvae prepare`."""
 
+    preprocessing: Preprocessing | None = None
+    """What `load` of each record does to an image, recorded in the manifest; None if `Preprocessing` cannot say it."""
+
     permuted = False
     dtype = "uint8"
 
@@ -48,7 +52,8 @@ class ImageSource:
     @property
     def about(self) -> dict[str, Any]:
         """Further keys of the manifest."""
-        return {"kind": "images", "image_shape": list(self.image_shape)}
+        recorded = {"preprocessing": self.preprocessing.model_dump(mode="json")} if self.preprocessing else {}
+        return {"kind": "images", "image_shape": list(self.image_shape), **recorded}
 
     @property
     def attachments(self) -> dict[str, Path]:
