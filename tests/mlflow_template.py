@@ -1,4 +1,4 @@
-"""For tests of tracking and registry: an empty MLflow store, a server, and run folders."""
+"""Helpers for tests of tracking and registry: an empty MLflow store, a server, and run folders."""
 
 import atexit
 import contextlib
@@ -30,7 +30,7 @@ VALUES = {"loss": 5.0, "elbo": -5.0, "images_per_s": 100.0}
 
 @functools.cache
 def _template() -> Path:
-    """A migrated database, made once per process and copied: migrations cost seconds."""
+    """Return a migrated database, which is created once per process and copied, because migrations take seconds."""
     folder = Path(tempfile.mkdtemp(prefix="mlflow-template-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     connect(TrackingSettings(store=str(folder)))
@@ -38,14 +38,14 @@ def _template() -> Path:
 
 
 def new_store(folder: Path) -> TrackingSettings:
-    """Settings of a fresh SQLite store in `folder`."""
+    """Create an SQLite store in `folder` and return its settings."""
     folder.mkdir(parents=True)
     shutil.copy(_template(), folder / "mlflow.db")
     return TrackingSettings(store=str(folder))
 
 
 def new_run(folder: Path, best_by_shot: tuple[int, ...] = (), seed: int = 0) -> Path:
-    """A run folder with the checkpoint of a model as it was initialised; the best of each shot are other ones."""
+    """Create a run folder with a checkpoint of an initialised model; the best model of each shot has other weights."""
     folder.mkdir(parents=True)
     settings = Settings(
         model=ModelSettings(latent=8, channels=8, width=16, heads=2, layers=1),
@@ -77,14 +77,14 @@ def new_run(folder: Path, best_by_shot: tuple[int, ...] = (), seed: int = 0) -> 
     return folder
 
 
-def judged_run(folder: Path, data: Path, *, blind: bool = False, step: int = 1) -> Path:
-    """A run on this data that never trained: its latents follow random features, or are the same for every image."""
+def untrained_run(folder: Path, data: Path, *, constant: bool = False, step: int = 1) -> Path:
+    """Create a run folder of an untrained model: its latents are random features, or constant for all images."""
     new_run(folder)
     state = load_state(folder / "checkpoint.pt")
     state |= {"data_fingerprint": Dataset.open(data).fingerprint, "step": step}
     weights = state["model"]
-    weights["inlet.weight"] *= 0 if blind else 30
-    weights["head.weight"][8:] = 0  # of the log variance
+    weights["inlet.weight"] *= 0 if constant else 30
+    weights["head.weight"][8:] = 0  # rows of the log variance
     weights["head.bias"][8:] = -6
     save_state(folder / "checkpoint.pt", state)
     (folder / "run.json").write_text(json.dumps({"data": str(data)}))
@@ -92,12 +92,12 @@ def judged_run(folder: Path, data: Path, *, blind: bool = False, step: int = 1) 
 
 
 def line(step: int, stage: str = "meta", steps: int = 200) -> str:
-    place = {"stage": stage, "step": step, "steps": steps, "global_step": step, "checkpoint": 0}
-    return json.dumps({**place, **VALUES, "loss": 1000.0 - step, "elapsed_s": 0.5 * step}) + "\n"
+    position = {"stage": stage, "step": step, "steps": steps, "global_step": step, "checkpoint": 0}
+    return json.dumps({**position, **VALUES, "loss": 1000.0 - step, "elapsed_s": 0.5 * step}) + "\n"
 
 
 def ended_run(folder: Path) -> Path:
-    """A run folder as `metagmvae train` leaves it, with 200 lines of metrics and files that stand for the others."""
+    """Create a run folder as after `metagmvae train`, with 200 metric lines and placeholders for the other files."""
     folder.mkdir(parents=True)
     (folder / "settings.json").write_text(Settings(name="run").model_dump_json())
     record = {"command": "metagmvae train x", "commit": "c0ffee", "data_fingerprint": "d" * 64, "cpus": 2}
@@ -105,9 +105,9 @@ def ended_run(folder: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(line(step) for step in range(1, 201)))
     (folder / "checkpoint.pt").write_bytes(b"weights")
     (folder / "figures").mkdir()
-    (folder / "figures" / "curves.png").write_bytes(b"picture")
+    (folder / "figures" / "curves.png").write_bytes(b"image")
     (folder / "ray" / "checkpoint_000001").mkdir(parents=True)
-    (folder / "ray" / "checkpoint_000001" / "state.pt").write_bytes(b"engine's own")
+    (folder / "ray" / "checkpoint_000001" / "state.pt").write_bytes(b"state of Ray")
     status = {"status": "FINISHED", "started_ms": STARTED_MS, "ended_ms": STARTED_MS + 100_000}
     (folder / "status.json").write_text(json.dumps({**status, "owner": {"pid": 1, "host": "elsewhere"}}))
     return folder
@@ -119,7 +119,7 @@ def history(tracking: TrackingSettings, run_id: str, key: str) -> list[tuple[int
 
 
 def closed_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """Return a port of this machine on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -127,21 +127,21 @@ def closed_port() -> int:
 
 @contextlib.contextmanager
 def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
-    """A real `mlflow server` on loopback over the store in `folder`, made where there is none; yields its URI."""
+    """Run `mlflow server` on the store in `folder`, which is created if it does not exist; yield its URI."""
     if not folder.exists():
         new_store(folder)
     port = port or closed_port()
-    place = [
+    store = [
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",
         str(folder / "artifacts"),
     ]
-    # Of several workers uvicorn kills those that do not answer within 5 s, as they may not on a busy machine.
-    command = [sys.executable, "-m", "mlflow", "server", *place, "--port", str(port), "--workers", "1"]
-    # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
-    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": search, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # With several workers uvicorn kills those that do not answer within 5 s, which happens on a busy machine.
+    command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
+    # MLflow searches uvicorn on the PATH, which lacks the environment's bin folder unless it is activated.
+    search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": search_path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("a") as log:
         server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -154,5 +154,5 @@ def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+            os.killpg(server.pid, signal.SIGKILL)  # the group of the server includes its workers
         server.wait()

@@ -1,7 +1,7 @@
-"""A model that was registered before the packages moved into `metagmvae` loads, answers and is evaluated as then.
+"""A model that was registered before the packages moved into `metagmvae` gives the same results as then.
 
-`fixtures/registered_before_move/model` was logged by the code at commit 77a17f9; `expected.json` is what that code
-answered: an evaluation by `metagmvae evaluate`, and probabilities by MLflow's loader.
+`fixtures/registered_before_move/model` was logged by the code at commit 77a17f9. `expected.json` holds the results of
+that code: an evaluation by `metagmvae evaluate`, and probabilities by MLflow's loader.
 """
 
 import json
@@ -32,9 +32,9 @@ assert "metagmvae.infra.registry.pyfunc_model" in sys.modules
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("former") / "data"
-    made = EXPECTED["data"]
-    write_dataset(open_source(made["source"], classes=made["classes"], drawings=made["drawings"]), folder)
-    assert Dataset.open(folder).fingerprint == made["fingerprint"]
+    source = EXPECTED["data"]
+    write_dataset(open_source(source["source"], classes=source["classes"], drawings=source["drawings"]), folder)
+    assert Dataset.open(folder).fingerprint == source["fingerprint"]
     return folder
 
 
@@ -46,22 +46,24 @@ def request_of(data: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.mlflow
 @pytest.mark.parametrize("own_infra", [False, True], ids=["no package infra", "a user's package infra"])
-def test_mlflow_loads_it_and_answers_the_same(data, tmp_path, own_infra):
-    """From a folder where the user has a package of the former name, too."""
+def test_mlflow_loads_it_and_gives_the_same_probabilities(data, tmp_path, own_infra):
+    """This also works in a folder that holds a package of the former name."""
     if own_infra:
         (tmp_path / "infra").mkdir()
         (tmp_path / "infra" / "__init__.py").write_text("")
     np.savez(tmp_path / "request.npz", **request_of(data))
     command = [sys.executable, "-c", ANSWER, str(FIXTURE / "model"), "request.npz", "answer.npy"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
     np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), EXPECTED["probabilities"], atol=1e-6)
 
 
-def test_its_package_is_evaluated_with_the_identical_accuracy(data, capsys):
+def test_package_has_the_recorded_accuracy(data, capsys):
     package = FIXTURE / "model" / "artifacts" / "package"
-    wanted = EXPECTED["evaluate"]
-    task = ["--way", wanted["way"], "--shot", wanted["shot"], "--episodes", wanted["episodes"]]
+    expected = EXPECTED["evaluate"]
+    task = ["--way", expected["way"], "--shot", expected["shot"], "--episodes", expected["episodes"]]
     assert main(["evaluate", str(package), "--data", str(data), *map(str, task), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {key: answer[key] for key in wanted} == wanted
+    assert {key: answer[key] for key in expected} == expected

@@ -1,4 +1,4 @@
-"""`metagmvae models`: what stands in the registry, and whether the data that it rests on are still there."""
+"""`metagmvae models`: registered versions, and whether their datasets still exist unchanged."""
 
 import json
 import shutil
@@ -8,12 +8,14 @@ import pytest
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.cli import main
-from metagmvae.infra.registry.listing import state_of_data
+from metagmvae.infra.registry.listing import data_state
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
+
+pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
@@ -29,36 +31,36 @@ def store(tmp_path, monkeypatch):
     return connect(tracking)
 
 
-def listed(capsys, *words: str) -> list[dict]:
+def list_models(capsys, *words: str) -> list[dict]:
     capsys.readouterr()
     assert main(["models", *words, "--json"]) == 0
     return json.loads(capsys.readouterr().out)["models"]
 
 
-def test_data_are_there_or_changed_or_damaged_or_gone(data, tmp_path):
+def test_dataset_is_unchanged_changed_damaged_or_gone(data, tmp_path):
     uri, fingerprint = str(data), Dataset.open(data).fingerprint
-    assert state_of_data(uri, fingerprint) == ("yes", "")
-    state, why = state_of_data(uri, "f" * 64)
-    assert (state, f"is {fingerprint[:12]}…, and was ffffffffffff…" in why) == ("changed", True)
+    assert data_state(uri, fingerprint) == ("yes", "")
+    state, reason = data_state(uri, "f" * 64)
+    assert (state, f"is {fingerprint[:12]}…, it was ffffffffffff…" in reason) == ("changed", True)
     (data / "test" / "shard-000000.tar").unlink()
-    state, why = state_of_data(uri, fingerprint)
-    assert (state, "1 files are missing, test/shard-000000.tar first" in why) == ("damaged", True)
+    state, reason = data_state(uri, fingerprint)
+    assert (state, "1 files are missing, for example test/shard-000000.tar" in reason) == ("damaged", True)
     shutil.rmtree(data)
-    state, why = state_of_data(uri, fingerprint)
-    assert (state, "no dataset.json there" in why) == ("gone", True)
+    state, reason = data_state(uri, fingerprint)
+    assert (state, "no dataset.json there" in reason) == ("gone", True)
 
 
-def test_versions_with_their_aliases_evidence_and_data(store, data, tmp_path, capsys):
+def test_versions_with_their_aliases_results_promotions_and_datasets(store, data, tmp_path, capsys):
     run = mlflow_template.new_run(tmp_path / "run")
     (run / "run.json").write_text(json.dumps({"data": str(tmp_path / "trained on")}))
     tracking = TrackingSettings(uri=store.uri)
     register(run, tracking, "one", results={"5w1s": {"accuracy": 0.5, "ci95": 0.01}})
     register(run, tracking, "one")
     register(run, tracking, "two")
-    few = ["--data", str(data), "--query", "5", "--episodes", "30"]
-    assert main(["evaluate", "models:/one/2", *few]) == 0
-    assert main(["promote", "models:/one/2", "--other-data", *few]) == 1
-    newest, oldest = listed(capsys, "one")
+    options = ["--data", str(data), "--query", "5", "--episodes", "30"]
+    assert main(["evaluate", "models:/one/2", *options]) == 0
+    assert main(["promote", "models:/one/2", "--other-data", *options]) == 1
+    newest, oldest = list_models(capsys, "one")
     assert (newest["version"], newest["aliases"], newest["kind"]) == ("2", [], "few-shot classifier")
     assert (oldest["version"], oldest["aliases"], oldest["promotion"]) == ("1", ["champion"], {})
     assert oldest["results"] == {"5w1s": {"accuracy": 0.5, "ci95": 0.01}}
@@ -72,7 +74,7 @@ def test_versions_with_their_aliases_evidence_and_data(store, data, tmp_path, ca
         "test.5w1s.transductive": (str(data), "yes"),
         "promotion": (str(data), "yes"),
     }
-    assert [(row["name"], row["version"]) for row in listed(capsys)] == [("one", "2"), ("one", "1"), ("two", "1")]
+    assert [(row["name"], row["version"]) for row in list_models(capsys)] == [("one", "2"), ("one", "1"), ("two", "1")]
     capsys.readouterr()
     assert main(["models", "one"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -82,20 +84,20 @@ def test_versions_with_their_aliases_evidence_and_data(store, data, tmp_path, ca
     assert "5w1s 50.00 ± 1.00" in lines[4]
 
 
-def test_other_peoples_models_stand_beside_ours(store, tmp_path, capsys):
+def test_models_of_other_programs_are_listed_too(store, tmp_path, capsys):
     store.client.create_registered_model("theirs")
     store.client.create_model_version("theirs", str(tmp_path))
-    (row,) = listed(capsys)
+    (row,) = list_models(capsys)
     assert (row["name"], row["kind"], row["results"], row["data"]) == ("theirs", "unknown", {}, [])
     assert main(["models"]) == 0
-    assert "not known" in capsys.readouterr().out
+    assert "unknown" in capsys.readouterr().out
     store.client.set_model_version_tag("theirs", "1", "promotion.tasks", "five")
     assert main(["models"]) == 2
-    assert "models:/theirs/1: its tags results.… or promotion.… are not ours" in capsys.readouterr().err
+    assert "models:/theirs/1: tags results.… or promotion.… are damaged" in capsys.readouterr().err
 
 
-def test_a_name_that_is_none_and_an_empty_registry(store, capsys):
-    assert listed(capsys) == []
+def test_unknown_name_and_empty_registry(store, capsys):
+    assert list_models(capsys) == []
     assert main(["models", "nothing"]) == 2
     assert "no registered model 'nothing' in" in capsys.readouterr().err
     assert main(["models"]) == 0

@@ -1,4 +1,4 @@
-"""A challenger becomes champion if it is better on the same episodes, and only then; rolled back; one at a time."""
+"""Promotion: only a challenger that is better on the same episodes becomes champion; rollback; overtaken promotions."""
 
 import json
 import shutil
@@ -8,12 +8,12 @@ import mlflow_template
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from mlflow_template import judged_run
+from mlflow_template import untrained_run
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry import promote
-from metagmvae.infra.registry.alias_history import read_history
+from metagmvae.infra.registry.alias_history import alias_version, read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.store import Store, connect, import_mlflow
@@ -22,7 +22,7 @@ from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 
-REPOSITORY = Path(__file__).parents[1]
+pytestmark = pytest.mark.mlflow
 FEW = ["--episodes", "40", "--query", "5"]
 
 
@@ -35,19 +35,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, data):
-    """A store with versions of `glyphs`: 1 blind and champion, 2 and 3 seeing and equal."""
+    """A store with versions of `glyphs`: 1 has constant latents and is champion, 2 and 3 are better and equal."""
     folder = tmp_path_factory.mktemp("prepared")
     store = mlflow_template.new_store(folder / "mlflow")
-    register(judged_run(folder / "blind", data, blind=True), store, "glyphs")
-    seeing = judged_run(folder / "seeing", data)
-    register(seeing, store, "glyphs")
-    register(seeing, store, "glyphs")
+    register(untrained_run(folder / "constant", data, constant=True), store, "glyphs")
+    better = untrained_run(folder / "better", data)
+    register(better, store, "glyphs")
+    register(better, store, "glyphs")
     return folder / "mlflow"
 
 
 @pytest.fixture
 def store(prepared, tmp_path, monkeypatch) -> Store:
-    """A copy of it, which commands use."""
+    """A copy of the prepared store, which commands use."""
     (tmp_path / "mlflow").mkdir()
     shutil.copy(prepared / "mlflow.db", tmp_path / "mlflow")
     opened = connect(TrackingSettings(store=str(tmp_path / "mlflow")))
@@ -56,52 +56,51 @@ def store(prepared, tmp_path, monkeypatch) -> Store:
 
 
 @pytest.fixture
-def ask(data, capsys):
-    """`promote` as a user types it, on the data; its answer and what it says to stderr."""
+def run_promote(data, capsys):
+    """Runs `promote` as a user does, on the data, and returns its answer or its error."""
 
-    def ask(*words: str, code: int = 0, uri: Path | None = data) -> dict:
+    def run_promote(*words: str, code: int = 0, uri: Path | None = data) -> dict:
         capsys.readouterr()
         rollback = "--rollback" in words
-        where = [] if rollback or uri is None else ["--data", str(uri), *FEW]
-        assert main(["promote", *words, *where, "--json"]) == code
+        options = [] if rollback or uri is None else ["--data", str(uri), *FEW]
+        assert main(["promote", *words, *options, "--json"]) == code
         out, err = capsys.readouterr()
         return json.loads(out) if out else {"error": err}
 
-    return ask
+    return run_promote
 
 
 def champion(store: Store, alias: str = "champion") -> str | None:
-    found = store.client.get_registered_model("glyphs").aliases.get(alias)
-    return None if found is None else str(found)
+    return alias_version(store, "glyphs", alias)
 
 
-def files_of(store: Store, answer: dict, folder: Path) -> Path:
-    got = import_mlflow().artifacts.download_artifacts(
+def download_evidence(store: Store, answer: dict, folder: Path) -> Path:
+    path = import_mlflow().artifacts.download_artifacts(
         artifact_uri=answer["evidence"], dst_path=str(folder), tracking_uri=store.uri
     )
-    assert {file.name for file in Path(got).iterdir()} == {"decision.json", "episodes.parquet"}
-    return Path(got)
+    assert {file.name for file in Path(path).iterdir()} == {"decision.json", "episodes.parquet"}
+    return Path(path)
 
 
-def test_the_better_one_is_promoted_and_the_evidence_is_kept(store, ask, data, tmp_path):
-    answer = ask("models:/glyphs/2", "--shots", "1", "5")
+def test_better_challenger_is_promoted_and_the_evidence_is_stored(store, run_promote, data, tmp_path):
+    answer = run_promote("models:/glyphs/2", "--shots", "1", "5")
     assert (answer["decision"], answer["rule"], champion(store)) == ("promoted", "better", "2")
     assert (answer["challenger"], answer["champion"]) == ("models:/glyphs/2", "models:/glyphs/1")
     one, five = answer["tasks"]
     assert (one["task"], one["verdict"], five["task"]) == ("5w1s", "better", "5w5s")
     assert one["champion"] == pytest.approx(0.2, abs=0.02)  # chance
-    folder = files_of(store, answer, tmp_path)
+    folder = download_evidence(store, answer, tmp_path)
     rows = pq.read_table(folder / "episodes.parquet").to_pandas()
-    of_one = rows[rows.shot == 1]
-    each = (of_one.challenger - of_one.champion).to_numpy()
+    one_shot = rows[rows.shot == 1]
+    each = (one_shot.challenger - one_shot.champion).to_numpy()
     assert len(each) == 40
     assert one["difference"] == pytest.approx(each.mean())
     assert one["ci95"] == pytest.approx(1.96 * each.std(ddof=1) / np.sqrt(40))
-    kept = json.loads((folder / "decision.json").read_text())
-    assert {key: kept[key] for key in answer if key != "evidence"} == {
+    stored = json.loads((folder / "decision.json").read_text())
+    assert {key: stored[key] for key in answer if key != "evidence"} == {
         k: v for k, v in answer.items() if k != "evidence"
     }
-    assert {"by", "environment", "settings"} <= kept.keys()
+    assert {"by", "environment", "settings"} <= stored.keys()
     tags = store.client.get_model_version("glyphs", "2").tags
     assert tags["promotion.decision"] == "promoted"
     assert float(tags["promotion.5w1s.difference"]) == one["difference"]
@@ -109,7 +108,7 @@ def test_the_better_one_is_promoted_and_the_evidence_is_kept(store, ask, data, t
     assert tags["promotion.data_fingerprint"] == Dataset.open(data).fingerprint
     assert (tags["promotion.split"], tags["promotion.episodes"], tags["promotion.seed"]) == ("validation", "40", "0")
     assert tags["promotion.evidence"] == answer["evidence"]
-    # The episodes are those of `evaluate`, and the alias is what everything else goes by.
+    # `evaluate` uses the same episodes, and all other commands follow the alias.
     assert main(["evaluate", "models:/glyphs@champion", "--data", str(data), "--split", "validation", *FEW]) == 0
     tags = store.client.get_model_version("glyphs", "2").tags
     assert float(tags["results.validation.5w1s.transductive"]) == pytest.approx(one["challenger"], abs=1e-6)
@@ -117,58 +116,58 @@ def test_the_better_one_is_promoted_and_the_evidence_is_kept(store, ask, data, t
     assert served.metadata.run_id == store.client.get_model_version("glyphs", "2").run_id
 
 
-def test_what_is_not_better_is_refused_with_the_numbers_and_nothing_moves(store, ask, tmp_path):
-    ask("models:/glyphs/2")
-    answer = ask("models:/glyphs/1", code=1)
+def test_challenger_that_is_not_better_is_refused_and_the_alias_stays(store, run_promote, tmp_path):
+    run_promote("models:/glyphs/2")
+    answer = run_promote("models:/glyphs/1", code=1)
     assert (answer["decision"], champion(store)) == ("refused", "2")
     assert "5w1s: 20." in answer["reason"]
     assert "the champion stays" in answer["reason"]
     assert store.client.get_model_version("glyphs", "1").tags["promotion.decision"] == "refused"
-    files_of(store, answer, tmp_path)
-    equal = ask("models:/glyphs/3", code=1)
+    download_evidence(store, answer, tmp_path)
+    equal = run_promote("models:/glyphs/3", code=1)
     assert (equal["tasks"][0]["difference"], equal["tasks"][0]["verdict"]) == (0.0, "undecided")
     assert len(read_history(store, "glyphs")) == 2  # the first registration, and one promotion
-    equal = ask("models:/glyphs/3", "--allow-equal", "--margin", "0")
+    equal = run_promote("models:/glyphs/3", "--allow-equal", "--margin", "0")
     assert (equal["decision"], equal["rule"], champion(store)) == ("promoted", "not worse", "3")
 
 
-def test_tags_are_of_the_newest_decision_only(store, ask):
-    ask("models:/glyphs/2", "--shots", "1", "5", "--dry-run")
-    ask("models:/glyphs/2", "--shots", "1", "5")
-    ask("models:/glyphs@champion", "--rollback")
-    ask("models:/glyphs/2", "--shot", "5")
+def test_tags_describe_the_newest_decision_only(store, run_promote):
+    run_promote("models:/glyphs/2", "--shots", "1", "5", "--dry-run")
+    run_promote("models:/glyphs/2", "--shots", "1", "5")
+    run_promote("models:/glyphs@champion", "--rollback")
+    run_promote("models:/glyphs/2", "--shot", "5")
     tags = store.client.get_model_version("glyphs", "2").tags
     assert {key.split(".")[1] for key in tags if key.endswith(".difference")} == {"5w5s"}
     assert "promotion.rolled_back" not in tags
 
 
-def test_the_first_one_becomes_champion_and_says_so(store, ask):
+def test_first_challenger_becomes_champion(store, run_promote):
     store.client.delete_registered_model_alias("glyphs", "champion")
-    answer = ask("models:/glyphs/1")
+    answer = run_promote("models:/glyphs/1")
     assert (answer["decision"], answer["rule"], answer["champion"]) == ("promoted", "first", None)
     assert "no version has the alias 'champion' yet" in answer["reason"]
     assert answer["tasks"][0].keys() == {"task", "challenger", "ci95"}
     assert champion(store) == "1"
-    answer = ask("models:/glyphs@champion", "--rollback", code=2)
-    assert "no former version to go back to; version 1 was the first one" in answer["error"]
+    answer = run_promote("models:/glyphs@champion", "--rollback", code=2)
+    assert "no version to go back to; version 1 was the first one" in answer["error"]
 
 
-def test_a_margin_that_is_none_is_refused_where_nothing_is_to_be_beaten_too(store, ask):
-    error = ask("models:/glyphs/2", "--alias", "candidate", "--margin", "5", code=2)["error"]
+def test_invalid_margin_is_refused_without_a_champion_too(store, run_promote):
+    error = run_promote("models:/glyphs/2", "--alias", "candidate", "--margin", "5", code=2)["error"]
     assert "--margin 5.0: must be" in error
     assert champion(store, "candidate") is None
 
 
-def test_another_alias_is_won_over_a_named_model(store, ask):
-    answer = ask("models:/glyphs/1", "--alias", "staging", "--over", "models:/glyphs/2", code=1)
+def test_another_alias_is_given_over_a_named_model(store, run_promote):
+    answer = run_promote("models:/glyphs/1", "--alias", "staging", "--over", "models:/glyphs/2", code=1)
     assert (answer["champion"], champion(store, "staging")) == ("models:/glyphs/2", None)
-    answer = ask("models:/glyphs/3", "--alias", "staging", "--over", "models:/glyphs@champion")
+    answer = run_promote("models:/glyphs/3", "--alias", "staging", "--over", "models:/glyphs@champion")
     assert (answer["decision"], champion(store, "staging"), champion(store)) == ("promoted", "3", "1")
-    answer = ask("models:/glyphs/2", "--alias", "staging", "--over", "models:/glyphs@champion", code=2)
-    assert "models:/glyphs@staging is models:/glyphs/3; a champion gives way only to" in answer["error"]
+    answer = run_promote("models:/glyphs/2", "--alias", "staging", "--over", "models:/glyphs@champion", code=2)
+    assert "models:/glyphs@staging is models:/glyphs/3, which the challenger must be compared with" in answer["error"]
 
 
-def test_a_dry_run_writes_nothing(store, ask, data, tmp_path):
+def test_dry_run_writes_nothing(store, run_promote, data, tmp_path):
     def content() -> list[str]:
         import sqlite3
 
@@ -176,37 +175,37 @@ def test_a_dry_run_writes_nothing(store, ask, data, tmp_path):
             return list(database.iterdump())
 
     before = content()
-    assert ask("models:/glyphs/2", "--dry-run")["decision"] == "would be promoted"
-    run = judged_run(tmp_path / "new", data, blind=True)
+    assert run_promote("models:/glyphs/2", "--dry-run")["decision"] == "would be promoted"
+    run = untrained_run(tmp_path / "new", data, constant=True)
     files = {path.name for path in run.iterdir()}
-    answer = ask(str(run), "--name", "glyphs", "--dry-run", code=1)
+    answer = run_promote(str(run), "--name", "glyphs", "--dry-run", code=1)
     assert (answer["decision"], answer["challenger"]) == ("would be refused", str(run))
     assert content() == before
     assert {path.name for path in run.iterdir()} == files
 
 
-def test_a_run_folder_is_registered_once_and_without_an_alias(store, ask, data, tmp_path):
-    run = judged_run(tmp_path / "worse", data, blind=True, step=7)
-    assert ask(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name\n")
-    answer = ask(str(run), "--name", "glyphs", code=1)
+def test_run_folder_is_registered_once_and_without_an_alias(store, run_promote, data, tmp_path):
+    run = untrained_run(tmp_path / "worse", data, constant=True, step=7)
+    assert run_promote(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name\n")
+    answer = run_promote(str(run), "--name", "glyphs", code=1)
     assert (answer["challenger"], champion(store)) == ("models:/glyphs/4", "1")
-    assert ask(str(run), "--name", "glyphs", code=1)["challenger"] == "models:/glyphs/4"
-    better = ask(str(judged_run(tmp_path / "better", data)), "--name", "glyphs")
+    assert run_promote(str(run), "--name", "glyphs", code=1)["challenger"] == "models:/glyphs/4"
+    better = run_promote(str(untrained_run(tmp_path / "better", data)), "--name", "glyphs")
     assert (better["challenger"], champion(store)) == ("models:/glyphs/5", "5")
     assert not resolve_model("models:/glyphs@champion").model.training
 
 
-def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
-    ask("models:/glyphs/2")
-    ask("models:/glyphs/3", "--allow-equal")
-    would = ask("models:/glyphs", "--rollback", "--dry-run")
+def test_rollbacks_undo_one_promotion_each_and_are_recorded(store, run_promote, capsys):
+    run_promote("models:/glyphs/2")
+    run_promote("models:/glyphs/3", "--allow-equal")
+    would = run_promote("models:/glyphs", "--rollback", "--dry-run")
     assert (would["decision"], would["version"], champion(store)) == ("would be rolled back", "2", "3")
-    back = ask("models:/glyphs", "--rollback")
+    back = run_promote("models:/glyphs", "--rollback")
     assert (back["decision"], back["version"], back["before"], champion(store)) == ("rolled back", "2", "3", "2")
-    assert ask("models:/glyphs@champion", "--rollback")["version"] == champion(store) == "1"
-    error = ask("models:/glyphs@champion", "--rollback", code=2)["error"]
-    assert "no former version to go back to; version 1 got it without a promotion on record" in error
-    assert [(move.action, move.version, move.former, move.undoes) for move in read_history(store, "glyphs")] == [
+    assert run_promote("models:/glyphs@champion", "--rollback")["version"] == champion(store) == "1"
+    error = run_promote("models:/glyphs@champion", "--rollback", code=2)["error"]
+    assert "no version to go back to; version 1 got the alias without a recorded promotion" in error
+    assert [(c.action, c.version, c.former, c.undoes) for c in read_history(store, "glyphs")] == [
         ("registered", "1", None, None),
         ("promoted", "2", "1", None),
         ("promoted", "3", "2", None),
@@ -216,37 +215,39 @@ def test_rollback_goes_back_step_by_step_and_is_recorded(store, ask, capsys):
     assert "promotion.rolled_back" in store.client.get_model_version("glyphs", "3").tags
     assert main(["models", "glyphs"]) == 0
     assert "promoted over 2: 5w1s +0.00 ± 0.00, rolled back" in capsys.readouterr().out
-    ask("models:/glyphs/2")
+    run_promote("models:/glyphs/2")
     store.client.delete_model_version("glyphs", "1")
-    assert "models:/glyphs/1: no such version" in ask("models:/glyphs", "--rollback", code=2)["error"]
+    assert "models:/glyphs/1: no such version" in run_promote("models:/glyphs", "--rollback", code=2)["error"]
     assert champion(store) == "2"
 
 
 @pytest.mark.parametrize("now", ["2", "3"])
-def test_an_alias_that_moved_in_the_meantime_is_left_alone(store, ask, monkeypatch, now):
-    judged = promote.evaluate_head_to_head
+def test_alias_that_was_moved_in_the_meantime_stays(store, run_promote, monkeypatch, now):
+    evaluate = promote.evaluate_head_to_head
 
-    def slow(*request):
-        outcome = judged(*request)
+    def evaluate_and_move_alias(*request):
+        comparison = evaluate(*request)
         store.client.set_registered_model_alias("glyphs", "champion", now)
-        return outcome
+        return comparison
 
-    monkeypatch.setattr(promote, "evaluate_head_to_head", slow)
-    answer = ask("models:/glyphs/2", code=1)
+    monkeypatch.setattr(promote, "evaluate_head_to_head", evaluate_and_move_alias)
+    answer = run_promote("models:/glyphs/2", code=1)
     assert (answer["decision"], champion(store)) == ("overtaken", now)
-    assert f"went from version 1 to version {now} in the meantime (moved by hand, without a record)" in answer["reason"]
-    # Where the challenger itself was promoted by another process, its tags are that one's.
-    decided = store.client.get_model_version("glyphs", "2").tags.get("promotion.decision")
-    assert decided == ("overtaken" if now == "3" else None)
+    assert (
+        f"moved from version 1 to version {now} in the meantime (moved by hand, without a record)" in answer["reason"]
+    )
+    # If another process promoted the same version, the tags are about that promotion.
+    tag = store.client.get_model_version("glyphs", "2").tags.get("promotion.decision")
+    assert tag == ("overtaken" if now == "3" else None)
 
 
 WRONG = [
-    (["models:/glyphs/1"], "is champion of glyphs already, as version 1"),
+    (["models:/glyphs/1"], "is already champion of glyphs, as version 1"),
     (["models:/glyphs/9"], "no such version; versions of glyphs: 1, 2, 3"),
     (["models:/other/1"], "no registered model 'other'"),
-    (["runs:/abc"], "give models:/NAME/VERSION, or the run's folder"),
+    (["runs:/abc"], "give models:/NAME/VERSION, or the run folder"),
     (["nowhere"], "not a run folder"),
-    (["models:/glyphs/2", "--name", "x"], "--name x: is for a run folder"),
+    (["models:/glyphs/2", "--name", "x"], "--name x: only for a run folder"),
     (["models:/glyphs/2", "--margin", "-1"], "--margin -1.0: must be"),
     (["models:/glyphs/2", "--split", "exam"], "no split 'exam'; choose one of"),
     (["models:/glyphs/2", "--way", "50"], "way 50 exceeds the 6 classes"),
@@ -258,7 +259,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "reason"), WRONG)
-def test_wrong_requests_are_one_line_and_move_nothing(store, data, capsys, words, reason):
+def test_wrong_request_is_a_one_line_error(store, data, capsys, words, reason):
     assert main(["promote", "--data", str(data), *FEW, *words]) == 2
     error = capsys.readouterr().err
     assert reason in error
@@ -266,38 +267,41 @@ def test_wrong_requests_are_one_line_and_move_nothing(store, data, capsys, words
     assert champion(store) == "1"
 
 
-def test_data_that_is_gone_or_other_is_refused(store, ask, tmp_path):
-    assert "no dataset.json there" in ask("models:/glyphs/2", code=2, uri=tmp_path / "gone")["error"]
-    assert "name the data set to judge on with --data" in ask("models:/glyphs/2", code=2, uri=None)["error"]
+def test_missing_and_other_datasets_are_refused(store, run_promote, tmp_path):
+    assert "no dataset.json there" in run_promote("models:/glyphs/2", code=2, uri=tmp_path / "gone")["error"]
+    assert (
+        "--data is missing; name the dataset to evaluate on"
+        in run_promote("models:/glyphs/2", code=2, uri=None)["error"]
+    )
     other = tmp_path / "other"
     write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), other)
-    error = ask("models:/glyphs/2", code=2, uri=other)["error"]
+    error = run_promote("models:/glyphs/2", code=2, uri=other)["error"]
     assert "models:/glyphs/2 was trained on another dataset" in error
     assert "give its own dataset with --data, or use --other-data" in error
-    answer = ask("models:/glyphs/2", "--other-data", uri=other)
+    answer = run_promote("models:/glyphs/2", "--other-data", uri=other)
     assert [warning.split(" was ")[0] for warning in answer["warnings"]] == ["models:/glyphs/2", "models:/glyphs/1"]
 
 
-def test_classes_that_should_not_choose_are_named(store, ask):
-    (warning,) = ask("models:/glyphs/2", "--split", "test", "--dry-run")["warnings"]
+def test_splits_that_should_not_select_models_give_a_warning(store, run_promote):
+    (warning,) = run_promote("models:/glyphs/2", "--split", "test", "--dry-run")["warnings"]
     assert "use --split validation" in warning
-    both = ask("models:/glyphs/2", "--split", "train", "--dry-run")["warnings"]
+    both = run_promote("models:/glyphs/2", "--split", "train", "--dry-run")["warnings"]
     assert len(both) == 2
     assert all("was trained on the split 'train'" in warning for warning in both)
 
 
-def test_encoders_are_judged_by_class_means_and_only_against_encoders(store, ask, data, tmp_path):
+def test_encoders_are_evaluated_by_class_means_and_only_against_encoders(store, run_promote, data, tmp_path):
     runs = []
-    for name, factor in (("sharp", 1.0), ("blunt", 0.0)):
-        runs.append(judged_run(tmp_path / name, data))
+    for name, factor in (("features", 1.0), ("constant", 0.0)):
+        runs.append(untrained_run(tmp_path / name, data))
         state = load_state(runs[-1] / "checkpoint.pt")
         weights = {key: value * factor for key, value in state["model"].items() if key.startswith("encoder.")}
         save_state(runs[-1] / "checkpoint.pt", state | {"kind": "encoder", "model": weights})
-    sharp, blunt = (str(run) for run in runs)
-    first = ask(blunt, "--name", "eyes")
+    features, constant = (str(run) for run in runs)
+    first = run_promote(constant, "--name", "eyes")
     assert (first["rule"], first["mode"]) == ("first", "inductive")
-    won = ask(sharp, "--name", "eyes")
+    won = run_promote(features, "--name", "eyes")
     assert (won["decision"], won["tasks"][0]["verdict"]) == ("promoted", "better")
     assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
-    error = ask(sharp, "--name", "glyphs", code=2)["error"]
-    assert f"{sharp} and models:/glyphs/1: one is an encoder, the other a Meta-GMVAE" in error
+    error = run_promote(features, "--name", "glyphs", code=2)["error"]
+    assert f"{features} and models:/glyphs/1: one is an encoder, the other a Meta-GMVAE" in error

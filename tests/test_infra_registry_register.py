@@ -1,4 +1,4 @@
-"""A run becomes a registered model without pickled code, which MLflow loads and serves by itself."""
+"""A run is registered as an MLflow model without pickled code, which MLflow loads and serves."""
 
 import contextlib
 import http.client
@@ -27,7 +27,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.checkpoint import load_state
 
-REPOSITORY = Path(__file__).parents[1]
+pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def _store_of_the_process(store, monkeypatch):
 
 
 def request_arrays() -> dict[str, np.ndarray]:
-    """2-way 2-shot, three queries, out of order."""
+    """A request with 2 classes, 2 shots and 3 queries in mixed order."""
     images = np.random.default_rng(3).integers(0, 256, (7, *mlflow_template.IMAGE_SHAPE), dtype=np.uint8)
     return {"images": images, "label": np.array([-1, 4, 1, -1, 1, 4, -1])}
 
 
 def expected(run, params: dict) -> np.ndarray:
-    """The same prediction by the evaluation package alone, from the run folder."""
+    """The same prediction, made from the run folder without MLflow."""
     loaded = resolve_model(run)
     request, device = request_arrays(), torch.device("cpu")
     rows = [2, 4, 1, 5, 0, 3, 6]  # label 1, label 4, queries
@@ -71,7 +71,7 @@ def expected(run, params: dict) -> np.ndarray:
 
 
 def served(body: dict) -> np.ndarray:
-    """What MLflow's scoring server answers to this JSON."""
+    """The answer of MLflow's scoring server to this JSON."""
     mlflow = import_mlflow()
     from mlflow.pyfunc import scoring_server
 
@@ -86,7 +86,7 @@ def lists(arrays: dict[str, np.ndarray]) -> dict[str, list]:
     return {key: value.tolist() for key, value in arrays.items()}
 
 
-def test_a_version_carries_its_evidence(registered, run, store):
+def test_version_has_tags_and_alias(registered, run, store):
     assert (registered.name, registered.version, registered.alias) == ("few-shot", "1", "champion")
     client = connect(store).client
     version = client.get_model_version_by_alias("few-shot", "champion")
@@ -97,7 +97,7 @@ def test_a_version_carries_its_evidence(registered, run, store):
     assert version.tags["run_id"] == version.run_id == upload_run(run, store).run_id
 
 
-def test_nothing_pickled_is_logged(registered, store):
+def test_no_pickled_file_is_logged(registered, store):
     client = connect(store).client
     root = Path(client.get_model_version_download_uri("few-shot", registered.version))
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
@@ -115,7 +115,7 @@ def test_nothing_pickled_is_logged(registered, store):
     assert "cloudpickle" not in (root / "requirements.txt").read_text()
 
 
-def test_registering_again_makes_the_next_version_and_moves_the_alias(run, tmp_path):
+def test_registering_again_creates_the_next_version_and_moves_the_alias(run, tmp_path):
     own = mlflow_template.new_store(tmp_path / "own")
     assert register(run, own, "x", "champion").uri == "models:/x/1"
     second = register(run, own, "x", "champion")
@@ -126,7 +126,7 @@ def test_registering_again_makes_the_next_version_and_moves_the_alias(run, tmp_p
     assert len(client.search_runs(["1"])) == 1
 
 
-def test_a_training_gives_the_alias_to_the_first_version_only(run, tmp_path, monkeypatch):
+def test_default_alias_is_given_to_the_first_version_only(run, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     own = mlflow_template.new_store(tmp_path / "own").model_copy(update={"register_as": "x"})
     assert register(run, own).alias == "champion"
@@ -134,20 +134,20 @@ def test_a_training_gives_the_alias_to_the_first_version_only(run, tmp_path, mon
     assert register(run, own.model_copy(update={"alias": ""}), "y").alias == ""
     client = connect(own).client
     assert str(client.get_model_version_by_alias("x", "champion").version) == "1"
-    (move,) = read_history(connect(own), "x")
-    assert (move.action, move.version, move.former) == ("registered", "1", None)
+    (change,) = read_history(connect(own), "x")
+    assert (change.action, change.version, change.former) == ("registered", "1", None)
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", "it's", 'a"b'])
-def test_names_that_no_reference_can_call_are_refused_before_anything_is_sent(run, tmp_path, monkeypatch, name):
+def test_invalid_name_is_refused_before_anything_is_sent(run, tmp_path, monkeypatch, name):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     own = mlflow_template.new_store(tmp_path / "own")
-    with pytest.raises(DataError, match="no name for a registered model"):
+    with pytest.raises(DataError, match="not a valid name for a registered model"):
         register(run, own, name)
     assert not connect(own).client.search_experiments(filter_string="name = 'metagmvae'")
 
 
-def test_registering_without_a_name_or_a_model(run, store, tmp_path):
+def test_missing_name_and_missing_model_are_errors(run, store, tmp_path):
     with pytest.raises(DataError, match=r"tracking\.register_as"):
         register(run, store)
     (tmp_path / "settings.json").write_text(Settings().model_dump_json())
@@ -156,7 +156,7 @@ def test_registering_without_a_name_or_a_model(run, store, tmp_path):
 
 
 @pytest.mark.parametrize("params", [{}, {"mode": "inductive", "iterations": 2, "samples": 8, "seed": 5}])
-def test_a_served_request_gives_the_same_probabilities(registered, run, params):
+def test_served_request_gives_the_same_probabilities(registered, run, params):
     answer = served({"inputs": lists(request_arrays()), "params": params})
     assert answer.shape == (3, 2)
     np.testing.assert_allclose(answer.sum(1), 1, atol=1e-6)
@@ -175,8 +175,8 @@ print(json.dumps([str(answer.dtype), answer.tolist()]))
 """
 
 
-def test_a_process_that_has_only_the_installed_package(registered, run, tmp_path):
-    """The path of the repository stands for the installed package; the working directory is elsewhere."""
+def test_model_loads_in_a_process_outside_the_repository(registered, run, tmp_path):
+    """The package is installed; the working directory is another one."""
     np.savez(tmp_path / "request.npz", **request_arrays())
     environment = {**os.environ}
     command = [sys.executable, "-c", LOAD_AND_PREDICT, str(tmp_path / "request.npz")]
@@ -192,7 +192,7 @@ WRONG = [
     ({"label": [-1, 0, 0, -1, 0, 0, -1]}, {}, r"1 classes and 3 queries"),
     ({"label": [-2, 0, 1, -1, 1, 0, -1]}, {}, r"label -2"),
     ({"label": [0, 1, -1]}, {}, r"7 images and 3 labels"),
-    ({"images": (np.ones((7, 1, 28, 28)) * 0.9).tolist()}, {}, r"pixels run from 0 to 255"),
+    ({"images": (np.ones((7, 1, 28, 28)) * 0.9).tolist()}, {}, r"pixel values must be 0 to 255"),
     ({"images": np.full((7, 1, 28, 28), 300).tolist()}, {}, r"out of bounds"),
     ({"images": np.ones((7, 3, 28, 28), int).tolist()}, {}, r"does not match expected shape"),
     ({}, {"mode": "both"}, r"transductive or inductive"),
@@ -201,7 +201,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("inputs", "params", "reason"), WRONG)
-def test_wrong_requests_are_refused_with_the_reason(registered, inputs, params, reason):
+def test_invalid_request_is_refused_with_the_reason(registered, inputs, params, reason):
     mlflow = import_mlflow()
     body = {"inputs": {**lists(request_arrays()), **inputs}, "params": params}
     with pytest.raises(mlflow.MlflowException, match=reason) as caught:
@@ -209,7 +209,7 @@ def test_wrong_requests_are_refused_with_the_reason(registered, inputs, params, 
     assert caught.value.get_http_status_code() == 400
 
 
-def test_the_best_model_of_a_shot_is_registered(tmp_path, store):
+def test_best_model_of_a_shot_is_registered(tmp_path, store):
     run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
     register(run, store, "by-shot", "five", shot=5)
     tags = connect(store).client.get_model_version_by_alias("by-shot", "five").tags
@@ -222,16 +222,16 @@ def test_the_best_model_of_a_shot_is_registered(tmp_path, store):
     )
 
 
-def test_a_real_server_answers_over_http(registered, run, tmp_path):
-    """`mlflow models serve`, as in the README: status 200 with probabilities, 400 with the reason."""
+def test_server_answers_over_http(registered, run, tmp_path):
+    """`mlflow models serve`: status 200 with probabilities, 400 with the reason."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve = ["models", "serve", "--model-uri", "models:/few-shot@champion", "--env-manager", "local"]
     command = [sys.executable, "-m", "mlflow", *serve, "--port", str(port), "--workers", "1"]
-    # MLflow looks for uvicorn on the PATH, where an environment that is not activated does not stand.
-    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": search}
+    # MLflow searches uvicorn on the PATH, which lacks the environment's bin folder unless it is activated.
+    search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": search_path}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -246,8 +246,8 @@ def test_a_real_server_answers_over_http(registered, run, tmp_path):
         assert status == 400
         assert "1 classes and 3 queries" in answer["message"]
     finally:
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself: the assertion above says why
-            os.killpg(server.pid, signal.SIGKILL)  # its own session: workers go with it
+        with contextlib.suppress(ProcessLookupError):  # it has ended; the assertion above says why
+            os.killpg(server.pid, signal.SIGKILL)  # the group of the server includes its workers
         server.wait()
 
 

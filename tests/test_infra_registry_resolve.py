@@ -1,4 +1,4 @@
-"""Models by reference: what is found, what there is instead, and what is refused."""
+"""Models by reference: which ones load, what the error says, and which files are refused."""
 
 import json
 import pickle
@@ -15,6 +15,8 @@ from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import save_package
 
+pytestmark = pytest.mark.mlflow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -23,14 +25,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uri(run, tmp_path_factory):
-    """A store with versions 1 (alias `champion`) and 2 of `few-shot`."""
+    """URI of a store with versions 1 (alias `champion`) and 2 of `few-shot`."""
     store = mlflow_template.new_store(tmp_path_factory.mktemp("mlflow") / "store")
     register(run, store, "few-shot", "champion")
     register(run, store, "few-shot", "")
     return connect(store).uri
 
 
-def same(loaded, run) -> bool:
+def has_weights_of(loaded, run) -> bool:
     reference = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
     weights = loaded.model.state_dict()
     return weights.keys() == reference.keys() and all(torch.equal(weights[k], reference[k]) for k in weights)
@@ -39,20 +41,20 @@ def same(loaded, run) -> bool:
 @pytest.mark.parametrize("ref", ["models:/few-shot@champion", "models:/few-shot/2"])
 def test_registered_models(uri, run, ref):
     loaded = resolve_model(ref, tracking_uri=uri)
-    assert same(loaded, run)
+    assert has_weights_of(loaded, run)
     assert tuple(loaded.image_shape) == mlflow_template.IMAGE_SHAPE
 
 
-def test_the_environment_names_the_store(uri, run, monkeypatch):
+def test_environment_variable_names_the_store(uri, run, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert same(resolve_model("models:/few-shot@champion"), run)
+    assert has_weights_of(resolve_model("models:/few-shot@champion"), run)
 
 
 def test_runs(uri, run):
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
-    assert same(resolve_model(f"runs:/{run_id}", tracking_uri=uri), run)
-    assert same(resolve_model(f"runs:/{run_id}/checkpoint.pt", tracking_uri=uri), run)
-    with pytest.raises(DataError, match=r"no best\.pt in that run; there: .*checkpoint\.pt"):
+    assert has_weights_of(resolve_model(f"runs:/{run_id}", tracking_uri=uri), run)
+    assert has_weights_of(resolve_model(f"runs:/{run_id}/checkpoint.pt", tracking_uri=uri), run)
+    with pytest.raises(DataError, match=r"no best\.pt in that run; it has: .*checkpoint\.pt"):
         resolve_model(f"runs:/{run_id}/best.pt", tracking_uri=uri)
     with pytest.raises(DataError, match="no such run"):
         resolve_model("runs:/00000000000000000000000000000000", tracking_uri=uri)
@@ -60,14 +62,14 @@ def test_runs(uri, run):
 
 def test_paths(run, tmp_path):
     save_package(tmp_path / "package", resolve_model(run))
-    assert same(resolve_model(tmp_path / "package"), run)
-    assert same(resolve_model(str(run / "checkpoint.pt")), run)
+    assert has_weights_of(resolve_model(tmp_path / "package"), run)
+    assert has_weights_of(resolve_model(str(run / "checkpoint.pt")), run)
     with pytest.raises(DataError, match=r"no such model; give models:/NAME@ALIAS"):
         resolve_model(tmp_path / "nothing")
 
 
 UNKNOWN = [
-    ("models:/other@champion", r"no registered model 'other' in sqlite.*; there: few-shot"),
+    ("models:/other@champion", r"no registered model 'other' in sqlite.*; it has: few-shot"),
     (
         "models:/few-shot@best",
         r"no such version; versions of few-shot: 1, 2; aliases: champion -> 1",
@@ -80,13 +82,13 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("ref", "reason"), UNKNOWN)
-def test_unknown_references_say_what_there_is(uri, ref, reason):
+def test_error_for_an_unknown_reference_lists_the_existing_ones(uri, ref, reason):
     with pytest.raises(DataError, match=reason) as caught:
         resolve_model(ref, tracking_uri=uri)
     assert "\n" not in str(caught.value)
 
 
-def test_no_store_is_made_by_asking(tmp_path, monkeypatch):
+def test_resolving_creates_no_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"no MLflow store at .*runs/mlflow"):
         resolve_model("models:/x@champion")
@@ -107,8 +109,8 @@ def register_files(uri: str, source: Path) -> None:
     client.create_model_version(source.name, str(source))
 
 
-def test_a_pickled_model_is_refused(uri, tmp_path):
-    """Someone else's MLflow model, as `log_model(python_model=object)` leaves it."""
+def test_pickled_model_is_refused(uri, tmp_path):
+    """An MLflow model of another program, as written by `log_model(python_model=object)`."""
     source, marker = tmp_path / "foreign", tmp_path / "executed"
     source.mkdir()
     (source / "MLmodel").write_text("flavors: {python_function: {python_model: python_model.pkl}}")
@@ -119,7 +121,7 @@ def test_a_pickled_model_is_refused(uri, tmp_path):
     assert not marker.exists()
 
 
-def test_a_pickle_under_the_name_of_weights_is_refused(uri, run, tmp_path):
+def test_pickle_with_the_file_name_of_the_weights_is_refused(uri, run, tmp_path):
     source, marker = tmp_path / "disguised", tmp_path / "executed"
     save_package(source / "artifacts" / "package", resolve_model(run))
     weights = source / "artifacts" / "package" / "model.safetensors"

@@ -1,24 +1,22 @@
-"""Who moved an alias of a registered model, when, and from where: tags of the registered model, one for each move.
+"""Reads who moved an alias of a registered model, when, and from which version.
 
-A record is written before the alias is moved, and both under the model's lock: there may be a record of a move that
-did not happen, because its process died in between, but no recorded alias is ever moved without one.
+Each move is stored as one tag of the registered model. `alias_change` writes these tags.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from metagmvae.infra.registry.registry_lock import Lock, registry_lock, whoami
 from metagmvae.infra.tracking.store import Store, import_mlflow, tracking_errors
 from metagmvae.pipelines.records import DataError
 
 PREFIX = "promotion.history."
 Action = Literal["registered", "promoted", "rolled back"]
-"""The first version of a name, which `train` registered; by `promote`; by `promote --rollback`."""
+"""The command that moved the alias: `train` (to the first version of a name), `promote`, `promote --rollback`."""
 
 
 class AliasChange(BaseModel):
@@ -27,124 +25,112 @@ class AliasChange(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
-    """From 1, in the order in which they were made."""
+    """Counts the moves of all aliases of the registered model in their order, from 1."""
     action: Action
     alias: str
     version: str
-    """Where it points since."""
+    """Version that the alias points to after the move."""
     former: str | None = None
-    """Where it pointed before; None: nowhere."""
+    """Version that it pointed to before; None: the alias did not exist."""
     time: str
     by: str
     evidence: str = ""
     """Folder of the evidence, `runs:/id/promotions/…`."""
     undoes: int | None = None
-    """Number of the promotion that a rollback takes back."""
+    """Number of the promotion that a rollback undoes."""
+
+    @property
+    def tag(self) -> str:
+        """Key of the tag that holds this record."""
+        return f"{PREFIX}{self.number:06d}"
 
 
-def alias_version(store: Store, name: str, alias: str) -> str | None:
-    """The version that an alias points to; None where there is no such model or alias.
+@dataclass(frozen=True)
+class AliasState:
+    """Where an alias points, and by which move: what a process compares to find out whether another one moved it."""
+
+    alias: str
+    version: str | None
+    """None: the registered model or the alias does not exist."""
+    last_change: int
+    """Number of the last recorded move of this alias; 0: none."""
+
+
+def alias_state(store: Store, name: str, alias: str, changes: Sequence[AliasChange]) -> AliasState:
+    """Return the state of an alias. The history `changes` must have been read before.
+
+    An alias is set before the record of its move appears in the history. So a version that is read after the history
+    includes all moves of that history.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
+    last_change = max((change.number for change in changes if change.alias == alias), default=0)
+    return AliasState(alias, alias_version(store, name, alias), last_change)
+
+
+def alias_version(store: Store, name: str, alias: str) -> str | None:
+    """Return the version that an alias points to; None if the registered model or the alias does not exist.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    model = _registered_model(store, name)
+    version = None if model is None else model.aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def read_history(store: Store, name: str) -> list[AliasChange]:
+    """Return the moves of all aliases of a registered model in their order; empty if the model does not exist.
+
+    Raises:
+        DataError: a tag with our prefix is not such a record.
+        TrackingError: the store cannot be reached.
+    """
+    model = _registered_model(store, name)
+    tags = {} if model is None else model.tags
+    changes = []
+    for key in sorted(key for key in tags if key.startswith(PREFIX)):
+        try:
+            changes.append(AliasChange.model_validate_json(tags[key]))
+        except ValidationError as error:
+            raise DataError(f"registered model {name}: tag {key} is not a promotion record; delete the tag") from error
+    return sorted(changes, key=lambda change: change.number)
+
+
+def _registered_model(store: Store, name: str) -> Any:
     with tracking_errors(store.uri):
         try:
-            found = store.client.get_registered_model(name).aliases.get(alias)
+            return store.client.get_registered_model(name)
         except import_mlflow().MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-    return None if found is None else str(found)
 
 
-def read_history(store: Store, name: str) -> list[AliasChange]:
-    """Moves of all aliases of a registered model, in the order in which they were made.
-
-    Raises:
-        DataError: a tag is not one of ours.
-        TrackingError: the store cannot be reached.
-    """
-    with tracking_errors(store.uri):
-        tags = store.client.get_registered_model(name).tags
-    moves = []
-    for key in sorted(key for key in tags if key.startswith(PREFIX)):
-        try:
-            moves.append(AliasChange.model_validate_json(tags[key]))
-        except ValidationError as error:
-            raise DataError(f"registered model {name}: its tag {key} is no record of ours; delete it there") from error
-    return sorted(moves, key=lambda move: move.number)
+def describe_move(store: Store, name: str, before: AliasState) -> str:
+    """Return one line that says who has moved an alias since `before`."""
+    changes = read_history(store, name)
+    now = alias_state(store, name, before.alias, changes)
+    last = next((change for change in changes if change.number == now.last_change), None)
+    recorded = last is not None and last.version == now.version
+    author = f"{last.action} by {last.by} at {last.time}" if last and recorded else "moved by hand, without a record"
+    old, new = (f"version {version}" if version else "no version" for version in (before.version, now.version))
+    alias = f"models:/{name}@{before.alias}"
+    return f"{alias} moved from {old} to {new} in the meantime ({author}); run the command again"
 
 
-def move_alias(
-    store: Store,
-    lock: Lock,
-    action: Action,
-    alias: str,
-    version: str,
-    former: str | None,
-    *,
-    evidence: str = "",
-    undoes: int | None = None,
-) -> AliasChange:
-    """Record a move and make it; the caller holds the lock, and knows that the alias stands at `former`.
-
-    Raises:
-        BusyError: the lock was held too long; nothing was moved.
-        TrackingError: the store cannot be reached.
-    """
-    number = max((move.number for move in read_history(store, lock.name)), default=0) + 1
-    move = AliasChange(
-        number=number,
-        action=action,
-        alias=alias,
-        version=version,
-        former=former,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=whoami(),
-        evidence=evidence,
-        undoes=undoes,
-    )
-    lock.check()
-    with tracking_errors(store.uri):
-        text = move.model_dump_json(exclude_none=True)
-        store.client.set_registered_model_tag(lock.name, f"{PREFIX}{number:06d}", text)
-        lock.check()
-        store.client.set_registered_model_alias(lock.name, alias, version)
-    return move
-
-
-def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool:
-    """Give an alias to a version where no version of that name has it; whether it was given.
-
-    Raises:
-        TrackingError: the store cannot be reached, or another process holds the lock.
-    """
-    if alias_version(store, name, alias) is not None:
-        return False
-    with registry_lock(store, name) as lock:
-        if alias_version(store, name, alias) is not None:
-            return False
-        move_alias(store, lock, "registered", alias, version, None)
-    return True
-
-
-def last_change(moves: Sequence[AliasChange], alias: str, version: str | None) -> AliasChange | None:
-    """The latest move that left an alias at a version."""
-    return next((move for move in reversed(moves) if (move.alias, move.version) == (alias, version)), None)
-
-
-def promotion_change(moves: Sequence[AliasChange], alias: str, version: str) -> AliasChange | None:
-    """The promotion by which a version got an alias, and which was not taken back; the latest.
+def promotion_change(changes: Sequence[AliasChange], alias: str, version: str) -> AliasChange | None:
+    """Return the latest promotion that gave an alias to a version and was not rolled back.
 
     Args:
-        moves: of a registered model.
-        alias: of it.
-        version: where the alias points now.
+        changes: history of a registered model.
+        alias: one of its aliases.
+        version: version that the alias points to now.
     """
-    ours = [move for move in moves if move.alias == alias]
-    found_at = [*(move.former for move in ours[1:]), version]
-    # A rollback that died between its record and its move took nothing back: the alias was not found where it led.
-    undone = {move.undoes for move, at in zip(ours, found_at, strict=False) if move.version == at}
-    made = (move for move in reversed(ours) if move.action == "promoted" and move.number not in undone)
-    return next((move for move in made if move.version == version), None)
+    ours = [change for change in changes if change.alias == alias]
+    versions_after = [*(change.former for change in ours[1:]), version]
+    # Earlier releases could record a rollback and die before the move: then the alias did not point where it led.
+    undone = {change.undoes for change, after in zip(ours, versions_after, strict=False) if change.version == after}
+    promotions = (change for change in reversed(ours) if change.action == "promoted" and change.number not in undone)
+    return next((change for change in promotions if change.version == version), None)

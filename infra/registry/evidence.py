@@ -1,4 +1,4 @@
-"""What a decision about a challenger rests on: files in the challenger's run, and tags of its version."""
+"""Evidence for a decision about a challenger: files in the challenger's run, and tags of its version."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from typing import Any, Literal
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead
 from metagmvae.evaluation.comparison.promotion_rule import Decision, write_pairs
-from metagmvae.infra.registry.registry_lock import whoami
+from metagmvae.infra.registry.alias_change import whoami
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.store import Store, redact, tracking_errors
 from metagmvae.pipelines.files import write_json
 
-Result = Literal["promoted", "refused", "overtaken", "would be promoted", "would be refused"]
-"""Overtaken: another promotion moved the alias while this challenger was judged."""
+Status = Literal["promoted", "refused", "overtaken", "would be promoted", "would be refused"]
+"""What happened to the challenger. Overtaken: the alias was moved while the models were evaluated."""
 PREFIX = "promotion."
 FOLDER = "promotions"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A decision with all that it was made by."""
+    """A decision and the numbers that it is based on."""
 
     challenger: str
-    """`models:/name/version`; a run folder where nothing is to be registered."""
+    """`models:/name/version`, or a run folder in a dry run."""
     champion: str
     """`models:/name/version`; empty: there was none."""
     alias: str
-    course: EvalPlan
-    outcome: HeadToHead
+    plan: EvalPlan
+    comparison: HeadToHead
     decision: Decision
-    record: dict[str, Any]
-    """Versions, machine, commit and time, as `environment_record` gives them."""
+    provenance: dict[str, Any]
+    """Versions, machine, commit and time."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each task: accuracies of both as shares, difference, its interval, p, verdict."""
-        if self.outcome.differences:
-            kept = ("challenger", "champion", "difference", "ci95", "t_test", "wilcoxon", "verdict")
+        """Return one row per task: accuracies (fractions), difference, its 95% interval, p-values, verdict."""
+        if self.comparison.differences:
+            columns = ("challenger", "champion", "difference", "ci95", "t_test", "wilcoxon", "verdict")
             return [
-                {"task": f"{paired.way}w{paired.shot}s"} | {key: paired.summary()[key] for key in kept}
-                for paired in self.outcome.differences
+                {"task": f"{paired.way}w{paired.shot}s"} | {key: paired.summary()[key] for key in columns}
+                for paired in self.comparison.differences
             ]
         return [
             {"task": f"{result.way}w{result.shot}s", "challenger": result.mean, "ci95": result.ci95}
-            for result in self.outcome.challenger
+            for result in self.comparison.challenger
         ]
 
-    def answer(self, result: Result, reason: str = "") -> dict[str, Any]:
-        """As plain values."""
-        course, task = self.course, self.course.tasks[0]
+    def answer(self, status: Status, reason: str = "") -> dict[str, Any]:
+        """Return the answer of the command; an empty reason stands for that of the decision."""
+        plan, task = self.plan, self.plan.tasks[0]
         answer: dict[str, Any] = {
-            "decision": result,
+            "decision": status,
             "reason": reason or self.decision.reason,
             "challenger": self.challenger,
             "champion": self.champion or None,
@@ -63,62 +63,74 @@ class Evidence:
             "tasks": self.rows(),
             "rule": self.decision.rule,
             "margin": self.decision.margin,
-            "data": redact(course.dataset.uri),
-            "data_fingerprint": course.dataset.fingerprint,
-            "split": course.split,
-            "mode": self.outcome.challenger[0].mode,
+            "data": redact(plan.dataset.uri),
+            "data_fingerprint": plan.dataset.fingerprint,
+            "split": plan.split,
+            "mode": self.comparison.challenger[0].mode,
             **{key: task[key] for key in ("query", "episodes", "seed")},
         }
-        return answer | ({"warnings": list(self.outcome.warnings)} if self.outcome.warnings else {})
+        return answer | ({"warnings": list(self.comparison.warnings)} if self.comparison.warnings else {})
 
 
-def keep_files(store: Store, version: Any, evidence: Evidence, settings: Settings, result: Result, reason: str) -> str:
-    """Put `decision.json` and `episodes.parquet` into the version's run.
+def upload_evidence(
+    store: Store,
+    version: Any,
+    evidence: Evidence,
+    settings: Settings,
+    status: Status,
+    reason: str = "",
+    folder: str = "",
+) -> str:
+    """Upload `decision.json` and `episodes.parquet` to the run of the challenger's version.
 
     Args:
-        store: of the version.
-        version: MLflow's entry of the challenger.
+        store: store of the version.
+        version: MLflow's entry of the challenger's version.
         evidence: of the decision.
         settings: of the challenger.
-        result: what came of it.
+        status: what happened to the challenger.
         reason: empty: that of the decision.
+        folder: folder of an earlier upload to overwrite; empty: a new one.
 
     Returns:
-        Where they are: `runs:/id/promotions/…`.
+        The folder, `runs:/id/promotions/…`.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    place = f"{FOLDER}/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{evidence.alias}-{result}-{uuid.uuid4().hex[:6]}"
-    content = evidence.answer(result, reason) | {
+    root = f"runs:/{version.run_id}/"
+    if not folder:
+        time, unique = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}", uuid.uuid4().hex[:6]
+        folder = f"{root}{FOLDER}/{time}-{evidence.alias}-{status}-{unique}"
+    content = evidence.answer(status, reason) | {
         "by": whoami(),
         "settings": settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
-        "environment": evidence.record,
+        "environment": evidence.provenance,
     }
-    with tempfile.TemporaryDirectory() as folder, tracking_errors(store.uri):
-        write_json(Path(folder) / "decision.json", content)
-        write_pairs(Path(folder) / "episodes.parquet", evidence.outcome.challenger, evidence.outcome.champion)
-        store.client.log_artifacts(version.run_id, folder, place)
-    return f"runs:/{version.run_id}/{place}"
+    with tempfile.TemporaryDirectory() as local, tracking_errors(store.uri):
+        write_json(Path(local) / "decision.json", content)
+        write_pairs(Path(local) / "episodes.parquet", evidence.comparison.challenger, evidence.comparison.champion)
+        store.client.log_artifacts(version.run_id, local, folder.removeprefix(root))
+    return folder
 
 
-def keep_tags(store: Store, version: Any, evidence: Evidence, result: Result, reason: str, where: str) -> None:
-    """Tags `promotion.…` of the version: the newest decision about it, nothing left of earlier ones.
+def tag_version(store: Store, version: Any, evidence: Evidence, status: Status, folder: str, reason: str = "") -> None:
+    """Set the tags `promotion.…` of the version to the newest decision, and delete those of earlier decisions.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    answer = evidence.answer(result, reason)
+    answer = evidence.answer(status, reason)
     by_task = {row.pop("task"): row for row in answer.pop("tasks")}
     del answer["challenger"]
     answer |= {
         "tasks": list(by_task),
         "warnings": "; ".join(answer.get("warnings", [])) or None,
         "by": whoami(),
-        "time": evidence.record["time"],
-        "commit": evidence.record["commit"],
-        "package": evidence.record["versions"]["metagmvae"],
-        "evidence": where,
+        "time": evidence.provenance["time"],
+        "commit": evidence.provenance["commit"],
+        "package": evidence.provenance["versions"]["metagmvae"],
+        "evidence": folder,
     }
     tags = flatten({PREFIX.rstrip("."): answer | by_task})
     with tracking_errors(store.uri):

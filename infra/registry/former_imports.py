@@ -1,9 +1,9 @@
 """Loads models that were registered before the packages moved into `metagmvae`.
 
-Their entry file imports `infra.pyfunc_model`, which is `metagmvae.infra.registry.pyfunc_model` today. MLflow loads
-this module when it starts, as a plugin (`[project.entry-points]` in pyproject.toml), so that its own loader and server
-find the former name. A package `infra` of the user's keeps its name: the former module is only found where no other
-finder knows it.
+The entry file of such a model imports `infra.pyfunc_model`, which is now `metagmvae.infra.registry.pyfunc_model`.
+MLflow imports this module when it starts, as a plugin (`[project.entry-points]` in pyproject.toml), so that MLflow's
+own loader and server find the former name. A user's own package `infra` is not affected: this finder is the last one
+that Python asks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-FORMER, TODAY = "infra.pyfunc_model", "metagmvae.infra.registry.pyfunc_model"
+FORMER, CURRENT = "infra.pyfunc_model", "metagmvae.infra.registry.pyfunc_model"
 
 
 class FormerImports(MetaPathFinder, Loader):
-    """Answers `import infra.pyfunc_model` with the class of today's module."""
+    """Finds `infra.pyfunc_model` and gives it the class of the current module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -30,15 +30,15 @@ class FormerImports(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname == FORMER else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the former module the one name that entry files take from it."""
-        module.__dict__["FewShotModel"] = import_module(TODAY).FewShotModel
+        """Give the former module the one name that entry files import."""
+        module.__dict__["FewShotModel"] = import_module(CURRENT).FewShotModel
 
 
 class NoContext:
-    """What MLflow asks a plugin for: a provider of run tags. This one provides none."""
+    """MLflow loads plugins as providers of run tags. This one provides none."""
 
     def in_context(self) -> bool:
-        """Return False: no run has tags of this provider."""
+        """Return False: this provider adds no tags to any run."""
         return False
 
 

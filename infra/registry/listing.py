@@ -1,4 +1,4 @@
-"""What stands in the registry: versions, aliases, evidence, and whether the data that it rests on are still there."""
+"""Lists registered versions: aliases, results, promotions, and whether their datasets still exist unchanged."""
 
 from __future__ import annotations
 
@@ -10,71 +10,73 @@ from functools import cache
 from typing import Any
 
 from metagmvae.infra.registry.evidence import PREFIX
-from metagmvae.infra.registry.resolve import no_such_name
+from metagmvae.infra.registry.resolve import unknown_name
 from metagmvae.infra.tracking.store import Store, paginate, tracking_errors
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import dataset_files
 
 EVALUATED = re.compile(r"results\.([\w-]+\.\d+w\d+s\.(?:trans|in)ductive)")
-"""As `evaluate` keeps an accuracy; beside it `…_ci95`, `…_data` and `…_data_fingerprint`."""
+"""Tag of an accuracy that `evaluate` stored; further tags are `…_ci95`, `…_data` and `…_data_fingerprint`."""
 GIVEN = re.compile(r"results\.(.+)\.accuracy")
-"""As a caller of `register` gives one; beside it `….ci95`."""
+"""Tag of an accuracy that a caller of `register` passed; a further tag is `….ci95`."""
 
 
 def list_models(store: Store, name: str = "", on_progress: ProgressCallback | None = None) -> list[dict[str, Any]]:
-    """One row for each version, the newest of each name first.
+    """Return one row for each version, the newest of each registered model first.
 
     Args:
-        store: an open one.
-        name: of one registered model; empty: all.
-        on_progress: told (versions done, in all); their data sets are looked up.
+        store: an open store.
+        name: one registered model; empty: all.
+        on_progress: called with (versions done, versions in total); opening their datasets takes time.
 
     Raises:
-        DataError: there is no registered model of that name; says which there are.
+        DataError: there is no registered model of that name; the message lists those that exist.
         TrackingError: the store cannot be reached.
     """
     with tracking_errors(store.uri):
         models = {model.name: model for model in paginate(store.client.search_registered_models)}
         if name and name not in models:
-            raise DataError(no_such_name(store, name, models))
-        wanted = {"filter_string": f"name = '{name}'"} if name else {}
-        versions = list(paginate(store.client.search_model_versions, **wanted))
+            raise DataError(unknown_name(store, name, models))
+        query = {"filter_string": f"name = '{name}'"} if name else {}
+        versions = list(paginate(store.client.search_model_versions, **query))
     versions.sort(key=lambda version: (version.name, -int(version.version)))
-    state = cache(state_of_data)
+    check_data = cache(data_state)
     rows = []
     for number, version in enumerate(versions, start=1):
-        aliases = [alias for alias, at in models[version.name].aliases.items() if str(at) == str(version.version)]
-        rows.append(_row(version, sorted(aliases), state))
+        aliases = [alias for alias, v in models[version.name].aliases.items() if str(v) == str(version.version)]
+        rows.append(_row(version, sorted(aliases), check_data))
         if on_progress is not None:
             on_progress(number, len(versions))
     return rows
 
 
-def state_of_data(uri: str, fingerprint: str) -> tuple[str, str]:
-    """Whether a data set is still what it was, seen from this machine: "yes", "changed", "damaged" or "gone", and why.
+def data_state(uri: str, fingerprint: str) -> tuple[str, str]:
+    """Return "yes" if a dataset is unchanged, else "changed", "damaged" or "gone", and the reason.
 
-    Of a data set in an object store only the manifest is read; of one in a folder its files are looked for, not read.
+    In an object store only the manifest is read. In a folder the existence of each file is checked, not its content.
     """
     try:
         dataset = Dataset.open(uri)
     except DataError as error:
         return "gone", str(error)
     if dataset.fingerprint != fingerprint:
-        return "changed", f"{uri}: its fingerprint is {dataset.fingerprint[:12]}…, and was {fingerprint[:12]}…"
+        return "changed", f"{uri}: its fingerprint is {dataset.fingerprint[:12]}…, it was {fingerprint[:12]}…"
     if dataset.remote is None:
         missing = [name for name, _, _ in dataset_files(dataset.manifest) if not (dataset.root / name).is_file()]
         if missing:
-            return "damaged", f"{uri}: {len(missing)} files are missing, {missing[0]} first; see `metagmvae verify`"
+            reason = f"{len(missing)} files are missing, for example {missing[0]}; run `metagmvae verify`"
+            return "damaged", f"{uri}: {reason}"
     return "yes", ""
 
 
-def short(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for a table that people read."""
+def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a row of `list_models` to short strings for a table."""
     results = [f"{key} {_percent(value)}" for key, value in row["results"].items()]
     promotion = row["promotion"]
-    decided, undone = promotion.get("decision", ""), ", rolled back" if "rolled_back" in promotion else ""
-    over = promotion.get("champion", "").rpartition("/")[2]
+    decision = promotion.get("decision", "")
+    champion = promotion.get("champion", "").rpartition("/")[2]
+    rolled_back = ", rolled back" if "rolled_back" in promotion else ""
     tasks = [f"{task} {_difference(promotion[task])}" for task in promotion.get("tasks", []) if task in promotion]
     data = dict.fromkeys(f"{entry['uri']} {entry['state']}" for entry in row["data"])
     return {
@@ -84,28 +86,29 @@ def short(row: Mapping[str, Any]) -> dict[str, Any]:
         "created": row["created"][:16],
         "run": row["run"][:8],
         "results": "; ".join(results),
-        "promotion": " ".join(filter(None, [decided, f"over {over}:" if over else "", "; ".join(tasks)])) + undone,
-        "data": "; ".join(data) or "not known",
+        "promotion": " ".join(filter(None, [decision, f"over {champion}:" if champion else "", "; ".join(tasks)]))
+        + rolled_back,
+        "data": "; ".join(data) or "unknown",
     }
 
 
-def _row(version: Any, aliases: list[str], state: Callable[[str, str], tuple[str, str]]) -> dict[str, Any]:
+def _row(version: Any, aliases: list[str], check_data: Callable[[str, str], tuple[str, str]]) -> dict[str, Any]:
     tags = version.tags
     try:
         results, promotion = _results(tags), _promotion(tags)
     except ValueError as error:
         where = f"models:/{version.name}/{version.version}"
-        raise DataError(f"{where}: its tags results.… or promotion.… are not ours ({error}); delete them") from error
-    rests_on = {
+        raise DataError(f"{where}: tags results.… or promotion.… are damaged ({error}); delete these tags") from error
+    datasets = {
         "training": (tags.get("data"), tags.get("data_fingerprint")),
         **{key: (tags.get(f"results.{key}_data"), tags.get(f"results.{key}_data_fingerprint")) for key in results},
         "promotion": (promotion.get("data"), promotion.get("data_fingerprint")),
     }
     data = []
-    for what, (uri, fingerprint) in rests_on.items():
+    for use, (uri, fingerprint) in datasets.items():
         if uri and fingerprint:
-            there, why = state(uri, fingerprint)
-            data.append({"of": what, "uri": uri, "fingerprint": fingerprint, "state": there, "why": why})
+            state, reason = check_data(uri, fingerprint)
+            data.append({"of": use, "uri": uri, "fingerprint": fingerprint, "state": state, "why": reason})
     return {
         "name": version.name,
         "version": str(version.version),
@@ -120,29 +123,29 @@ def _row(version: Any, aliases: list[str], state: Callable[[str, str], tuple[str
 
 
 def _results(tags: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Accuracy and ci95 by what was judged: `test.5w1s.transductive`."""
-    found: dict[str, dict[str, float]] = {}
+    """Return accuracy and ci95 of each evaluation, by a key such as `test.5w1s.transductive`."""
+    results: dict[str, dict[str, float]] = {}
     for key in sorted(tags):
-        for form, interval in ((EVALUATED, "_ci95"), (GIVEN, ".ci95")):
-            match = form.fullmatch(key)
+        for pattern, suffix in ((EVALUATED, "_ci95"), (GIVEN, ".ci95")):
+            match = pattern.fullmatch(key)
             if match:
-                numbers = {"accuracy": key, "ci95": f"results.{match[1]}{interval}"}
-                found[match[1]] = {what: float(tags[tag]) for what, tag in numbers.items() if tag in tags}
-    return found
+                keys = {"accuracy": key, "ci95": f"results.{match[1]}{suffix}"}
+                results[match[1]] = {name: float(tags[tag]) for name, tag in keys.items() if tag in tags}
+    return results
 
 
 def _promotion(tags: Mapping[str, str]) -> dict[str, Any]:
-    """The newest decision about a version, numbers as numbers, those of a task together."""
+    """Return the newest decision about a version; the numbers of each task form a dictionary."""
     flat = {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
     tasks = json.loads(flat.pop("tasks", "[]"))
-    found: dict[str, Any] = {"tasks": tasks} if tasks else {}
+    promotion: dict[str, Any] = {"tasks": tasks} if tasks else {}
     for key, value in flat.items():
-        task, _, what = key.partition(".")
-        if task in tasks and what:
-            found.setdefault(task, {})[what] = value if what == "verdict" else float(value)
+        task, _, field = key.partition(".")
+        if task in tasks and field:
+            promotion.setdefault(task, {})[field] = value if field == "verdict" else float(value)
         else:
-            found[key] = value
-    return found
+            promotion[key] = value
+    return promotion
 
 
 def _percent(result: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""A challenger takes the place of the champion of a registered model, or does not; with the evidence kept."""
+"""Makes a challenger the champion of a registered model if it is better, and stores the evidence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead, evaluate_head_to_head
 from metagmvae.evaluation.comparison.promotion_rule import MARGIN, Decision, check_margin, decide
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.infra.registry.alias_history import alias_version, last_change, move_alias, read_history
-from metagmvae.infra.registry.evidence import Evidence, Result, keep_files, keep_tags
-from metagmvae.infra.registry.register import checked_name, register
-from metagmvae.infra.registry.registry_lock import registry_lock
-from metagmvae.infra.registry.resolve import find_version, load_from
+from metagmvae.infra.registry.alias_change import change_alias
+from metagmvae.infra.registry.alias_history import AliasState, alias_state, describe_move, read_history
+from metagmvae.infra.registry.evidence import Evidence, Status, tag_version, upload_evidence
+from metagmvae.infra.registry.register import check_model_name, register
+from metagmvae.infra.registry.resolve import find_version, load_from_store
 from metagmvae.infra.tracking.run_tracker import tracking_settings
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
@@ -24,15 +24,15 @@ from metagmvae.training.trainer.package import LoadedModel, load_model
 
 @dataclass(frozen=True)
 class PromotionRequest:
-    """What `promote` was asked for."""
+    """Arguments of `promote`."""
 
     challenger: str
     """`models:/name/3`, or a run folder."""
     over: str = ""
-    """What to be better than where no version has the alias yet; empty: nothing."""
+    """Model to compare with if no version has the alias yet; empty: none."""
     alias: str = "champion"
     name: str = ""
-    """Registered model for a run folder; empty: as its settings say."""
+    """Registered model for a run folder; empty: the one in its settings."""
     allow_equal: bool = False
     margin: float = MARGIN
     dry_run: bool = False
@@ -40,151 +40,148 @@ class PromotionRequest:
 
 @dataclass(frozen=True)
 class Challenger:
-    """A challenger that was found."""
+    """The loaded challenger and its place in the registry."""
 
     store: Store
     tracking: TrackingSettings
     name: str
-    """Of the registered model."""
+    """Name of the registered model."""
     version: str
     """Empty: a run folder that is not registered."""
     loaded: LoadedModel
     given: str
-    """As it was asked for."""
+    """The reference or folder in the request."""
 
     @property
     def ref(self) -> str:
+        """Reference of the version; the folder of a run that is not registered."""
         return f"models:/{self.name}/{self.version}" if self.version else self.given
 
 
-def promote(wish: PromotionRequest, course: EvalPlan) -> dict[str, Any]:
-    """Judge challenger and champion, decide, and move the alias if it is to be moved.
+def promote(request: PromotionRequest, plan: EvalPlan) -> dict[str, Any]:
+    """Evaluate challenger and champion, decide by the promotion rule, and move the alias if the challenger won.
 
     Returns:
-        `decision` ("promoted", "refused", or "overtaken" by another promotion), the reason and the numbers.
+        `decision` ("promoted", "refused", or "overtaken" if the alias was moved in the meantime), reason and numbers.
 
     Raises:
-        RuleError: the margin is none.
-        DataError: there is no such model, the two cannot be compared, or the challenger is the champion.
-        TrackingError: the store cannot be reached, or another promotion of that model takes too long.
+        RuleError: the margin is invalid.
+        DataError: a model does not exist, the two cannot be compared, or the challenger is the champion.
+        TrackingError: the store cannot be reached.
     """
-    check_margin(wish.margin)
-    shot = course.tasks[0]["shot"]
-    entrant = _find(wish, shot)
-    before = alias_version(entrant.store, entrant.name, wish.alias)
-    over = _over(wish, entrant, before)
-    champion = (over, load_from(entrant.store, over)) if over else None
-    outcome = evaluate_head_to_head(course, (wish.challenger, entrant.loaded), champion)
-    decision = _decide(outcome, wish)
-    if not wish.dry_run and not entrant.version:
-        given = Path(wish.challenger)
-        version = register(given, entrant.tracking, entrant.name, alias="", shot=shot).version
-        entrant = replace(entrant, version=version)
-    evidence = Evidence(entrant.ref, over, wish.alias, course, outcome, decision, provenance())
-    if wish.dry_run:
+    check_margin(request.margin)
+    shot = plan.tasks[0]["shot"]
+    challenger = _find_challenger(request, shot)
+    store, name = challenger.store, challenger.name
+    before = alias_state(store, name, request.alias, read_history(store, name))
+    opponent = _opponent(request, challenger, before.version)
+    champion = (opponent, load_from_store(store, opponent)) if opponent else None
+    comparison = evaluate_head_to_head(plan, (request.challenger, challenger.loaded), champion)
+    decision = _decide(comparison, request)
+    if not request.dry_run and not challenger.version:
+        version = register(Path(request.challenger), challenger.tracking, name, alias="", shot=shot).version
+        challenger = replace(challenger, version=version)
+    evidence = Evidence(challenger.ref, opponent, request.alias, plan, comparison, decision, provenance())
+    if request.dry_run:
         return evidence.answer("would be promoted" if decision.promoted else "would be refused")
     if not decision.promoted:
-        return _keep(entrant, evidence, "refused")
-    return _move(entrant, evidence, before)
+        return _store_evidence(challenger, evidence, "refused")
+    return _move_alias(challenger, evidence, before)
 
 
-def _decide(outcome: HeadToHead, wish: PromotionRequest) -> Decision:
-    if not outcome.champion:
-        return Decision(
-            True, "first", wish.margin, f"no version has the alias {wish.alias!r} yet: nothing to be beaten"
-        )
-    return decide(outcome.differences, allow_equal=wish.allow_equal, margin=wish.margin)
+def _decide(comparison: HeadToHead, request: PromotionRequest) -> Decision:
+    if not comparison.champion:
+        return Decision(True, "first", request.margin, f"no version has the alias {request.alias!r} yet")
+    return decide(comparison.differences, allow_equal=request.allow_equal, margin=request.margin)
 
 
-def _move(entrant: Challenger, evidence: Evidence, before: str | None) -> dict[str, Any]:
-    """Under the lock: the alias moves only from where it stood when the two were judged."""
-    store, name, alias = entrant.store, entrant.name, evidence.alias
-    version = _entry(entrant)
-    with registry_lock(store, name) as lock:
-        now = alias_version(store, name, alias)
-        if now == before:
-            where = keep_files(store, version, evidence, entrant.loaded.settings, "promoted", "")
-            move_alias(store, lock, "promoted", alias, entrant.version, before, evidence=where)
-    if now != before:
-        reason = alias_moved_since(store, name, alias, before, now)
-        if now == entrant.version:  # its tags are those of the promotion that came first
-            return evidence.answer("overtaken", reason)
-        return _keep(entrant, evidence, "overtaken", reason)
-    # Not under the lock, which others may wait for: they are many small requests, and of this version only.
-    keep_tags(store, version, evidence, "promoted", "", where)
-    return evidence.answer("promoted") | {"evidence": where}
+def _move_alias(challenger: Challenger, evidence: Evidence, before: AliasState) -> dict[str, Any]:
+    """Move the alias, unless it was moved since the two models were loaded."""
+    store, name = challenger.store, challenger.name
+    version, folder = _version(challenger), ""
+    if alias_state(store, name, before.alias, read_history(store, name)) == before:
+        # Before the move, so that no promotion is without its evidence.
+        folder = upload_evidence(store, version, evidence, challenger.loaded.settings, "promoted")
+        if change_alias(store, name, "promoted", before, challenger.version, evidence=folder):
+            tag_version(store, version, evidence, "promoted", folder)
+            return evidence.answer("promoted") | {"evidence": folder}
+    reason = describe_move(store, name, before)
+    now = alias_state(store, name, before.alias, read_history(store, name))
+    if now.version == challenger.version:  # another process promoted the same version: its tags are about that
+        return evidence.answer("overtaken", reason)
+    return _store_evidence(challenger, evidence, "overtaken", reason, folder)
 
 
-def alias_moved_since(store: Store, name: str, alias: str, before: str | None, now: str | None) -> str:
-    """One line about who moved an alias that is not where it was."""
-    last = last_change(read_history(store, name), alias, now)
-    who = f"{last.action} by {last.by} at {last.time}" if last else "moved by hand, without a record"
-    was, is_ = (f"version {number}" if number else "no version" for number in (before, now))
-    return f"models:/{name}@{alias} went from {was} to {is_} in the meantime ({who}); ask again"
+def _store_evidence(
+    challenger: Challenger, evidence: Evidence, status: Status, reason: str = "", folder: str = ""
+) -> dict[str, Any]:
+    version = _version(challenger)
+    settings = challenger.loaded.settings
+    folder = upload_evidence(challenger.store, version, evidence, settings, status, reason, folder)
+    tag_version(challenger.store, version, evidence, status, folder, reason)
+    return evidence.answer(status, reason) | {"evidence": folder}
 
 
-def _keep(entrant: Challenger, evidence: Evidence, result: Result, reason: str = "") -> dict[str, Any]:
-    version = _entry(entrant)
-    where = keep_files(entrant.store, version, evidence, entrant.loaded.settings, result, reason)
-    keep_tags(entrant.store, version, evidence, result, reason, where)
-    return evidence.answer(result, reason) | {"evidence": where}
+def _version(challenger: Challenger) -> Any:
+    with tracking_errors(challenger.store.uri):
+        return find_version(challenger.store, challenger.ref)
 
 
-def _entry(entrant: Challenger) -> Any:
-    with tracking_errors(entrant.store.uri):
-        return find_version(entrant.store, entrant.ref)
-
-
-def _find(wish: PromotionRequest, shot: int) -> Challenger:
-    """The challenger, by reference or as a run folder."""
-    given = wish.challenger
+def _find_challenger(request: PromotionRequest, shot: int) -> Challenger:
+    """Load the challenger from the registry or from a run folder."""
+    given = request.challenger
     if given.startswith("models:"):
-        if wish.name:
-            raise DataError(f"--name {wish.name}: is for a run folder; {given} has a name")
+        if request.name:
+            raise DataError(f"--name {request.name}: only for a run folder; {given} already names a registered model")
         store = connect(TrackingSettings(), create=False)
         with tracking_errors(store.uri):
             version = find_version(store, given)
-        loaded = load_from(store, f"models:/{version.name}/{version.version}")
+        loaded = load_from_store(store, f"models:/{version.name}/{version.version}")
         return Challenger(store, TrackingSettings(), version.name, str(version.version), loaded, given)
     if given.startswith("runs:"):
-        raise DataError(f"{given}: give models:/NAME/VERSION, or the run's folder, which is then registered")
+        raise DataError(f"{given}: give models:/NAME/VERSION, or the run folder, which is then registered")
     tracking = tracking_settings(given)
-    name, loaded = checked_name(wish.name or tracking.register_as), load_model(given, shot=shot)
-    entrant = Challenger(connect(tracking, create=not wish.dry_run), tracking, name, "", loaded, given)
-    return entrant if wish.dry_run else replace(entrant, version=_registered_before(entrant))
+    name, loaded = check_model_name(request.name or tracking.register_as), load_model(given, shot=shot)
+    challenger = Challenger(connect(tracking, create=not request.dry_run), tracking, name, "", loaded, given)
+    return challenger if request.dry_run else replace(challenger, version=_registered_version(challenger))
 
 
-def _registered_before(entrant: Challenger) -> str:
-    """The version that holds this very model of the run already; empty where there is none."""
-    run_id = upload_run(entrant.given, entrant.tracking).run_id
-    model = [str(entrant.loaded.info.get(key, "")) for key in ("step", "selected_by")]
-    with tracking_errors(entrant.store.uri):
-        found = paginate(entrant.store.client.search_model_versions, filter_string=f"name = '{entrant.name}'")
-        same = [
-            str(version.version)
-            for version in found
-            if version.run_id == run_id and [version.tags.get(key, "") for key in ("step", "selected_by")] == model
-        ]
-    return same[0] if same else ""
+def _registered_version(challenger: Challenger) -> str:
+    """Upload the run; return the version that already holds this model of the run, empty if there is none."""
+    run_id = upload_run(challenger.given, challenger.tracking).run_id
+    model = [str(challenger.loaded.info.get(key, "")) for key in ("step", "selected_by")]
+    query = f"name = '{challenger.name}'"
+    with tracking_errors(challenger.store.uri):
+        for version in paginate(challenger.store.client.search_model_versions, filter_string=query):
+            if version.run_id == run_id and [version.tags.get(key, "") for key in ("step", "selected_by")] == model:
+                return str(version.version)
+    return ""
 
 
-def _over(wish: PromotionRequest, entrant: Challenger, before: str | None) -> str:
-    """Reference of the model to be better than; empty where there is none.
+def _opponent(request: PromotionRequest, challenger: Challenger, aliased: str | None) -> str:
+    """Return the reference of the model to compare with; empty if there is none.
+
+    Args:
+        request: may name a model with `over`.
+        challenger: must be another version.
+        aliased: version that the alias points to.
 
     Raises:
-        DataError: the challenger is it, or another one was named than the champion.
+        DataError: the challenger is the champion, or `over` names another model than the champion.
     """
-    champion = f"models:/{entrant.name}/{before}" if before else ""
-    if wish.over:
-        with tracking_errors(entrant.store.uri):
-            named = find_version(entrant.store, wish.over)
+    champion = f"models:/{challenger.name}/{aliased}" if aliased else ""
+    if request.over:
+        with tracking_errors(challenger.store.uri):
+            named = find_version(challenger.store, request.over)
         over = f"models:/{named.name}/{named.version}"
         if champion and over != champion:
             raise DataError(
-                f"--over {wish.over}: is {over}, and models:/{entrant.name}@{wish.alias} is {champion}; a champion "
-                "gives way only to what is better than itself: leave --over out"
+                f"--over {request.over}: is {over}, but models:/{challenger.name}@{request.alias} is {champion}, which "
+                "the challenger must be compared with; omit --over"
             )
         champion = over
-    if entrant.version and champion == entrant.ref:
-        raise DataError(f"{wish.challenger}: is {wish.alias} of {entrant.name} already, as version {entrant.version}")
+    if challenger.version and champion == challenger.ref:
+        raise DataError(
+            f"{request.challenger}: is already {request.alias} of {challenger.name}, as version {challenger.version}"
+        )
     return champion

@@ -1,4 +1,4 @@
-"""Logged with every MLflow model and run when MLflow loads one: names the class of the installed package."""
+"""Entry file of every logged model. MLflow runs it to load the model; it names the class of the installed package."""
 
 from __future__ import annotations
 

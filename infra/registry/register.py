@@ -1,5 +1,4 @@
-"""The model registry: a trained run becomes a version of a registered MLflow model, with its evidence as
-tags."""
+"""Registers the model of a run as a version of an MLflow registered model, with tags that say what it was made of."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import Any
 
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.registry.alias_history import set_alias_if_free
+from metagmvae.infra.registry.alias_change import set_alias_if_free
 from metagmvae.infra.runs.run_folder import RECORD
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.run_uploader import upload_run
@@ -36,7 +35,7 @@ class RegisteredVersion:
     uri: str
     """`models:/name/version`."""
     alias: str
-    """Alias that points here now; empty if none was asked for, or another version has it."""
+    """Alias that points to this version now; empty if none was requested, or another version has it."""
 
 
 def register(
@@ -47,34 +46,34 @@ def register(
     shot: int | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> RegisteredVersion:
-    """Mirror a run, log its model with it, and make that a version of a registered model.
+    """Upload a run, log its model in the MLflow run, and create a version of a registered model from it.
 
     Args:
         run_dir: run folder with a checkpoint.
-        tracking: which store; `register_as` and `alias` are the defaults of the next two.
-        name: registered model, made where there is none.
-        alias: moved to this version, whatever had it; empty: no alias; None: `tracking.alias` where no version of that
-            name has it yet (a champion is replaced by `metagmvae promote`, not by a training).
-        shot: which best model, where the run keeps one for each shot.
-        results: evidence (accuracy, ci95 and so on) that is kept as tags `results.…` of the version.
+        tracking: MLflow store; `register_as` and `alias` are the defaults of the next two arguments.
+        name: registered model, which is created if it does not exist.
+        alias: moved to this version from any other one; empty: no alias; None: `tracking.alias`, if no version has it
+            yet (a champion is replaced by `metagmvae promote`, not by a training).
+        shot: which best model, if the run has one for each shot.
+        results: accuracies and intervals, stored as tags `results.…` of the version.
 
     Raises:
-        DataError: no name, or no trained model in the folder.
+        DataError: there is no name, or no trained model in the folder.
         TrackingError: the store cannot be reached or refuses.
     """
     from metagmvae.training.trainer.package import load_model
 
-    name = checked_name(name or tracking.register_as)
+    name = check_model_name(name or tracking.register_as)
     loaded = load_model(run_dir, shot=shot)
     report = upload_run(run_dir, tracking)
     store = connect(tracking)
-    evidence = _evidence(loaded, report.run_id, shot, results or {}) | _data_of(Path(run_dir))
+    tags = _version_tags(loaded, Path(run_dir), report.run_id, shot, results or {})
     with tracking_errors(store.uri):
-        source, model_id = _log(store, report.run_id, name, loaded, evidence)
-        _make_name(store, name)
-        # A version is ready at once; MLflow would say on stderr that it waits for it.
-        made = {"run_id": report.run_id, "model_id": model_id, "tags": evidence, "await_creation_for": 0}
-        version = store.client.create_model_version(name, source, **made).version
+        source, model_id = _log_model(store, report.run_id, name, loaded, tags)
+        _create_registered_model(store, name)
+        # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
+        options = {"run_id": report.run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
+        version = store.client.create_model_version(name, source, **options).version
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
     if alias is None:
@@ -83,41 +82,42 @@ def register(
     return RegisteredVersion(name, str(version), f"models:/{name}/{version}", alias)
 
 
-def checked_name(name: str) -> str:
-    """A name for a registered model by which a reference can call it.
+def check_model_name(name: str) -> str:
+    """Return the name of a registered model if a reference such as `models:/NAME@ALIAS` can contain it.
 
     Raises:
-        DataError: there is none, or it holds one of /:@'\".
+        DataError: it is empty, or contains one of / : @ ' ".
     """
     if not name:
         raise DataError("no name for the registered model: set tracking.register_as, or give --name")
     if re.search(r"[/:@'\"]", name):
-        raise DataError(f"{name!r}: no name for a registered model; leave out / : @ and quotes")
+        raise DataError(f"{name!r}: not a valid name for a registered model; omit / : @ and quotes")
     return name
 
 
-def _evidence(loaded: Any, run_id: str, shot: int | None, results: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of the version: what it was trained on, with what, and how well it did."""
+def _version_tags(
+    loaded: Any, run_dir: Path, run_id: str, shot: int | None, results: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the tags of a version: settings, data, training and results of the model."""
+    # The record says where the dataset was; the checkpoint does not.
+    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
     tags = {
         "run_id": run_id,
         "settings_fingerprint": fingerprint(loaded.settings),
         "kind": _model_type(loaded),
         "shot": "" if shot is None else str(shot),
+        "data": redact(record.get("data") or ""),
         **flatten(loaded.info),
         **flatten({"results": results}),
     }
     return {key: value for key, value in tags.items() if value and len(value) < 5000}
 
 
-def _data_of(run_dir: Path) -> dict[str, str]:
-    """Where the data lay that the run was trained on, which its checkpoint does not say."""
-    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
-    return {"data": redact(record["data"])} if record.get("data") else {}
+def _log_model(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]) -> tuple[str, str]:
+    """Log the model package as an MLflow model of the run; return its location and its ID.
 
-
-def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]) -> tuple[str, str]:
-    """Log the package as an MLflow model of the run: code and weights as text and safetensors, nothing
-    pickled."""
+    Code and weights are text and safetensors; nothing is pickled.
+    """
     from metagmvae.training.trainer.package import save_package
 
     client = store.client
@@ -133,7 +133,7 @@ def _log(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]
     except BaseException:
         client.finalize_logged_model(model.model_id, "FAILED")
         raise
-    # Not `models:/m-…`: MLflow 3.17 would look that up in the process's default store instead of this one.
+    # Not `models:/m-…`, which MLflow 3.17 looks up in the default store of the process instead of this one.
     return model.artifact_location, model.model_id
 
 
@@ -145,21 +145,21 @@ def _model_type(loaded: Any) -> str:
 
 def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) -> None:
     mlflow = import_mlflow()
-    from metagmvae.infra.registry.pyfunc_model import PACKAGE, example, signature
+    from metagmvae.infra.registry.pyfunc_model import PACKAGE, example_request, model_signature
 
     with _quiet("mlflow.pyfunc", "mlflow.utils.requirements_utils"):
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(ENTRY),
             artifacts={PACKAGE: str(package)},
-            signature=signature(loaded),
-            input_example=example(loaded),
+            signature=model_signature(loaded),
+            input_example=example_request(loaded),
             pip_requirements=[_pinned(name) for name in REQUIREMENTS],
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
         )
 
 
-def _make_name(store: Store, name: str) -> None:
+def _create_registered_model(store: Store, name: str) -> None:
     try:
         store.client.create_registered_model(name)
     except import_mlflow().MlflowException as error:
@@ -168,7 +168,7 @@ def _make_name(store: Store, name: str) -> None:
 
 
 def _pinned(name: str) -> str:
-    """The installed version; the bare name where the package runs from a source tree."""
+    """Return `name==version`; the bare name if the package is not installed but runs from a source tree."""
     try:
         return f"{name}=={metadata.version(name)}"
     except metadata.PackageNotFoundError:
@@ -177,8 +177,7 @@ def _pinned(name: str) -> str:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Keep MLflow from reporting each step of saving, and the package that is not installed in a source
-    tree."""
+    """Silence MLflow's reports on each step of saving, and on the package that is not installed in a source tree."""
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""A trained model by any name: in the registry, in an MLflow run, or on disk.
+"""Loads a trained model by reference: from the registry, an MLflow run, or a path.
 
-From MLflow only the portable package (safetensors and JSON) is fetched and read. The code that is logged
-beside it is for MLflow's own loaders; it is not fetched, and nothing is unpickled.
+From MLflow only the model package (safetensors and JSON) is downloaded. The code that is logged beside it is for
+MLflow's own loaders; it is not downloaded, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,29 +27,26 @@ def resolve_model(ref: str | Path, shot: int | None = None, tracking_uri: str | 
     """Load a model.
 
     Args:
-        ref: `models:/name@alias`, `models:/name/3`, `runs:/id[/path]` (its checkpoint, or a package in it),
-        or the
+        ref: `models:/name@alias`, `models:/name/3`, `runs:/id[/path]` (its checkpoint, or a package in it), or the
             path of a package folder, a checkpoint file or a run folder.
-        shot: which best model, where a run keeps one for each shot; a registered version is one model
-        already. tracking_uri: MLflow store; None: MLFLOW_TRACKING_URI, else the default store of the
-        settings.
+        shot: which best model, if a run has one for each shot; a registered version holds one model only.
+        tracking_uri: MLflow store; None: MLFLOW_TRACKING_URI, else the default store of the settings.
 
     Raises:
-        DataError: there is no such model (naming what there is), or it is not one of ours.
+        DataError: there is no such model (the message lists those that exist), or metagmvae did not create it.
         TrackingError: the store cannot be reached.
     """
     from metagmvae.training.trainer.package import load_model
 
-    text = str(ref)
-    if not text.startswith(("models:", "runs:")):
-        if not Path(ref).exists():
-            raise DataError(f"{text}: no such model; give {FORMS}")
-        return load_model(ref, shot=shot)
-    return load_from(connect(TrackingSettings(uri=tracking_uri or ""), create=False), text, shot)
+    if str(ref).startswith(("models:", "runs:")):
+        return load_from_store(connect(TrackingSettings(uri=tracking_uri or ""), create=False), str(ref), shot)
+    if not Path(ref).exists():
+        raise DataError(f"{ref}: no such model; give {FORMS}")
+    return load_model(ref, shot=shot)
 
 
-def load_from(store: Store, ref: str, shot: int | None = None) -> LoadedModel:
-    """Load `models:/…` or `runs:/…` of an open store; see `resolve_model`."""
+def load_from_store(store: Store, ref: str, shot: int | None = None) -> LoadedModel:
+    """Load `models:/…` or `runs:/…` from an open store; see `resolve_model`."""
     from metagmvae.training.trainer.package import load_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +60,7 @@ def find_version(store: Store, ref: str) -> Any:
     """Return MLflow's entry of `models:/name@alias` or `models:/name/3`.
 
     Raises:
-        DataError: the form is another one, or there is no such name, alias or version.
+        DataError: the reference has another form, or the name, alias or version does not exist.
     """
     match = re.fullmatch(r"models:/([^/@'\"]+)(?:@([^/]+)|/(\d+))", ref)
     if match is None:
@@ -76,22 +73,22 @@ def find_version(store: Store, ref: str) -> Any:
     except import_mlflow().MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise DataError(f"{ref}: {_known_names(store, name)}") from error
+        raise DataError(f"{ref}: {_unknown_version(store, name)}") from error
 
 
-def _known_names(store: Store, name: str) -> str:
+def _unknown_version(store: Store, name: str) -> str:
     models = {model.name: model for model in paginate(store.client.search_registered_models)}
     if name not in models:
-        return no_such_name(store, name, models)
-    found = paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")
-    versions = sorted(int(version.version) for version in found)
+        return unknown_name(store, name, models)
+    entries = paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")
+    versions = sorted(int(entry.version) for entry in entries)
     aliases = ", ".join(f"{alias} -> {v}" for alias, v in sorted(models[name].aliases.items())) or "none"
     return f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
 
 
-def no_such_name(store: Store, name: str, there: Iterable[str]) -> str:
-    """One line about a registered model that does not exist."""
-    return f"no registered model {name!r} in {redact(store.uri)}; there: {', '.join(sorted(there)) or 'none'}"
+def unknown_name(store: Store, name: str, known: Iterable[str]) -> str:
+    """Return the message for a registered model that does not exist."""
+    return f"no registered model {name!r} in {redact(store.uri)}; it has: {', '.join(sorted(known)) or 'none'}"
 
 
 def _fetch_version(store: Store, ref: str, folder: str) -> Path:
@@ -117,18 +114,18 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
     if not path.endswith(".pt"):
         return _fetch_package(store, f"{root}/{path}", folder, ref, root)
     parent = path.rpartition("/")[0]
-    there = _names(store, f"{root}/{parent}" if parent else root)
-    if path.rpartition("/")[2] not in there:
-        raise DataError(f"{ref}: no {path} in that run; there: {', '.join(there) or 'nothing'}")
+    names = _file_names(store, f"{root}/{parent}" if parent else root)
+    if path.rpartition("/")[2] not in names:
+        raise DataError(f"{ref}: no {path} in that run; it has: {', '.join(names) or 'nothing'}")
     return _download(store, f"{root}/{path}", folder)
 
 
 def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> Path:
-    """Download a package folder once it is sure to be one: exactly what `load_model` reads safely."""
-    names = _names(store, uri)
+    """Download the two files of a model package, after checking that the folder has them."""
+    names = _file_names(store, uri)
     if not {"model.json", "model.safetensors"} <= set(names):
-        there = ", ".join(names or _names(store, root)) or "nothing"
-        raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; there: {there})")
+        present = ", ".join(names or _file_names(store, root)) or "nothing"
+        raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; it has: {present})")
     target = Path(folder) / "package"
     target.mkdir()
     for name in ("model.json", "model.safetensors"):
@@ -136,7 +133,7 @@ def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> 
     return target
 
 
-def _names(store: Store, uri: str) -> list[str]:
+def _file_names(store: Store, uri: str) -> list[str]:
     listed = import_mlflow().artifacts.list_artifacts(artifact_uri=uri, tracking_uri=store.uri)
     return sorted(item.path.rpartition("/")[2] for item in listed)
 

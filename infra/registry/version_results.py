@@ -1,4 +1,4 @@
-"""What `evaluate models:/…` finds out goes back to the registered version, and to the run that it came from."""
+"""Stores the results of `evaluate models:/…` with the registered version and with the run that it came from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 
 
-def keep_on_version(ref: str, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> str:
-    """Tags `results.…` of the version; metrics and files (JSON, and accuracies by episode) of its run.
+def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> str:
+    """Set tags `results.…` of the version; upload metrics and files (JSON, Parquet per episode) to its run.
 
-    A store that cannot be reached any more, or may not be written, is named on stderr: the results stand in the
-    answer all the same.
+    If the store cannot be reached or written, a line on stderr says so; the command prints the results in any case.
 
     Returns:
-        `models:/name/version`; empty where nothing could be kept.
+        `models:/name/version`; empty if the results could not be stored.
     """
     try:
         store = connect(TrackingSettings(), create=False)
@@ -39,14 +38,14 @@ def keep_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                     tag = f"results.{name.replace('/', '.')}"
                     store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
                     store.client.log_metric(version.run_id, name, value)
-                for what in ("data", "data_fingerprint"):  # so that `metagmvae models` can look whether it is there
-                    tag = f"results.{key.replace('/', '.')}_{what}"
-                    store.client.set_model_version_tag(version.name, version.version, tag, made_with[what])
+                for field in ("data", "data_fingerprint"):  # with these `metagmvae models` checks the dataset
+                    tag = f"results.{key.replace('/', '.')}_{field}"
+                    store.client.set_model_version_tag(version.name, version.version, tag, made_with[field])
                 stem = Path(folder) / key.replace("/", "-")
                 write_json(stem.with_suffix(".json"), result.summary() | made_with)
                 result.write_parquet(stem.with_suffix(".parquet"))
             store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:
-        print(f"{error}; the results were not kept with the registered version", file=sys.stderr)
+        print(f"{error}; the results were not stored with the registered version", file=sys.stderr)
         return ""
     return f"models:/{version.name}/{version.version}"

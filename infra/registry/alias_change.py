@@ -1,0 +1,140 @@
+"""Moves an alias of a registered model. Of several processes that move it at once, one succeeds.
+
+MLflow sets an alias without comparing its old value, but every MLflow database lets only one process create an
+experiment of a given name. So the moves of a registered model are numbered, and a process claims number n by creating
+the experiment `metagmvae-alias-change/MODEL/CREATED/n`, whose tags hold the record of the move. Whoever creates it has
+moved the alias; everybody else finds that record there.
+
+A claimed move is carried out in two steps: set the alias, then copy the record to the tags of the registered model
+(the history). Any process may carry it out, any number of times, so nobody waits for a process that has died: the next
+one that wants the number completes its move. The experiment is deleted at once, which hides it in the user interface;
+MLflow keeps the names and tags of deleted experiments.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from metagmvae.infra.registry.alias_history import (
+    Action,
+    AliasChange,
+    AliasState,
+    alias_state,
+    alias_version,
+    read_history,
+)
+from metagmvae.infra.tracking.store import Store, import_mlflow, tracking_errors
+
+PREFIX = "metagmvae-alias-change"
+TOKEN, RECORD = "token", "record"
+
+
+def change_alias(
+    store: Store,
+    name: str,
+    action: Action,
+    before: AliasState,
+    version: str,
+    *,
+    evidence: str = "",
+    undoes: int | None = None,
+) -> AliasChange | None:
+    """Move an alias to another version if its state is still `before`, and record the move.
+
+    Returns:
+        The record; None if the alias has been moved since, so that nothing was done.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    token, claims = uuid.uuid4().hex, _claims(store, name)
+    while True:
+        changes = read_history(store, name)
+        if alias_state(store, name, before.alias, changes) != before:
+            return None
+        change = AliasChange(
+            number=max((change.number for change in changes), default=0) + 1,
+            action=action,
+            alias=before.alias,
+            version=version,
+            former=before.version,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            by=whoami(),
+            evidence=evidence,
+            undoes=undoes,
+        )
+        with tracking_errors(store.uri):
+            claimed = _claim(store, claims, change, token)
+            _carry_out(store, name, claims, change.number)
+        if claimed:
+            return change
+        # Another process has claimed this number. If it moved another alias, the next number is tried.
+
+
+def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool:
+    """Give an alias to a version if no version has it; return whether it was given.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    before = alias_state(store, name, alias, read_history(store, name))
+    return before.version is None and change_alias(store, name, "registered", before, version) is not None
+
+
+def whoami() -> str:
+    """Return `user@host`, with the user name for MLflow's server if there is one."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    if not user:
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # the user of a container may have no name
+            user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _claims(store: Store, name: str) -> str:
+    """Return the prefix of the names of the experiments. A model that is deleted and created again has another one."""
+    with tracking_errors(store.uri):
+        return f"{PREFIX}/{name}/{store.client.get_registered_model(name).creation_timestamp}"
+
+
+def _claim(store: Store, claims: str, change: AliasChange, token: str) -> bool:
+    """Claim the number of a move; return whether this process has it."""
+    client, mlflow_error = store.client, import_mlflow().MlflowException
+    claim, tags = f"{claims}/{change.number}", {TOKEN: token, RECORD: change.model_dump_json(exclude_none=True)}
+    try:
+        created = client.create_experiment(claim, artifact_location=store.artifacts, tags=tags)
+    except mlflow_error as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        # It is ours after all if the server's answer was lost and the HTTP client has repeated the request.
+        existing = client.get_experiment_by_name(claim)
+        return existing is not None and bool(existing.tags.get(TOKEN) == token)
+    with suppress(mlflow_error):  # the request may have been repeated; a visible experiment does no harm
+        client.delete_experiment(created)
+    return True
+
+
+def _carry_out(store: Store, name: str, claims: str, number: int) -> None:
+    """Carry out the claimed move `number`, and later ones.
+
+    Later ones exist if this process was suspended; its own write may then have replaced a newer version.
+    """
+    while claim := store.client.get_experiment_by_name(f"{claims}/{number}"):
+        try:
+            _set_alias_and_record(store, name, claim.tags[RECORD])
+        except import_mlflow().MlflowException:  # two processes that insert the same row at once: one of them fails
+            _set_alias_and_record(store, name, claim.tags[RECORD])
+        number += 1
+
+
+def _set_alias_and_record(store: Store, name: str, record: str) -> None:
+    change = AliasChange.model_validate_json(record)
+    if alias_version(store, name, change.alias) == change.former:
+        store.client.set_registered_model_alias(name, change.alias, change.version)
+    store.client.set_registered_model_tag(name, change.tag, record)
