@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import ModelSettings, Settings, TrainSettings, ValidationSettings
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.checkpoint import CheckpointError, save_state
-from metagmvae.training.trainer.package import LoadedModel, load_model, load_package, save_package
+from metagmvae.training.trainer.package import CARD, LoadedModel, load_model, load_package, save_package
 
 SHAPE = (1, 12, 12)
 SETTINGS = Settings(model=ModelSettings(latent=6, channels=8, width=16, heads=2, layers=1))
@@ -88,3 +89,29 @@ def test_folders_and_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK but not a zip file")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         load_model(tmp_path)
+
+
+RECORDED = Preprocessing.of_shape(SHAPE, invert=True).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "reason"),
+    [
+        (RECORDED, None),
+        (None, None),  # a package of an older version
+        (RECORDED | {"equalise": True}, "preprocessing: equalise"),
+        (RECORDED | {"size": [84, 84]}, r"gives images \(1, 84, 84\)"),
+    ],
+)
+def test_package_keeps_the_preprocessing_and_refuses_one_that_cannot_be_applied(tmp_path, recorded, reason):
+    model = build_model(SETTINGS.model, SHAPE, seed=3).eval()
+    written = LoadedModel(model, SETTINGS, SHAPE, {}, Preprocessing.model_validate(RECORDED))
+    card_file = save_package(tmp_path / "package", written) / CARD
+    card = json.loads(card_file.read_text())
+    assert card.pop("preprocessing") == RECORDED
+    card_file.write_text(json.dumps(card if recorded is None else card | {"preprocessing": recorded}))
+    if reason is None:
+        assert load_model(card_file.parent).preprocessing == (recorded and written.preprocessing)
+    else:
+        with pytest.raises(DataError, match=reason):
+            load_model(card_file.parent)

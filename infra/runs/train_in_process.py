@@ -46,6 +46,7 @@ def train_in_process(inputs: TrainingInputs, context: RunContext, kind: ModelKin
         validator,
         kind=kind,
         encoder=encoder.model.encoder.state_dict() if encoder else None,
+        preprocessing=dataset.preprocessing,
     )
 
 

@@ -120,5 +120,7 @@ def _write_record(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> Non
     settings, dataset = inputs.settings, inputs.dataset
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
     record = provenance() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine, "kind": kind}
+    if dataset.preprocessing is not None:
+        record["preprocessing"] = dataset.preprocessing.model_dump(mode="json")
     write_json(run_dir / SETTINGS, json.loads(to_json(settings)))
     write_json(run_dir / RECORD, record)

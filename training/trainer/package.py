@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from metagmvae.configs.load import mistake_text
 from metagmvae.configs.schema import Settings
 from metagmvae.pipelines.files import read_json, sha256_file
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -37,6 +39,9 @@ class LoadedModel:
     image_shape: tuple[int, int, int]
     info: dict[str, Any]
     """Data fingerprint, stage, step, and the validation accuracy by which it was selected."""
+    preprocessing: Preprocessing | None = None
+    """What `metagmvae prepare` did to the training images; `pipelines.sources.image_decoding.apply_preprocessing` does
+    the same to others. None: not recorded, because an older version wrote the data set or the model."""
 
 
 def save_package(path: str | Path, loaded: LoadedModel) -> Path:
@@ -64,6 +69,8 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
             "weights_sha256": sha256_file(folder / WEIGHTS),
             "info": loaded.info,
         }
+        if loaded.preprocessing is not None:
+            card["preprocessing"] = loaded.preprocessing.model_dump(mode="json")
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         folder.rename(path)
@@ -88,7 +95,7 @@ def load_package(path: str | Path) -> LoadedModel:
             raise DataError(f"{path / WEIGHTS}: changed after it was written (sha256 differs); use another copy")
         weights = load_file(str(path / WEIGHTS))
         settings = json.dumps(card["settings"])
-        return _assemble(weights, card["kind"], settings, card["image_shape"], card["info"], path)
+        return _assemble(weights, settings, card, card["info"], path)
     except (OSError, KeyError, SafetensorError) as error:
         raise DataError(f"{path}: incomplete model package ({error!r})") from error
 
@@ -130,7 +137,7 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
             "selected_by": f"validation/{task}",
             "validation_accuracy": kept["accuracy"],
         }
-    return _assemble(weights, state["kind"], state["settings"], state["image_shape"], info, path)
+    return _assemble(weights, state["settings"], state, info, path)
 
 
 def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
@@ -161,16 +168,35 @@ def _best_model(state: dict[str, Any], shot: int | None) -> tuple[str, dict[str,
 
 
 def _assemble(
-    weights: dict[str, torch.Tensor], kind: str, settings: str, image_shape: Any, info: dict[str, Any], path: Path
+    weights: dict[str, torch.Tensor], settings: str, record: dict[str, Any], info: dict[str, Any], path: Path
 ) -> LoadedModel:
+    """Build the model; `record` is the card of a package or the state of a checkpoint."""
     try:
         parsed = Settings.model_validate_json(settings)
-        channels, height, width = (int(size) for size in image_shape)
-        build = build_encoder_model if kind == "encoder" else build_model
+        channels, height, width = (int(size) for size in record["image_shape"])
+        build = build_encoder_model if record["kind"] == "encoder" else build_model
         model: EncoderModel = build(parsed.model, (channels, height, width), seed=0)
         model.load_state_dict(weights)
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: settings and weights do not match ({reason}); use another checkpoint") from error
     model = model.to(memory_format=torch.channels_last)
-    return LoadedModel(model.eval(), parsed, (channels, height, width), info)
+    shape = (channels, height, width)
+    return LoadedModel(model.eval(), parsed, shape, info, _recorded_preprocessing(record, shape, path))
+
+
+def _recorded_preprocessing(
+    record: dict[str, Any], image_shape: tuple[int, int, int], path: Path
+) -> Preprocessing | None:
+    if record.get("preprocessing") is None:
+        return None
+    try:
+        preprocessing = Preprocessing.model_validate(record["preprocessing"])
+    except ValidationError as error:
+        raise DataError(f"{path}: preprocessing: {mistake_text(error.errors()[0])}; use another copy") from error
+    if preprocessing.image_shape != image_shape:
+        raise DataError(
+            f"{path}: preprocessing gives images {preprocessing.image_shape} and the model takes {image_shape}; use "
+            "another copy"
+        )
+    return preprocessing

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.factory import image_batches, unlabelled_sets
 from metagmvae.pipelines.sampling.sequential import StreamedImages
@@ -48,6 +49,7 @@ def train(
     *,
     kind: ModelKind = "meta-gmvae",
     encoder: TrainState | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> TrainState:
     """Train all stages from the newest checkpoint, or from the start, to the end; return the final state.
 
@@ -61,11 +63,14 @@ def train(
         validate: evaluates the model on validation episodes; given on every rank, called on rank 0.
         kind: what is trained.
         encoder: state dict of the encoder that made the features; the model includes it. None: the data are images.
+        preprocessing: of the images, stored in every checkpoint; None: unknown.
 
     Raises:
         NonFiniteLossError: the loss or a gradient is not finite; the last checkpoint stays.
     """
-    return _Trainer(settings, data, image_shape, data_fingerprint, context, validate, kind, encoder).fit()
+    return _Trainer(
+        settings, data, image_shape, data_fingerprint, context, validate, kind, encoder, preprocessing
+    ).fit()
 
 
 @dataclass
@@ -80,6 +85,7 @@ class _Trainer:
     validate: Validate | None
     kind: ModelKind
     encoder: TrainState | None
+    preprocessing: Preprocessing | None
 
     def __post_init__(self) -> None:
         settings, device = self.settings, self.context.device
@@ -164,6 +170,7 @@ class _Trainer:
             "settings": self.settings.model_dump_json(),
             "image_shape": list(self.image_shape),
             "data_fingerprint": self.data_fingerprint,
+            "preprocessing": self.preprocessing and self.preprocessing.model_dump(mode="json"),
             "stage": stage.name,
             "step": step,
             "model": self.model.state_dict(),
