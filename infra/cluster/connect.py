@@ -99,13 +99,18 @@ def _start(cpus: int, dashboard: bool) -> Any:
         SettingsError: Ray cannot write its token into the home folder.
         RuntimeError: the start took longer than Ray allows.
     """
+    port = _free_port()
+    # Ray's cleaner of stopped trials asks the dashboard. Without an address it asks that of the newest cluster on this
+    # machine, which may be another one, and then the workers of a stopped trial are never freed.
+    dashboard_address = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"} if dashboard else {}
     try:
         return _init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, cpus),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,
-            runtime_env={"env_vars": ENVIRONMENT},
+            dashboard_port=port if dashboard else None,
+            runtime_env={"env_vars": ENVIRONMENT | dashboard_address},
         )
     except (PermissionError, NotADirectoryError) as error:
         remedy = "set HOME to a writable folder, or RAY_AUTH_TOKEN to a secret of your own"
@@ -115,6 +120,12 @@ def _start(cpus: int, dashboard: bool) -> Any:
             raise
         remedy = "try again when the machine is less busy, or join a running cluster: --set run.address=auto"
         raise RuntimeError(f"Ray did not start within 30 s because this machine is too busy: {remedy}") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _init(**options: Any) -> Any:
