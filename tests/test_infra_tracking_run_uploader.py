@@ -1,24 +1,18 @@
 """Upload of a run folder to MLflow: complete, and each value once in spite of interruptions."""
 
 import json
-import socket
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import mlflow_template
 import pytest
 from mlflow_template import STARTED_MS, VALUES, ended_run, history, line
 
 from metagmvae.configs.schema import Settings, TrackingSettings
-from metagmvae.infra.runs.status import read_status, write_status
+from metagmvae.infra.runs.status import write_status
 from metagmvae.infra.tracking import run_uploader
-from metagmvae.infra.tracking.convert import flatten, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import upload_lock
 from metagmvae.infra.tracking.run_tracker import track
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import TrackingError, connect, redact, store_uri
-from metagmvae.infra.tracking.system_metrics import SystemSampler, gpu_values
+from metagmvae.infra.tracking.store import TrackingError, connect, store_uri
 from metagmvae.pipelines.records import DataError
 
 pytestmark = pytest.mark.mlflow
@@ -103,62 +97,11 @@ def test_interrupted_upload_is_completed_later(run, store, monkeypatch):
     assert len(history(store, rest.run_id, "elbo")) == 200
 
 
-def test_growing_file_is_read_by_complete_lines(run):
-    path = run / "metrics.jsonl"
-    path.write_text(line(1) + line(2) + line(3)[:10])
-    (chunk,) = unsent_chunks(path, {}, 0, 1000)
-    assert [point.step for point in chunk.points] == [1] * 4 + [2] * 4
-    assert list(unsent_chunks(path, chunk.position, 0, 1000)) == []
-    path.write_text(line(1) + line(2) + line(3))
-    (rest,) = unsent_chunks(path, chunk.position, 0, 1000)
-    assert {point.step for point in rest.points} == {3}
-    path.write_text(line(1) + line(2, steps=99) + line(3))  # a resumed run has deleted lines and written them again
-    (again,) = unsent_chunks(path, rest.position, 0, 1000)
-    assert {point.step for point in again.points} == {1, 2, 3}
-
-
-def test_chunks_hold_complete_lines_up_to_the_limit(run):
-    chunks = list(unsent_chunks(run / "metrics.jsonl", {}, 0, 10))
-    assert [len(chunk.points) for chunk in chunks] == [8] * 100
-    assert [chunk.position["lines"] for chunk in chunks] == list(range(2, 201, 2))
-    assert chunks[-1].position["bytes"] == (run / "metrics.jsonl").stat().st_size
-
-
-def test_pretraining_has_its_own_metric_keys(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(line(1, stage="pretrain") + line(2))
-    (chunk,) = unsent_chunks(path, {}, 0, 1000)
-    keys = {point.key for point in chunk.points}
-    assert {"pretrain/loss", "loss"} <= keys
-
-
 def test_broken_line_is_named(run, store):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{half\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl line 201: not a metric line"):
         upload_run(run, store)
-
-
-def test_flatten_and_redaction_of_passwords():
-    assert flatten({"a": {"b": [1, 2], "c": "x"}, "d": None, "e": True}) == {
-        "a.b": "[1, 2]",
-        "a.c": "x",
-        "e": "true",
-    }
-    assert redact("http://me:secret@host:5000") == "http://host:5000"
-    record = {"command": "metagmvae train x --set tracking.uri=http://me:secret@host"}
-    assert tags({}, record)["command"].endswith("tracking.uri=http://host")
-    with pytest.raises(DataError, match="set MLFLOW_TRACKING_URI instead"):
-        store_uri(TrackingSettings(uri="http://me:secret@host"))
-
-
-def test_relative_store_becomes_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert store_uri(TrackingSettings()) == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
-    assert store_uri(TrackingSettings(uri="sqlite:///x.db")) == f"sqlite:///{tmp_path}/x.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-outside:5000")
-    assert store_uri(TrackingSettings()) == "http://from-outside:5000"
-    assert store_uri(TrackingSettings(uri="http://set:5000")) == "http://set:5000"
 
 
 def test_resumed_run_uses_the_same_mlflow_run(run, store):
@@ -198,19 +141,6 @@ def test_run_deleted_on_the_server_is_an_error(run, store):
         upload_run(run, store)
 
 
-def test_status_of_runs_that_ended_without_writing_it(run, tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    status = json.loads((run / "status.json").read_text())
-    owner = {"pid": gone.pid, "host": socket.gethostname()}
-    (run / "status.json").write_text(json.dumps({**status, "status": "RUNNING", "owner": owner}))
-    assert read_status(run)[0] == "KILLED"
-    (run / "status.json").unlink()  # tracking was off during training
-    assert read_status(run)[0] == "FINISHED"
-    (run / "metrics.jsonl").write_text(line(10))
-    assert read_status(run)[0] == "KILLED"
-
-
 def test_simultaneous_uploads_are_refused(run, store):
     with upload_lock(run), pytest.raises(TrackingError, match="another process is uploading it to MLflow"):
         upload_run(run, store)
@@ -227,29 +157,3 @@ def test_store_folder_that_cannot_be_created_is_an_error(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackingError, match=r"tracking\.store"):
         upload_run(run, TrackingSettings(store=str(tmp_path / "file" / "store")))
-
-
-def test_system_metrics(monkeypatch):
-    memory = SimpleNamespace(total=1000 * 1024, available=750 * 1024)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    sampler = SystemSampler()
-    sampler.nvidia_smi = None
-    sample = sampler.sample()
-    assert 0 <= sample.pop("system/cpu_utilization_percentage") <= 100
-    assert sample.pop("system/process_memory_megabytes") > 10
-    assert sample == {
-        "system/system_memory_usage_percentage": pytest.approx(25),
-        "system/system_memory_usage_megabytes": pytest.approx(0.256),
-    }
-
-
-def test_gpu_metrics():
-    assert gpu_values("0, 55, 1000, 4000, 80.5\n1, [N/A], 0, 4000, [N/A]\n") == {
-        "system/gpu_0_utilization_percentage": 55,
-        "system/gpu_0_memory_usage_megabytes": pytest.approx(1048.576),
-        "system/gpu_0_memory_usage_percentage": 25,
-        "system/gpu_0_power_usage_watts": 80.5,
-        "system/gpu_1_memory_usage_megabytes": 0,
-        "system/gpu_1_memory_usage_percentage": 0,
-    }
-    assert gpu_values("No devices were found\n") == {}
