@@ -53,8 +53,8 @@ def test_soft_k_means_against_loops():
                 total = total + weights[p][k] * q[p]
                 count += weights[p][k]
             means[k] = total / count
-    actual = soft_k_means_posterior(torch.as_tensor(support), torch.as_tensor(query), 7.0, 3)
-    np.testing.assert_allclose(actual, soft(means), rtol=1e-10)
+    actual = soft_k_means_posterior(torch.as_tensor(support)[None], torch.as_tensor(query)[None], 7.0, 3)
+    np.testing.assert_allclose(actual[0], soft(means), rtol=1e-10)
 
 
 def test_nearest_class_mean_against_loops():

@@ -1,6 +1,6 @@
 """Simple classifiers that are evaluated on the same features and episodes as a model.
 
-Notation: n images, F features, K ways, S shots, P queries of an episode.
+Notation: n images, E episodes, F features, K ways, S shots, P queries of an episode.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """Support (K, S, F) and queries (P, F) of an episode -> predicted class of each query, 0 to K - 1, (P,)."""
+BatchClassifier = Callable[[Tensor, Tensor], Tensor]
+"""The same for a batch of episodes: (E, K, S, F), (E, P, F) -> (E, P)."""
+
+VALUES_PER_BATCH = 2**21
+"""Most feature values in a batch of episodes (8 MB): small batches fit the caches of a CPU."""
 
 
 def nearest_class_mean(x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
@@ -39,11 +44,11 @@ def nearest_class_mean(x_nF: Tensor, labels: np.ndarray, **task: Any) -> Episode
         DataError: the split has too few classes, or a class too few images, for the task.
     """
 
-    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        mean_KF = F.normalize(F.normalize(support_KSF, dim=2).mean(dim=1), dim=1)
-        return (F.normalize(query_PF, dim=1) @ mean_KF.T).argmax(dim=1)
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        mean_EKF = F.normalize(F.normalize(support_EKSF, dim=3).mean(dim=2), dim=2)
+        return (F.normalize(query_EPF, dim=2) @ mean_EKF.transpose(1, 2)).argmax(dim=2)
 
-    return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
+    return evaluate_batches(classify, "inductive", x_nF, labels, **task)
 
 
 def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
@@ -62,10 +67,10 @@ def soft_k_means(
     Arguments and errors are those of `nearest_class_mean`, and two of `soft_k_means_posterior`. Transductive.
     """
 
-    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        return soft_k_means_posterior(support_KSF, query_PF, temperature, iterations).argmax(dim=1)
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        return soft_k_means_posterior(support_EKSF, query_EPF, temperature, iterations).argmax(dim=2)
 
-    return evaluate_classifier(classify, "transductive", x_nF, labels, **task)
+    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
 
 
 def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1.0, **task: Any) -> EpisodeResults:
@@ -98,7 +103,13 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
 
 
 def em_on_features(
-    e_step: Literal["identity", "diagonal"], x_nF: Tensor, labels: np.ndarray, *, iterations: int = 10, **task: Any
+    e_step: Literal["identity", "diagonal"],
+    x_nF: Tensor,
+    labels: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    iterations: int = 10,
+    **task: Any,
 ) -> EpisodeResults:
     """Evaluate semi-supervised EM (Eq. 10 and 11) on the features themselves, without a trained model. Transductive.
 
@@ -106,42 +117,64 @@ def em_on_features(
         e_step: covariance in the E-steps and in the final posterior.
         x_nF: as in `nearest_class_mean`.
         labels: as in `nearest_class_mean`.
+        temperature: divides the log-likelihoods, as `adapt.temperature` does for a model.
         iterations: of EM.
         task: as in `nearest_class_mean`.
     """
 
-    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        query_1PF = query_PF[None]
-        mixture = fit_semi_supervised(support_KSF[None], query_1PF, iterations=iterations, e_step=e_step)
-        return class_log_posterior(mixture, query_1PF, e_step)[0].argmax(dim=1)
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        mixture = fit_semi_supervised(
+            support_EKSF, query_EPF, iterations=iterations, e_step=e_step, temperature=temperature
+        )
+        return class_log_posterior(mixture, query_EPF, e_step, temperature).argmax(dim=2)
 
-    return evaluate_classifier(classify, "transductive", x_nF, labels, **task)
+    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
 
 
-def soft_k_means_posterior(support_KSF: Tensor, query_PF: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Return the soft assignments of the queries after the class means were refined: (P, K).
+def soft_k_means_posterior(support_EKSF: Tensor, query_EPF: Tensor, temperature: float, iterations: int) -> Tensor:
+    """Return the soft assignments of the queries after the class means were refined: (E, P, K).
 
     Features are centred on the mean of the episode and normalised.
 
     Args:
-        support_KSF: labelled vectors by class.
-        query_PF: vectors of the queries.
+        support_EKSF: labelled vectors by class.
+        query_EPF: vectors of the queries.
         temperature: assignments are the softmax of `temperature` times the cosine to each class mean.
         iterations: number of refinements.
     """
-    centre_F = torch.cat([support_KSF.flatten(0, 1), query_PF]).mean(dim=0)
-    support_KSF, query_PF = (F.normalize(x - centre_F, dim=-1) for x in (support_KSF, query_PF))
-    mean_KF = support_KSF.mean(dim=1)
+    centre_E1F = torch.cat([support_EKSF.flatten(1, 2), query_EPF], dim=1).mean(dim=1, keepdim=True)
+    support_EKSF = F.normalize(support_EKSF - centre_E1F[:, None], dim=-1)
+    query_EPF = F.normalize(query_EPF - centre_E1F, dim=-1)
+
+    def assign(mean_EKF: Tensor) -> Tensor:
+        cosine_EPK = query_EPF @ F.normalize(mean_EKF, dim=2).transpose(1, 2)
+        return torch.softmax(temperature * cosine_EPK, dim=2)
+
+    mean_EKF = support_EKSF.mean(dim=2)
     for _ in range(iterations):
-        soft_PK = torch.softmax(temperature * query_PF @ F.normalize(mean_KF, dim=1).T, dim=1)
-        total_KF = support_KSF.sum(dim=1) + soft_PK.T @ query_PF
-        mean_KF = total_KF / (support_KSF.shape[1] + soft_PK.sum(dim=0)[:, None])
-    return torch.softmax(temperature * query_PF @ F.normalize(mean_KF, dim=1).T, dim=1)
+        soft_EPK = assign(mean_EKF)
+        total_EKF = support_EKSF.sum(dim=2) + soft_EPK.transpose(1, 2) @ query_EPF
+        mean_EKF = total_EKF / (support_EKSF.shape[2] + soft_EPK.sum(dim=1)[..., None])
+    return assign(mean_EKF)
+
+
+def evaluate_classifier(
+    classify: Classifier, mode: PredictionMode, x_nF: Tensor, labels: np.ndarray, **task: Any
+) -> EpisodeResults:
+    """Evaluate a classifier of one episode, in float32 on the CPU.
+
+    Arguments and errors are those of `evaluate_batches`; only `classify` takes one episode at a time.
+    """
+
+    def classify_each(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        return torch.stack([classify(*episode) for episode in zip(support_EKSF, query_EPF, strict=True)])
+
+    return evaluate_batches(classify_each, mode, x_nF.cpu(), labels, **task)
 
 
 @torch.inference_mode()
-def evaluate_classifier(
-    classify: Classifier,
+def evaluate_batches(
+    classify: BatchClassifier,
     mode: PredictionMode,
     x_nF: Tensor,
     labels: np.ndarray,
@@ -152,12 +185,12 @@ def evaluate_classifier(
     episodes: int = 1000,
     seed: int = 0,
 ) -> EpisodeResults:
-    """Evaluate a classifier of one episode, in float32 on the CPU, over the episodes of `evaluate_features`.
+    """Evaluate a classifier of batches of episodes, in float32, over the episodes of `evaluate_features`.
 
     Args:
-        classify: predicts the queries of one episode; its classes are the rows of the support.
+        classify: predicts the queries of each episode; its classes are the rows of the support.
         mode: what the classifier is: `inductive` if it classifies each query alone, else `transductive`.
-        x_nF: one vector per image.
+        x_nF: one vector per image, on any device.
         labels: their classes, (n,).
         way: classes per episode.
         shot: labelled images per class.
@@ -169,16 +202,18 @@ def evaluate_classifier(
         DataError: the split has too few classes, or a class too few images, for the task.
     """
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
-    x_nF = x_nF.float().cpu()
-    truth_P = torch.arange(way).repeat_interleave(query)
+    x_nF = x_nF.float()
+    truth_P = torch.arange(way, device=x_nF.device).repeat_interleave(query)
+    per_batch = max(1, VALUES_PER_BATCH // (way * (shot + query) * x_nF.shape[1]))
     accuracies = []
     start = time.perf_counter()
-    for index in range(episodes):
-        episode = sampler.episode(index)
-        support_KSF = x_nF[torch.as_tensor(episode.support)]
-        predicted_P = classify(support_KSF, x_nF[torch.as_tensor(episode.query.reshape(-1))])
-        accuracies.append(float((predicted_P == truth_P).double().mean()))
-    return EpisodeResults(way, shot, query, seed, mode, np.array(accuracies), time.perf_counter() - start)
+    for first in range(0, episodes, per_batch):
+        count = min(per_batch, episodes - first)
+        support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
+        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EKQ.flatten(1)])
+        accuracies.append((predicted_EP == truth_P).double().mean(dim=1).cpu())
+    seconds = time.perf_counter() - start
+    return EpisodeResults(way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds)
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {
@@ -189,5 +224,3 @@ BASELINES: dict[str, Callable[..., EpisodeResults]] = {
     "EM on features, diagonal": partial(em_on_features, "diagonal"),
 }
 """Baselines by the name that tables show; `evaluate --baselines` runs all of them."""
-UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
-"""Baselines that are also run on the raw features of the encoder if the model scales its features."""

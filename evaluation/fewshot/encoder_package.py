@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import Average
 from metagmvae.evaluation.fewshot.encoding import check_encoder
 from metagmvae.pipelines.records import DataError
@@ -38,6 +40,32 @@ def load_dataset_encoder(dataset: Dataset) -> LoadedModel:
     loaded = load_package(card.parent)
     check_encoder(loaded.model, dataset)
     return loaded
+
+
+def encoder_origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
+    """Return the sha256 of the encoder of a model and how it was trained, as plain values.
+
+    `trained` is None if that is not recorded: the model was trained on stored features, and `dataset` is not these
+    features.
+    """
+    if dataset.kind == "features":
+        encoder = load_dataset_encoder(dataset)
+        info, settings, by = encoder.info, encoder.settings, "a run of its own"
+    else:
+        info, settings, by = loaded.info, loaded.settings, "the run of the model"
+    digest = encoder_digest(loaded.model.encoder)
+    if not settings.pretrain.steps and settings.model.reconstruct == "features":
+        return {"sha256": digest, "trained": None}
+    pretrained = {"pretrain": settings.pretrain.model_dump(mode="json")} if settings.pretrain.steps else {}
+    trained = {
+        "by": by,
+        "steps": settings.pretrain.steps or info.get("step"),
+        "data_fingerprint": info.get("data_fingerprint"),
+        "settings_fingerprint": fingerprint(settings),
+        "seed": settings.train.seed,
+        "selected_by": info.get("selected_by") if dataset.kind == "features" else None,
+    }
+    return {"sha256": digest, "trained": trained | pretrained}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,25 @@ from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Settings of a baseline, and how they were chosen on validation classes."""
+
+    settings: Mapping[str, Any]
+    """The chosen values; empty if there is nothing to choose."""
+    trials: tuple[Mapping[str, Any], ...] = ()
+    """`settings`, `accuracy` and `ci95` of each candidate on the validation episodes; empty if nothing was tried."""
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    """`split`, `episodes` and `seed` of the validation episodes; empty if nothing was tried."""
+    note: str = ""
+    """Why the settings are the defaults, or another reason to doubt them."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Validation accuracy of the chosen settings; None if nothing was tried."""
+        return max((trial["accuracy"] for trial in self.trials), default=None)
+
+
+@dataclass(frozen=True)
 class EpisodeResults:
     """Accuracies of one model over the episodes of one task."""
 
@@ -41,6 +60,8 @@ class EpisodeResults:
     """Calibration of the probabilities over all queries; None for classifiers without probabilities."""
     baselines: Mapping[str, EpisodeResults] = field(default_factory=dict)
     """Results of the baselines on the same features and episodes, by name; empty unless requested."""
+    tuning: Tuning | None = None
+    """The settings of a baseline; None for a model."""
 
     @property
     def mean(self) -> float:
@@ -67,18 +88,31 @@ class EpisodeResults:
         }
 
     def write_parquet(self, path: str | Path) -> None:
-        """Write one row per episode: its number, its accuracy, and the task."""
+        """Write one row per episode; see `episode_table`."""
+        write_episodes(path, [self])
+
+    def episode_table(self) -> pa.Table:
+        """Return one row per episode: its number, its accuracy, and the task.
+
+        The accuracies of the baselines follow in columns `baseline: NAME`.
+        """
         count = len(self.accuracies)
-        table = pa.table(
+        return pa.table(
             {
                 "episode": np.arange(count),
                 "accuracy": self.accuracies,
                 **{k: [v] * count for k, v in self.summary().items() if k in ("way", "shot", "query", "seed")},
                 "mode": [self.mode] * count,
+                **{f"baseline: {name}": baseline.accuracies for name, baseline in self.baselines.items()},
             }
         )
-        with atomic_file(path) as file:
-            pq.write_table(table, file)
+
+
+def write_episodes(path: str | Path, results: Sequence[EpisodeResults]) -> None:
+    """Write one row per episode of each task to a Parquet file; see `EpisodeResults.episode_table`."""
+    tables = [result.episode_table() for result in results]
+    with atomic_file(path) as file:
+        pq.write_table(pa.concat_tables(tables), file)
 
 
 def evaluate_images(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from metagmvae.evaluation.fewshot.baselines import BASELINES, UNSCALED_BASELINES
+from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
 from metagmvae.evaluation.fewshot.encoding import encode_split, scale_features
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
 from metagmvae.evaluation.fewshot.predict import PredictionMode
@@ -59,8 +57,8 @@ def evaluate_tasks(
             `seed` (0).
         split: whose classes the episodes are drawn from.
         mode: `transductive` or `inductive`, as in `predict_episodes`.
-        baselines: also evaluate the baselines on the same features and episodes, each in its own mode; they are in
-            `baselines` of each result.
+        baselines: also evaluate the baselines on the same features and episodes, each in its own mode, with settings
+            chosen on the validation classes of the dataset; they are in `baselines` of each result.
         name: of the model in error messages; None: its name in the settings.
         progress: opens a progress bar for each task.
 
@@ -74,28 +72,33 @@ def evaluate_tasks(
     full_tasks = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
         EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
-    raw_nF = encode_split(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
-    h_nF = scale_features(model, raw_nF)
+    features = _encode(model, dataset, split, device)
+    h_nF = features.by_kind["scaled"]
     if not torch.isfinite(h_nF).all():
         # The argmax of NaN is the first class, which would pass for a prediction.
         raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
+    validation = None
+    validation_split = loaded.settings.data.validation_split
+    if baselines and validation_split in dataset.splits:
+        validation = features if validation_split == split else _encode(model, dataset, validation_split, device)
     results = []
     for task in full_tasks:
-        with progress(f"{task['way']}-way {task['shot']}-shot episodes") as on_progress:
+        title = f"{task['way']}-way {task['shot']}-shot"
+        with progress(f"{title} episodes") as on_progress:
             result = evaluate_features(
                 model, loaded.settings.adapt, h_nF, labels, mode=mode, on_progress=on_progress, **task
             )
-        results.append(
-            replace(result, baselines=_evaluate_baselines(model, raw_nF, h_nF, labels, task)) if baselines else result
-        )
+        if baselines:
+            with progress(f"{title} baselines") as on_progress:
+                result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))
+        results.append(result)
     return results
 
 
-def _evaluate_baselines(
-    model: MetaGMVAE, raw_nF: Tensor, h_nF: Tensor, labels: np.ndarray, task: Mapping[str, int]
-) -> dict[str, EpisodeResults]:
-    """Evaluate all baselines on scaled features, and some of them on raw features if the model scales its features."""
-    runs: list[tuple[str, Callable[..., EpisodeResults], Tensor]] = [(*item, h_nF) for item in BASELINES.items()]
+def _encode(model: MetaGMVAE, dataset: Dataset, split: str, device: torch.device) -> SplitFeatures:
+    """Encode a split once; the raw features are kept too if the model scales its features."""
+    raw_nF = encode_split(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
+    by_kind = {"scaled": scale_features(model, raw_nF)}
     if not isinstance(model.scale, torch.nn.Identity):
-        runs += [(f"{name}, features unscaled", BASELINES[name], raw_nF) for name in UNSCALED_BASELINES]
-    return {name: evaluate(x_nF, labels, **task) for name, evaluate, x_nF in runs}
+        by_kind["unscaled"] = raw_nF
+    return SplitFeatures(split, dataset.labels(split), by_kind)

@@ -52,8 +52,15 @@ class PairedDifference:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def paired_difference(challenger: EpisodeResults, champion: EpisodeResults) -> PairedDifference:
+def paired_difference(
+    challenger: EpisodeResults, champion: EpisodeResults, *, any_mode: bool = False
+) -> PairedDifference:
     """Compare two models that were evaluated on the same episodes.
+
+    Args:
+        challenger: results of one model.
+        champion: results of the other model.
+        any_mode: accept a transductive and an inductive result; the mode of the difference is that of the challenger.
 
     Raises:
         PairingError: the episodes differ (way, shot, query, seed, mode or their number), or there is only one, which
@@ -66,7 +73,7 @@ def paired_difference(challenger: EpisodeResults, champion: EpisodeResults) -> P
             *((key, getattr(challenger, key), getattr(champion, key)) for key in SAME_EPISODES),
             ("episodes", count, len(champion.accuracies)),
         )
-        if ours != theirs
+        if ours != theirs and not (any_mode and key == "mode")
     ]
     if differing:
         raise PairingError(f"not the same episodes: {', '.join(differing)}; evaluate both models with one request")
@@ -87,6 +94,22 @@ def paired_difference(challenger: EpisodeResults, champion: EpisodeResults) -> P
         t_test,
         wilcoxon,
     )
+
+
+def paired_with_baselines(result: EpisodeResults) -> list[dict[str, Any]]:
+    """Return the model minus each of its baselines on the same episodes, as plain values.
+
+    The keys are those of `PairedDifference.summary` without `challenger` and `champion`, and `baseline` and
+    `baseline_mode`. Empty for a single episode, which gives no interval.
+    """
+    if len(result.accuracies) < 2:
+        return []
+    rows = []
+    for name, baseline in result.baselines.items():
+        summary = paired_difference(result, baseline, any_mode=True).summary()
+        values = {key: value for key, value in summary.items() if key not in ("challenger", "champion")}
+        rows.append({"baseline": name, "baseline_mode": baseline.mode} | values)
+    return rows
 
 
 def _p_values(difference: np.ndarray) -> tuple[float, float]:

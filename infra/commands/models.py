@@ -67,26 +67,30 @@ def _add_evaluate(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
-    help_text = "also evaluate baselines on the same features and episodes"
+    help_text = "also evaluate baselines on the same features and episodes, with settings chosen on the validation "
+    help_text += "classes, and the paired differences of the model to them"
     parser.add_argument("--baselines", action="store_true", help=help_text)
-    parser.add_argument("--results", metavar="FILE.parquet", help="write the accuracy of every episode")
+    parser.add_argument(
+        "--results", metavar="FILE.parquet", help="write the accuracy of every episode, of the baselines too"
+    )
     help_text = "write the result with settings, fingerprints and versions"
     parser.add_argument("--record", metavar="FILE.json", help=help_text)
 
 
 def evaluate(arguments: Namespace) -> Answer:
     """Run `metagmvae evaluate`."""
+    from metagmvae.evaluation.fewshot.baseline_tuning import baseline_trials, baselines_summary
+    from metagmvae.evaluation.fewshot.evaluate_episodes import write_episodes
     from metagmvae.infra.registry.resolve import resolve_model
-    from metagmvae.infra.runs.run_folder import SETTINGS
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.shards.dataset import Dataset
 
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model, shot=arguments.shot)
-    results, baseline_rows = _evaluate(arguments, dataset, loaded)
+    results = _evaluate(arguments, dataset, loaded)
     if arguments.results:
-        results[0].write_parquet(arguments.results)
+        write_episodes(arguments.results, results)
     about = {
         "split": arguments.split,
         "data": str(arguments.data),
@@ -97,33 +101,43 @@ def evaluate(arguments: Namespace) -> Answer:
         answer = {"rows": [result.summary() for result in results], **about}
     else:
         answer = results[0].summary() | about
-    if baseline_rows:
-        answer["baselines"] = baseline_rows
+    answer |= baselines_summary(results)
+    # Too long for the text output.
+    trials = {"baseline_trials": rows} if (rows := baseline_trials(results)) else {}
     origin = _origin(loaded, dataset)
     if arguments.record:
-        write_json(arguments.record, answer | origin)
+        write_json(arguments.record, answer | trials | origin)
+    kept = _keep(arguments, dataset, results, about | origin)
+    return answer | (trials if arguments.json else {}) | kept
+
+
+def _keep(
+    arguments: Namespace, dataset: Dataset, results: list[EpisodeResults], made_with: dict[str, Any]
+) -> dict[str, Any]:
+    """Store the results with a run folder or a registered version; say where."""
+    from metagmvae.infra.runs.run_folder import SETTINGS
+
     if (Path(arguments.model) / SETTINGS).is_file():
         from metagmvae.infra.tracking.run_results import save_results
 
-        answer["kept"] = save_results(Path(arguments.model), arguments.split, results, about | origin)
+        return {"kept": save_results(Path(arguments.model), arguments.split, results, made_with)}
     if str(arguments.model).startswith("models:"):
         from metagmvae.infra.registry.version_results import save_on_version
         from metagmvae.infra.tracking.store import redact
 
-        about["data"] = redact(dataset.uri)  # valid on other machines too, unlike a relative path
-        answer["kept"] = save_on_version(arguments.model, arguments.split, results, about | origin)
-    return answer
+        # The URI is valid on other machines too, unlike a relative path.
+        made_with |= {"data": redact(dataset.uri)}
+        return {"kept": save_on_version(arguments.model, arguments.split, results, made_with)}
+    return {}
 
 
-def _evaluate(
-    arguments: Namespace, dataset: Dataset, loaded: LoadedModel
-) -> tuple[list[EpisodeResults], list[dict[str, Any]]]:
-    """Return the result for each number of ways, and the rows of the baselines if they were requested."""
+def _evaluate(arguments: Namespace, dataset: Dataset, loaded: LoadedModel) -> list[EpisodeResults]:
+    """Return the result for each number of ways."""
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 
     common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
     tasks = [{"way": way, **common} for way in arguments.ways or [arguments.way]]
-    results = evaluate_tasks(
+    return evaluate_tasks(
         loaded,
         dataset,
         tasks,
@@ -133,21 +147,22 @@ def _evaluate(
         name=arguments.model,
         progress=partial(progress_bar, quiet=arguments.json),
     )
-    baseline_rows = [
-        {"baseline": name, **baseline.summary()} for result in results for name, baseline in result.baselines.items()
-    ]
-    return results, baseline_rows
 
 
 def _origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
-    """Settings, fingerprints and versions that a result was produced with."""
+    """Dataset, settings, fingerprints, versions and training of the encoder that a result was produced with."""
     from metagmvae.configs.load import fingerprint
-    from metagmvae.evaluation.provenance import provenance
+    from metagmvae.evaluation.fewshot.encoder_package import encoder_origin
+    from metagmvae.evaluation.provenance import dataset_origin, provenance
 
+    selected_by = loaded.info.get("selected_by")
     return {
+        "dataset": dataset_origin(dataset.manifest, dataset.fingerprint),
         "settings": loaded.settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
         "settings_fingerprint": fingerprint(loaded.settings),
         "trained": loaded.info,
+        "checkpoint": {"chosen_by": selected_by or "the last step", "validation_labels": bool(selected_by)},
+        "encoder": encoder_origin(loaded, dataset),
         "source_fingerprint": dataset.manifest["source_fingerprint"],
         "environment": provenance(),
     }

@@ -27,6 +27,8 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
     Returns:
         `models:/name/version`; empty if the results could not be stored.
     """
+    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
+
     try:
         store = connect(TrackingSettings(), create=False)
         with tracking_errors(store.uri), tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                     tag = f"results.{key.replace('/', '.')}_{field}"
                     store.client.set_model_version_tag(version.name, version.version, tag, made_with[field])
                 stem = Path(folder) / key.replace("/", "-")
-                write_json(stem.with_suffix(".json"), result.summary() | made_with)
+                write_json(stem.with_suffix(".json"), result.summary() | baselines_summary([result]) | made_with)
                 result.write_parquet(stem.with_suffix(".parquet"))
             store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:

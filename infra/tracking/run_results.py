@@ -24,6 +24,7 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     Returns:
         Paths of the written files.
     """
+    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
     from metagmvae.infra.tracking.run_tracker import track
     from metagmvae.infra.tracking.store import TrackingError
 
@@ -33,7 +34,7 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     for result in results:
         stem = f"{split}-{result.way}way-{result.shot}shot-{result.mode}"
         files += [run_dir / RESULTS / f"{stem}.json", run_dir / RESULTS / f"{stem}.parquet"]
-        write_json(files[-2], result.summary() | made_with)
+        write_json(files[-2], result.summary() | baselines_summary([result]) | made_with)
         result.write_parquet(files[-1])
         key = result_key(split, result)
         line |= {key: result.mean, f"{key}_ci95": result.ci95}

@@ -41,6 +41,8 @@ class FeatureSource:
     """Entry `encoder` of the manifest, with at least `sha256`."""
     fingerprint: str
     attachments: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    """Entry `images` of the manifest: name, fingerprints and options of the dataset of images."""
 
     permuted = True
     """The images are stored in random order; features keep it."""
@@ -57,6 +59,7 @@ class FeatureSource:
             **({"preprocessing": self.preprocessing.model_dump(mode="json")} if self.preprocessing else {}),
             "feature_size": self.feature_size,
             "encoder": self.encoder,
+            "images": self.images,
         }
 
     def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
@@ -142,6 +145,8 @@ def open_features(
         encoder,
         sha256_json(content),
         attachments or {},
+        {"fingerprint": dataset.fingerprint}
+        | {key: dataset.manifest[key] for key in ("name", "source_fingerprint", "options") if key in dataset.manifest},
     )
 
 

@@ -53,6 +53,8 @@ class ImageSource:
     def about(self) -> dict[str, Any]:
         """Further keys of the manifest."""
         recorded = {"preprocessing": self.preprocessing.model_dump(mode="json")} if self.preprocessing else {}
+        if "options" in self.report:  # they name the split of Omniglot
+            recorded["options"] = self.report["options"]
         return {"kind": "images", "image_shape": list(self.image_shape), **recorded}
 
     @property

@@ -1,0 +1,188 @@
+"""Baselines whose settings are chosen on validation classes, as the settings of the models are.
+
+Notation: n images, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from metagmvae.evaluation.fewshot.baselines import BASELINES
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, Tuning
+from metagmvae.evaluation.fewshot.paired import paired_with_baselines
+from metagmvae.pipelines.records import DataError, ProgressCallback
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+
+EM_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
+GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "nearest class mean": {},
+    "logistic regression": {"strength": (1.0, 0.1, 10.0, 100.0)},
+    "soft k-means": {"temperature": (20.0, 5.0, 10.0, 40.0, 80.0)},
+    "EM on features, identity": {"temperature": EM_TEMPERATURES},
+    "EM on features, diagonal": {"temperature": EM_TEMPERATURES},
+}
+"""Candidates of each setting, the default first. A baseline without an entry always runs with its defaults."""
+UNSCALED = "features unscaled"
+UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
+"""Baselines that are also run on the raw features of the encoder if the model scales its features."""
+TUNING_EPISODES = 300
+"""Most validation episodes for the choice of the settings."""
+SEED_OFFSET = 1_000_000
+"""Added to the seed of the evaluated episodes, so that an evaluation on validation classes has other episodes."""
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of one split."""
+
+    split: str
+    labels: np.ndarray
+    """Class ids, (n,)."""
+    by_kind: Mapping[str, Tensor]
+    """`scaled`: as the model gets them; `unscaled`: raw features, only if the model scales them. (n, F) each."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One baseline on the features `kinds` it may choose from."""
+
+    name: str
+    evaluate: Callable[..., EpisodeResults]
+    kinds: tuple[str, ...]
+    grid: Mapping[str, Sequence[Any]]
+
+    def candidates(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield kind of features and settings; the defaults first."""
+        for kind, *values in product(self.kinds, *self.grid.values()):
+            yield kind, dict(zip(self.grid, values, strict=True))
+
+    def settings(self, kind: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings as they are recorded."""
+        return {**chosen, **({"features": kind} if kind == "unscaled" or len(self.kinds) > 1 else {})}
+
+
+def evaluate_baselines(
+    evaluated: SplitFeatures,
+    validation: SplitFeatures | None,
+    task: Mapping[str, int],
+    on_progress: ProgressCallback | None = None,
+) -> dict[str, EpisodeResults]:
+    """Evaluate all baselines on the episodes of a task, with settings chosen on validation classes.
+
+    A choice is the candidate of the highest mean accuracy over episodes of the same way, shot and query; of equal
+    ones the first.
+
+    Args:
+        evaluated: features of the evaluated split.
+        validation: features of the validation classes; None: the settings are the defaults.
+        task: way, shot, query, episodes and seed.
+        on_progress: called with the number of finished evaluations and of all.
+
+    Returns:
+        The results by name; `tuning` of each holds its settings.
+
+    Raises:
+        DataError: the evaluated split has too few classes, or a class too few images, for the task.
+    """
+    runs = _runs(tuple(evaluated.by_kind))
+    trial_task = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
+    note = _cannot_tune(validation, trial_task)
+    total = sum(1 + (0 if note else len(list(run.candidates()))) for run in runs)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    results = {}
+    for run in runs:
+        if validation is None or note:
+            kind, chosen = next(run.candidates())
+            tuning = Tuning(run.settings(kind, chosen), note=note)
+        else:
+            kind, chosen, tuning = _tune(run, validation, trial_task, advance)
+            if validation.split == evaluated.split:
+                tuning = replace(tuning, note="chosen on the evaluated classes, on other episodes")
+        result = run.evaluate(evaluated.by_kind[kind], evaluated.labels, **chosen, **task)
+        results[run.name] = replace(result, tuning=tuning)
+        advance()
+    return results
+
+
+def _runs(kinds: tuple[str, ...]) -> list[_Run]:
+    """List the baselines; some of them once more on unscaled features only."""
+    runs = [
+        _Run(name, evaluate, kinds if name in GRIDS else kinds[:1], GRIDS.get(name, {}))
+        for name, evaluate in BASELINES.items()
+    ]
+    if "unscaled" in kinds:
+        runs += [
+            _Run(f"{name}, {UNSCALED}", BASELINES[name], ("unscaled",), GRIDS[name]) for name in UNSCALED_BASELINES
+        ]
+    return runs
+
+
+def _cannot_tune(validation: SplitFeatures | None, task: Mapping[str, int]) -> str:
+    """Return why the settings must be the defaults; empty if the validation classes suffice for the task."""
+    if validation is None:
+        return "defaults: the dataset has no validation split"
+    try:
+        EpisodeSampler(validation.labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
+    except DataError as error:
+        return f"defaults: the split {validation.split!r} is too small ({str(error).partition(';')[0]})"
+    return ""
+
+
+def _tune(
+    run: _Run, validation: SplitFeatures, task: Mapping[str, int], advance: Callable[[], None]
+) -> tuple[str, dict[str, Any], Tuning]:
+    """Return the kind of features, the settings and the record of the choice."""
+    protocol = {"split": validation.split, "episodes": task["episodes"], "seed": task["seed"]}
+    trials = []
+    for kind, settings in run.candidates():
+        result = run.evaluate(validation.by_kind[kind], validation.labels, **settings, **task)
+        trials.append((result, kind, settings))
+        advance()
+    _, kind, settings = max(trials, key=lambda trial: trial[0].mean)  # the first of equal ones
+    rows = tuple(
+        {"settings": run.settings(kind, settings), "accuracy": result.mean, "ci95": result.ci95}
+        for result, kind, settings in trials
+    )
+    return kind, settings, Tuning(run.settings(kind, settings), rows, protocol)
+
+
+def baselines_summary(results: Sequence[EpisodeResults]) -> dict[str, Any]:
+    """Return the baselines of some tasks as plain values; empty if none were evaluated.
+
+    `baselines` holds one row per task and baseline with its settings, `paired` the model minus the baseline on the same
+    episodes. Accuracies and differences are fractions in [0, 1].
+    """
+    rows = []
+    for result in results:
+        for name, baseline in result.baselines.items():
+            tuning = baseline.tuning or Tuning({})
+            chosen = {"validation_accuracy": tuning.accuracy, "note": tuning.note}
+            known = {key: value for key, value in chosen.items() if value not in (None, "")}
+            rows.append({"baseline": name, **baseline.summary(), "settings": dict(tuning.settings), **known})
+    paired = [row for result in results for row in paired_with_baselines(result)]
+    return ({"baselines": rows} if rows else {}) | ({"paired": paired} if paired else {})
+
+
+def baseline_trials(results: Sequence[EpisodeResults]) -> list[dict[str, Any]]:
+    """Return all candidates that were tried for the settings of the baselines, one row per task and baseline."""
+    return [
+        {"baseline": name, "way": result.way, "shot": result.shot, "query": result.query}
+        | dict(baseline.tuning.protocol)
+        | {"trials": list(baseline.tuning.trials)}
+        for result in results
+        for name, baseline in result.baselines.items()
+        if baseline.tuning is not None and baseline.tuning.trials
+    ]
