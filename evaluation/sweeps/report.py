@@ -227,4 +227,5 @@ def _failures_section(trials: Sequence[Trial]) -> list[str]:
         f"- {count:,} {status}: {reason or 'no reason'}" for (status, reason), count in reasons.most_common(MAX_REASONS)
     ]
     more = len(reasons) - len(rows)
-    return ["\n".join([*rows, *([f"- {more:,} further reasons"] if more > 0 else [])])]
+    further = [f"- {more:,} further reasons"] if more > 0 else []
+    return ["Failed and refused trials by reason:", "\n".join([*rows, *further])]

@@ -188,6 +188,9 @@ def settings_against_accuracy(
         axes.axis("off")
     for axes in panels[::columns]:
         axes.set_ylabel("validation accuracy, %", fontsize=9)
+    # The interval of a mean over two or three trials can exceed the range of an accuracy.
+    bottom, top = panels[0].get_ylim()
+    panels[0].set_ylim(max(bottom, -2), min(top, 102))
     title = f"{sweep.name}: {len(accuracy):,} trials at step {compared.step:,}; bars: means with 95% intervals"
     figure.suptitle(title, fontsize=10)
     return figure
