@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot import evaluate_tasks as module
-from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
+from metagmvae.evaluation.fewshot.baselines import BASELINES
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -31,7 +31,10 @@ Scaling = Literal["standard", "whitened"]
 def loaded_model(dataset: Dataset, scaling: Scaling) -> LoadedModel:
     """An untrained model whose feature scaling has the statistics of the training split."""
     model = {"reconstruct": "features", "features": scaling, "channels": 8, "width": 16, "heads": 2, "latent": 3}
-    settings = Settings.model_validate({"model": model, "adapt": {"samples": 4}})
+    # Without validation classes the baselines keep their defaults.
+    settings = Settings.model_validate(
+        {"model": model, "adapt": {"samples": 4}, "data": {"validation_split": "absent"}}
+    )
     net = build_model(settings.model, (1, 28, 28), 0).eval()
     fit_feature_scaling(net, raw_features(net, dataset, "train").numpy())
     return LoadedModel(net, settings, (1, 28, 28), {})
@@ -92,8 +95,10 @@ def test_baselines_use_the_scaled_features_of_the_model(scaling: Scaling, datase
     assert isinstance(net, MetaGMVAE)
     (result,) = evaluate_tasks(loaded, dataset, [TASK], split="test", baselines=True)
     raw = raw_features(net, dataset, "test")
-    on_scaled = nearest_class_mean(net.scale_features(raw), labels, **TASK)
-    on_raw = nearest_class_mean(raw, labels, **TASK)
-    assert on_scaled.mean != on_raw.mean
-    assert np.array_equal(result.baselines["nearest class mean"].accuracies, on_scaled.accuracies)
-    assert np.array_equal(result.baselines["nearest class mean, features unscaled"].accuracies, on_raw.accuracies)
+    for name, evaluate in BASELINES.items():
+        on_scaled, on_raw = (evaluate(h_nF, labels, **TASK).accuracies for h_nF in (net.scale_features(raw), raw))
+        assert not np.array_equal(on_scaled, on_raw), name
+        assert np.array_equal(result.baselines[name].accuracies, on_scaled), name
+        unscaled = result.baselines.get(f"{name}, features unscaled")
+        assert unscaled is None or np.array_equal(unscaled.accuracies, on_raw), name
+    assert "nearest class mean, features unscaled" in result.baselines
