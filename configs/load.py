@@ -21,6 +21,11 @@ LATER_KEYS = (("model", "normalise", "none"), ("pretrain", "crops", "clipped"))
 fingerprint, so recorded results stay valid. Append new settings here."""
 
 
+MAX_SHOWN = 100
+"""Characters of a key or value in an error message."""
+MAX_TOML_BYTES = 2**20
+
+
 class SettingsError(ValueError):
     """A wrong key, value or file of settings. The message is one line: what is wrong, and the remedy."""
 
@@ -48,9 +53,12 @@ def settings_from_json(text: str) -> Settings:
         SettingsError: the text is not JSON, or not valid settings.
     """
     try:
-        return _validate(json.loads(text))
-    except json.JSONDecodeError as error:
+        tree = json.loads(text)
+    except RecursionError as error:
+        raise SettingsError("settings are not valid JSON: nested too deeply") from error
+    except ValueError as error:  # also an integer of more digits than Python converts
         raise SettingsError(f"settings are not valid JSON: {error}") from error
+    return _validate(tree)
 
 
 def to_json(settings: Settings) -> str:
@@ -128,11 +136,18 @@ def read_toml(file: Any) -> dict[str, Any]:
         SettingsError: the file cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not valid TOML: {error}") from error
+        with file.open("rb") as content:
+            raw = content.read(MAX_TOML_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(raw) > MAX_TOML_BYTES:
+        raise SettingsError(f"{file}: larger than {MAX_TOML_BYTES:,} bytes, so it is not a file of settings")
+    try:
+        return tomllib.loads(raw.decode())
+    except RecursionError as error:
+        raise SettingsError(f"{file}: not valid TOML: nested too deeply") from error
+    except ValueError as error:  # wrong TOML, not UTF-8, or an integer of more digits than Python converts
+        raise SettingsError(f"{file}: not valid TOML: {error}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -142,7 +157,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override}: write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     *sections, last = key.split(".")
     for section in sections:
@@ -157,6 +172,8 @@ def _validate(tree: Any) -> Settings:
         return Settings.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from error
+    except RecursionError as error:
+        raise SettingsError("settings: nested too deeply") from error
 
 
 def _one_line(error: ValidationError) -> str:
@@ -165,18 +182,30 @@ def _one_line(error: ValidationError) -> str:
     text = mistake_text(first) if first["loc"] else f"settings: {mistake_text(first)}"
     if first["type"] == "extra_forbidden":
         *section, key = first["loc"]
-        text = f"{'.'.join(map(str, first['loc']))}: no such key{suggestion(str(key), _keys(section))}"
+        text = (
+            f"{_short('.'.join(map(str, first['loc'])))}: no such key{suggestion(str(key)[:MAX_SHOWN], _keys(section))}"
+        )
     return text + (f" (and {len(more)} more mistakes)" if more else "")
 
 
 def mistake_text(mistake: ErrorDetails) -> str:
     """One mistake of a pydantic `ValidationError` as `key = value: reason`."""
-    key = ".".join(str(part) for part in mistake["loc"] if part != "[key]")
+    key = _short(".".join(str(part) for part in mistake["loc"] if part != "[key]"))
     if mistake["type"] == "value_error":
         return f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
     if mistake["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} = {json.dumps(mistake['input'], default=str)}: {mistake['msg'].lower()}"
+    try:
+        value = json.dumps(mistake["input"], default=str)
+    except (TypeError, ValueError, RecursionError):  # no JSON, or nested too deeply
+        value = type(mistake["input"]).__name__
+    return f"{key} = {_short(value)}: {mistake['msg'].lower()}"
+
+
+def _short(text: str) -> str:
+    """A text in one line of at most about 100 characters."""
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
 def _keys(location: Sequence[Any]) -> list[str]:

@@ -1,17 +1,32 @@
-"""Atomic writing of files, JSON, and sha256 digests."""
+"""Atomic writing of files, bounded reading of JSON, locks, and sha256 digests."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from metagmvae.configs.load import mistake_text
 from metagmvae.pipelines.records import DataError
+
+Document = TypeVar("Document", bound=BaseModel)
+MAX_TEXT_BYTES = 2**26
+"""Largest JSON file that is read."""
+RECENT_NS = 10**9
+"""A file that changed this recently may change again without a new time stamp, so its digest is not remembered."""
 
 
 @contextmanager
@@ -50,30 +65,143 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """Indented JSON, as `write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # A name that is not UTF-8 contains lone surrogates; the replacement is their JSON escape.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def remove_temporary_files(folder: Path, name: str) -> None:
+    """Remove the temporary files that a killed process left when it wrote the file `name` with `atomic_file`."""
+    for path in folder.glob(f".{glob.escape(name)}.*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, without waiting; delete it at the end. A process that dies releases its lock.
+
+    Raises:
+        DataError: another process holds the lock (the message is `busy`), or the file cannot be created.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(busy) from error
+    except OSError as error:
+        raise DataError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: who opens it now finds a file without a name
+        lock.release()
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Convert the errors of the operating system while a file is read.
+
+    Raises:
+        DataError: the file does not exist or cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be read ({reason}); check that it is a file and its permissions") from error
+
+
+@contextmanager
+def open_file(path: str | Path) -> Iterator[BufferedReader]:
+    """Open a regular file for reading; errors as in `reading`. (A pipe or a device could block or never end.)"""
+    with reading(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            yield file
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error, at most 200 characters; its type if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read UTF-8 text of at most `limit` bytes.
+
+    Raises:
+        DataError: the file is missing, cannot be read, is too large, or is not UTF-8.
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DataError(f"{path}: larger than {limit:,} bytes, so it was not written by metagmvae")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def parse_json(text: str, path: str | Path) -> Any:
+    """Parse JSON; `path` is for the message.
+
+    Raises:
+        DataError: it is not valid JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{path}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:  # also an integer of more digits than Python converts
+        raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: the file is missing or not valid JSON.
+        DataError: the file is missing, cannot be read, or is not valid JSON.
+    """
+    return parse_json(read_text(path), path)
+
+
+def check_document(schema: type[Document], content: Any, path: str | Path, remedy: str) -> Document:
+    """Check a parsed document against its schema.
+
+    Raises:
+        DataError: naming the file, the first wrong key and its value.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise DataError(f"{path}: {mistake_text(error.errors()[0])}; {remedy}") from error
 
 
 def sha256_file(path: str | Path) -> str:
     """sha256 of the content of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: str | Path) -> str:
+    """sha256 of a file, which is read only once per process unless it changes (by inode, size and time stamps)."""
+    with reading(path):
+        status = os.stat(path)
+    changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    if time.time_ns() - changed_ns < RECENT_NS:
+        return sha256_file(path)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _remembered_sha256(str(path), identity)
+
+
+@lru_cache(maxsize=2**16)
+def _remembered_sha256(path: str, identity: tuple[int, ...]) -> str:
+    return sha256_file(path)
 
 
 def sha256_json(value: Any) -> str:
     """sha256 of the canonical JSON form of a value, in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()

@@ -99,7 +99,7 @@ def test_the_error_names_a_damaged_shard(tmp_path):
     complete = shard.read_bytes()
     images = StreamedImages(Dataset.open(tmp_path / "d"), "train", 16)
     shard.write_bytes(complete[: len(complete) // 2])
-    with pytest.raises(DataError, match=r"train/shard-000001\.tar (is damaged|has)"):
+    with pytest.raises(DataError, match=r"shard-000001\.tar: shard has \d+ bytes instead of"):
         batches(images)
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-000001\.tar: shard is missing"):

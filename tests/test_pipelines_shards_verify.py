@@ -9,8 +9,9 @@ import pytest
 
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.unfinished import PLAN
 from metagmvae.pipelines.shards.verify import Problem, verify_dataset
-from metagmvae.pipelines.shards.writer import PLAN, write_dataset
+from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 
 
@@ -65,17 +66,43 @@ def test_all_damaged_files_are_reported_at_once(data):
     }
 
 
-def test_a_wrong_index_whose_sha256_is_in_the_manifest(data):
+def replace_index(data, change) -> None:
+    """Write a changed index of the training split, with its sha256 in the manifest."""
     path = data / "train" / "index.parquet"
-    table = pq.read_table(path)
-    moved = table.set_column(2, "offset", pa.array([o + 1 for o in table["offset"].to_pylist()], pa.int64()))
-    pq.write_table(moved.slice(1), path)
-    edit(data, lambda manifest: manifest["splits"]["train"].update(index_sha256=sha256_file(path), classes=99))
-    details = [problem.detail for problem in verify_dataset(data)]
-    assert len(details) == 3
-    assert "its shards or offsets are wrong" in details[0]
-    assert "59 rows, but 60 in the manifest" in details[1]
-    assert "6 classes, but 99 in the manifest" in details[2]
+    pq.write_table(change(pq.read_table(path)), path)
+    edit(data, lambda manifest: manifest["splits"]["train"].update(index_sha256=sha256_file(path)))
+
+
+def changed_column(name, change):
+    """A function that changes the values of one column of an index."""
+
+    def apply(table):
+        position, field = table.schema.get_field_index(name), table.schema.field(name)
+        values = pa.array([change(value) for value in table[name].to_pylist()], field.type)
+        return table.set_column(position, field, values)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda table: table.slice(1), "index of 59 rows, but 60 in the manifest"),
+        (changed_column("offset", lambda offset: offset + 1), "its columns offset do not fit the shards"),
+        (changed_column("row", lambda row: 59 - row), "its columns row do not fit"),
+        (changed_column("class_id", lambda class_id: class_id + 1), "not 0 to 5 as in the manifest"),
+        (changed_column("class_id", lambda class_id: max(class_id, 1)), "class_id has 5 values"),
+        (changed_column("class_name", lambda name: "same"), "several classes one name"),
+        (changed_column("key", lambda key: None), "empty cells"),
+        (changed_column("key", lambda key: "k" * 100_000), "bytes in 60 rows"),
+        (lambda table: table.drop_columns(["row"]), "not an index of this program"),
+    ],
+)
+def test_a_wrong_index_whose_sha256_is_in_the_manifest(data, change, reason):
+    replace_index(data, change)
+    (problem,) = verify_dataset(data)
+    assert (problem.kind, problem.path) == ("inconsistent", "train/index.parquet")
+    assert reason in problem.detail
 
 
 def test_an_unfinished_dataset(data):

@@ -99,16 +99,20 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
     Shards for an object store are written into the cache folder first. If the command is stopped, the same command
     continues with the shards that are already there.
     """
-    from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, publish
+    from metagmvae.pipelines.files import exclusive_lock
+    from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, local_folder, publish
 
     if not is_remote(out):
-        yield Path(out).absolute(), str(Path(out).absolute())
+        folder = local_folder(out).absolute()
+        yield folder, str(folder)
         return
     RemotePrefix(out).sizes()  # fails early if the store refuses access
     folder = cache_root() / "writing" / hashlib.sha256(out.encode()).hexdigest()[:16]
-    yield folder, out
-    publish(folder, out)
-    shutil.rmtree(folder)
+    busy = f"{out}: another process of this machine writes this dataset; wait for it, or choose another --out"
+    with exclusive_lock(folder.with_suffix(".lock"), busy):
+        yield folder, out
+        publish(folder, out)
+        shutil.rmtree(folder)
 
 
 def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextManager[MapTasks | None]:

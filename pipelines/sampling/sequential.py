@@ -11,7 +11,7 @@ and skipped; complete epochs are skipped without reading.
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,22 +92,12 @@ class StreamedImages:
             yield buffer[index]
 
     def _blocks(self, shard: dict[str, Any]) -> Iterator[np.ndarray]:
-        from webdataset.tariterators import tar_file_iterator
-
-        name, count = f"{self.split}/{shard['name']}", 0
-        try:
-            with self.dataset.open_file(name) as file:
-                for sample in tar_file_iterator(file):
-                    if sample.get("fname", "").endswith(".x.npy"):
-                        block = np.load(io.BytesIO(sample["data"]), allow_pickle=False)
-                        count += len(block)
-                        yield block
-        except DataError:
-            raise
-        except Exception as error:  # webdataset passes on all exceptions of tarfile and NumPy
-            raise DataError(f"{self.dataset.uri}: {name} is damaged ({error}); write the dataset again") from error
-        if count != shard["rows"]:
-            raise DataError(f"{self.dataset.uri}: {name} has {count} of {shard['rows']} rows; write the dataset again")
+        name = f"{self.split}/{shard['name']}"
+        with self.dataset.open_shard(self.split, shard) as file:
+            for offset, shape, dtype in self.dataset.row_blocks(file, f"{self.dataset.uri}: {name}", shard):
+                file.seek(offset)
+                raw = file.read(math.prod(shape) * np.dtype(dtype).itemsize)
+                yield np.frombuffer(raw, dtype).reshape(shape)
 
 
 class _RowStream(Stream):

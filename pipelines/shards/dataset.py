@@ -7,6 +7,7 @@ needs the index, which contains the labels, so training without labels cannot se
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,19 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from metagmvae.pipelines.files import sha256_file
+from metagmvae.pipelines.files import open_file, reading, sha256_file, sha256_once
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.blocks import Block, shard_blocks
 from metagmvae.pipelines.shards.index import read_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, dataset_fingerprint, read_manifest
-from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
-from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
+from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, local_folder, open_copy
+from metagmvae.pipelines.shards.unfinished import PLAN
 
 MIB = 2**20
+SPOOL_BYTES = 64 * MIB
+"""Memory for a shard that is streamed from an object store; larger ones are written to the temporary folder."""
+SHARD_REMEDY = "`metagmvae verify` lists all damaged files; write the dataset again"
 Reader = Literal["auto", "memory", "mmap"]
 
 
@@ -94,8 +99,8 @@ class Dataset:
         if is_remote(uri):
             folder, remote = open_copy(str(uri))
             return cls(folder, read_manifest(folder / MANIFEST), remote)
-        root = Path(str(uri).removeprefix("file://"))
-        if not (root / MANIFEST).is_file():
+        root = local_folder(uri)
+        if not (root / MANIFEST).exists():
             if (root / PLAN).exists():
                 raise DataError(f"{root}: not finished; run the same `metagmvae prepare` again to finish it")
             raise DataError(f"{root}: no {MANIFEST} there; write a dataset with `metagmvae prepare`")
@@ -124,7 +129,7 @@ class Dataset:
             split: name of the split.
             reader: `memory`, `mmap`, or `auto`: memory up to the limit, else mmap.
             memory_limit_mb: limit for `auto` in MiB.
-            check: compare every shard with its sha256. The size is always compared.
+            check: compare every shard with its sha256, once per process. The size is always compared.
 
         Raises:
             DataError: a shard is missing, truncated or altered.
@@ -140,24 +145,31 @@ class Dataset:
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
         path = self._local_path(f"{split}/{shard['name']}", shard["sha256"])
-        remedy = "`metagmvae verify` lists all damaged files; write the dataset again"
-        if not path.is_file():
-            raise DataError(f"{path}: shard is missing; {remedy}")
-        if path.stat().st_size != shard["bytes"]:
-            raise DataError(f"{path}: shard has {path.stat().st_size} bytes instead of {shard['bytes']}; {remedy}")
-        if check and sha256_file(path) != shard["sha256"]:
-            raise DataError(f"{path}: shard was altered after writing (sha256 differs); {remedy}")
-        blocks = shard_blocks(path)
-        for _, shape, dtype in blocks:
-            if shape[1:] != self.row_shape or np.dtype(dtype) != self.dtype:
-                raise DataError(
-                    f"{path}: rows are {dtype} {shape[1:]}, but {self.dtype.str} {self.row_shape} in the manifest; "
-                    f"{remedy}"
-                )
+        _compare(path, "shard", shard["sha256"] if check else None, shard["bytes"])
+        with open_file(path) as file:
+            blocks = self.row_blocks(file, path, shard)
         return [
             np.memmap(path, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
             for offset, shape, dtype in blocks
         ]
+
+    def row_blocks(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> list[Block]:
+        """Blocks of an open shard, compared with its entry in the manifest; `path` is for messages.
+
+        Raises:
+            DataError: the shard has other rows than the manifest.
+        """
+        blocks = shard_blocks(file, path)
+        for _, shape, dtype in blocks:
+            if shape[1:] != self.row_shape or np.dtype(dtype) != self.dtype:
+                raise DataError(
+                    f"{path}: rows are {dtype} {shape[1:]}, but {self.dtype.str} {self.row_shape} in the manifest; "
+                    f"{SHARD_REMEDY}"
+                )
+        rows = sum(block.shape[0] for block in blocks)
+        if rows != shard["rows"]:
+            raise DataError(f"{path}: {rows:,} rows, but {shard['rows']:,} in the manifest; {SHARD_REMEDY}")
+        return blocks
 
     def images(self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096) -> np.ndarray | MappedRows:
         """Images of a split; see `rows`.
@@ -179,29 +191,39 @@ class Dataset:
         if name not in attachments:
             raise DataError(f"{self.uri}: has no {name}; write the dataset again")
         path = self._local_path(name, attachments[name]["sha256"])
-        if not path.is_file() or sha256_file(path) != attachments[name]["sha256"]:
-            raise DataError(f"{path}: missing or altered (sha256 differs); write the dataset again")
+        _compare(path, name, attachments[name]["sha256"], attachments[name]["bytes"])
         return path
 
     def index(self, split: str) -> pa.Table:
-        """The index of a split; its rows are the samples in stored order."""
-        return read_index(self._local_path(f"{split}/{INDEX}", self.split(split)["index_sha256"]))
-
-    @contextmanager
-    def open_file(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file of the dataset as a stream of bytes, without a local copy.
+        """The index of a split; its rows are the samples in stored order.
 
         Raises:
-            DataError: the file is missing.
+            DataError: it is missing, altered or damaged.
         """
-        if self.remote is not None:
-            with self.remote.open(name) as file:
+        part = self.split(split)
+        path = self._local_path(f"{split}/{INDEX}", part["index_sha256"])
+        _compare(path, "index", part["index_sha256"])
+        return read_index(path, rows=part["samples"], classes=part["classes"])
+
+    @contextmanager
+    def open_shard(self, split: str, shard: dict[str, Any]) -> Iterator[IO[bytes]]:
+        """Open a shard that has the sha256 in the manifest, without keeping a copy of a remote one.
+
+        A remote shard is downloaded into a temporary file (in memory up to `SPOOL_BYTES`), a local one is read in
+        place; it is compared once per process.
+
+        Raises:
+            DataError: the shard is missing or altered.
+        """
+        name = f"{split}/{shard['name']}"
+        if self.remote is None:
+            _compare(self.root / name, "shard", shard["sha256"], shard["bytes"])
+            with open_file(self.root / name) as file:
                 yield file
             return
-        if not (self.root / name).is_file():
-            raise DataError(f"{self.root / name}: shard is missing; `metagmvae verify` lists all damaged files")
-        with open(self.root / name, "rb") as file:
-            yield file
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as copy:
+            self.remote.copy(name, copy, shard["sha256"], shard["bytes"])
+            yield copy
 
     def _local_path(self, name: str, digest: str) -> Path:
         """Path of a file on this machine; a remote file is downloaded first."""
@@ -219,3 +241,19 @@ class Dataset:
         table = self.index(split).select(["class_id", "class_name"])
         names = dict(zip(table["class_id"].to_pylist(), table["class_name"].to_pylist(), strict=True))
         return [names[class_id] for class_id in sorted(names)]
+
+
+def _compare(path: Path, kind: str, digest: str | None, size: int | None = None) -> None:
+    """Compare the size and the sha256 of a file with the manifest, where they are given.
+
+    Raises:
+        DataError: the file is missing, cannot be read, or differs.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: {kind} is missing; {SHARD_REMEDY}")
+    with reading(path):
+        actual = path.stat().st_size
+    if size is not None and actual != size:
+        raise DataError(f"{path}: {kind} has {actual} bytes instead of {size}; {SHARD_REMEDY}")
+    if digest is not None and sha256_once(path) != digest:
+        raise DataError(f"{path}: {kind} was altered after writing (sha256 differs); {SHARD_REMEDY}")

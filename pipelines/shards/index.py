@@ -7,14 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from metagmvae.pipelines.files import atomic_file
+from metagmvae.pipelines.files import atomic_file, first_line, open_file
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.shards.manifest import REMEDY
 
 CHUNK_ROWS = 2**17
 """Rows that are in memory at once while an index is written."""
+MAX_TEXT_BYTES = 2**10
+"""Largest mean length of a text column; a path of most file systems has at most 4,096 bytes."""
+MAX_ROW_BYTES = 4 * MAX_TEXT_BYTES
+TEXT_COLUMNS = ["key", "shard", "class_name", "source_name"]
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -78,18 +83,49 @@ def write_index(
             writer.write_table(pa.table(columns, schema=SCHEMA))
 
 
-def read_index(path: str | Path) -> pa.Table:
-    """Read an index.
+def read_index(path: str | Path, *, rows: int, classes: int) -> pa.Table:
+    """Read an index with the given numbers of rows and classes.
 
     Raises:
-        DataError: it is missing, damaged, or has other columns.
+        DataError: it is missing, cannot be read, is damaged, or has other columns, rows or classes.
     """
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: index is missing; `metagmvae verify` lists all missing files") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable index ({error}); {REMEDY}") from error
-    if not table.schema.equals(SCHEMA):
-        raise DataError(f"{path}: not an index of this program (columns {', '.join(table.column_names)}); {REMEDY}")
+        with open_file(path) as file:
+            parquet = pq.ParquetFile(file)
+            _check_size(path, parquet, rows)
+            # As dictionaries: the texts of a small file could otherwise fill the memory.
+            table = pq.ParquetFile(file, read_dictionary=TEXT_COLUMNS).read()
+    except DataError:
+        raise
+    except Exception as error:  # Arrow raises many types on damaged files
+        raise DataError(f"{path}: not a readable index ({first_line(error)}); {REMEDY}") from error
+    for name in TEXT_COLUMNS:
+        _check_texts(path, name, table[name])
+    table = table.cast(SCHEMA)
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{path}: index with empty cells; {REMEDY}")
+    ids = pc.unique(table["class_id"]).to_numpy()
+    if not np.array_equal(np.sort(ids), np.arange(classes)):
+        raise DataError(f"{path}: class_id has {len(ids)} values, not 0 to {classes - 1} as in the manifest; {REMEDY}")
     return table
+
+
+def _check_size(path: str | Path, parquet: pq.ParquetFile, rows: int) -> None:
+    """Compare the stated size of an index with the manifest before anything is read into memory."""
+    if not parquet.schema_arrow.equals(SCHEMA):
+        columns = ", ".join(parquet.schema_arrow.names)[:200]
+        raise DataError(f"{path}: not an index of this program (columns {columns}); {REMEDY}")
+    stated = parquet.metadata.num_rows
+    if stated != rows:
+        raise DataError(f"{path}: index of {stated:,} rows, but {rows:,} in the manifest; {REMEDY}")
+    size = sum(parquet.metadata.row_group(group).total_byte_size for group in range(parquet.metadata.num_row_groups))
+    if size > (rows + 1000) * MAX_ROW_BYTES:
+        raise DataError(f"{path}: index of {size:,} bytes for {rows:,} rows; {REMEDY}")
+
+
+def _check_texts(path: str | Path, name: str, column: pa.ChunkedArray) -> None:
+    """Compare the length of the texts, which the file stores as dictionaries, with the number of rows."""
+    lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
+    size = sum(pc.sum(length).as_py() or 0 for length in lengths)
+    if size > (len(column) + 1000) * MAX_TEXT_BYTES:
+        raise DataError(f"{path}: {name} has {size:,} bytes in {len(column):,} rows; {REMEDY}")

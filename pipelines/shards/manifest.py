@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from metagmvae.configs.load import mistake_text
-from metagmvae.pipelines.files import json_bytes, read_json
+from metagmvae.pipelines.files import check_document, json_bytes, read_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 
@@ -20,7 +20,11 @@ INDEX = "index.parquet"
 DTYPES = {"images": ("uint8",), "features": ("float16", "float32")}
 REMEDY = "write the dataset again"
 
-Count = Annotated[int, Field(ge=0)]
+MAX_ROW_VALUES = 2**28
+"""Largest number of values of an image or feature vector."""
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Size = Annotated[int, Field(gt=0, le=2**20)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # No name can lead out of the folder of the dataset.
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
@@ -49,6 +53,12 @@ class _Split(BaseModel):
     shards: list[_Shard]
 
 
+class _Encoder(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    sha256: str
+
+
 class _Manifest(BaseModel):
     """The keys that this program reads; others are allowed."""
 
@@ -56,11 +66,14 @@ class _Manifest(BaseModel):
 
     schema_version: Literal[1]
     name: str
+    source_fingerprint: str
+    settings: dict[str, Any] = {}
     kind: Literal["images", "features"]
     dtype: str
-    image_shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    image_shape: Annotated[list[Size], Field(min_length=3, max_length=3)]
     preprocessing: Preprocessing | None = None
-    feature_size: PositiveInt | None = None
+    feature_size: Size | None = None
+    encoder: _Encoder | None = None
     attachments: dict[AttachmentName, _Attachment] = {}
     splits: dict[SplitName, _Split]
 
@@ -70,8 +83,31 @@ class _Manifest(BaseModel):
             raise ValueError(f"dtype of {self.kind} is {self.dtype!r}, not {' or '.join(DTYPES[self.kind])}")
         if self.kind == "features" and self.feature_size is None:
             raise ValueError("feature_size is missing")
+        if self.kind == "features" and self.encoder is None:
+            raise ValueError("encoder is missing")
         if self.preprocessing is not None and list(self.preprocessing.image_shape) != self.image_shape:
             raise ValueError(f"preprocessing gives {self.preprocessing.image_shape}, not image_shape")
+        return self
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        """Compare the counts with each other; the readers compare the sizes with the files."""
+        values = self.feature_size if self.kind == "features" and self.feature_size else math.prod(self.image_shape)
+        if values > MAX_ROW_VALUES:
+            raise ValueError(f"image_shape is {self.image_shape}: more than {MAX_ROW_VALUES:,} values")
+        row_bytes = values * (1 if self.kind == "images" else int(self.dtype.removeprefix("float")) // 8)
+        for name, split in self.splits.items():
+            if split.samples != sum(shard.rows for shard in split.shards):
+                raise ValueError(f"splits.{name}.samples is {split.samples:,}, but its shards have another sum of rows")
+            if split.classes > split.samples:
+                raise ValueError(f"splits.{name}.classes is {split.classes:,} for {split.samples:,} samples")
+            names = [shard.name for shard in split.shards]
+            if names != sorted(set(names)):
+                raise ValueError(f"splits.{name}.shards are not in the order of their names")
+            for shard in split.shards:
+                if shard.rows * row_bytes > shard.bytes:
+                    rows = f"{shard.rows:,} rows of {row_bytes:,} bytes"
+                    raise ValueError(f"splits.{name}: {shard.name} has {shard.bytes:,} bytes, too few for {rows}")
         return self
 
 
@@ -84,10 +120,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(f"{path}: not a dataset of schema version {SCHEMA_VERSION}; {REMEDY}")
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        raise DataError(f"{path}: {mistake_text(error.errors()[0])}; {REMEDY}") from error
+    check_document(_Manifest, manifest, path, REMEDY)
     return manifest
 
 

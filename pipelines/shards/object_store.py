@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.request import url2pathname
 
 import pyarrow as pa
 from pyarrow import fs
 
-from metagmvae.pipelines.files import atomic_file, sha256_file
+from metagmvae.pipelines.files import atomic_file, first_line, sha256_file
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, dataset_fingerprint, read_manifest
 
 CHUNK = 2**22
 """Bytes per read of a download or upload."""
+FILE_SCHEME = "file://"
 CACHE = "METAGMVAE_CACHE"
 """Environment variable with the folder of the copies."""
 REMEDY = "check credentials, region and endpoint"
@@ -32,7 +34,21 @@ REMEDY = "check credentials, region and endpoint"
 
 def is_remote(uri: str | Path) -> bool:
     """Whether a URI names an object store and not a local folder."""
-    return "://" in str(uri) and not str(uri).startswith("file://")
+    return "://" in str(uri) and not str(uri).startswith(FILE_SCHEME)
+
+
+def local_folder(uri: str | Path) -> Path:
+    """Path of a folder that is given as a path or as `file:///…`.
+
+    Raises:
+        DataError: the URI names a folder of another machine.
+    """
+    if not str(uri).startswith(FILE_SCHEME):
+        return Path(uri)
+    host, slash, path = str(uri).removeprefix(FILE_SCHEME).partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise DataError(f"{uri}: not a folder of this machine; write an absolute path, {FILE_SCHEME}/…")
+    return Path(url2pathname(slash + path))
 
 
 def cache_root() -> Path:
@@ -58,19 +74,27 @@ class RemotePrefix:
         try:
             self.files, self.prefix = fs.FileSystem.from_uri(uri)
         except OSError as error:
-            raise DataError(f"{uri}: {_first_line(error)}; {REMEDY}") from error
+            raise DataError(f"{uri}: {first_line(error)}; {REMEDY}") from error
         except (pa.ArrowInvalid, ValueError) as error:
-            raise DataError(f"{uri}: not an address of an object store ({_first_line(error)}); use s3://…") from error
+            raise DataError(f"{uri}: not an address of an object store ({first_line(error)}); use s3://…") from error
 
     def fetch(self, name: str, target: Path, digest: str | None = None) -> None:
         """Download one file and check its sha256; on an error nothing is left at `target`."""
-        sha256 = hashlib.sha256()
-        with self.open(name) as source, atomic_file(target) as file:
+        with atomic_file(target) as file:
+            self.copy(name, file, digest)
+
+    def copy(self, name: str, target: IO[bytes], digest: str | None = None, size: int | None = None) -> None:
+        """Write the content of one file into an open file and check its size and sha256, where they are given."""
+        sha256, copied = hashlib.sha256(), 0
+        with self.open(name) as source:
             for chunk in self._chunks(source, name):
                 sha256.update(chunk)
-                file.write(chunk)
-            if digest is not None and sha256.hexdigest() != digest:
-                raise DataError(f"{self.uri}: {name} was altered after writing (sha256 differs); publish it again")
+                copied += len(chunk)
+                if size is not None and copied > size:
+                    raise DataError(f"{self.uri}: {name} has more than {size:,} bytes; publish it again")
+                target.write(chunk)
+        if digest is not None and sha256.hexdigest() != digest:
+            raise DataError(f"{self.uri}: {name} was altered after writing (sha256 differs); publish it again")
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
@@ -112,11 +136,7 @@ class RemotePrefix:
             raise DataError(f"{self.uri}: {name or 'bucket or prefix'} does not exist; check the address") from error
         except (OSError, pa.ArrowException) as error:
             place = f"{self.uri} ({name})" if name else self.uri
-            raise DataError(f"{place}: {_first_line(error)}; {REMEDY}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise DataError(f"{place}: {first_line(error)}; {REMEDY}") from error
 
 
 def open_copy(uri: str) -> tuple[Path, RemotePrefix]:

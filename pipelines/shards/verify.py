@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,14 @@ import numpy as np
 
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import DataError, ProgressCallback
-from metagmvae.pipelines.shards.index import read_index
+from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, read_manifest, split_files
-from metagmvae.pipelines.shards.writer import PLAN, shard_blocks
+from metagmvae.pipelines.shards.object_store import local_folder
+from metagmvae.pipelines.shards.unfinished import LOCK, PLAN
 
-ProblemKind = Literal["missing", "truncated", "altered", "foreign", "unfinished", "inconsistent"]
+FOREIGN = "not a file of the dataset; move it elsewhere"
+
+ProblemKind = Literal["missing", "link", "truncated", "altered", "foreign", "unfinished", "inconsistent", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Problem:
 def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None) -> list[Problem]:
     """Compare every file of a dataset with its manifest; an intact dataset has no problems.
 
-    Kinds of problems: `missing`: a file of the manifest does not exist. `truncated`: its size differs. `altered`: its
-    sha256 differs. `foreign`: a file is not in the manifest. `unfinished`: the writer was stopped. `inconsistent`:
+    Kinds of problems: `missing`: a file of the manifest does not exist. `link`: it is a link to elsewhere.
+    `unreadable`: the operating system refuses to read it. `truncated`: it is too short. `altered`: it is too long, or
+    its sha256 differs. `foreign`: a file is not in the manifest. `unfinished`: the writer was stopped. `inconsistent`:
     manifest, index and shards contradict each other although every file has the right sha256.
 
     Args:
@@ -42,13 +48,14 @@ def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None
     Raises:
         DataError: there is no dataset, or its manifest is damaged.
     """
-    root = Path(root)
-    if not (root / MANIFEST).is_file():
+    root = local_folder(root)
+    if not (root / MANIFEST).exists():
         if (root / PLAN).exists():
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
         raise DataError(f"{root}: no {MANIFEST} there; give the folder of a dataset")
-    manifest = read_manifest(root / MANIFEST)
+    dataset = Dataset(root, read_manifest(root / MANIFEST))
+    manifest = dataset.manifest
     total = sum(1 for _ in dataset_files(manifest))
     problems, done = list(_foreign(root, manifest)), 0
     for name, file in manifest.get("attachments", {}).items():
@@ -64,18 +71,26 @@ def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None
             if on_progress is not None:
                 on_progress(done, total)
         if intact:
-            problems += _inconsistent(root, split, part)
+            problems += _inconsistent(dataset, split)
     return problems
 
 
 def _compare(path: Path, name: str, size: int | None, digest: str) -> list[Problem]:
-    if not path.is_file():
-        return [Problem("missing", name, REMEDY)]
-    actual = path.stat().st_size
-    if size is not None and actual != size:
-        return [Problem("truncated", name, f"{actual} bytes instead of {size}; {REMEDY}")]
-    if sha256_file(path) != digest:
-        return [Problem("altered", name, f"its sha256 differs from the manifest; {REMEDY}")]
+    links = [part for part in (path, *path.parents[: name.count("/")]) if part.is_symlink()]
+    if links:
+        target = f"{links[0].name} is a link to {os.readlink(links[0])}"
+        return [Problem("link", name, f"{target}; put the file itself there")]
+    try:
+        if not path.is_file():
+            return [Problem("missing", name, REMEDY)]
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            kind: ProblemKind = "truncated" if actual < size else "altered"
+            return [Problem(kind, name, f"{actual} bytes instead of {size}; {REMEDY}")]
+        if sha256_file(path) != digest:
+            return [Problem("altered", name, f"its sha256 differs from the manifest; {REMEDY}")]
+    except (DataError, OSError) as error:
+        return [Problem("unreadable", name, str(error))]
     return []
 
 
@@ -85,32 +100,41 @@ def _foreign(root: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name not in known:
-            yield Problem("foreign", name, "not a file of the dataset; move it elsewhere")
+            leftover = name in (PLAN, LOCK) or name.endswith(".tmp")
+            remedy = "left by a stopped `metagmvae prepare`; run it again, or delete it" if leftover else FOREIGN
+            yield Problem("foreign", name, remedy)
 
 
-def _inconsistent(root: Path, split: str, part: Mapping[str, Any]) -> Iterator[Problem]:
-    """Contradictions between index, shards and manifest of a split: counts, shard names and offsets."""
+def _inconsistent(dataset: Dataset, split: str) -> Iterator[Problem]:
+    """Contradictions between index, shards and manifest of a split, found by opening it as the readers do."""
     name = f"{split}/{INDEX}"
     try:
-        index = read_index(root / split / INDEX)
-        shard_of_row, offsets = [], []
-        for shard in part["shards"]:
-            rows = 0
-            for offset, shape, dtype in shard_blocks(root / split / shard["name"]):
-                size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-                offsets += [offset + size * row for row in range(shape[0])]
-                rows += shape[0]
-            shard_of_row += [shard["name"]] * rows
-            if rows != shard["rows"]:
-                text = f"{rows} rows, but {shard['rows']} in the manifest; {REMEDY}"
-                yield Problem("inconsistent", f"{split}/{shard['name']}", text)
+        index = dataset.index(split)
     except DataError as error:
         yield Problem("inconsistent", name, str(error))
         return
-    if index["shard"].to_pylist() != shard_of_row or index["offset"].to_pylist() != offsets:
-        yield Problem("inconsistent", name, f"its shards or offsets are wrong; {REMEDY}")
-    if index.num_rows != part["samples"]:
-        yield Problem("inconsistent", name, f"{index.num_rows} rows, but {part['samples']} in the manifest; {REMEDY}")
-    classes = len(set(index["class_id"].to_pylist()))
-    if classes != part["classes"]:
-        yield Problem("inconsistent", name, f"{classes} classes, but {part['classes']} in the manifest; {REMEDY}")
+    names, offsets = [], []
+    for shard in dataset.split(split)["shards"]:
+        path = dataset.root / split / shard["name"]
+        try:
+            with open(path, "rb") as file:
+                blocks = dataset.row_blocks(file, path, shard)
+        except DataError as error:
+            yield Problem("inconsistent", f"{split}/{shard['name']}", str(error))
+            return
+        row_bytes = math.prod(dataset.row_shape) * dataset.dtype.itemsize
+        offsets += [block.offset + row_bytes * np.arange(block.shape[0]) for block in blocks]
+        names.append(np.repeat(shard["name"], shard["rows"]))
+    expected = {
+        "shard": np.concatenate([np.empty(0, str), *names]),
+        "offset": np.concatenate([np.empty(0, np.int64), *offsets]),
+        "size": np.full(len(index), math.prod(dataset.row_shape) * dataset.dtype.itemsize),
+        "row": np.arange(len(index)),
+    }
+    wrong = [column for column, values in expected.items() if not np.array_equal(index[column].to_numpy(), values)]
+    if wrong:
+        yield Problem("inconsistent", name, f"its columns {', '.join(wrong)} do not fit the shards; {REMEDY}")
+    classes = dataset.split(split)["classes"]
+    counts = (len(index.group_by(columns).aggregate([])) for columns in ("class_name", ["class_id", "class_name"]))
+    if any(count != classes for count in counts):
+        yield Problem("inconsistent", name, f"a class has several names, or several classes one name; {REMEDY}")

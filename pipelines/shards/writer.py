@@ -10,22 +10,28 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-import tarfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from metagmvae.pipelines.files import atomic_file, read_json, sha256_file, sha256_json, write_json
+from metagmvae.pipelines.files import atomic_file, sha256_file, sha256_json, write_json
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks, ProgressCallback
 from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.shards.blocks import shard_blocks
 from metagmvae.pipelines.shards.index import write_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
-
-PLAN = ".writing.json"
-"""Source and settings of an unfinished dataset; deleted when `dataset.json` has been written."""
+from metagmvae.pipelines.shards.unfinished import (
+    LOCK,
+    PLAN,
+    add_preprocessing,
+    finished_manifest,
+    lock_folder,
+    remove_empty_dataset,
+    remove_temporary_files,
+)
 
 
 class RowSource(Protocol):
@@ -99,9 +105,29 @@ def write_dataset(
     plan = {"source": source.fingerprint, "settings": settings, "schema_version": SCHEMA_VERSION}
     if not any(source.splits.values()):
         raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
-    manifest = _prepare_folder(out, plan)
-    if manifest is not None:
-        return _add_preprocessing(out, manifest, source.about)
+    _check_names(source)
+    manifest = finished_manifest(out, plan)
+    if manifest is None or (out / PLAN).exists() or (out / LOCK).exists():
+        with lock_folder(out, plan):
+            # Another process may have finished the dataset before this one had the lock.
+            manifest = finished_manifest(out, plan) or _write(source, out, plan, map_tasks, on_progress)
+            remove_temporary_files(out)
+            (out / PLAN).unlink(missing_ok=True)
+    return add_preprocessing(out, manifest, source.about)
+
+
+def _write(
+    source: RowSource,
+    out: Path,
+    plan: dict[str, Any],
+    map_tasks: MapTasks | None,
+    on_progress: ProgressCallback | None,
+) -> dict[str, Any]:
+    """Write the shards that are missing, then the indices and the manifest, which is returned."""
+    remove_temporary_files(out)
+    if not (out / PLAN).exists():
+        write_json(out / PLAN, plan)
+    settings = plan["settings"]
     tasks = [task for split in source.splits for task in _split_tasks(source, out, split, settings)]
     pending = [task for task in tasks if not Path(task[3]).exists()]
     done = len(tasks) - len(pending)
@@ -113,11 +139,11 @@ def write_dataset(
                 on_progress(done, len(tasks))
     except Exception:
         # No task is running now. After an interrupt (not an Exception) tasks may still be running: keep their files.
-        _remove_temporary_files(out)
+        remove_temporary_files(out)
         if not any(out.glob("*/shard-*.tar")):
-            _remove_empty_dataset(out)
+            remove_empty_dataset(out)
         raise
-    _remove_temporary_files(out)
+    remove_temporary_files(out)
     manifest = {
         "name": source.name,
         "schema_version": SCHEMA_VERSION,
@@ -130,56 +156,21 @@ def write_dataset(
         "splits": {split: _finish_split(source, out, split, settings) for split in source.splits},
     }
     write_json(out / MANIFEST, manifest)
-    (out / PLAN).unlink(missing_ok=True)
     return manifest
 
 
-def _prepare_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Create the folder with the plan, or check an existing one; return the manifest if the dataset is finished."""
-    if (out / MANIFEST).exists():
-        manifest = read_json(out / MANIFEST)
-        existing = {
-            "source": manifest.get("source_fingerprint"),
-            "settings": manifest.get("settings"),
-            "schema_version": manifest.get("schema_version"),
-        }
-        if existing != plan:
-            raise DataError(f"{out}: contains another dataset ({manifest.get('name')}); choose another --out")
-        return manifest
-    if (out / PLAN).exists():
-        if read_json(out / PLAN) != plan:
-            raise DataError(f"{out}: contains an unfinished dataset with other settings; remove it first")
-        _remove_temporary_files(out)
-        return None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: not empty and not a dataset; choose a new or empty folder for --out")
-    write_json(out / PLAN, plan)
-    return None
+def _check_names(source: RowSource) -> None:
+    """Refuse keys and class names that are not UTF-8, which the index cannot hold.
 
-
-def _add_preprocessing(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Record the preprocessing in a manifest that an older version wrote; its fingerprint stays the same."""
-    if "preprocessing" in manifest or "preprocessing" not in about:
-        return manifest
-    position = list(manifest).index("image_shape") + 1  # where new manifests have it
-    items = list(manifest.items())
-    manifest = dict([*items[:position], ("preprocessing", about["preprocessing"]), *items[position:]])
-    write_json(out / MANIFEST, manifest)
-    return manifest
-
-
-def _remove_temporary_files(out: Path) -> None:
-    """Remove the temporary files of a killed process, and of a worker whose task was repeated by another worker."""
-    for path in [*out.glob("*/.*.tmp"), *out.glob(".*.tmp")]:
-        path.unlink()
-
-
-def _remove_empty_dataset(out: Path) -> None:
-    """Remove the plan and the empty folders of a dataset without a finished shard."""
-    (out / PLAN).unlink(missing_ok=True)
-    for folder in [*(path for path in out.glob("*") if path.is_dir()), out]:
-        with suppress(OSError):  # not empty, or in use
-            folder.rmdir()
+    Raises:
+        DataError: naming the first one.
+    """
+    if source.permuted:  # the names of an existing dataset
+        return
+    for record in itertools.chain.from_iterable(source.splits.values()):
+        for name in (record.key, record.class_name):
+            if not name.isascii() and name != name.encode(errors="replace").decode():
+                raise DataError(f"source {source.name!r}: the name {name!a} is not UTF-8; rename it")
 
 
 def _storage_order(source: RowSource, split: str, seed: int) -> np.ndarray:
@@ -234,33 +225,6 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def shard_blocks(path: str | Path) -> list[tuple[int, tuple[int, ...], str]]:
-    """Blocks of a shard: (offset of the first value in the tar file in bytes, shape, dtype) each.
-
-    Raises:
-        DataError: the tar file is truncated, or a block is not an array of plain numbers.
-    """
-    blocks = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.name.endswith(".x.npy"):
-                    continue
-                file = tar.extractfile(member)
-                assert file is not None
-                if np.lib.format.read_magic(file) != (1, 0):
-                    raise DataError(f"{path}: {member.name} is not a NumPy array of format 1.0")
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if fortran or dtype.hasobject:
-                    raise DataError(f"{path}: {member.name} is not a C-ordered array of numbers")
-                blocks.append((member.offset_data + file.tell(), shape, dtype.str))
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a readable shard ({error}); write the dataset again") from error
-    return blocks
-
-
 def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, int]) -> dict[str, Any]:
     """Write the index of a split from its finished shards; return its part of the manifest."""
     records = source.splits[split]
@@ -269,7 +233,8 @@ def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, 
     size = int(np.prod(source.row_shape)) * np.dtype(source.dtype).itemsize
     shards, offsets = [], []
     for path in sorted((out / split).glob("shard-*.tar")):
-        blocks = shard_blocks(path)
+        with open(path, "rb") as file:
+            blocks = shard_blocks(file, path)
         rows_of_blocks = [offset + size * np.arange(shape[0], dtype=np.int64) for offset, shape, _ in blocks]
         offsets.append((path.name, np.concatenate(rows_of_blocks)))
         rows = sum(shape[0] for _, shape, _ in blocks)
