@@ -1,5 +1,7 @@
 """Prediction and evaluation of episodes: each against a slow or separate computation of the same numbers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from metagmvae.evaluation.fewshot import evaluate_episodes
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features, evaluate_images
 from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.encode_images import encode_images
@@ -41,11 +44,21 @@ def features(model, data):
     return encode_images(model, data[0], CPU)
 
 
+@pytest.fixture(scope="module")
+def sharp(model):
+    """A model whose latents are so far apart that the probabilities differ between images."""
+    sharp = copy.deepcopy(model)
+    with torch.no_grad():
+        sharp.head.weight[:6] *= 2000  # the means
+    return sharp
+
+
 def test_encoding_does_not_depend_on_the_batch(model, data):
     images = data[0]
     h = encode_images(model, images, CPU)
     torch.testing.assert_close(encode_images(model, images, CPU, batch=7), h)
-    torch.testing.assert_close(encode_images(model, images[[5]], CPU)[0], h[5])
+    for count in range(1, 9):
+        assert torch.equal(encode_images(model, images[:count], CPU), h[:count])
 
 
 def test_prediction_equals_eq_10_and_11_point_by_point(model, features):
@@ -54,6 +67,7 @@ def test_prediction_equals_eq_10_and_11_point_by_point(model, features):
     with torch.no_grad():
         mean, log_variance = model.posterior(features[None, :11])
     noise = torch.randn(11, 5, 6, generator=keyed_generator(CPU, "predict", 4))
+    noise[:6] = noise[0]  # shared by the support
     z = mean[0][:, None] + torch.exp(0.5 * log_variance[0])[:, None] * noise
     labelled = torch.stack([torch.cat([z[2 * k], z[2 * k + 1]]) for k in range(3)])[None]
     mixture = fit_semi_supervised(labelled, z[6:].flatten(0, 1)[None], iterations=3)
@@ -63,16 +77,50 @@ def test_prediction_equals_eq_10_and_11_point_by_point(model, features):
     torch.testing.assert_close(actual.sum(dim=1), torch.ones(5))
 
 
-def test_inductive_prediction_does_not_depend_on_other_queries(model, features):
+def test_inductive_prediction_does_not_depend_on_other_queries(sharp, features):
     support, query = features[:6].view(1, 3, 2, -1), features[None, 6:11]
-    together = predict_episodes(model, ADAPT, support, query, mode="inductive", seed_by_episode=[0])
+    together = predict_episodes(sharp, ADAPT, support, query, mode="inductive", seed_by_episode=[0])
     changed = query.clone()
     changed[0, 1:] = features[20:24]
-    other = predict_episodes(model, ADAPT, support, changed, mode="inductive", seed_by_episode=[0])
+    other = predict_episodes(sharp, ADAPT, support, changed, mode="inductive", seed_by_episode=[0])
     torch.testing.assert_close(other[0, 0], together[0, 0])
     assert not torch.allclose(other[0, 1], together[0, 1])
-    transductive = [predict_episodes(model, ADAPT, support, q, seed_by_episode=[0])[0, 0] for q in (query, changed)]
+    transductive = [predict_episodes(sharp, ADAPT, support, q, seed_by_episode=[0])[0, 0] for q in (query, changed)]
     assert not torch.allclose(*transductive)
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "identity"])
+@pytest.mark.parametrize("mode", ["inductive", "transductive"])
+def test_prediction_does_not_depend_on_names_and_order(sharp, features, mode, covariance):
+    """The same queries with classes renamed and the support reordered; inductive: also alone and in another order."""
+    adapt = ADAPT.model_copy(update={"e_step": covariance, "final_covariance": covariance})
+    support, labels, queries = features[:9], np.repeat([0, 1, 2], [4, 3, 2]), features[9:16]
+
+    def predict(rows, renamed=(0, 1, 2), queries=queries):
+        names = np.asarray(renamed)[labels[rows]]
+        return predict_queries(sharp, adapt, support[rows], names, queries, mode=mode, seed=5)[:, list(renamed)]
+
+    rows, shuffled = np.arange(9), np.random.default_rng(1).permutation(9)
+    expected = predict(rows)
+    assert (expected.amax(dim=0) - expected.amin(dim=0) > 0.05).all()
+    assert torch.equal(predict(shuffled), expected)
+    assert torch.equal(predict(rows, renamed=(2, 0, 1)), expected)
+    if mode == "inductive":
+        backwards = torch.arange(6, -1, -1)
+        assert torch.equal(predict(rows, queries=queries[backwards])[backwards], expected)
+        for p in range(7):
+            assert torch.equal(predict(rows, queries=queries[p : p + 1])[0], expected[p])
+
+
+@pytest.mark.parametrize("mode", ["inductive", "transductive"])
+def test_episodes_and_single_tasks_agree(sharp, features, mode):
+    support, labels, queries = features[:6], np.repeat([0, 1, 2], 2), features[9:16]
+    single = predict_queries(sharp, ADAPT, support, labels, queries, mode=mode, seed=5)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        episode = predict_episodes(
+            sharp, ADAPT, support.view(1, 3, 2, -1)[:, order].flip(2), queries[None], mode=mode, seed_by_episode=[5]
+        )[0]
+        torch.testing.assert_close(episode, single[:, order], rtol=0, atol=1e-3)  # the latents are far apart
 
 
 @pytest.mark.parametrize("mode", ["transductive", "inductive"])

@@ -16,8 +16,8 @@ import torch
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.bench.reference import predict_episode
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_images
+from metagmvae.evaluation.fewshot.predict import latent_noise
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
-from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 WAY, SHOT, QUERY = 20, 5, 15
@@ -76,15 +76,13 @@ def _literal(
     sampler = EpisodeSampler(labels, way=WAY, shot=SHOT, query=QUERY, seed=0)
     device = next(model.parameters()).device
     label_P = torch.arange(WAY, device=device).repeat_interleave(QUERY)
-    images_per_episode = WAY * (SHOT + QUERY)
     accuracies = []
     start = time.perf_counter()
     for index in episodes:
         episode = sampler.episode(index)
         support = torch.as_tensor(images[episode.support.reshape(-1)]).to(device).unflatten(0, (WAY, SHOT))
         query = torch.as_tensor(images[episode.query.reshape(-1)]).to(device)
-        generator = keyed_generator(device, "predict", index)  # the same noise as in `predict_episodes`
-        noise = torch.randn(images_per_episode, adapt.samples, model.latent, generator=generator, device=device)
+        noise = latent_noise(model, adapt, WAY * SHOT, WAY * QUERY, index, device)  # that of `predict_episodes`
         predicted_P = predict_episode(model, adapt, support, query, noise).argmax(dim=1)
         accuracies.append(float((predicted_P == label_P).double().mean()))
     return time.perf_counter() - start, accuracies

@@ -61,7 +61,10 @@ def predict_episodes(
         h_query_EPF: features by `encode_images`.
         mode: `transductive`, the protocol of the paper: the attention and EM see the support and all queries of an
             episode. `inductive`: each query is classified alone, in a set of the support and this query; the class
-            means and variances come from the support latents only. No query influences another.
+            means and variances come from the support latents only. The probabilities of a query depend neither on
+            other queries nor on its position among them.
+
+            In both modes they do not depend on the order of the classes and of the support images, up to rounding.
         seed_by_episode: seeds of the Monte Carlo noise, so that results do not depend on the batching.
     """
     model.eval()
@@ -70,7 +73,7 @@ def predict_episodes(
         return torch.stack([_predict_inductively(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in episodes])
     _, K, S, _ = h_support_EKSF.shape
     P = h_query_EPF.shape[1]
-    noise = torch.stack([latent_noise(model, adapt, K * S + P, seed, h_query_EPF.device) for seed in seed_by_episode])
+    noise = torch.stack([latent_noise(model, adapt, K * S, P, seed, h_query_EPF.device) for seed in seed_by_episode])
     h_EMF = torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1)
     return _classify_sets(model, adapt, h_EMF, noise, (K, S), fit_on_queries=True)
 
@@ -78,17 +81,15 @@ def predict_episodes(
 def _predict_inductively(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
     """Classify each query of one episode in a set of its own, several such sets at a time: (P, K)."""
     K, S, _ = h_KSF.shape
-    noise_MND = latent_noise(model, adapt, K * S + len(h_PF), seed, h_PF.device)
-    support_noise, query_noise = noise_MND[: K * S], noise_MND[K * S :]
+    noise_MND = latent_noise(model, adapt, K * S, 1, seed, h_PF.device)  # the same for every query
     values_per_set = (K * S + 1) * adapt.samples * model.latent
     sets_per_batch = max(1, MAX_LATENT_VALUES[h_PF.device.type] // (4 * values_per_set))
     probabilities = []
     for first in range(0, len(h_PF), sets_per_batch):
-        rows = slice(first, first + sets_per_batch)
-        query, own_noise = h_PF[rows, None], query_noise[rows, None]
+        query = h_PF[first : first + sets_per_batch, None]
         h_EMF = torch.cat([h_KSF.flatten(0, 1).expand(len(query), -1, -1), query], dim=1)
-        noise = torch.cat([support_noise.expand(len(query), -1, -1, -1), own_noise], dim=1)
-        probabilities.append(_classify_sets(model, adapt, h_EMF, noise, (K, S), fit_on_queries=False)[:, 0])
+        noise_EMND = noise_MND.expand(len(query), -1, -1, -1)
+        probabilities.append(_classify_sets(model, adapt, h_EMF, noise_EMND, (K, S), fit_on_queries=False)[:, 0])
     return torch.cat(probabilities)
 
 
@@ -143,10 +144,18 @@ def fit_and_classify(
     return mixture, log_posterior.exp().view(E, P, N, -1).mean(dim=2)
 
 
-def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:
-    """Draw the standard normal noise of the latents of one episode, (points, N, D)."""
+def latent_noise(
+    model: MetaGMVAE, adapt: AdaptSettings, support_images: int, queries: int, seed: int, device: torch.device
+) -> Tensor:
+    """Draw the standard normal noise of the latents of one episode, (support_images + queries, N, D).
+
+    All support images share one draw: with noise by position, the probabilities would change with the order of the
+    support images, and with the names of the classes.
+    """
     generator = keyed_generator(device, "predict", int(seed))
-    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
+    shape = (support_images + queries, adapt.samples, model.latent)
+    noise_MND = torch.randn(shape, generator=generator, device=device)
+    return torch.cat([noise_MND[:1].expand(support_images, -1, -1), noise_MND[support_images:]])
 
 
 def episodes_per_batch(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:

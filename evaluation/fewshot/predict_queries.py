@@ -45,25 +45,39 @@ def predict_queries(
         DataError: the model gives NaN. (The argmax of NaN is the first class, which would pass for a prediction.)
     """
     model.eval()
-    order = np.argsort(label_T, kind="stable")
-    h_TF, label_T = h_TF[torch.as_tensor(order)], label_T[order]
-    noise = latent_noise(model, adapt, len(h_TF) + len(h_PF), seed, h_TF.device)
-    support_noise, query_noise = noise[: len(h_TF)], noise[len(h_TF) :]
+    order, rank_K = _canonical_order(h_TF, label_T)
+    h_TF, label_T = h_TF[torch.as_tensor(order)], rank_K[label_T][order]
 
-    def classify(rows: slice, *, fit_on_queries: bool) -> Tensor:
-        mean, log_variance = model.posterior(torch.cat([h_TF, h_PF[rows]])[None])
-        z_MND = sample_latents(mean, log_variance, torch.cat([support_noise, query_noise[rows]])[None])[0]
+    def classify(query_PF: Tensor, noise_MND: Tensor, *, fit_on_queries: bool) -> Tensor:
+        mean, log_variance = model.posterior(torch.cat([h_TF, query_PF])[None])
+        z_MND = sample_latents(mean, log_variance, noise_MND[None])[0]
         z_TND, z_PND = z_MND[: len(h_TF)], z_MND[len(h_TF) :]
         return classify_latents(adapt, z_TND, label_T, z_PND, fit_on_queries=fit_on_queries)
 
-    if mode == "transductive":
-        probabilities_PK = classify(slice(None), fit_on_queries=True)
+    transductive = mode == "transductive"
+    noise_MND = latent_noise(model, adapt, len(h_TF), len(h_PF) if transductive else 1, seed, h_TF.device)
+    if transductive:
+        probabilities_PK = classify(h_PF, noise_MND, fit_on_queries=True)
     else:
-        one_by_one = [classify(slice(p, p + 1), fit_on_queries=False) for p in range(len(h_PF))]
-        probabilities_PK = torch.cat(one_by_one)
+        probabilities_PK = torch.cat([classify(h_1F, noise_MND, fit_on_queries=False) for h_1F in h_PF.split(1)])
     if not torch.isfinite(probabilities_PK).all():
         raise DataError("the model gives NaN instead of probabilities: its weights are broken; use another checkpoint")
-    return probabilities_PK
+    return probabilities_PK[:, torch.as_tensor(rank_K)]
+
+
+def _canonical_order(h_TF: Tensor, label_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an order of the support and of the classes that depends on the features only.
+
+    With it the answer is the same bit for bit, in whatever order the support is given and however classes are called.
+
+    Returns:
+        The rows of the support by class and within it by content, (T,), and the new number of each class, (K,).
+    """
+    content = [row.tobytes() for row in h_TF.float().cpu().numpy()]
+    by_content = np.array(sorted(range(len(content)), key=content.__getitem__))
+    first_K = np.unique(label_T[by_content], return_index=True)[1]
+    rank_K = np.argsort(np.argsort(first_K))
+    return by_content[np.argsort(rank_K[label_T][by_content], kind="stable")], rank_K
 
 
 def classify_latents(

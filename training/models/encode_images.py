@@ -11,6 +11,10 @@ from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.seeding import to_device
 from metagmvae.training.models.encoders import EncoderModel
 
+SMALLEST_BATCH = 4
+"""Smaller batches are padded: for them the libraries use other kernels, whose rounding differs. The features of an
+image then do not depend on how many others are encoded with it (on a CPU bit for bit)."""
+
 
 @torch.inference_mode()
 def encode_images(
@@ -43,9 +47,11 @@ def encode_images(
     pieces = []
     for first in range(0, len(images), batch):
         rows = np.arange(first, min(first + batch, len(images)))
+        count = len(rows)
+        rows = np.resize(rows, max(count, SMALLEST_BATCH))
         x = model.scale_images(to_device(images[rows], device))
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        h = encode(x)
+        h = encode(x)[:count]
         pieces.append((h.float() if raw else h).to(to or device))
     return torch.cat(pieces)
