@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,14 +65,21 @@ def steps(out: Path) -> list[int]:
     return [line["global_step"] for line in read_lines(out / METRICS)]
 
 
-def wait_for_step(driver: subprocess.Popen, out: Path, step: int) -> None:
+@contextmanager
+def running(data: Path, out: Path) -> Iterator[subprocess.Popen]:
+    """A driver that has trained 10 steps; it and its processes are killed at the end."""
+    driver = start(data, out)
     deadline = time.monotonic() + 120
-    while not (done := steps(out)) or done[-1] < step:
-        log = (out.parent / f"{out.name}.log").read_text()
-        assert driver.poll() is None, log
-        assert time.monotonic() < deadline, log
-        time.sleep(0.05)
-    assert done[-1] < STEPS, "the run ended before it could be interrupted"
+    try:
+        while not (done := steps(out)) or done[-1] < 10:
+            log = (out.parent / f"{out.name}.log").read_text()
+            assert driver.poll() is None, log
+            assert time.monotonic() < deadline, log
+            time.sleep(0.05)
+        assert done[-1] < STEPS, "the run ended before it could be interrupted"
+        yield driver
+    finally:
+        kill_all(driver)
 
 
 @pytest.fixture(scope="module")
@@ -93,39 +102,27 @@ def assert_equal_runs(out: Path, reference_run: Path) -> None:
 
 def test_killed_worker_is_replaced_and_training_continues_from_the_last_checkpoint(data, reference_run, tmp_path):
     out = tmp_path / "run"
-    driver = start(data, out)
-    try:
-        wait_for_step(driver, out, 10)
+    with running(data, out) as driver:
         workers = [p for p in processes_of(driver) if "RayTrainWorker" in " ".join(p.cmdline())]
         assert len(workers) == 2, [" ".join(p.cmdline())[:80] for p in processes_of(driver)]
         workers[1].kill()
-    finally:
-        code = end(driver)
-    assert code == 0, (tmp_path / "run.log").read_text()
+        assert end(driver) == 0, (tmp_path / "run.log").read_text()
     assert_equal_runs(out, reference_run)
 
 
 def test_run_of_a_killed_driver_is_resumed(data, reference_run, tmp_path):
     out = tmp_path / "run"
-    driver = start(data, out)
-    try:
-        wait_for_step(driver, out, 10)
+    with running(data, out) as driver:
         driver.kill()
-    finally:
-        kill_all(driver)
-    before = load_state(out / CHECKPOINT)["step"]
-    assert 0 < before < STEPS
+    assert 0 < load_state(out / CHECKPOINT)["step"] < STEPS
     assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
     assert_equal_runs(out, reference_run)
 
 
 def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, tmp_path):
     out = tmp_path / "run"
-    driver = start(data, out)
-    try:
-        wait_for_step(driver, out, 10)
+    with running(data, out) as driver:
         driver.send_signal(signal.SIGINT)
-    finally:
         code = end(driver, 60)
     log = (tmp_path / "run.log").read_text()
     assert code == 130, log
