@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, Strict, model_validator
 class Preprocessing(BaseModel):
     """What `metagmvae prepare` did to each image. The JSON form is `preprocessing.model_dump(mode="json")`.
 
-    >>> Preprocessing.of_shape((1, 28, 28), invert=True).model_dump(mode="json")
-    {'invert': True, 'channels': 1, 'size': [28, 28], 'resample': 'lanczos', 'crop': 'center square'}
+    >>> Preprocessing.of_shape((1, 28, 28), invert=True).model_dump(mode="json", exclude_defaults=True)
+    {'invert': True, 'channels': 1, 'size': [28, 28]}
     """
 
     # An unknown key is a step that this version cannot apply, so it is refused.
@@ -30,6 +30,8 @@ class Preprocessing(BaseModel):
     resample: Literal["lanczos"] = "lanczos"
     crop: Literal["center square"] = "center square"
     """The largest centred square is cut out before the image is resized."""
+    sixteen_bit_white: PositiveInt = 65535
+    """The value of images with more than 8 bits that becomes 255; 4095 if all of them have 12-bit values."""
 
     @classmethod
     def of_shape(cls, image_shape: tuple[int, int, int], *, invert: bool) -> Preprocessing:

@@ -63,6 +63,7 @@ def test_manifest_records_the_preprocessing(tmp_path):
     source = open_source("glyphs", classes=(2, 1, 1), drawings=2)
     write_dataset(source, tmp_path / "data")
     expected = {"invert": False, "channels": 1, "size": [28, 28], "resample": "lanczos", "crop": "center square"}
+    expected["sixteen_bit_white"] = 65535
     assert json.loads((tmp_path / "data/dataset.json").read_text())["preprocessing"] == expected
     assert Dataset.open(tmp_path / "data").preprocessing == source.preprocessing
 

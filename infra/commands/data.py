@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken", "allow_missing")
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
+REPORTED = (
+    *("files", "suffixes", "left_out", "folders_without_images"),
+    *("single_value_images", "single_value_names", "images_above_8_bits", "missing"),
+)
+"""Entries of the source's report that `prepare` prints: which files were read or left out, and what looks wrong."""
+
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
@@ -55,6 +61,8 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text = "mini-imagenet: accept a source that lacks classes or images"
     parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (default: 0)")
+    help_text = "images per shard; plain webdataset needs at least one shard for each of its workers (default: 8192)"
+    parser.add_argument("--rows-per-shard", type=int, default=8192, metavar="N", help=help_text)
     add_worker_options(parser)
 
 
@@ -69,8 +77,9 @@ def add_worker_options(parser: ArgumentParser) -> None:
 def prepare(arguments: Namespace) -> Answer:
     """Run `metagmvae prepare`."""
     from metagmvae.pipelines.shards.writer import write_dataset
-    from metagmvae.pipelines.sources.source import open_source
+    from metagmvae.pipelines.sources.source import check_integer, open_source
 
+    check_integer("--rows-per-shard", arguments.rows_per_shard, 1)
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     # Absolute, because Ray workers have other working directories.
@@ -81,7 +90,14 @@ def prepare(arguments: Namespace) -> Answer:
             open_output(arguments.out) as (out, uri),
             progress_bar("shards", arguments.json) as on_progress,
         ):
-            manifest = write_dataset(source, out, seed=arguments.seed, map_tasks=map_tasks, on_progress=on_progress)
+            manifest = write_dataset(
+                source,
+                out,
+                seed=arguments.seed,
+                shard_rows=arguments.rows_per_shard,
+                map_tasks=map_tasks,
+                on_progress=on_progress,
+            )
     return {
         "data": uri,
         "name": manifest["name"],
@@ -89,6 +105,7 @@ def prepare(arguments: Namespace) -> Answer:
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         "skipped": source.report.get("skipped", []),
+        **{key: source.report[key] for key in REPORTED if key in source.report},
     }
 
 

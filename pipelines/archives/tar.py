@@ -6,111 +6,132 @@ access, so its uncompressed content is copied once per process to an unnamed tem
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import io
 import lzma
 import os
+import posixpath
+import re
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from pathlib import Path
+from typing import IO, NamedTuple, Self
 
 from metagmvae.pipelines.archives.entries import (
     MAX_RATIO,
     MAX_TOTAL_BYTES,
     RATIO_FREE_BYTES,
     Entry,
+    Kind,
     check_name,
     check_size,
 )
+from metagmvae.pipelines.archives.formats import CHUNK_BYTES, Format, archive_format, decompressed
 from metagmvae.pipelines.records import DataError
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-CHUNK_BYTES = 2**20
-DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+MAX_HEADER_BYTES = 2**20
+"""Limit of the content of a header member (long names, pax keywords)."""
+HEADER_TYPES = b"xgXLK"
+"""Types of header members: keywords for one or all members, in pax and Solaris form, long names, long link names."""
+LONG_NUMBER = re.compile(rb"\d{200}")
+END_BYTES = 2 * tarfile.BLOCKSIZE
+"""A tar file ends with at least two blocks of zeros."""
+DAMAGE = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    RecursionError,
+    IndexError,
+    OverflowError,
+)
+NOT_COMPLETE = "not a complete tar file"
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file, and its offset in the uncompressed tar file in bytes."""
 
     entry: Entry
     offset: int
 
 
-@dataclass(frozen=True)
-class OpenTar:
-    """An open tar file, or the temporary file with its content, and its members by name."""
+class TarFiles:
+    """The files of a tar file. A hard link is the file that it links to."""
 
-    file: IO[bytes]
-    members: dict[str, Member]
+    def __init__(self, file: IO[bytes], members: dict[str, Member], others: dict[str, Kind]) -> None:
+        self.file = file
+        """The tar file, or the temporary file with its content."""
+        self.members = members
+        self.others = others
+        """Kind of each member that is not a file."""
 
     def __del__(self) -> None:
         self.file.close()
 
+    def names(self) -> Iterator[tuple[str, Kind]]:
+        """See `FileTree`."""
+        yield from ((name, "file") for name in self.members)
+        yield from self.others.items()
 
-def is_tar(path: Path) -> bool:
-    """Whether the file name is that of a tar file; old tar files cannot be recognised by their content."""
-    return path.name.lower().endswith(TAR_SUFFIXES)
+    def entry(self, name: str) -> Entry:
+        """See `FileTree`."""
+        return self.members[name].entry
+
+    def read(self, name: str) -> bytes:
+        """See `FileTree`."""
+        member = self.members[name]
+        return os.pread(self.file.fileno(), member.entry.size, member.offset)
+
+    def open(self, name: str) -> IO[bytes]:
+        """See `FileTree`."""
+        return io.BytesIO(self.read(name))
 
 
-def tar_entries(path: Path) -> list[Entry]:
-    """All files of a tar file.
+def open_tar(path: Path) -> TarFiles:
+    """Open a tar file, once per process; a fork must not use the file handle that it inherits.
 
     Raises:
         DataError: the tar file is damaged or unsafe.
     """
-    return [member.entry for member in _open(path).members.values()]
-
-
-def read_member(path: Path, name: str) -> bytes:
-    """Content of one file.
-
-    Raises:
-        KeyError: there is no file of this name.
-        DataError: the tar file is damaged or unsafe.
-    """
-    tar = _open(path)
-    member = tar.members[name]
-    return os.pread(tar.file.fileno(), member.entry.size, member.offset)
-
-
-def _open(path: Path) -> OpenTar:
     status = path.stat()
     return _open_once(str(path), status.st_size, status.st_mtime_ns, os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _open_once(path: str, size: int, modified_ns: int, process: int) -> OpenTar:
-    """Open a tar file once per process; a fork must not use the file handle that it inherits."""
+def _open_once(path: str, size: int, modified_ns: int, process: int) -> TarFiles:
+    file = None
     try:
-        tar = OpenTar(_content(path, size), {})
-        tar.members.update(_members(path, tar.file))
-        return tar
-    except DataError:
-        raise
+        file = _content(path, size, archive_format(Path(path)))
+        return TarFiles(file, *_members(path, file))
     except DAMAGE as error:
-        raise DataError(f"{path}: not a complete tar file ({error}); download it again") from error
+        if file is not None:
+            file.close()
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: {NOT_COMPLETE} ({error}); download it again") from error
 
 
-def _content(path: str, size: int) -> IO[bytes]:
+def _content(path: str, size: int, archive: Format) -> IO[bytes]:
     """The tar file itself, or its uncompressed content in an unnamed temporary file."""
-    if path.lower().endswith(".tar"):
+    if archive == "tar":
         return open(path, "rb")
     remaining = min(MAX_TOTAL_BYTES, MAX_RATIO * max(size, RATIO_FREE_BYTES))
     spool = tempfile.TemporaryFile()  # noqa: SIM115, used until the process ends
-    with _decompressed(path) as source:
-        while chunk := source.read(CHUNK_BYTES):
+    try:
+        for chunk in decompressed(path, archive):
             remaining -= len(chunk)
             if remaining < 0:
                 raise DataError(f"{path}: {size} bytes unpack to more than {MAX_RATIO} times their size; refused")
             _spool(spool, chunk, path)
-    _spool(spool, b"", path)
-    spool.seek(0)
+    except BaseException:
+        with suppress(OSError):  # closing tries to write the buffer again
+            spool.close()
+        raise
     return spool
 
 
@@ -119,40 +140,90 @@ def _spool(spool: IO[bytes], chunk: bytes, path: str) -> None:
         spool.write(chunk)
         spool.flush()
     except OSError as error:
-        # The disk is full, the tar file is not damaged. Closing tries to write the buffer again.
-        with suppress(OSError):
-            spool.close()
+        # The disk is full, the tar file is not damaged.
         raise DataError(
             f"{path}: cannot be unpacked to {tempfile.gettempdir()} ({error.strerror}); free some space, or set TMPDIR"
         ) from error
 
 
-def _decompressed(path: str) -> IO[bytes]:
-    name = path.lower()
-    if name.endswith("gz"):
-        return cast(IO[bytes], gzip.open(path))
-    return cast(IO[bytes], bz2.open(path) if name.endswith("bz2") else lzma.open(path))
+class _CheckedHeader(tarfile.TarInfo):
+    """A header whose size is checked before `tarfile` reads or skips that many bytes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if not 0 <= info.size <= (MAX_HEADER_BYTES if info.type in HEADER_TYPES else MAX_TOTAL_BYTES):
+            raise ValueError(f"member {info.name!r} has size {info.size}")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise ValueError(f"member {info.name!r} is sparse; pack the archive again without --sparse")
+        return info
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+        """Refuse long runs of digits, over which a regular expression of `tarfile` takes quadratic time."""
+        assert archive.fileobj is not None
+        position = archive.fileobj.tell()
+        if LONG_NUMBER.search(archive.fileobj.read(self.size)):
+            raise ValueError(f"header {self.name!r} is not a list of keywords")
+        archive.fileobj.seek(position)
+        return super()._proc_pax(archive)  # type: ignore[misc]
 
 
-def _members(path: str, file: IO[bytes]) -> dict[str, Member]:
+def _members(path: str, file: IO[bytes]) -> tuple[dict[str, Member], dict[str, Kind]]:
+    """Files of a tar file, and kinds of its other members."""
     members: dict[str, Member] = {}
-    names: set[PurePosixPath] = set()
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
-            name = info.name.removeprefix("./")
+    others: dict[str, Kind] = {}
+    links: dict[str, str] = {}
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_CheckedHeader) as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined] # `tarfile` keeps all headers, about 1 KB each
+            name = _plain_name(info.name)
+            if info.size < 0 or info.offset_data + (info.size if info.isreg() else 0) > size:
+                raise ValueError(f"member {name!r} has size {info.size}, beyond the end of the file")
             if info.isdir():
+                others.setdefault(name, "folder")
                 continue
             check_name(name, path)
-            if not info.isreg():
-                raise DataError(f"{path}: member {name!r} is a link or a device; refused")
-            check_size(name, info.size, path)
-            if PurePosixPath(name) in names:
+            if name in members or name in links or name in others:
                 raise DataError(f"{path}: two members are named {name!r}; pack the archive again")
-            names.add(PurePosixPath(name))
             if info.issparse():
-                raise DataError(f"{path}: member {name!r} is sparse; pack the archive again")
-            content = os.pread(file.fileno(), info.size, info.offset_data)
-            if len(content) != info.size:
-                raise DataError(f"{path}: {name} has {len(content)} of {info.size} bytes; download the file again")
-            members[name] = Member(Entry(name, zlib.crc32(content), info.size), info.offset_data)
-    return members
+                raise DataError(f"{path}: member {name!r} is sparse; pack the archive again without --sparse")
+            if info.isreg():
+                members[name] = _read_member(path, file, name, info)
+            elif info.islnk():
+                links[name] = _plain_name(info.linkname)
+            else:
+                others[name] = "link" if info.issym() else "special file"
+        _check_end(file, tar.offset, size)
+    for name, target in links.items():
+        linked = members.get(target)
+        if linked is None:
+            raise DataError(
+                f"{path}: member {name!r} is a hard link to {target!r}, which is not in the archive; pack it again "
+                "with that file, or with `tar --hard-dereference`"
+            )
+        members[name] = Member(Entry(name, linked.entry.crc, linked.entry.size), linked.offset)
+    return members, others
+
+
+def _plain_name(name: str) -> str:
+    """Without `./` in front, doubled slashes and a slash at the end; `..` and a slash in front are kept."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return ("/" if name.startswith("/") else "") + posixpath.join("", *parts)
+
+
+def _read_member(path: str, file: IO[bytes], name: str, info: tarfile.TarInfo) -> Member:
+    check_size(name, info.size, path)
+    crc = zlib.crc32(os.pread(file.fileno(), info.size, info.offset_data))
+    return Member(Entry(name, crc, info.size), info.offset_data)
+
+
+def _check_end(file: IO[bytes], offset: int, size: int) -> None:
+    """Refuse a file that does not end with the end mark: `tarfile` takes a damaged header for the end, too."""
+    file.seek(offset)
+    if size - offset < END_BYTES or size % tarfile.BLOCKSIZE:
+        raise ValueError(f"it ends after {size} bytes without an end mark")
+    while chunk := file.read(CHUNK_BYTES):
+        if chunk.strip(b"\0"):
+            raise ValueError(f"a damaged header, or another archive behind the end mark, after {offset} bytes")

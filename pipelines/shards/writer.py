@@ -33,6 +33,9 @@ from metagmvae.pipelines.shards.unfinished import (
     remove_temporary_files,
 )
 
+MAX_SHARDS = 1_000_000
+"""The names of the shards have six digits."""
+
 
 class RowSource(Protocol):
     """Source of images or features for the writer. It is sent to workers, so it must be picklable."""
@@ -106,6 +109,7 @@ def write_dataset(
     if not any(source.splits.values()):
         raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
     _check_names(source)
+    _check_shards(source, shard_rows)
     manifest = finished_manifest(out, plan)
     if manifest is None or (out / PLAN).exists() or (out / LOCK).exists():
         with lock_folder(out, plan):
@@ -157,6 +161,13 @@ def _write(
     }
     write_json(out / MANIFEST, manifest)
     return manifest
+
+
+def _check_shards(source: RowSource, shard_rows: int) -> None:
+    largest = max(map(len, source.splits.values()))
+    if largest > MAX_SHARDS * shard_rows:
+        least = -(-largest // MAX_SHARDS)
+        raise DataError(f"more than {MAX_SHARDS} shards of {shard_rows} rows; set --rows-per-shard to {least} or more")
 
 
 def _check_names(source: RowSource) -> None:

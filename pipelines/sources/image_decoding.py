@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from functools import lru_cache
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,9 +16,17 @@ from metagmvae.pipelines.records import DataError
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before decoding."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")
+"""Formats of Pillow that are decoded. Others are never tried: its EPS decoder starts Ghostscript on any file."""
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+    *(".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
+)
+"""Suffixes of image files. A file without a suffix is read if its content is an image (`is_image`)."""
 MODES = {1: "L", 3: "RGB"}
 SIXTEEN_BIT = 65_535
+WHITES = (255, 1_023, 4_095, 16_383, SIXTEEN_BIT)
+"""Largest values of 8, 10, 12, 14 and 16 bits."""
 ORIENTATION = 0x0112
 """EXIF tag of the orientation."""
 UPRIGHT = {
@@ -48,18 +58,21 @@ def apply_preprocessing(image: bytes | np.ndarray, name: str, preprocessing: Pre
     """
     size, channels, invert = preprocessing.size[0], preprocessing.channels, preprocessing.invert
     if isinstance(image, bytes):
-        return decode_image(image, name, size=size, channels=channels, invert=invert)
+        white = preprocessing.sixteen_bit_white
+        return decode_image(image, name, size=size, channels=channels, invert=invert, white=white)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in MODES or 0 in image.shape:
         raise DataError(f"{name}: pixels are {image.dtype} {image.shape}; give uint8 (1, H, W) or (3, H, W)")
     opened = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
     return _to_square(opened.convert(MODES[channels]), size, invert)
 
 
-def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bool = False) -> np.ndarray:
+def decode_image(
+    data: bytes, name: str, *, size: int, channels: int, invert: bool = False, white: int = SIXTEEN_BIT
+) -> np.ndarray:
     """Decode an image, crop it to a centred square and resize it (Lanczos).
 
-    Transparent pixels become white, 16-bit grey values are scaled to 8 bits, and the EXIF orientation is applied. Of an
-    animation or a file with several pages the first frame is used.
+    Transparent pixels become white, grey values of more than 8 bits are scaled to 8 bits, and the EXIF orientation is
+    applied. Of an animation or a file with several pages the first frame is used.
 
     Args:
         data: content of the file.
@@ -67,6 +80,7 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
         size: side of the result in pixels.
         channels: 1 (grey) or 3 (RGB).
         invert: replace each value by 255 - value, for dark strokes on a bright background.
+        white: the grey value of an image with more than 8 bits that becomes 255.
 
     Returns:
         uint8, (channels, size, size).
@@ -77,14 +91,14 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 _check_area(image, name)
                 if image.format == "JPEG":
                     # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
                     image.draft(None, (2 * size, 2 * size))
                 image.load()
-                upright = _upright(image)
-                return _to_square(_eight_bit(upright, channels, name), size, invert)
+                opaque = _without_empty_alpha(image)
+                return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -93,6 +107,46 @@ def decode_image(data: bytes, name: str, *, size: int, channels: int, invert: bo
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "unknown image format" if unknown else " ".join(str(error).split())
         raise DataError(f"{name}: broken image ({reason}); replace or remove it") from error
+
+
+def is_image(file: IO[bytes]) -> bool:
+    """Whether the content of an opened file begins like an image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=_formats()):
+                return True
+    except Image.DecompressionBombError:
+        return True
+    except DAMAGE:
+        return False
+
+
+def highest_deep_value(data: bytes) -> int | None:
+    """The highest value of an image with more than 8 bits of grey; None for other images and broken files."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                if not image.mode.startswith("I") or image.width * image.height > MAX_PIXELS:
+                    return None
+                return int(np.asarray(image).max())
+    except (*DAMAGE, Image.DecompressionBombError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The formats of `FORMATS` that this installation of Pillow supports; `Image.open` fails on the others."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _without_empty_alpha(image: Image.Image) -> Image.Image:
+    """Ignore an alpha channel of a BMP file that is 0 everywhere: many programs leave the fourth byte unset."""
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")
+    return image
 
 
 def _to_square(image: Image.Image, size: int, invert: bool) -> np.ndarray:
@@ -119,7 +173,7 @@ def _check_area(image: Image.Image, name: str) -> None:
         raise DataError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS}; resize or remove it")
 
 
-def _eight_bit(image: Image.Image, channels: int, name: str) -> Image.Image:
+def _eight_bit(image: Image.Image, channels: int, name: str, white: int) -> Image.Image:
     """Convert an image of any mode to "L" or "RGB"."""
     if image.mode == "F":
         raise DataError(f"{name}: floating-point pixels have no fixed range; save the image with 8 or 16 bits")
@@ -127,11 +181,13 @@ def _eight_bit(image: Image.Image, channels: int, name: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > SIXTEEN_BIT:
             raise DataError(f"{name}: values exceed 16 bits; save the image with 8 or 16 bits")
-        image = Image.fromarray(np.rint(values / (SIXTEEN_BIT / 255)).astype(np.uint8))
+        if values.max() > white:
+            raise DataError(f"{name}: values up to {values.max()}, but the dataset has at most {white}; convert it")
+        image = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image).convert("RGB")
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image).convert("RGB")
     elif image.mode == "P":
         image = image.convert("RGB")
     return image.convert(MODES[channels])

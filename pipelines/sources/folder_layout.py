@@ -1,0 +1,166 @@
+"""The meaning of the folders of a tree of images: splits and classes. A tree with two meanings is refused."""
+
+from __future__ import annotations
+
+import posixpath
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from metagmvae.pipelines.archives.entries import Entry
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.source import first_few
+from metagmvae.pipelines.sources.split_names import split_hint, split_of
+
+RENAME = "name the split folders train, validation and test, with nothing beside them, and give classes other names"
+
+
+@dataclass(frozen=True)
+class FolderImage:
+    """An image file, and what follows from its path."""
+
+    file: Entry
+    key: str
+    """Path below the common folder of all images."""
+    split: str
+    folder: str
+    """Path of its folder below the folder of the split."""
+
+
+def parse_paths(source: str, entries: Sequence[Entry], classes: bool) -> list[FolderImage]:
+    """Splits and folders of the images, without the folders that are common to all images.
+
+    Archives often contain a single folder with everything in it.
+
+    Args:
+        source: name for error messages.
+        entries: the image files.
+        classes: False puts all images into `train`.
+
+    Raises:
+        DataError: folders look like splits, but not all folders beside them do, or one split has two folders.
+    """
+    paths = [PurePosixPath(entry.name) for entry in entries]
+    common = PurePosixPath(posixpath.commonpath([path.parent for path in paths])).parts
+    depth = len(common)
+    if classes:
+        splits = [split_of(name) for name in common]
+        if len(set(splits) - {None}) > 1:
+            raise DataError(f"{source}: folder {'/'.join(common)} has the names of two splits; {RENAME}")
+        depth = next((number for number, split in enumerate(splits) if split), depth)
+    below = [path.parts[depth:] for path in paths]
+    in_splits = classes and _has_split_folders(source, {parts[:-1] for parts in below})
+    return [
+        FolderImage(
+            entry,
+            "/".join(parts),
+            (split_of(parts[0]) or "train") if in_splits else "train",
+            "/".join(parts[1:-1] if in_splits else parts[:-1]),
+        )
+        for entry, parts in zip(entries, below, strict=True)
+    ]
+
+
+Folder = tuple[str, ...]
+"""Parts of the path of a folder."""
+
+
+def _has_split_folders(source: str, folders: set[Folder]) -> bool:
+    """Whether the top folders are splits; refuse folders that look like splits in any other place.
+
+    Args:
+        source: name for error messages.
+        folders: folders that contain images.
+    """
+    subfolders: dict[Folder, set[str]] = {}
+    for folder in folders:
+        for length in range(len(folder)):
+            subfolders.setdefault(folder[:length], set()).add(folder[length])
+    names = sorted(subfolders.get((), ()))
+    in_splits = bool(names) and () not in folders and all(map(split_of, names))
+    if in_splits:
+        for split in {split_of(name) for name in names}:
+            same = [name for name in names if split_of(name) == split]
+            if len(same) > 1:
+                raise DataError(f"{source}: folders {' and '.join(same)} both stand for {split}; merge or rename them")
+    for parent, children in sorted(subfolders.items()):
+        if parent or not in_splits:
+            split = split_of(parent[0]) if in_splits else None
+            leaves = {name for name in children if (*parent, name) not in subfolders}
+            _check_names(source, parent, sorted(children), split, all_leaves=leaves == children)
+    return in_splits
+
+
+def _check_names(source: str, parent: Folder, names: Sequence[str], split: str | None, *, all_leaves: bool) -> None:
+    """Refuse subfolders of a folder that look like splits although they are not read as splits.
+
+    Args:
+        source: name for error messages.
+        parent: the folder.
+        names: its subfolders.
+        split: the split that the folder belongs to, if the top folders are splits.
+        all_leaves: whether no subfolder has subfolders.
+    """
+    known = [name for name in names if split_of(name)]
+    similar = list(_similar_names(names))
+    if not known and not similar:
+        return
+    repeated = len(names) == 1 and split is not None and split_of(names[0]) == split  # train/train, as in some archives
+    # A train is a vehicle: one folder of this name among other folders of images is a class.
+    vehicle = not similar and all_leaves and len(names) > 1 and [name.casefold() for name in known] == ["train"]
+    if repeated or vehicle:
+        return
+    others = [name for name in names if name not in (known or similar)]
+    looking = first_few(["/".join([*parent, name]) for name in known or similar])
+    beside = f" beside {first_few(['/'.join([*parent, name]) for name in others])}" if others else ""
+    raise DataError(f"{source}: {looking}{beside}: these folders can be splits or classes; {RENAME}")
+
+
+def _similar_names(names: Sequence[str]) -> Iterator[str]:
+    """Names that mention different splits and are otherwise equal, such as `seg_train` and `seg_test`."""
+    hints = {name: hint for name in names if (hint := split_hint(name))}
+    for name, (split, rest) in hints.items():
+        if any(other_split != split and other_rest == rest for other_split, other_rest in hints.values()):
+            yield name
+
+
+def class_names(source: str, images: Sequence[FolderImage]) -> dict[tuple[str, str], str]:
+    """Class name by (split, folder): the folder, or "" if all images of a split are in one folder.
+
+    Raises:
+        DataError: two classes have the same name, or a class folder is inside another one.
+    """
+    folders: dict[str, set[str]] = {}
+    for image in images:
+        folders.setdefault(image.split, set()).add(image.folder)
+    class_of: dict[tuple[str, str], str] = {}
+    folder_of: dict[str, str] = {}
+    for split, inside in folders.items():
+        if len(inside) == 1:
+            class_of[split, next(iter(inside))] = ""
+            continue
+        for folder in sorted(inside):
+            _check_leaf(source, folder, inside)
+            # Names that a file system or a person may confuse are equal.
+            name = unicodedata.normalize("NFC", folder).casefold()
+            if name in folder_of:
+                both = f"{folder_of[name]} and {split}/{folder}"
+                raise DataError(
+                    f"{source}: {both} are classes with the same name; rename or merge them, because the splits of "
+                    "few-shot learning have different classes"
+                )
+            folder_of[name] = f"{split}/{folder}"
+            class_of[split, folder] = folder
+    return class_of
+
+
+def _check_leaf(source: str, folder: str, inside: set[str]) -> None:
+    """Refuse a class folder inside another one."""
+    parents = [str(parent) for parent in PurePosixPath(folder).parents] if folder else []
+    for parent in parents:
+        if ("" if parent == "." else parent) in inside:
+            raise DataError(
+                f"{source}: {parent} and its subfolder {folder} both contain images; give each class its own folder, "
+                "or use all images without classes (--unlabelled)"
+            )

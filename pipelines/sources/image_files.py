@@ -1,0 +1,84 @@
+"""Lists the image files of a folder or an archive, and counts every file: which are read, and which are left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from metagmvae.pipelines.archives.entries import LeftOut, Listing
+from metagmvae.pipelines.archives.reader import HIDDEN, list_files
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
+from metagmvae.pipelines.sources.source import first_few
+
+EXAMPLES = 5
+"""Names that are shown of each kind."""
+
+
+def list_images(root: str | Path, further_suffixes: tuple[str, ...] = ()) -> Listing:
+    """Files with the suffix of an image, files without a suffix that are images, and the files that are left out.
+
+    Args:
+        root: folder or archive.
+        further_suffixes: suffixes of other files to list, in lower case.
+
+    Raises:
+        DataError: see `list_files`.
+    """
+    return list_files(root, (*SUFFIXES, *further_suffixes), is_image)
+
+
+def require_images(root: str | Path, listing: Listing) -> None:
+    """Refuse a folder or an archive without images.
+
+    Raises:
+        DataError: with the files that are there instead.
+    """
+    if listing.entries:
+        return
+    reasons = Counter(file.reason for file in listing.left_out)
+    instead = ", ".join(f"{count} with {reason}" for reason, count in reasons.most_common(EXAMPLES))
+    raise DataError(f"{root}: contains no images ({' '.join(SUFFIXES)}); it has {instead or 'no files'}")
+
+
+def files_report(read: Sequence[str], left_out: Iterable[LeftOut], folders: Iterable[str] = ()) -> dict[str, Any]:
+    """Account of all files, for the output of `metagmvae prepare`.
+
+    Args:
+        read: names of the files that are read.
+        left_out: the other files.
+        folders: folders, to name those without images; the folders of `left_out` need not be given.
+
+    Returns:
+        `files`: numbers of files seen, read and left out; `suffixes`: files read, by suffix; `left_out`: rows with a
+        reason, a number of files and some names; `folders_without_images`: their names.
+    """
+    left_out = list(left_out)
+    names_by_reason: dict[str, list[str]] = {}
+    for file in left_out:
+        names_by_reason.setdefault(file.reason, []).append(printable(file.name))
+    visible = [file.name for file in left_out if file.reason != HIDDEN]
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in read)
+    return {
+        "files": {"seen": len(read) + len(left_out), "read": len(read), "left_out": len(left_out)},
+        "suffixes": dict(suffixes.most_common()),
+        "left_out": [
+            {"reason": printable(reason), "files": len(names), "names": first_few(names, shown=EXAMPLES)}
+            for reason, names in sorted(names_by_reason.items())
+        ],
+        "folders_without_images": _empty_folders(read, {*folders, *(str(PurePosixPath(n).parent) for n in visible)}),
+    }
+
+
+def _empty_folders(read: Iterable[str], folders: Iterable[str]) -> list[str]:
+    """Folders that contain none of the files, neither directly nor in subfolders; only the uppermost ones."""
+    filled = {parent for name in {PurePosixPath(name).parent for name in read} for parent in (name, *name.parents)}
+    empty = {path for path in map(PurePosixPath, folders) if path not in filled and path.name}
+    return sorted(printable(str(path)) for path in empty if not empty.intersection(path.parents))
+
+
+def printable(name: str) -> str:
+    """A file name with escape sequences in place of characters that a terminal or UTF-8 cannot show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -1,0 +1,108 @@
+"""Decodes all images of a folder or archive once, to find those that are broken, blank or deeper than 8 bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from metagmvae.pipelines.archives.reader import read_entry
+from metagmvae.pipelines.preprocessing import Preprocessing
+from metagmvae.pipelines.records import DataError, MapTasks
+from metagmvae.pipelines.sources.image_decoding import WHITES, apply_preprocessing, highest_deep_value
+from metagmvae.pipelines.sources.image_files import EXAMPLES
+from metagmvae.pipelines.sources.source import first_few
+
+IMAGES_PER_TASK = 512
+"""Images that one task decodes."""
+
+
+@dataclass
+class ScanResult:
+    """What decoding some images has shown."""
+
+    preprocessing: Preprocessing
+    """Of all images, with `sixteen_bit_white` by their values."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Reason by name of the images that cannot be decoded."""
+    blank: list[str] = field(default_factory=list)
+    """Images of a single value after the preprocessing."""
+    highest: dict[str, int] = field(default_factory=dict)
+    """Highest value by name of the images with more than 8 bits."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders of the broken images."""
+        return sorted({str(PurePosixPath(name).parent) for name in self.broken})
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Part of the output of `metagmvae prepare`."""
+        report: dict[str, Any] = {"single_value_images": len(self.blank)}
+        if self.blank:
+            report["single_value_names"] = first_few(self.blank, shown=EXAMPLES)
+        if self.highest:
+            white = self.preprocessing.sixteen_bit_white
+            values = f"values up to {max(self.highest.values())}, of which {white} becomes 255"
+            report["images_above_8_bits"] = f"{len(self.highest)}, {values}"
+        return report
+
+
+def scan_images(
+    root: str,
+    names: Sequence[str],
+    preprocessing: Preprocessing,
+    max_broken: float,
+    map_tasks: MapTasks | None,
+) -> ScanResult:
+    """Decode images, in parallel if `map_tasks` is given.
+
+    Grey values of more than 8 bits have no fixed range: cameras store 12 bits in 16, and other programs 8 bits in 32.
+    The highest value of all these images decides which of 8, 10, 12, 14 or 16 bits they have.
+
+    Raises:
+        DataError: more than the fraction `max_broken` of the images, or all of them, are broken.
+    """
+    result = _scan(root, names, preprocessing, map_tasks)
+    if len(result.broken) == len(names) or len(result.broken) > max_broken * len(names):
+        raise DataError(
+            f"{root}: {len(result.broken)} of {len(names)} images cannot be decoded, more than max_broken = "
+            f"{max_broken}: {first_few(list(result.broken.values()), '; ')}"
+        )
+    white = next((white for white in WHITES if result.highest and max(result.highest.values()) <= white), WHITES[-1])
+    if white != preprocessing.sixteen_bit_white:
+        result.preprocessing = preprocessing.model_copy(update={"sixteen_bit_white": white})
+        deep = _scan(root, sorted(result.highest), result.preprocessing, map_tasks)
+        result.blank = sorted({*result.blank}.difference(result.highest).union(deep.blank))
+    return result
+
+
+def _scan(root: str, names: Sequence[str], preprocessing: Preprocessing, map_tasks: MapTasks | None) -> ScanResult:
+    tasks = [
+        (root, names[first : first + IMAGES_PER_TASK], preprocessing) for first in range(0, len(names), IMAGES_PER_TASK)
+    ]
+    result = ScanResult(preprocessing)
+    for part in cast("list[ScanResult]", (map_tasks or itertools.starmap)(scan_some, tasks)):
+        result.broken |= part.broken
+        result.blank += part.blank
+        result.highest |= part.highest
+    return result
+
+
+def scan_some(root: str, names: Sequence[str], preprocessing: Preprocessing) -> ScanResult:
+    """Decode some images. This is one task for a worker."""
+    result = ScanResult(preprocessing)
+    for name in names:
+        try:
+            data = read_entry(root, name)
+            pixels = apply_preprocessing(data, f"{root}: {name}", preprocessing)
+        except DataError as error:
+            result.broken[name] = str(error)
+            continue
+        if pixels.min() == pixels.max():
+            result.blank.append(name)
+        if (highest := highest_deep_value(data)) is not None:
+            result.highest[name] = highest
+    return result
