@@ -52,7 +52,8 @@ def test_kind_and_size_of_views_follow_the_settings_and_the_encoder() -> None:
             net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3, elastic=0.2)
         )
         assert step.view.func.__name__ == kind
-        expected = {"elastic": 0.2} if kind == "stroke_view" else {"size": size or 28, "min_area": 0.3}
+        photo = {"size": size or 28, "min_area": 0.3, "crops": "clipped"}
+        expected = {"elastic": 0.2} if kind == "stroke_view" else photo
         assert step.view.keywords == expected
         images = np.random.default_rng(0).integers(0, 256, (5, channels, 28, 28), dtype=np.uint8)
         loss, _ = step.train()(images, 1)
