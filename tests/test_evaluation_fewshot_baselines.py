@@ -7,14 +7,17 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from metagmvae.evaluation.fewshot import baselines
 from metagmvae.evaluation.fewshot.baselines import (
     BASELINES,
+    em_on_features,
     logistic_regression,
     nearest_class_mean,
     soft_k_means,
     soft_k_means_posterior,
 )
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 LABELS = np.repeat(np.arange(8), 12)
 TASK = {"way": 4, "shot": 2, "query": 5, "episodes": 6, "seed": 3}
@@ -87,6 +90,25 @@ def test_soft_k_means_gains_from_the_queries_of_separated_classes():
     x = features(noise=0.6)
     task = TASK | {"shot": 1, "query": 11, "episodes": 100}
     assert soft_k_means(x, LABELS, **task).mean > nearest_class_mean(x, LABELS, **task).mean
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_accuracies_do_not_depend_on_the_batches(name, monkeypatch):
+    together = BASELINES[name](features(), LABELS, **TASK)
+    monkeypatch.setattr(baselines, "VALUES_PER_BATCH", 1)
+    np.testing.assert_array_equal(BASELINES[name](features(), LABELS, **TASK).accuracies, together.accuracies)
+
+
+@pytest.mark.parametrize("e_step", ["identity", "diagonal"])
+def test_em_at_a_temperature_on_one_episode(e_step):
+    x = features()
+    episode = EpisodeSampler(LABELS, way=4, shot=2, query=5, seed=3).episode(0)
+    support, query = x[torch.as_tensor(episode.support)][None], x[torch.as_tensor(episode.query.reshape(-1))][None]
+    mixture = fit_semi_supervised(support, query, iterations=10, e_step=e_step, temperature=9.0)
+    predicted = class_log_posterior(mixture, query, e_step, 9.0)[0].argmax(dim=1).numpy()
+    result = em_on_features(e_step, x, LABELS, temperature=9.0, **TASK | {"episodes": 1})
+    assert result.accuracies.tolist() == pytest.approx([(predicted == np.repeat(range(4), 5)).mean()])
+    assert result.mode == "transductive"
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison.formatting import task_name
 from metagmvae.evaluation.comparison.record_tables import markdown_table
-from metagmvae.evaluation.comparison.results_table import accuracy_cell, read_results
+from metagmvae.evaluation.comparison.results_table import accuracy_cell, results_by_task
 from metagmvae.pipelines.records import DataError
 
 TASKS = ((5, 1), (5, 5))
@@ -41,5 +41,6 @@ def _row(results: Path, preset: str) -> list[str]:
     if found is None:
         raise DataError(f"{preset}.toml: its head comment needs a sentence, Hardware: …, Time: … and Score: …")
     title = found["title"].partition(" (Lee et al.")[0].partition(" (paper:")[0]
-    cells = [accuracy_cell(read_results(results, preset, task)) for task in TASKS]
+    by_task = results_by_task(results, preset)
+    cells = [accuracy_cell(by_task.get(task, ())) for task in TASKS]
     return [f"`{preset}`", title, found["hardware"], found["time"], *cells]

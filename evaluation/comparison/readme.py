@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metagmvae.evaluation.comparison import record_tables
 from metagmvae.evaluation.comparison.preset_table import preset_table
-from metagmvae.evaluation.comparison.results_table import results_table, summary_table
+from metagmvae.evaluation.comparison.results_table import paired_table, results_table, summary_table
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
 
@@ -20,8 +20,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "ablation": record_tables.ablation_table,
     "bench": record_tables.bench_table,
     "curve": record_tables.curve_table,
-    "decode": record_tables.decode_table,
     "presets": preset_table,
+    "paired": paired_table,
     "promotion": record_tables.promotion_table,
     "sweep": record_tables.sweep_table,
 }

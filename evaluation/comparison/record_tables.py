@@ -124,20 +124,6 @@ def curve_table(results: Path, name: str) -> str:
     return markdown_table(["step", "seconds", *tasks.values()], rows)
 
 
-def decode_table(results: Path, name: str) -> str:
-    """Validation accuracy by the number R of decoded samples (`decode-NAME.json`); seconds = steps x seconds a step."""
-    record = read_json(results / f"decode-{name}.json")
-    tasks = _validated_tasks(record["rows"][0]["validation"][0])
-    rows = []
-    for row in record["rows"]:
-        for line in row["validation"]:
-            step, pace = line["global_step"], row["seconds_per_step"]
-            rows.append(
-                [str(row["R"]), f"{pace:.2f}", str(step), f"{step * pace:.0f}", *_validation_cells(line, tasks)]
-            )
-    return markdown_table(["R", "seconds per step", "steps", "training seconds", *tasks.values()], rows)
-
-
 def promotion_table(results: Path, name: str) -> str:
     """Accuracies in percent of challenger and champion on the same episodes (`promotion-NAME.json`)."""
     record = read_json(results / f"promotion-{name}.json")

@@ -18,32 +18,82 @@ from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, decisive_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.provenance import known_dataset
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+HalfWidth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+EvalMode = Literal["transductive", "inductive"]
 
 
-class RecordedResult(BaseModel):
-    """The fields of a result file that comparisons use."""
+class RecordedDifference(BaseModel):
+    """Accuracy of a model minus that of a baseline on the same episodes of one task."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    baseline: str
+    baseline_mode: EvalMode
+    way: Count
+    shot: Count
+    difference: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    ci95: HalfWidth
+
+
+class RecordedAccuracy(BaseModel):
+    """Accuracy of a model or a baseline on the episodes of one task."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     accuracy: Fraction
-    ci95: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    ci95: HalfWidth
     way: Count
     shot: Count
     query: Count
     episodes: Count
     seed: int
-    mode: Literal["transductive", "inductive"]
+    mode: EvalMode
+
+
+class RecordedBaseline(RecordedAccuracy):
+    """A row of `baselines` in a result file."""
+
+    baseline: str
+    settings: dict[str, Any] = {}
+    validation_accuracy: Fraction | None = None
+    """Of the chosen settings on validation classes; None: nothing was chosen, the settings are the defaults."""
+
+
+class RecordedDataset(BaseModel):
+    """Name and options of the dataset of images behind a result; empty in older files."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str = ""
+    options: dict[str, Any] = {}
+
+
+class RecordedResult(RecordedAccuracy):
+    """The fields of a result file that tables and comparisons use."""
+
     split: str
+    dataset: RecordedDataset = RecordedDataset()
+    source_fingerprint: str = ""
+    baselines: list[RecordedBaseline] = []
+    paired: list[RecordedDifference] = []
     data_fingerprint: str
     settings: dict[str, Any] = {}
     settings_fingerprint: str = ""
     trained: dict[str, Any] = {}
     environment: dict[str, Any] = {}
+
+    @property
+    def images(self) -> RecordedDataset:
+        """The dataset of images; for older files by the fingerprints of `KNOWN_DATASETS`, else without a name."""
+        if self.dataset.name:
+            return self.dataset
+        return RecordedDataset.model_validate(known_dataset(self.data_fingerprint, self.source_fingerprint))
 
     @property
     def when(self) -> str:
@@ -83,6 +133,19 @@ def read_recorded(path: Path) -> list[RecordedTask]:
     Raises:
         DataError: not a result of `metagmvae evaluate`, or the Parquet file is damaged or of other episodes.
     """
+    tasks = read_results(path)
+    episodes = path.with_suffix(".parquet")
+    if len(tasks) > 1 or not episodes.is_file():
+        return [RecordedTask(task, None) for task in tasks]
+    return [RecordedTask(tasks[0], _read_episodes(episodes, tasks[0]))]
+
+
+def read_results(path: Path) -> list[RecordedResult]:
+    """Read the tasks of a result file; each has its own baselines and differences.
+
+    Raises:
+        DataError: not a result of `metagmvae evaluate`.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a result of `metagmvae evaluate --record`")
@@ -95,10 +158,15 @@ def read_recorded(path: Path) -> list[RecordedTask]:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise DataError(f"{path}: not a result of `metagmvae evaluate --record` ({reason})") from error
-    episodes = path.with_suffix(".parquet")
-    if len(tasks) > 1 or not episodes.is_file():
-        return [RecordedTask(task, None) for task in tasks]
-    return [RecordedTask(tasks[0], _read_episodes(episodes, tasks[0]))]
+    return [
+        task.model_copy(
+            update={
+                key: [row for row in getattr(task, key) if (row.way, row.shot) == (task.way, task.shot)]
+                for key in ("baselines", "paired")
+            }
+        )
+        for task in tasks
+    ]
 
 
 def _read_episodes(path: Path, recorded: RecordedResult) -> EpisodeResults:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from metagmvae.evaluation.comparison.formatting import Task, percent, task_name
+from metagmvae.evaluation.comparison.formatting import Task, format_value, percent, points, task_name
 from metagmvae.evaluation.comparison.paper import BY_REF, TASKS, DatasetName
 from metagmvae.evaluation.comparison.record_tables import markdown_table
-from metagmvae.pipelines.files import read_json
+from metagmvae.evaluation.comparison.result_files import (
+    RecordedAccuracy,
+    RecordedBaseline,
+    RecordedResult,
+    read_results,
+)
 from metagmvae.pipelines.records import DataError
 
-TITLES: dict[DatasetName, str] = {"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}
+TITLES: dict[str, str] = {"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}
+"""Titles of datasets by their recorded names; others are titled by their names."""
+OMNIGLOT_SPLITS = {"1200-100-323": "own split", "vinyals": "Vinyals split"}
 
 PAPER_ROWS: dict[DatasetName, dict[str, str]] = {
     "omniglot": {"paper: Meta-GMVAE (transductive)": "meta-gmvae", "paper: supervised ProtoNets": "protonets"},
@@ -24,9 +31,8 @@ PAPER_ROWS: dict[DatasetName, dict[str, str]] = {
 }
 """Label -> key of a row in Tables 1 and 10 of Lee et al., ICLR 2021."""
 
-Results = list[dict[str, Any]]
-"""Recorded results of one model and task, one for each training."""
-
+ByTask = Mapping[Task, Sequence[RecordedResult]]
+"""Recorded results of one name, one for each training."""
 
 SUMMARIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "omniglot": ("omniglot-best-5way", ("soft k-means", "nearest class mean")),
@@ -40,37 +46,34 @@ def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] 
 
     Args:
         results: folder of the files.
-        names: `NAME` stands for the files `NAME-5way-1shot.json` and so on. Names that start with `mini-imagenet` give
-            a table of that dataset, others one of Omniglot. With several trainings (`NAME-seed0-5way-1shot.json`, ...)
-            a cell shows mean ± standard deviation over trainings. `NAME+` adds a row for each baseline in the files.
+        names: `NAME` stands for the files `NAME-5way-1shot.json` and so on. The dataset that the files record
+            decides the columns and the rows of the paper. With several trainings (`NAME-seed0-5way-1shot.json`, ...) a
+            cell shows mean ± standard deviation over trainings. `NAME+` adds a row for each baseline in the files.
         baselines: the only baselines to show of `NAME+`, in this order; all by default.
 
     Raises:
-        DataError: a name has no result, or the names are not those of one dataset.
+        DataError: a name has no result, a file is not a result, or the results are not of one dataset.
     """
-    datasets: set[DatasetName] = {"mini-imagenet" if name.startswith("mini-imagenet") else "omniglot" for name in names}
-    if len(datasets) != 1:
-        raise DataError(f"table of {', '.join(names) or 'nothing'}: name the results of one dataset, or use --write")
-    dataset = datasets.pop()
-    tasks = TASKS[dataset]
+    if not names:
+        raise DataError("table of nothing: name the results of one dataset, or use --write")
+    recorded = {name: _require(results, name.removesuffix("+")) for name in names}
+    dataset = _one_dataset(recorded)
+    tasks = _columns(dataset, recorded)
     rows = []
-    for asked in names:
-        name = asked.removesuffix("+")
-        by_task = [read_results(results, name, task) for task in tasks]
-        if not any(by_task):
-            raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
-        rows.append([f"**`{name}`**{_protocol(by_task)}", *map(accuracy_cell, by_task)])
-        if asked != name:
-            recorded = _baselines(by_task)
-            for label in baselines or recorded:
-                rows.append([f"{label}{_protocol(recorded[label])}", *map(accuracy_cell, recorded[label])])
-    for label, key in PAPER_ROWS[dataset].items():
-        rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
-    return markdown_table([f"{TITLES[dataset]} (way,shot)", *map(task_name, tasks)], rows)
+    for name, by_task in recorded.items():
+        rows.append([f"**`{name.removesuffix('+')}`**{_protocol(by_task)}", *_cells(by_task, tasks)])
+        if name.endswith("+"):
+            by_label = _baselines(by_task)
+            for label in baselines or by_label:
+                rows.append([f"{label}{_baseline_protocol(by_label[label])}", *_cells(by_label[label], tasks)])
+    if dataset in PAPER_ROWS:
+        for label, key in PAPER_ROWS[dataset].items():
+            rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
+    return markdown_table([f"{TITLES.get(dataset, dataset)} (way,shot)", *map(task_name, tasks)], rows)
 
 
 def summary_table(results: Path, dataset: str) -> str:
-    """The best model of a dataset, two baselines on the same features and episodes, and the paper's rows.
+    """The best model of a dataset, baselines on the same features and episodes, and the paper's rows.
 
     Raises:
         DataError: the dataset has no summary.
@@ -81,32 +84,122 @@ def summary_table(results: Path, dataset: str) -> str:
     return results_table(results, [f"{name}+"], baselines)
 
 
-def read_results(results: Path, name: str, task: Task) -> Results:
-    """Return the recorded results of a name for a task: one, or one for each training; empty if there is none."""
-    suffix = f"{task[0]}way-{task[1]}shot.json"
-    single = results / f"{name}-{suffix}"
-    files = [single] if single.exists() else sorted(results.glob(f"{name}-seed*-{suffix}"))
-    return [read_json(file) for file in files]
+def paired_table(results: Path, name: str) -> str:
+    """Model minus each baseline on the same episodes in percentage points, with the settings of the baseline.
+
+    Raises:
+        DataError: the name has no result, or the results hold no differences.
+    """
+    by_task = {task: trainings[0] for task, trainings in _require(results, name).items() if trainings[0].paired}
+    if not by_task:
+        raise DataError(f"{results}: the results of {name!r} hold no differences; evaluate with --baselines")
+    labels = {(row.baseline, row.baseline_mode): None for result in by_task.values() for row in result.paired}
+    rows = []
+    for label, mode in labels:
+        cells = [f"{label} ({mode})"]
+        for result in by_task.values():
+            difference = next((row for row in result.paired if row.baseline == label), None)
+            baseline = next((row for row in result.baselines if row.baseline == label), None)
+            cells += [points(difference.difference, difference.ci95) if difference else "", _settings(baseline)]
+        rows.append(cells)
+    head = [title for task in by_task for title in (task_name(task), f"{task_name(task)}: settings")]
+    return markdown_table(["model minus baseline", *head], rows)
 
 
-def _baselines(by_task: Sequence[Results]) -> dict[str, list[Results]]:
-    """Return the recorded results of each baseline by its label, one list for each task."""
-    recorded = [[row for result in results for row in result.get("baselines", [])] for results in by_task]
-    labels = dict.fromkeys(row["baseline"] for rows in recorded for row in rows)
-    return {label: [[row for row in rows if row["baseline"] == label] for rows in recorded] for label in labels}
+def _settings(baseline: RecordedBaseline | None) -> str:
+    return ", ".join(
+        value if name == "features" else f"{name} {format_value(value)}"
+        for name, value in (baseline.settings.items() if baseline else ())
+    )
 
 
-def _protocol(by_task: Sequence[Results]) -> str:
-    """Return the recorded mode and the number of trainings of a row."""
-    modes = sorted({result["mode"] for results in by_task for result in results})
-    trainings = max(map(len, by_task))
-    return f" ({', '.join(modes)}{f', {trainings} trainings' if trainings > 1 else ''})"
+def results_by_task(results: Path, name: str) -> ByTask:
+    """Read the results of a name, one or one for each training, by task; empty if there are none.
+
+    Raises:
+        DataError: a file is not a result, or is of another task than its name says.
+    """
+    pattern = re.compile(rf"{re.escape(name)}(-seed\d+)?-(\d+)way-(\d+)shot\.json")
+    files: dict[Task, dict[str, Path]] = {}
+    for path in sorted(results.glob("*.json")):
+        if match := pattern.fullmatch(path.name):
+            files.setdefault((int(match[2]), int(match[3])), {})[match[1] or ""] = path
+    by_task = {}
+    for task, trainings in sorted(files.items()):
+        paths = [trainings[""]] if "" in trainings else list(trainings.values())
+        by_task[task] = [result for path in paths for result in read_results(path) if (result.way, result.shot) == task]
+        if len(by_task[task]) != len(paths):
+            raise DataError(f"{paths[0]}: its result is not {task[0]}-way {task[1]}-shot, as its name says; rename it")
+    return by_task
 
 
-def accuracy_cell(results: Results) -> str:
+def _require(results: Path, name: str) -> ByTask:
+    by_task = results_by_task(results, name)
+    if not by_task:
+        raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
+    return by_task
+
+
+def _one_dataset(recorded: Mapping[str, ByTask]) -> str:
+    """Return the name of the dataset that all results record."""
+    names = {
+        result.images.name or f"dataset {result.data_fingerprint[:8]}": name
+        for name, by_task in recorded.items()
+        for trainings in by_task.values()
+        for result in trainings
+    }
+    if len(names) > 1:
+        found = ", ".join(f"{name} is of {dataset}" for dataset, name in names.items())
+        raise DataError(f"{found}: name the results of one dataset, or use --write")
+    return next(iter(names))
+
+
+def _columns(dataset: str, recorded: Mapping[str, ByTask]) -> Sequence[Task]:
+    """Return the tasks of the paper's table, or those that are recorded for a dataset that the paper does not use."""
+    if dataset in PAPER_ROWS:
+        return TASKS[dataset]
+    return sorted({task for by_task in recorded.values() for task in by_task})
+
+
+def _baselines(by_task: ByTask) -> dict[str, dict[Task, list[RecordedBaseline]]]:
+    """Return the recorded results of each baseline by its label and task."""
+    by_label: dict[str, dict[Task, list[RecordedBaseline]]] = {}
+    for task, trainings in by_task.items():
+        for row in (row for result in trainings for row in result.baselines):
+            by_label.setdefault(row.baseline, {}).setdefault(task, []).append(row)
+    return by_label
+
+
+def _protocol(by_task: ByTask) -> str:
+    """Return the recorded mode, split of Omniglot, choice by labels and number of trainings of a row."""
+    results = [result for trainings in by_task.values() for result in trainings]
+    notes = [_modes(by_task)]
+    splits = {str(result.images.options.get("split", "")) for result in results if result.images.name == "omniglot"}
+    notes += [OMNIGLOT_SPLITS.get(split, split) for split in sorted(splits) if split]
+    if any(result.trained.get("selected_by") for result in results):
+        notes.append("checkpoint chosen with validation labels")
+    trainings = max(map(len, by_task.values()))
+    notes += [f"{trainings} trainings"] if trainings > 1 else []
+    return f" ({', '.join(notes)})"
+
+
+def _baseline_protocol(by_task: Mapping[Task, Sequence[RecordedBaseline]]) -> str:
+    tuned = any(row.validation_accuracy is not None for rows in by_task.values() for row in rows)
+    return f" ({_modes(by_task)}{'' if tuned else ', untuned'})"
+
+
+def _modes(by_task: Mapping[Task, Sequence[RecordedAccuracy]]) -> str:
+    return ", ".join(sorted({result.mode for results in by_task.values() for result in results}))
+
+
+def _cells(by_task: Mapping[Task, Sequence[RecordedAccuracy]], tasks: Sequence[Task]) -> list[str]:
+    return [accuracy_cell(by_task.get(task, ())) for task in tasks]
+
+
+def accuracy_cell(results: Sequence[RecordedAccuracy]) -> str:
     """Format accuracy ± 95% interval of one training, or mean ± standard deviation over several."""
     if not results:
         return ""
-    accuracies = [result["accuracy"] for result in results]
-    spread = results[0]["ci95"] if len(results) == 1 else statistics.stdev(accuracies)
+    accuracies = [result.accuracy for result in results]
+    spread = results[0].ci95 if len(results) == 1 else statistics.stdev(accuracies)
     return percent(statistics.fmean(accuracies), spread)

@@ -1,0 +1,130 @@
+"""Tables of result files: the recorded dataset decides the table, and rows say how their results came about."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metagmvae.evaluation.comparison.results_table import paired_table, results_table
+from metagmvae.evaluation.provenance import KNOWN_DATASETS, dataset_origin, known_dataset
+from metagmvae.infra.cli import main
+from metagmvae.pipelines.records import DataError
+
+RESULTS = Path(__file__).parents[1] / "evaluation" / "results"
+OWN, VINYALS = "b3ccb69f" + "5b50" + 52 * "0", "e2d747e8" + "398e" + 52 * "0"
+PAIR = {"baseline": "soft k-means", "baseline_mode": "transductive", "way": 5, "shot": 1, "difference": -0.0013}
+
+
+def write(folder: Path, name: str, **changes: object) -> None:
+    task = {"way": 5, "shot": 1, "query": 15, "episodes": 100, "seed": 0, "mode": "transductive"}
+    result = {"accuracy": 0.9, "ci95": 0.01, **task, "split": "test", "data_fingerprint": 64 * "1"} | changes
+    (folder / f"{name}-{result['way']}way-{result['shot']}shot.json").write_text(json.dumps(result))
+
+
+def row(table: str, start: str) -> str:
+    return next(line for line in table.splitlines() if line.startswith(f"| {start}"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({"dataset": {"name": "glyphs"}}, "glyphs"),
+        ({"dataset": {"name": "folder"}}, "folder"),
+        ({}, "dataset 11111111"),
+    ],
+)
+def test_other_datasets_are_no_omniglot_whatever_the_result_is_named(tmp_path, changes, title):
+    write(tmp_path, "omniglot-cpu", **changes)
+    write(tmp_path, "omniglot-cpu", way=3, **changes)
+    assert results_table(tmp_path, ["omniglot-cpu"]).splitlines() == [
+        f"| {title} (way,shot) | (3,1) | (5,1) |",
+        "| --- | --- | --- |",
+        "| **`omniglot-cpu`** (transductive) | 90.00 ± 1.00 | 90.00 ± 1.00 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset": {"name": "omniglot", "options": {"split": "vinyals"}}}, "(transductive, Vinyals split)"),
+        ({"dataset": {"name": "omniglot", "options": {"split": "1200-100-323"}}}, "(transductive, own split)"),
+        ({"data_fingerprint": OWN}, "(transductive, own split)"),
+        ({"data_fingerprint": VINYALS}, "(transductive, Vinyals split)"),
+        (
+            {"data_fingerprint": OWN, "trained": {"selected_by": "validation/5w1s"}},
+            "(transductive, own split, checkpoint chosen with validation labels)",
+        ),
+    ],
+)
+def test_row_names_the_split_and_a_choice_by_labels(tmp_path, changes, words):
+    write(tmp_path, "mine", **changes)
+    table = results_table(tmp_path, ["mine"])
+    assert row(table, "**`mine`**") == f"| **`mine`** {words} | 90.00 ± 1.00 |  |  |  |"
+    assert row(table, "Omniglot")
+    assert row(table, "paper: Meta-GMVAE").endswith("| 94.92 | 97.09 | 82.21 | 90.61 |")
+
+
+def test_results_of_two_datasets_make_no_table(tmp_path, capsys):
+    write(tmp_path, "omniglot-a", dataset={"name": "omniglot"})
+    write(tmp_path, "omniglot-b", dataset={"name": "glyphs"})
+    assert main(["table", "omniglot-a", "omniglot-b", "--results", str(tmp_path)]) == 2
+    assert "omniglot-a is of omniglot, omniglot-b is of glyphs: name the results of one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"accuracy": "high"}', "7"])
+def test_file_that_is_no_result_is_one_line(tmp_path, content):
+    (tmp_path / "a-5way-1shot.json").write_text(content)
+    with pytest.raises(DataError, match=r"a-5way-1shot.json: not a result of `metagmvae evaluate --record`"):
+        results_table(tmp_path, ["a"])
+
+
+def test_file_of_another_task_than_its_name_says_is_refused(tmp_path):
+    write(tmp_path, "a", way=3)
+    (tmp_path / "a-3way-1shot.json").rename(tmp_path / "a-5way-1shot.json")
+    with pytest.raises(DataError, match="its result is not 5-way 1-shot, as its name says"):
+        results_table(tmp_path, ["a"])
+
+
+def test_baselines_with_default_settings_are_marked(tmp_path):
+    common = {"accuracy": 0.8, "ci95": 0.02, "shot": 1, "query": 15, "episodes": 100, "seed": 0, "mode": "inductive"}
+    baselines = [
+        {"baseline": "A", "way": 5, **common},
+        {"baseline": "B", "way": 5, "settings": {"strength": 10.0}, "validation_accuracy": 0.7, **common},
+    ]
+    write(tmp_path, "a", baselines=baselines)
+    lines = results_table(tmp_path, ["a+"]).splitlines()
+    assert lines[3:] == ["| A (inductive, untuned) | 80.00 ± 2.00 |", "| B (inductive) | 80.00 ± 2.00 |"]
+
+
+def test_paired_table_shows_differences_and_the_settings_of_the_baselines(tmp_path):
+    task = {"way": 5, "shot": 1, "query": 15, "episodes": 100, "seed": 0, "mode": "transductive"}
+    settings = {"temperature": 24.0, "features": "scaled"}
+    baseline = {"baseline": "soft k-means", "accuracy": 0.8, "ci95": 0.02, **task, "settings": settings}
+    write(tmp_path, "a", baselines=[baseline], paired=[PAIR | {"ci95": 0.0004}])
+    assert paired_table(tmp_path, "a").splitlines() == [
+        "| model minus baseline | (5,1) | (5,1): settings |",
+        "| --- | --- | --- |",
+        "| soft k-means (transductive) | \N{MINUS SIGN}0.13 ± 0.04 | temperature 24, scaled |",
+    ]
+    write(tmp_path, "b")
+    with pytest.raises(DataError, match="hold no differences; evaluate with --baselines"):
+        paired_table(tmp_path, "b")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*way-*shot.json")), ids=lambda file: file.stem)
+def test_every_recorded_result_has_a_known_dataset(file):
+    content = json.loads(file.read_text())
+    dataset = content.get("dataset") or known_dataset(content["data_fingerprint"], content["source_fingerprint"])
+    assert dataset["name"] in ("omniglot", "mini-imagenet")
+    assert ("vinyals" in file.stem) == (dataset.get("options", {}).get("split") == "vinyals")
+
+
+def test_origin_of_a_dataset_is_recorded_or_known_by_its_fingerprint():
+    options = {"split": "vinyals", "size": 28}
+    images = {"name": "omniglot", "source_fingerprint": 64 * "2", "options": options}
+    assert dataset_origin(images, 64 * "3") == {"name": "omniglot", "options": options}
+    features = {"name": "omniglot features", "source_fingerprint": 64 * "4", "images": images}
+    assert dataset_origin(features, 64 * "3") == {"name": "omniglot", "options": options}
+    source = next(iter(KNOWN_DATASETS)) + 52 * "0"
+    assert dataset_origin({"name": "omniglot", "source_fingerprint": source}, 64 * "3") == known_dataset(source)
+    assert dataset_origin({"name": "glyphs", "source_fingerprint": 64 * "5"}, 64 * "3") == {"name": "glyphs"}
