@@ -11,10 +11,21 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+MAX_COUNT = 10**9
+"""Largest number of steps, episodes or seconds."""
+MAX_SIZE = 2**16
+"""Largest size of a layer, a batch or a set. The upper bounds refuse mistakes and hostile files, not experiments."""
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Iterations = Annotated[int, Field(gt=0, le=10_000)]
+Samples = Annotated[int, Field(gt=0, le=10_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
+"""Divides log-likelihoods and similarities: below 0.001 they exceed the range of float32."""
 
 Average = Literal["none", "mirror", "crops"]
 """Views of an image for multi-crop averaging of features (`training.models.multi_crop`)."""
@@ -51,7 +62,7 @@ class ModelSettings(Section):
     encoder: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "conv4"
     """Encoder: `conv4` (Table 3), `conv5` (Table 6), or the name of a classification network of torchvision, which is
     used without its last layer. If the dataset contains features, the encoder is the one that computed them."""
-    image_size: NonNegative = 0
+    image_size: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Image size: side to which images are resized before the encoder, in pixels; 0: as stored."""
     rectified: bool = True
     """Final ReLU of Conv4 and Conv5, as in Tables 3 and 6. Without it features have both signs, and contrastive
@@ -72,14 +83,14 @@ class ModelSettings(Section):
     variance: Literal["calibrated", "unit", "half"] = "calibrated"
     """Variance of p(x|z) for features [paper: calibrated, code: half]: the optimum of each episode (Rybkin et al.
     2020), or 1, or 1/2. -log p(x|z) is half the sum of squared errors for `unit`, the whole sum for `half`."""
-    latent: Positive = 64
+    latent: Size = 64
     """Latent size D."""
-    channels: Positive = 64
+    channels: Size = 64
     """Channels of each block of Conv4 and Conv5, and of the decoder."""
-    width: Positive = 256
+    width: Size = 256
     """Width of the set attention, d_model = d_ff."""
-    heads: Positive = 4
-    layers: NonNegative = 2
+    heads: Size = 4
+    layers: Annotated[int, Field(ge=0, le=1000)] = 2
     """Set-attention layers; 0 makes the posterior independent of the set (ablation "Set" in Table 2, left)."""
     attention_scale: Literal["head", "model"] = "head"
     """Scale of the attention scores [paper: head, code: model]: 1/sqrt(width/heads), or 1/sqrt(width)."""
@@ -106,32 +117,32 @@ class AdaptSettings(Section):
     final_covariance: Literal["diagonal", "identity"] = "diagonal"
     """Covariance in the final posterior. `identity` here and in `e_step` is the ablation without sigma^2. One labelled
     image gives no estimate of a class variance, so `identity` is much better for inductive 1-shot evaluation."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Temperature of the log-likelihoods in the E-steps and the final posterior; 1 gives Eq. 10 and 11. EM assumes
     independent latent dimensions, so it is overconfident for similar classes. Select it on validation classes."""
-    iterations: Positive = 10
-    samples: Positive = 32
+    iterations: Iterations = 10
+    samples: Samples = 32
     """Monte Carlo samples N of the posterior of each data point."""
 
 
 class TrainSettings(Section):
     """Meta-training: maximises Eq. 9, with EM (Eq. 7) in every step."""
 
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of initialisation, data order and Monte Carlo samples."""
-    steps: NonNegative = 60_000
-    batch: Positive = 4
+    steps: Count = 60_000
+    batch: Size = 4
     """Batch size B: episodes per step over all workers."""
-    set_size: Positive = 200
+    set_size: Size = 200
     """Data points M per episode."""
-    samples: Positive = 32
+    samples: Samples = 32
     """Monte Carlo samples N per data point, all used by EM and the KL term."""
-    decode_samples: Positive = 1
+    decode_samples: Samples = 1
     """Decoded samples R <= N per data point. The expected objective does not depend on R, except through the batch
     statistics of the decoder and the calibrated variance."""
-    components: Positive = 5
+    components: Size = 5
     """Mixture components K."""
-    em_iterations: Positive = 10
+    em_iterations: Iterations = 10
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay in the coupled form of Adam [paper: 0, code: positive]."""
@@ -172,9 +183,9 @@ class TrainSettings(Section):
 class PretrainSettings(Section):
     """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), encoder-only or before meta-training."""
 
-    steps: NonNegative = 0
+    steps: Count = 0
     """Training steps; 0: no pre-training."""
-    batch: Annotated[int, Field(ge=2)] = 256
+    batch: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 256
     """Batch size: images per step over all workers, with two views each."""
     views: Literal["auto", "strokes", "photographs"] = "auto"
     """Augmentations for the views, also for `train.denoise`. `strokes`: affine, elastic, stroke width; `photographs`:
@@ -186,9 +197,9 @@ class PretrainSettings(Section):
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
     """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
     distortion reaches a higher accuracy."""
-    projector: tuple[Positive, ...] = ()
+    projector: tuple[Size, ...] = ()
     """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
-    temperature: PositiveFloat = 0.2
+    temperature: Temperature = 0.2
     """Temperature of the NT-Xent loss."""
     optimizer: Literal["adamw", "adam", "lars"] = "adamw"
     learning_rate: PositiveFloat = 3e-3
@@ -202,16 +213,16 @@ class PretrainSettings(Section):
 class ValidationSettings(Section):
     """Evaluation on labelled episodes of validation classes during training; encoder-only: by nearest class mean."""
 
-    every: NonNegative = 1_000
+    every: Count = 1_000
     """Steps between validations; 0: no validation."""
-    episodes: Positive = 200
-    way: Annotated[int, Field(ge=2)] = 5
+    episodes: Annotated[int, Field(gt=0, le=10**7)] = 200
+    way: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 5
     """Classes K per episode."""
-    shots: tuple[Positive, ...] = (1, 5)
+    shots: tuple[Size, ...] = (1, 5)
     """Support images S per class; each value is evaluated separately."""
-    query: Positive = 15
+    query: Size = 15
     """Query images Q per class."""
-    seed: NonNegative = 1
+    seed: Seed = 1
     probes: bool = True
     """Further probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
 
@@ -221,14 +232,14 @@ class RunSettings(Section):
 
     out: str = "runs/omniglot-5way"
     engine: Literal["local", "ray"] = "local"
-    workers: Positive = 1
+    workers: Size = 1
     """Data-parallel workers with Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Training device; `auto`: a GPU if there is one."""
-    threads: NonNegative = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Torch threads per worker; 0: the default of torch (with Ray: the CPUs of the worker)."""
-    cpus_per_worker: Positive = 1
-    max_failures: NonNegative = 3
+    cpus_per_worker: Size = 1
+    max_failures: Count = 3
     """Restarts of the Ray workers before the run fails."""
     figures: bool = True
     """Figures in the run folder at the end: curves, reconstructions, mixture modes, latent map."""

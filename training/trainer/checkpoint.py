@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
+
+from metagmvae.pipelines.files import check_document, first_line
+from metagmvae.pipelines.records import DataError
+from metagmvae.training.trainer.checkpoint_checks import CheckpointSchema, check_archive, check_values
 
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in a run folder."""
@@ -21,8 +22,6 @@ KEYS = {
     *("version", "kind", "settings", "image_shape", "data_fingerprint", "best", "elapsed"),
     *("stage", "step", "model", "projector", "optimizer", "schedule", "rng"),
 }
-READ_ERRORS = (RuntimeError, BadZipFile, zlib.error, EOFError, LookupError, ValueError, OSError)
-"""What torch.load and zipfile raise on damaged files."""
 
 
 class CheckpointError(ValueError):
@@ -37,7 +36,7 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save({"version": VERSION, **state}, file)
@@ -59,32 +58,36 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; name one that `metagmvae train` wrote")
     try:
-        # torch.load does not verify the CRCs in the file: a flipped bit would silently change a weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise BadZipFile(f"{damaged} is damaged")
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(state)
+    except DataError as error:  # the file cannot be read
+        raise CheckpointError(str(error)) from error
     except UnpicklingError as error:
         # torch's own message recommends weights_only=False, which would run code from the file.
         raise CheckpointError(
             f"{path}: refused, it contains more than tensors and plain values; it was not written by metagmvae"
         ) from error
-    except READ_ERRORS as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    except Exception as error:  # torch.load and zipfile raise many types on damaged files
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason}); it is truncated or was not written by metagmvae"
+            f"{path}: not a readable checkpoint ({first_line(error)}); it is truncated or was not written by metagmvae"
         ) from error
     if not isinstance(state, dict) or "version" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of metagmvae (it has no version)")
-    if state["version"] != VERSION:
+    version = state["version"]
+    if type(version) is not int or version != VERSION:
+        shown = version if isinstance(version, (int, str, type(None))) else type(version).__name__
         raise CheckpointError(
-            f"{path}: checkpoint version {state['version']}, but this metagmvae reads version {VERSION}: "
+            f"{path}: checkpoint version {shown}, but this metagmvae reads version {VERSION}: "
             "use the version of metagmvae that wrote it, or train again"
         )
-    missing = sorted(KEYS - state.keys())
+    missing = sorted(key for key in KEYS if key not in state)
     if missing:
         raise CheckpointError(f"{path}: incomplete checkpoint, it lacks {', '.join(missing)}")
+    try:
+        check_document(CheckpointSchema, state, path, "it was not written by metagmvae; use another checkpoint")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     return state
 
 

@@ -7,26 +7,40 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from metagmvae.configs.load import mistake_text
 from metagmvae.configs.schema import Settings
-from metagmvae.pipelines.files import read_json, sha256_file
+from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.checkpoint import CHECKPOINT, load_state
+from metagmvae.training.trainer.checkpoint_checks import ImageShape
+from metagmvae.training.trainer.model_sizes import check_sizes
 
 VERSION = 2
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
+
+
+class _Card(BaseModel):
+    """The keys of `model.json` that every package has."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["meta-gmvae", "encoder"]
+    settings: dict[str, Any]
+    image_shape: ImageShape
+    weights_sha256: str
+    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,14 +104,15 @@ def load_package(path: str | Path) -> LoadedModel:
     card = read_json(path / CARD)
     if not isinstance(card, dict) or card.get("version") != VERSION:
         raise DataError(f"{path / CARD}: not a model package of version {VERSION}")
+    check_document(_Card, card, path / CARD, "use another copy")
     try:
         if sha256_file(path / WEIGHTS) != card["weights_sha256"]:
             raise DataError(f"{path / WEIGHTS}: changed after it was written (sha256 differs); use another copy")
         weights = load_file(str(path / WEIGHTS))
         settings = json.dumps(card["settings"])
         return _assemble(weights, settings, card, card["info"], path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise DataError(f"{path}: incomplete model package ({error!r})") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path / WEIGHTS}: cannot be read ({first_line(error)}); use another copy") from error
 
 
 def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
@@ -175,6 +190,7 @@ def _assemble(
         parsed = Settings.model_validate_json(settings)
         channels, height, width = (int(size) for size in record["image_shape"])
         build = build_encoder_model if record["kind"] == "encoder" else build_model
+        check_sizes(build, parsed.model, (channels, height, width), weights)
         model: EncoderModel = build(parsed.model, (channels, height, width), seed=0)
         model.load_state_dict(weights)
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
