@@ -45,6 +45,8 @@ def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, dat
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["accuracy"] == answer["accuracy"]
     assert record["environment"]["versions"]["torch"]
+    assert record["dataset"]["name"] == "glyphs"
+    assert record["encoder"]["trained"]["by"] == "the run of the model"
     assert (tmp_path / "r.parquet").exists()
 
 
@@ -68,6 +70,13 @@ def test_evaluate_several_ways_with_baselines(run, data, capsys):
         )
     ]
     assert [(row["way"], row["baseline"]) for row in answer["baselines"]] == expected
+    assert [(row["way"], row["baseline"]) for row in answer["paired"]] == expected
+    for row, pair in zip(answer["baselines"], answer["paired"], strict=True):
+        result = next(result for result in answer["rows"] if result["way"] == row["way"])
+        assert pair["difference"] == pytest.approx(result["accuracy"] - row["accuracy"])
+        assert row["settings"].get("features", "scaled") in ("scaled", "unscaled")
+        assert 0 <= row["validation_accuracy"] <= 1
+    assert {row["split"] for row in answer["baseline_trials"]} == {"validation"}
     kept = {Path(file).name for file in answer["kept"]}
     assert kept >= {"test-2way-2shot-transductive.json", "test-6way-2shot-transductive.parquet"}
     assert {file.name for file in (run / RESULTS).iterdir()} >= kept

@@ -150,6 +150,28 @@ def test_model_trained_on_features_evaluates_images_with_its_encoder(
     assert figures == {"curves.png", "latent-map.png"}
 
 
+def test_record_names_the_dataset_and_the_training_of_the_encoder(
+    data: Path, features: Path, model: Path, encoder: Path, tmp_path: Path
+) -> None:
+    task = ["--way", "3", "--query", "5", "--episodes", "4", "--json"]
+    records = []
+    for uri in (features, data):
+        file = tmp_path / f"{uri.name}.json"
+        assert main(["evaluate", str(model), "--data", str(uri), *task, "--record", str(file)]) == 0
+        records.append(json.loads(file.read_text()))
+    on_features, on_images = records
+    images = Dataset.open(data)
+    assert on_features["dataset"] == on_images["dataset"]
+    assert on_features["dataset"] == {"name": "glyphs", "options": images.manifest["options"]}
+    assert on_features["checkpoint"] == {"chosen_by": "the last step", "validation_labels": False}
+    settings = json.loads((encoder / "settings.json").read_text())
+    trained = on_features["encoder"]["trained"]
+    assert trained["by"] == "a run of its own"
+    assert (trained["steps"], trained["seed"]) == (settings["pretrain"]["steps"], settings["train"]["seed"])
+    assert (trained["pretrain"], trained["data_fingerprint"]) == (settings["pretrain"], images.fingerprint)
+    assert on_images["encoder"] == {"sha256": on_features["encoder"]["sha256"], "trained": None}
+
+
 def assert_refused(capsys: pytest.CaptureFixture[str], message: str, words: list[str]) -> None:
     capsys.readouterr()
     assert main(words) == 2
@@ -170,7 +192,7 @@ def test_wrong_request_is_one_error_line_and_writes_nothing(
         ("an encoder is trained on images", command("pretrain", "omniglot-cpu", **{"data.uri": features})),
         ("pretrain.steps is 0", command("pretrain", "omniglot-5way", **{"data.uri": data})),
         (
-            "contains features; use the data set of the images",
+            "contains features; use the dataset of the images",
             ["features", str(encoder), "--data", str(features), "--out", str(out)],
         ),
         ("no such encoder", ["features", "torchvision:nothing", "--data", str(data), "--out", str(out)]),
@@ -210,7 +232,7 @@ def test_features_of_another_encoder_are_refused(
         assert_refused(capsys, "in the manifest", on_features(altered, tmp_path / "run"))
     for key, value in (("feature_size", -1), ("dtype", "object"), ("image_shape", [1]), ("kind", "sounds")):
         (altered / "dataset.json").write_text(json.dumps(manifest | {key: value}))
-        assert_refused(capsys, "write the data set again", on_features(altered, tmp_path / "run"))
+        assert_refused(capsys, "write the dataset again", on_features(altered, tmp_path / "run"))
     hostile = manifest | {"attachments": {"../../evil": {"sha256": "0" * 64, "bytes": 1}}}
     (altered / "dataset.json").write_text(json.dumps(hostile))
     assert_refused(capsys, '= "../../evil": string should match pattern', on_features(altered, tmp_path / "run"))
