@@ -64,6 +64,14 @@ def test_row_names_the_split_and_a_choice_by_labels(tmp_path, changes, words):
     assert row(table, "paper: Meta-GMVAE").endswith("| 94.92 | 97.09 | 82.21 | 90.61 |")
 
 
+def test_row_of_files_of_different_trainings_says_so(tmp_path):
+    for way in (3, 5):
+        write(tmp_path, "mine", way=way, settings_fingerprint=f"{way}")
+    assert row(results_table(tmp_path, ["mine"]), "**`mine`**").startswith(
+        "| **`mine`** (transductive, columns of different trainings)"
+    )
+
+
 def test_results_of_two_datasets_make_no_table(tmp_path, capsys):
     write(tmp_path, "omniglot-a", dataset={"name": "omniglot"})
     write(tmp_path, "omniglot-b", dataset={"name": "glyphs"})

@@ -171,7 +171,7 @@ def _baselines(by_task: ByTask) -> dict[str, dict[Task, list[RecordedBaseline]]]
 
 
 def _protocol(by_task: ByTask) -> str:
-    """Return the recorded mode, split of Omniglot, choice by labels and number of trainings of a row."""
+    """Return what is recorded of a row: mode, split of Omniglot, choice of the checkpoint by labels, trainings."""
     results = [result for trainings in by_task.values() for result in trainings]
     notes = [_modes(by_task)]
     splits = {str(result.images.options.get("split", "")) for result in results if result.images.name == "omniglot"}
@@ -179,7 +179,10 @@ def _protocol(by_task: ByTask) -> str:
     if any(result.trained.get("selected_by") for result in results):
         notes.append("checkpoint chosen with validation labels")
     trainings = max(map(len, by_task.values()))
-    notes += [f"{trainings} trainings"] if trainings > 1 else []
+    if trainings > 1:
+        notes.append(f"{trainings} trainings")
+    elif len({result.state for result in results}) > 1:
+        notes.append("columns of different trainings")
     return f" ({', '.join(notes)})"
 
 
