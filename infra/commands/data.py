@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken", "allow_missing")
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
-REPORTED = (
-    *("files", "suffixes", "left_out", "folders_without_images"),
-    *("single_value_images", "single_value_names", "images_above_8_bits", "missing"),
-)
-"""Entries of the source's report that `prepare` prints: which files were read or left out, and what looks wrong."""
-
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
@@ -105,7 +99,8 @@ def prepare(arguments: Namespace) -> Answer:
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         "skipped": source.report.get("skipped", []),
-        **{key: source.report[key] for key in REPORTED if key in source.report},
+        **source.files,
+        **({"missing": source.report["missing"]} if source.report.get("missing") else {}),
     }
 
 

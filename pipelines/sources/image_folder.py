@@ -43,8 +43,8 @@ def open_folder(
 ) -> ImageSource:
     """Read the images of a folder or archive: uint8, (channels, size, size), cropped to centred squares.
 
-    Every image is decoded once to find broken ones. They are skipped and listed in `report["skipped"]`. The report also
-    counts the files that are left out (`files_report`) and the images of a single value.
+    Every image is decoded once to find broken ones. They are skipped and listed in `report["skipped"]`. `files`
+    counts the files that are left out and the images of a single value.
 
     Args:
         source: folder or archive.
@@ -87,14 +87,14 @@ def open_folder(
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
         "skipped": [{"name": name, "reason": reason} for name, reason in scan.broken.items()],
-        **files_report([image.file.name for image in intact], listing.left_out, [*listing.folders, *scan.folders]),
-        **scan.report,
         "options": {**options, "fractions": fractions and list(fractions), "seed": seed, "max_broken": max_broken},
     }
     if scan.preprocessing != preprocessing:
         options["sixteen_bit_white"] = scan.preprocessing.sixteen_bit_white
     fingerprint = source_fingerprint("folder", content, options)
-    return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing)
+    folders = [*listing.folders, *scan.folders]
+    files = files_report([image.file.name for image in intact], listing.left_out, folders) | scan.report
+    return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)
 
 
 def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -20,11 +19,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
+from metagmvae.pipelines.archives.reader import Entry, read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
+from metagmvae.pipelines.sources.image_files import files_report
+from metagmvae.pipelines.sources.omniglot_layout import Character, find_drawings
 from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -36,12 +37,8 @@ VINYALS_DEVELOPMENT = 1200
 """Number of characters of train and validation together: the first ones, sorted by archive, alphabet, character."""
 VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 SPLITS = ("1200-100-323", "vinyals")
-CHARACTER_NAME = re.compile(r"character\d\d")
 CACHED_SIDE = 64
 """Largest side for which decoded drawings are cached in memory: 32,460 drawings, 25 MB at 28 x 28."""
-
-Character = tuple[str, str, str]
-"""(archive, alphabet, character)."""
 
 
 def open_omniglot(
@@ -50,8 +47,8 @@ def open_omniglot(
     """Read Omniglot: uint8, (1, size, size), strokes 255 on background 0; classes `archive/alphabet/character01@090`.
 
     Args:
-        source: folder with `images_background` and `images_evaluation`, each a zip file or a folder; None downloads
-            them into the user's cache folder.
+        source: folder with `images_background` and `images_evaluation`, each an archive or a folder; or a folder or an
+            archive with the alphabets of both. None downloads them into the user's cache folder.
         split: `1200-100-323` or `vinyals`.
         size: side in pixels.
         rotations: 4 (counter-clockwise rotations by 90 degrees are separate classes) or 1.
@@ -64,13 +61,9 @@ def open_omniglot(
     if rotations not in (1, 4):
         raise DataError(f"rotations is {rotations}; choose 4 (rotations as classes) or 1")
     check_integer("size", size, 1)
-    root = _data_folder(Path(source)) if source is not None else download_omniglot()
-    parts = {archive: _find_part(root, archive) for archive in CHARACTERS}
-    drawings: dict[Character, list[tuple[str, Entry]]] = {}
-    for archive, part in parts.items():
-        for character, entry in _drawings(part, archive):
-            drawings.setdefault(character, []).append((part, entry))
-    _check_complete(root, drawings)
+    found = find_drawings(Path(source) if source is not None else download_omniglot())
+    drawings = found.of_character
+    _check_complete(found.root, drawings)
     characters_of = _vinyals(sorted(drawings)) if split == "vinyals" else _random_split(sorted(drawings))
     splits = {
         name: [record for c in characters for record in _records(c, drawings[c], size, rotations)]
@@ -88,7 +81,8 @@ def open_omniglot(
         "options": options,
     }
     fingerprint = source_fingerprint("omniglot", content, options)
-    return ImageSource("omniglot", (1, size, size), splits, fingerprint, report, _preprocessing(size))
+    files = files_report([entry.name for part in drawings.values() for _, entry in part], found.left_out)
+    return ImageSource("omniglot", (1, size, size), splits, fingerprint, report, _preprocessing(size), files)
 
 
 def download_omniglot() -> Path:
@@ -112,34 +106,6 @@ def download_omniglot() -> Path:
             "images_evaluation.zip with --source"
         ) from error
     return cache / Omniglot.folder
-
-
-def _data_folder(root: Path) -> Path:
-    """The folder itself, or its only subfolder if it contains neither archive."""
-    try:
-        contents = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root}: not a readable folder; give the folder with the archives with --source") from error
-    folders = [path for path in contents if path.is_dir()]
-    if len(folders) == 1 and not any(path.stem in CHARACTERS for path in contents):
-        return _data_folder(folders[0])
-    return root
-
-
-def _find_part(root: Path, archive: str) -> str:
-    """The zip file of an archive, or its folder."""
-    for part in (root / f"{archive}.zip", root / archive):
-        if part.exists():
-            return str(part)
-    raise DataError(f"{root}: neither {archive}.zip nor a folder {archive} there; give their folder with --source")
-
-
-def _drawings(part: str, archive: str) -> Iterator[tuple[Character, Entry]]:
-    for entry in list_entries(part, (".png",)):
-        folders = entry.name.split("/")
-        if len(folders) < 3 or not CHARACTER_NAME.fullmatch(folders[-2]):
-            raise DataError(f"{part}: {entry.name} is not <alphabet>/character<NN>/<drawing>.png; remove it")
-        yield (archive, folders[-3], folders[-2]), entry
 
 
 def _check_complete(root: Path, drawings: dict[Character, list[tuple[str, Entry]]]) -> None:

@@ -41,6 +41,9 @@ class ImageSource:
     preprocessing: Preprocessing | None = None
     """What `load` of each record does to an image, recorded in the manifest; None if `Preprocessing` cannot say it."""
 
+    files: dict[str, Any] = field(default_factory=dict)
+    """Account of the files of the source (`files_report`), printed by `metagmvae prepare`."""
+
     permuted = False
     dtype = "uint8"
 
