@@ -35,7 +35,7 @@ SETTINGS = {
     "tracking.enabled": "false",
 }
 SPACE = """
-train.learning_rate = { choice = [1e-3, 3e-3, 1e30] }
+train.learning_rate = { choice = [1e-3, 3e-3, 1e9] }
 train.components = { choice = [5, 60] }
 train.em_iterations = { choice = [1, 2] }
 """

@@ -117,7 +117,7 @@ def test_an_interrupted_trial_continues_and_repeats_its_reports(data, tmp_path, 
 
 
 def test_an_error_of_the_training_is_stored_as_one_line(data, tmp_path, reports):
-    config, _ = new_trial(data, tmp_path / "diverges", **{"train.learning_rate": 1e30})
+    config, _ = new_trial(data, tmp_path / "diverges", **{"train.learning_rate": 1e9})
     run_trial(config)
     reason = (tmp_path / "diverges" / REASON).read_text()
     assert reason.count("\n") == 1
