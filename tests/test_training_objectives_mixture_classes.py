@@ -52,6 +52,27 @@ def test_semi_supervised_em_equals_the_transcription(
 
 
 @pytest.mark.parametrize("e_step", BOTH)
+def test_padding_of_unequal_shots_has_no_influence(e_step: Covariance) -> None:
+    """Classes with 1 to 3 labelled points; the padding has arbitrary values."""
+    padded, query = episode(9, 3, 3, 12, 4)
+    shots, mask = (1, 3, 2), np.zeros((3, 3))
+    for k, count in enumerate(shots):
+        mask[k, :count] = 1
+        padded[k, count:] = 50.0
+    mixture = fit_semi_supervised(
+        torch.tensor(padded)[None],
+        torch.tensor(query)[None],
+        iterations=4,
+        e_step=e_step,
+        mask_EKT=torch.tensor(mask)[None],
+    )
+    support = [padded[k, :count] for k, count in enumerate(shots)]
+    means, variances = reference.semi_supervised_em(support, query, 4, e_step, VARIANCE_FLOOR)
+    assert np.allclose(mixture.mean_EKD[0].numpy(), means, rtol=0, atol=1e-8)
+    assert np.allclose(mixture.variance_EKD[0].numpy(), variances, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("e_step", BOTH)
 @pytest.mark.parametrize("temperature", [0.5, 6.0])
 def test_em_with_a_temperature_equals_the_transcription(temperature: float, e_step: Covariance) -> None:
     support, query = episode(8, 4, 2, 20, 3)
