@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.mixture import ClassMixture, class_log_posterior, fit_semi_supervised
@@ -129,6 +130,9 @@ def fit_and_classify(
 
     Returns:
         The Gaussians, and the probabilities (E, P, K).
+
+    Raises:
+        DataError: a probability is not finite.
     """
     E, P, N, _ = query_EPND.shape
     points_EPD = query_EPND.flatten(1, 2)
@@ -141,7 +145,14 @@ def fit_and_classify(
         mask_EKT=mask_EKT,
     )
     log_posterior = class_log_posterior(mixture, points_EPD, adapt.final_covariance, adapt.temperature)
-    return mixture, log_posterior.exp().view(E, P, N, -1).mean(dim=2)
+    probabilities_EPK = log_posterior.exp().view(E, P, N, -1).mean(dim=2)
+    if not torch.isfinite(probabilities_EPK).all():
+        # The argmax of NaN is the first class, which would pass for a prediction and count as chance.
+        raise DataError(
+            f"the model gives NaN instead of probabilities: its weights or adapt.temperature ({adapt.temperature:g}) "
+            "are wrong; use another checkpoint"
+        )
+    return mixture, probabilities_EPK
 
 
 def latent_noise(

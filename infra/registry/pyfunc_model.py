@@ -30,6 +30,8 @@ from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec  # noqa: E40
 
 PACKAGE = "package"
 QUERY = -1
+MAX_PARAMETER = 1000
+"""Most iterations and samples of a request, so that it ends; the settings of a model are 10 and 32 by default."""
 
 
 class Predictor:
@@ -139,11 +141,11 @@ def adapt_settings(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSett
     """Return the adaptation settings of the model, with `iterations` and `samples` replaced by those of a request.
 
     Raises:
-        DataError: one of them is smaller than 1.
+        DataError: one of them is smaller than 1 or larger than `MAX_PARAMETER`.
     """
-    invalid = [f"{key} is {value}" for key, value in params.items() if int(value) < 1]
+    invalid = [f"{key} is {value}" for key, value in params.items() if not 1 <= int(value) <= MAX_PARAMETER]
     if invalid:
-        raise DataError(f"{', '.join(invalid)}; it must be 1 or more")
+        raise DataError(f"{', '.join(invalid)}; it must be between 1 and {MAX_PARAMETER:,}")
     return adapt.model_copy(update={key: int(value) for key, value in params.items()})
 
 

@@ -15,11 +15,10 @@ from typing import Any
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_change import set_alias_if_free
-from metagmvae.infra.runs.run_folder import RECORD
+from metagmvae.infra.runs.run_folder import read_record
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect, import_mlflow, redact, tracking_errors
-from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
 ENTRY = Path(__file__).with_name("pyfunc_entry.py")
@@ -100,7 +99,7 @@ def _version_tags(
 ) -> dict[str, str]:
     """Return the tags of a version: settings, data, training and results of the model."""
     # The record says where the dataset was; the checkpoint does not.
-    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
+    record = read_record(run_dir)
     tags = {
         "run_id": run_id,
         "settings_fingerprint": fingerprint(loaded.settings),

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from metagmvae.pipelines.files import atomic_file
+from pydantic import BaseModel, ConfigDict, Field
+
+from metagmvae.configs.load import SettingsError, settings_from_json
+from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.files import (
+    atomic_file,
+    check_document,
+    parse_json,
+    read_json,
+    read_text,
+    remove_temporary_files,
+)
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.checkpoint import CHECKPOINT as CHECKPOINT
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
@@ -27,11 +40,18 @@ FIGURES = "figures"
 """Folder of PNG files."""
 TRAINING_LOCK = ".training.lock"
 TRACKING_LOCK = ".tracking.lock"
+WRITTEN = (SETTINGS, RECORD, STATUS, CHECKPOINT, METRICS, CURSOR)
+"""Files that are replaced as a whole. A process that is killed meanwhile leaves a temporary file `.NAME.…`."""
+MAX_LINES_BYTES = 2**30
+LINE_REMEDY = "correct the line or delete it"
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def global_step(state: TrainState) -> int:
     """Return the number of steps done over all stages."""
-    pretrain = json.loads(state["settings"])["pretrain"]["steps"]
+    pretrain = settings_from_json(state["settings"]).pretrain.steps
     return state["step"] if state["stage"] == "pretrain" else pretrain + state["step"]
 
 
@@ -45,12 +65,91 @@ def append_lines(path: Path, lines: list[MetricLine]) -> None:
         file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
 
+class _MetricLine(BaseModel):
+    """The keys of a line of `metrics.jsonl` that this program reads."""
+
+    model_config = ConfigDict(strict=True)
+
+    stage: str
+    step: Count
+    global_step: Count
+    loss: float
+    elapsed_s: Seconds
+    steps: Count = 0
+    images_per_s: float = 0.0
+
+
+class _Record(BaseModel):
+    """The keys of `run.json` that this program reads; those of later versions are missing in older files."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: str | None = None
+    data_fingerprint: str | None = None
+    kind: str | None = None
+
+
 def read_lines(path: Path) -> list[MetricLine]:
-    """Return the metric lines of a run, without a last line that a killed process left incomplete."""
+    """Return the lines of `metrics.jsonl` or `system.jsonl`, without a last line that a killed process left incomplete.
+
+    Raises:
+        DataError: a complete line is not JSON, or lacks a key.
+    """
     if not path.exists():
         return []
-    content = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+    content = read_text(path, MAX_LINES_BYTES)
+    lines: list[MetricLine] = []
+    for number, text in enumerate(content[: content.rfind("\n") + 1].split("\n")[:-1], 1):
+        where = f"{path} line {number}"
+        line = parse_json(text, where)
+        if path.name == METRICS:
+            check_document(_MetricLine, line, where, LINE_REMEDY)
+        elif not isinstance(line, dict):
+            raise DataError(f"{where}: not a JSON object; {LINE_REMEDY}")
+        lines.append(line)
+    return lines
+
+
+def read_settings(run_dir: Path) -> Settings:
+    """Return the settings of a run.
+
+    Raises:
+        DataError: `settings.json` is missing or cannot be read.
+        SettingsError: it contains no valid settings.
+    """
+    path = run_dir / SETTINGS
+    try:
+        return settings_from_json(read_text(path))
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Return the record of a run, `run.json`; empty if there is none.
+
+    Raises:
+        DataError: it is not such a record.
+    """
+    path = run_dir / RECORD
+    if not path.exists():
+        return {}
+    record: dict[str, Any] = read_json(path)
+    check_document(_Record, record, path, "delete the file, or restore it")
+    return record
+
+
+def folder_contents(run_dir: Path) -> set[str]:
+    """Return the names in a run folder, without lock files and what a killed process left of a file being written."""
+    if not run_dir.is_dir():
+        return set()
+    names = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK, TRACKING_LOCK}
+    return {name for name in names if not name.startswith(tuple(f".{written}." for written in WRITTEN))}
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left of files that it was writing. The caller holds the lock of the folder."""
+    for name in WRITTEN:
+        remove_temporary_files(run_dir, name)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -64,6 +163,5 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 def is_finished(path: Path) -> bool:
     """Return whether the last metric line is that of the last step of the last stage."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return bool(last) and last.get("stage") == "meta" and last.get("step") == last.get("steps")
+    last = (read_lines(path) or [{}])[-1]
+    return last.get("stage") == "meta" and last["step"] == last.get("steps")

@@ -6,12 +6,13 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field
 
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, is_finished
-from metagmvae.pipelines.files import read_json, write_json
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, Count, is_finished
+from metagmvae.pipelines.files import check_document, read_json, write_json
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
@@ -44,7 +45,28 @@ def read_status(run_dir: Path) -> tuple[str, int, int | None]:
     return saved["status"], saved["started_ms"], saved["ended_ms"]
 
 
+class _Owner(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    pid: Annotated[int, Field(ge=0, lt=2**31)]
+    host: str
+
+
+class _Status(BaseModel):
+    """Content of `status.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+    started_ms: Count
+    ended_ms: Count | None
+    owner: _Owner
+
+
 def _read(run_dir: Path) -> dict[str, Any]:
     path = run_dir / STATUS
-    saved: dict[str, Any] = read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    saved: dict[str, Any] = read_json(path)
+    check_document(_Status, saved, path, "delete the file")
     return saved

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
 
 from metagmvae.infra.runs.run_folder import CURSOR, TRACKING_LOCK
 from metagmvae.infra.tracking.store import TrackingError
-from metagmvae.pipelines.files import read_json, write_json
+from metagmvae.pipelines.files import check_document, read_json, write_json
 
 
 class Cursor:
@@ -60,7 +61,27 @@ def upload_lock(run_dir: Path) -> Iterator[None]:
         raise TrackingError(f"{run_dir}: another process is uploading it to MLflow; try again later") from error
 
 
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    run_id: str | None
+    lines: dict[str, dict[str, Any]]
+    artifacts: dict[str, Any]
+
+
+class _Cursor(BaseModel):
+    """Content of `tracking.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    stores: dict[str, _Entry]
+    run_id: str | None = None
+    uri: str = ""
+
+
 def _read(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CURSOR
     content: dict[str, Any] = read_json(path) if path.exists() else {"version": 1, "stores": {}}
+    check_document(_Cursor, content, path, "delete the file; the run is then uploaded as a new one")
     return content

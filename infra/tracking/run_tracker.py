@@ -7,8 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from metagmvae.configs.schema import Settings, TrackingSettings
-from metagmvae.infra.runs.run_folder import SETTINGS, SYSTEM, read_lines
+from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.runs.run_folder import SETTINGS, SYSTEM, read_lines, read_settings
 from metagmvae.infra.tracking.cursor import last_uri
 from metagmvae.infra.tracking.live_tracker import LiveTracker
 from metagmvae.infra.tracking.run_uploader import UploadReport, not_a_run_folder, upload_run
@@ -76,7 +76,7 @@ def tracking_settings(run_dir: str | Path) -> TrackingSettings:
     path = Path(run_dir) / SETTINGS
     if not path.is_file():
         raise not_a_run_folder(run_dir)
-    return with_last_store(Settings.model_validate_json(path.read_text()).tracking, run_dir)
+    return with_last_store(read_settings(Path(run_dir)).tracking, run_dir)
 
 
 def with_last_store(tracking: TrackingSettings, folder: str | Path) -> TrackingSettings:

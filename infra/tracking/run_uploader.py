@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.runs.run_folder import CURSOR, FIGURES, RECORD, RESULTS, SETTINGS, STATUS
+from metagmvae.infra.runs.run_folder import (
+    CURSOR,
+    FIGURES,
+    RESULTS,
+    SETTINGS,
+    STATUS,
+    read_record,
+    read_settings,
+)
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import Cursor, upload_lock
@@ -60,7 +68,8 @@ def upload_run(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bo
     run_dir = Path(run_dir).absolute()
     if not (run_dir / SETTINGS).is_file():
         raise not_a_run_folder(run_dir)
-    record = read_json(run_dir / RECORD) if (run_dir / RECORD).is_file() else {}
+    read_settings(run_dir)  # raises an error if they are no settings; the stored text is uploaded
+    record = read_record(run_dir)
     with upload_lock(run_dir):
         store = connect(tracking)
         run = RunUploader(run_dir, store, tracking.experiment, read_json(run_dir / SETTINGS), record)

@@ -24,7 +24,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, read_trials, to_json_lines
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, TRAINING_LOCK, read_lines
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, TRAINING_LOCK, read_lines, read_settings
 from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
 from metagmvae.pipelines.records import DataError
@@ -135,7 +135,7 @@ class SweepFolder:
 
     def trial_settings(self, number: int) -> Settings:
         """Settings of a trial."""
-        return settings_from_json((self.trial_folder(number) / SETTINGS).read_text(encoding="utf-8"))
+        return read_settings(self.trial_folder(number))
 
     def repair(self) -> None:
         """Delete what a killed process left incomplete: a truncated last line, and trial folders without settings.

@@ -18,11 +18,10 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from metagmvae.configs.load import settings_from_json
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.local_context import LocalContext
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines, read_settings
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs, select_device
 from metagmvae.infra.tune.sweep_folder import REASON
@@ -132,7 +131,7 @@ def run_trial(config: dict[str, Any]) -> None:
     if not (folder / SETTINGS).is_file():
         raise DataError(f"{folder}: this node does not see it; give --out a folder that all nodes share")
     try:
-        settings = settings_from_json((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_settings(folder)
         with lock_run_folder(folder, patience_s=PATIENCE_S):
             _train(settings, config["data"], folder, config["task"])
     except Exception as error:  # any error ends this trial only; the sweep continues

@@ -22,7 +22,7 @@ from metagmvae.evaluation.comparison.validation_rows import (
 )
 from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
-from metagmvae.infra.runs.run_folder import METRICS, RECORD, RESULTS, SETTINGS, read_lines
+from metagmvae.infra.runs.run_folder import METRICS, RESULTS, SETTINGS, read_lines, read_record, read_settings
 from metagmvae.infra.workflows.compare_versions import version_items
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
@@ -111,8 +111,7 @@ def _run(ref: str, path: Path) -> ComparedItem:
 
 def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Make a row of the newest validation during training."""
-    settings = settings_from_json((path / SETTINGS).read_text(encoding="utf-8"))
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    settings, record = read_settings(path), read_record(path)
     mode = "inductive" if record.get("kind") == "encoder" else "transductive"
     newest = newest_validation(lines)
     if newest is None:

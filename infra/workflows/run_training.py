@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from metagmvae.configs.load import SettingsError, differences, fingerprint, settings_from_json, to_json
+from metagmvae.configs.load import SettingsError, differences, fingerprint, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.figures.gallery import draw_gallery
 from metagmvae.evaluation.provenance import provenance
@@ -16,14 +16,27 @@ from metagmvae.infra.runs.checks import check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.live_line import LiveLine
 from metagmvae.infra.runs.local_context import LocalContext
-from metagmvae.infra.runs.run_folder import FIGURES, METRICS, RECORD, SETTINGS, TRAINING_LOCK, read_lines
+from metagmvae.infra.runs.run_folder import (
+    CHECKPOINT,
+    FIGURES,
+    METRICS,
+    RECORD,
+    SETTINGS,
+    folder_contents,
+    read_lines,
+    read_record,
+    read_settings,
+    remove_leftovers,
+)
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import TrainingInputs, load_inputs, select_device
 from metagmvae.infra.tracking.run_tracker import RunTracker
-from metagmvae.pipelines.files import read_json, write_json
+from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import load_model
+from metagmvae.training.trainer.resume import check_same_run
 from metagmvae.training.trainer.stages import ModelKind
 
 
@@ -51,9 +64,10 @@ def run_training(
     check_settings(settings, inputs.dataset, kind)
     device = select_device(settings) if settings.run.engine == "local" else None  # Ray assigns a device to each worker
     run_dir = Path(settings.run.out).absolute()
-    _prepare_folder(run_dir, inputs, resume)
+    _prepare_folder(run_dir, inputs, kind, resume)
     total_steps = settings.pretrain.steps + (settings.train.steps if kind == "meta-gmvae" else 0)
     with lock_run_folder(run_dir):
+        remove_leftovers(run_dir)
         _write_record(run_dir, inputs, kind)
         with RunTracker(run_dir, settings.tracking), LiveLine(run_dir, total_steps, quiet=quiet):
             _train(inputs, run_dir, device, kind, resume)
@@ -80,14 +94,14 @@ def _draw_figures(run_dir: Path, inputs: TrainingInputs) -> None:
         print(f"no figures were drawn: {error}", file=sys.stderr)
 
 
-def _prepare_folder(run_dir: Path, inputs: TrainingInputs, resume: bool) -> None:
+def _prepare_folder(run_dir: Path, inputs: TrainingInputs, kind: ModelKind, resume: bool) -> None:
     """Create the run folder, or check that the existing one belongs to the run to resume."""
-    contents = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK} if run_dir.is_dir() else set()
+    contents = folder_contents(run_dir)
     if not resume:
         if contents or (run_dir.exists() and not run_dir.is_dir()):
             raise DataError(f"{run_dir}: not empty; continue with --resume, or choose another folder: --set run.out=…")
     elif SETTINGS in contents:
-        _check_same_run(run_dir, inputs)
+        _check_same_run(run_dir, inputs, kind)
     elif contents:
         raise DataError(f"{run_dir}: not a run folder (no {SETTINGS}); choose another one: --set run.out=…")
     else:
@@ -98,21 +112,23 @@ def _prepare_folder(run_dir: Path, inputs: TrainingInputs, resume: bool) -> None
         raise DataError(f"{run_dir}: cannot be created ({error.strerror}); set run.out to another folder") from error
 
 
-def _check_same_run(run_dir: Path, inputs: TrainingInputs) -> None:
-    """Check that the settings and the dataset are those that the run was started with.
+def _check_same_run(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> None:
+    """Check that settings and dataset are those of the run, according to its record and to its checkpoint.
 
     Raises:
         SettingsError: other settings.
         DataError: other data.
+        CheckpointError: the checkpoint is of another run.
     """
-    stored = settings_from_json((run_dir / SETTINGS).read_text(encoding="utf-8"))
-    changed = differences(inputs.settings, stored)
+    changed = differences(inputs.settings, read_settings(run_dir))
     if changed:
         raise SettingsError(f"{run_dir}: cannot resume with other settings ({'; '.join(changed)})")
-    record = read_json(run_dir / RECORD) if (run_dir / RECORD).exists() else {}
     dataset = inputs.dataset
-    if record.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
+    if read_record(run_dir).get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise DataError(f"{run_dir}: was trained on other data than {dataset.uri} holds now; start a new run")
+    if (run_dir / CHECKPOINT).exists():
+        state = load_state(run_dir / CHECKPOINT)
+        check_same_run(state, inputs.settings, dataset.fingerprint, kind, run_dir / CHECKPOINT)
 
 
 def _write_record(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> None:

@@ -31,6 +31,7 @@ from metagmvae.training.trainer.context import MetricLine, RunContext, TrainStat
 from metagmvae.training.trainer.device_rows import DeviceRows
 from metagmvae.training.trainer.frozen_features import CHUNK, ScaledRows, fit_feature_scaling, init_from_features
 from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
+from metagmvae.training.trainer.resume import check_same_run, restoring
 from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
 
 ModelKind = Literal["meta-gmvae", "encoder"]
@@ -122,8 +123,10 @@ class _Trainer:
         """Run the stages that are left."""
         saved = self.context.load()
         if saved is not None:
-            self.model.load_state_dict(saved["model"])
-            self.projector.load_state_dict(saved["projector"])
+            check_same_run(saved, self.settings, self.data_fingerprint, self.kind)
+            with restoring():
+                self.model.load_state_dict(saved["model"])
+                self.projector.load_state_dict(saved["projector"])
             self.best = saved["best"]
             self.elapsed = saved["elapsed"]
         first = self.stages.index(saved["stage"]) if saved is not None else 0
@@ -132,7 +135,8 @@ class _Trainer:
         for position, name in enumerate(self.stages[first:]):
             resumed = saved if position == 0 else None
             if resumed is not None and resumed["step"] == self._steps(name):
-                restore_random_state(resumed["rng"])
+                with restoring():
+                    restore_random_state(resumed["rng"])
             elif self._steps(name) or name == last:
                 state = self._fit_stage(name, resumed)
         if state is None or (state["stage"], state["step"]) != (last, self._steps(last)):
@@ -148,9 +152,10 @@ class _Trainer:
         distributed.broadcast_buffers(self.model)
         stage = self._build_stage(name, start)
         if saved is not None:
-            stage.optimizer.load_state_dict(saved["optimizer"])
-            stage.schedule.load_state_dict(saved["schedule"])
-            restore_random_state(saved["rng"])
+            with restoring():
+                stage.optimizer.load_state_dict(saved["optimizer"])
+                stage.schedule.load_state_dict(saved["schedule"])
+                restore_random_state(saved["rng"])
         hooks = Hooks(
             state=lambda step: self._state(stage, step),
             after_step=lambda step: self._after_step(name, step),
