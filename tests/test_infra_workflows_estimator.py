@@ -1,6 +1,8 @@
 """The scikit-learn classifier: the checks of scikit-learn, and predictions equal to those of the evaluation."""
 
+import warnings
 from copy import deepcopy
+from dataclasses import replace
 
 import mlflow_template
 import numpy as np
@@ -8,11 +10,15 @@ import pytest
 import torch
 from reference import semi_supervised_em
 from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from metagmvae.evaluation.fewshot.pixel_arrays import PixelWarning, image_rows
 from metagmvae.evaluation.fewshot.predict import predict_episodes
 from metagmvae.infra.workflows import estimator
 from metagmvae.infra.workflows.estimator import FewShotClassifier
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import fit_semi_supervised
 from metagmvae.training.trainer.package import load_model
@@ -52,10 +58,20 @@ def test_equal_shots_give_the_probabilities_of_predict_episodes(loaded, mode):
     assert classifier.predict(queries).tolist() == [["a", "b"][k] for k in expected.argmax(1)]
 
 
-def test_inductive_prediction_does_not_depend_on_other_queries(loaded):
-    queries = random_images(4, seed=1)
-    classifier = FewShotClassifier(loaded, samples=2).fit(random_images(3), [0, 0, 1])
-    np.testing.assert_allclose(classifier.predict_proba(queries)[:1], classifier.predict_proba(queries[:1]), atol=1e-6)
+@pytest.mark.parametrize("mode", ["inductive", "transductive"])
+def test_prediction_does_not_depend_on_names_and_order(loaded, mode):
+    support, labels, queries = random_images(5), np.array([0, 0, 1, 2, 2]), random_images(6, seed=1)
+    classifier = FewShotClassifier(loaded, samples=2, mode=mode)
+    expected = classifier.fit(support, labels).predict_proba(queries)
+    order = [4, 1, 3, 0, 2]
+    np.testing.assert_array_equal(classifier.fit(support[order], labels[order]).predict_proba(queries), expected)
+    renamed = classifier.fit(support, np.array(["c", "a", "b"])[labels]).predict_proba(queries)
+    np.testing.assert_array_equal(renamed[:, [2, 0, 1]], expected)
+    if mode == "inductive":
+        classifier.fit(support, labels)
+        np.testing.assert_array_equal(classifier.predict_proba(queries[::-1])[::-1], expected)
+        for p in range(6):
+            np.testing.assert_array_equal(classifier.predict_proba(queries[[p]])[0], expected[p])
 
 
 def test_model_runs_on_the_default_device(loaded, monkeypatch):
@@ -100,10 +116,106 @@ def test_features_are_classified_without_a_model():
     [
         ({"mode": "both"}, random_images(3), "mode is 'both'"),
         ({}, random_images(3)[:, :9], "9 values in a row"),
-        ({}, random_images(3) * 2.0, "pixels must be from 0 to 255"),
+        ({}, random_images(3) * 2.0, "not the scale 0 to 255"),
+        ({}, random_images(3) - 128.0, "not the scale 0 to 255"),
+        ({}, random_images(3) // 16, "from 0 to 15, which is not the scale"),
+        ({}, random_images(3) // 128, "from 0 to 1, which is not the scale"),
+        ({}, random_images(3).astype(np.uint16) * 257, "from 0 to 65535"),
+        ({}, np.where(random_images(3) > 250, np.nan, 1.0), "contains NaN"),
+        ({"pixel_range": (0, 255)}, random_images(3) / 255, "another scale"),
+        ({"pixel_range": (0, 1)}, random_images(3), "pixel_range is 0 to 1"),
+        ({"pixel_range": (1, 1)}, random_images(3), "two finite numbers"),
+        ({"preprocessed": False}, random_images(3), "does not record the preprocessing"),
+        ({}, random_images(3).reshape(3, 14, 56), r"X has shape \(3, 14, 56\)"),
         ({"iterations": 0}, random_images(3), "greater than 0"),
     ],
 )
 def test_wrong_arguments_are_refused(loaded, options, X, reason):
     with pytest.raises(ValueError, match=reason):
         FewShotClassifier(loaded, **options).fit(X, [0, 1, 1])
+
+
+SCALES = {
+    "floats 0 to 255": (lambda x: x.astype(np.float32), None),
+    "ToTensor": (lambda x: (x / 255).astype(np.float32), (0, 1)),
+    "-1 to 1": (lambda x: x / 127.5 - 1, (-1, 1)),
+    "16 bits": (lambda x: x.astype(np.uint16) * 257, (0, 65535)),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_same_pixels_on_another_scale_give_the_same_answer(loaded, name):
+    scale, pixel_range = SCALES[name]
+    support, queries, labels = random_images(4), random_images(3, seed=1), [0, 0, 1, 1]
+    expected = FewShotClassifier(loaded).fit(support, labels).predict_proba(queries)
+    classifier = FewShotClassifier(loaded, pixel_range=pixel_range).fit(scale(support), labels)
+    np.testing.assert_array_equal(classifier.predict_proba(scale(queries)), expected)
+    assert classifier.pixel_range_ == (pixel_range or (0, 255))
+
+
+@pytest.mark.parametrize("scale", [lambda x: x / 255, lambda x: x > 127])
+def test_fractions_and_booleans_are_scaled_with_a_warning(loaded, scale):
+    support, queries, labels = random_images(4), random_images(3, seed=1), [0, 0, 1, 1]
+    whole = np.rint(scale(support) * 255.0)
+    expected = FewShotClassifier(loaded).fit(whole, labels).predict_proba(np.rint(scale(queries) * 255.0))
+    with pytest.warns(PixelWarning, match=r"pixel_range=\(0, 1\)"):
+        classifier = FewShotClassifier(loaded).fit(scale(support), labels)
+    np.testing.assert_array_equal(classifier.predict_proba(scale(queries)), expected)
+
+
+def test_queries_on_another_scale_than_the_support(loaded):
+    support, labels = random_images(4), [0, 0, 1, 1]
+    classifier = FewShotClassifier(loaded).fit(support, labels)
+    with pytest.raises(ValueError, match="another scale than pixel_range 0 to 255"):
+        classifier.predict(support / 255)
+    with pytest.raises(ValueError, match="pixel_range is 0 to 255"):
+        classifier.predict(support * 2.0)
+    with pytest.warns(PixelWarning, match="up to 15 where 255 was expected"):
+        classifier.predict(support // 16)
+    fractions = FewShotClassifier(loaded, pixel_range=(0, 1)).fit(support / 255, labels)
+    with pytest.raises(ValueError, match="pixel_range is 0 to 1"):
+        fractions.predict(support)
+
+
+def test_scalers_in_front_of_the_classifier_are_noticed(loaded):
+    support, labels = random_images(6), [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="leave out a scaler"):
+        make_pipeline(StandardScaler(), FewShotClassifier(loaded)).fit(support, labels)
+    with pytest.warns(PixelWarning, match="as after MinMaxScaler"):
+        make_pipeline(MinMaxScaler(), FewShotClassifier(loaded, pixel_range=(0, 1))).fit(support, labels)
+
+
+def test_images_of_all_layouts(loaded):
+    support, queries, labels = random_images(4), random_images(3, seed=1), [0, 0, 1, 1]
+    classifier = FewShotClassifier(loaded).fit(support, labels)
+    expected = classifier.predict_proba(queries)
+    for shape in ((28, 28), (1, 28, 28), (28, 28, 1)):
+        np.testing.assert_array_equal(classifier.predict_proba(queries.reshape(3, *shape)), expected)
+        other = FewShotClassifier(loaded).fit(list(support.reshape(4, *shape)), labels)
+        np.testing.assert_array_equal(other.predict_proba(queries), expected)
+
+
+def test_channels_last_images_are_transposed():
+    rows, shape = image_rows(np.arange(2 * 5 * 5 * 3).reshape(2, 5, 5, 3), (3, 5, 5))
+    assert shape == (3, 5, 5)
+    assert rows[1].reshape(shape)[:, 2, 4].tolist() == [75 + 14 * 3, 75 + 14 * 3 + 1, 75 + 14 * 3 + 2]
+
+
+def test_images_that_should_be_inverted_already(loaded):
+    """A bright background is warned about; `preprocessed=False` inverts the images as recorded."""
+    inverting = replace(loaded, preprocessing=Preprocessing.of_shape(loaded.image_shape, invert=True))
+    strokes = np.where(random_images(4) > 200, 255, 0).astype(np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = FewShotClassifier(inverting).fit(strokes, [0, 0, 1, 1]).predict_proba(strokes)
+        original = FewShotClassifier(inverting, preprocessed=False).fit(255 - strokes, [0, 0, 1, 1])
+    np.testing.assert_array_equal(original.predict_proba(255 - strokes), expected)
+    with pytest.warns(PixelWarning, match="preprocessed=False"):
+        FewShotClassifier(inverting).fit(255 - strokes, [0, 0, 1, 1])
+    assert loaded.preprocessing is None
+
+
+def test_an_unknown_mode_is_refused_after_fit_too(loaded):
+    classifier = FewShotClassifier(loaded).fit(random_images(3), [0, 1, 1])
+    with pytest.raises(ValueError, match="mode is 'both'"):
+        classifier.set_params(mode="both").predict(random_images(3))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+import sys
+from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
     help_text = "also plot the images with their predicted classes"
     parser.add_argument("--figure", metavar="FILE.png", help=help_text)
+    help_text = "replace each value by 255 - value, as `prepare omniglot` does, or do not (default: as was done to the "
+    help_text += "training images)"
+    parser.add_argument("--invert", action=BooleanOptionalAction, help=help_text)
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
     description = "plot learning curves, reconstructions, mixture modes of episodes and a map of latents; or a sweep"
@@ -171,11 +175,22 @@ def _origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
 def classify(arguments: Namespace) -> Answer:
     """Run `metagmvae classify`."""
     from metagmvae.infra.registry.resolve import resolve_model
-    from metagmvae.infra.workflows.classify import classify_folders
+    from metagmvae.infra.workflows.classify import FIELDS, classify_folders
+    from metagmvae.pipelines.records import printable
 
     loaded = resolve_model(arguments.model)
+    if loaded.preprocessing is None and arguments.invert is None:
+        print(
+            f"metagmvae classify: {printable(arguments.model)} does not record whether its training images were "
+            "inverted; these images are not: give --invert or --no-invert",
+            file=sys.stderr,
+        )
     figure_file = Path(arguments.figure) if arguments.figure else None
-    return classify_folders(loaded, Path(arguments.support), Path(arguments.query), figure_file)
+    answer = classify_folders(loaded, Path(arguments.support), Path(arguments.query), figure_file, arguments.invert)
+    if not arguments.json and not set(FIELDS).intersection(answer["classes"]):
+        for row in answer["queries"]:
+            del row["probabilities"]  # the other columns of the table say the same
+    return answer
 
 
 def figure(arguments: Namespace) -> Answer:

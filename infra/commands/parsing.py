@@ -60,14 +60,14 @@ def add_command(
 
 
 def format_answer(answer: Answer) -> str:
-    """Format an answer as text: one `key: value` per line, lists of dictionaries as tables."""
+    """Format an answer as text: one `key: value` per line, lists of dictionaries as tables; no control characters."""
     lines = []
     for key, value in answer.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{key}:")
             lines += _table(value)
         elif isinstance(value, str) and "\n" in value:
-            lines.append(value)
+            lines += [_printable(line) for line in value.split("\n")]
         else:
             lines.append(f"{key}: {_plain(value)}")
     return "\n".join(lines)
@@ -75,7 +75,7 @@ def format_answer(answer: Answer) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_plain(row.get(name, "")) for name in names] for row in rows)]
+    cells = [[_printable(name) for name in names], *([_plain(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
@@ -86,10 +86,16 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{_printable(str(k))} {_plain(v)}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value) or "none"
-    return str(value)
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    from metagmvae.pipelines.records import printable  # imports NumPy, which `--help` does not need
+
+    return printable(text)
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.fewshot import pixel_arrays
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.fewshot.predict_queries import classify_latents, predict_queries
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -32,7 +35,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     >>> import metagmvae
     >>> data = metagmvae.Dataset.open("data/glyphs")
     >>> images, labels = data.images("test"), data.labels("test")
-    >>> X = images[:].reshape(len(images), -1)               # one flattened image per row, values 0 to 255
+    >>> X = images[:]                                        # uint8 (n, C, H, W), values 0 to 255
     >>> support, query = slice(0, 40), slice(40, 45)
     >>> classifier = metagmvae.FewShotClassifier("runs/glyphs").fit(X[support], labels[support])
     >>> classifier.predict(X[query]).shape
@@ -42,9 +45,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: the result of `metagmvae.load_model`, or a reference that it takes: the path of a run folder, checkpoint
-            or package, or `models:/name@alias`. X then holds images, one flattened image of values 0 to 255 per row.
-            None: X holds features. They are centred and divided by one common standard deviation (few labels say
-            little about that of each feature), and serve as latents without noise.
+            or package, or `models:/name@alias`. X then holds images: (n, H, W) for one channel, (n, C, H, W),
+            (n, H, W, C), or rows (n, C * H * W). None: X holds features, (n, values). They are centred and divided by
+            one common standard deviation (few labels say little about that of each feature), and serve as latents
+            without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
         iterations: as all arguments down to `temperature`, see `AdaptSettings`; None: the value of the model.
@@ -53,10 +57,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         final_covariance: covariance in the final posterior.
         temperature: divides the log-likelihoods.
         random_state: seed of the Monte Carlo noise.
+        pixel_range: the values of X that mean black and white; images are scaled to 256 levels. None: 0 to 255; or,
+            with a `PixelWarning`, 0 to 1 if X in `fit` holds booleans or only floats from 0 to 1. Any other values are
+            refused. The scale of `fit` holds for all later calls.
+        preprocessed: True: images have the shape and the polarity of the training data, like those of
+            `Dataset.images`. False: images as they were before `metagmvae prepare`, of any size; what it did to the
+            training images (crop, size, inversion; see `LoadedModel.preprocessing`) is done to them.
 
     Attributes:
         classes_: labels in sorted order.
         n_features_in_: values in a row of X.
+        pixel_range_: the scale of the images in `fit`; without a model it does not exist.
     """
 
     def __init__(
@@ -70,6 +81,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         final_covariance: Literal["diagonal", "identity"] | None = None,
         temperature: float | None = None,
         random_state: int = 0,
+        pixel_range: tuple[float, float] | None = None,
+        preprocessed: bool = True,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -79,34 +92,52 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.final_covariance = final_covariance
         self.temperature = temperature
         self.random_state = random_state
+        self.pixel_range = pixel_range
+        self.preprocessed = preprocessed
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
-        """Store the support: X (n, values) and its labels y (n,). Shots may differ between classes.
+        """Store the support: images or features X, and their labels y (n,). Shots may differ between classes.
 
         A model is loaded if `model` is a reference, and moved to a GPU if there is one.
 
         Raises:
-            DataError: X does not hold images of the model's shape, `mode` is unknown, or the model is encoder-only or
-                does not exist.
-            ValueError: scikit-learn does not accept X or y.
+            DataError: X does not hold images of the model's shape or of a known scale, `mode` is unknown, or the model
+                is encoder-only, does not exist, or does not record the preprocessing that is asked for.
+            ValueError: scikit-learn does not accept X or y, for example because of NaN.
         """
-        if self.mode not in ("inductive", "transductive"):
-            raise DataError(f"mode is {self.mode!r}; it must be inductive or transductive")
-        X, y = validate_data(self, X, y)
+        self._check_mode()
+        self._network, settings, self._preprocessing = self._load()
+        rows, shape = self._rows(X)
+        X, y = validate_data(self, rows, y)
         check_classification_targets(y)
         self.classes_, self._label_T = np.unique(y, return_inverse=True)
-        self._network, settings = self._load()
         requested = {name: getattr(self, name) for name in AdaptSettings.model_fields}
         changes = {name: value for name, value in requested.items() if value is not None}
         self._adapt = AdaptSettings(**settings.model_dump() | changes)
         self._mean, self._std = X.mean(axis=0), float(X.std()) or 1.0
-        self._support = self._features(X)
+        if self._network is not None:
+            self._check_row(X, shape)
+            self._fit_pixel_range(X)
+        self._support = self._features(X, shape)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the class probabilities of the queries: X (n, values) -> (n, K), columns as in `classes_`."""
+        """Return the class probabilities of the queries X, images or features as in `fit`: (n, K) as in `classes_`.
+
+        Inductive: the probabilities of a query do not depend on the other queries. In both modes they do not depend on
+        the order of the support and the names of the classes.
+
+        Raises:
+            DataError: the images have another scale than those of `fit`, or `mode` is unknown.
+        """
         check_is_fitted(self)
-        queries = self._features(validate_data(self, X, reset=False))
+        self._check_mode()
+        rows, shape = self._rows(X)
+        X = validate_data(self, rows, reset=False)
+        if self._network is not None:
+            self._check_row(X, shape)
+            pixel_arrays.check_pixel_range(X, self.pixel_range_, self._brightest)
+        queries = self._features(X, shape)
         if self._network is None:
             support_T1D, queries_P1D = self._support[:, None], queries[:, None]
             transductive = self.mode == "transductive"
@@ -126,24 +157,53 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return probabilities.double().cpu().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the most probable class of each query: X (n, values) -> (n,)."""
+        """Return the most probable class of each query, (n,)."""
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
 
-    def _load(self) -> tuple[MetaGMVAE | None, AdaptSettings]:
+    def _check_mode(self) -> None:
+        if self.mode not in ("inductive", "transductive"):
+            raise DataError(f"mode is {self.mode!r}; it must be inductive or transductive")
+
+    def _load(self) -> tuple[MetaGMVAE | None, AdaptSettings, Preprocessing | None]:
         if self.model is None:
-            return None, WITHOUT_MODEL
+            return None, WITHOUT_MODEL, None
         loaded = resolve_model(self.model) if isinstance(self.model, str | Path) else self.model
         name = self.model if isinstance(self.model, str | Path) else loaded.settings.name
-        return require_meta_gmvae(loaded, name).to(default_device()), loaded.settings.adapt
+        if not self.preprocessed and loaded.preprocessing is None:
+            raise DataError(
+                f"{name}: does not record the preprocessing of its training images, because an older version wrote it: "
+                "preprocess the images as they were for the training, and pass preprocessed=True"
+            )
+        network = require_meta_gmvae(loaded, name).to(default_device())
+        return network, loaded.settings.adapt, loaded.preprocessing
 
-    def _features(self, X: np.ndarray) -> Tensor:
+    def _rows(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
+        """Images as one row each, which is what scikit-learn checks, and their shape; features as they are."""
         if self._network is None:
-            return torch.as_tensor((X - self._mean) / self._std, dtype=torch.float64)
-        shape = self._network.image_shape
+            return X, (0, 0, 0)
+        return pixel_arrays.image_rows(X, self._network.image_shape, any_size=not self.preprocessed)
+
+    def _check_row(self, X: np.ndarray, shape: tuple[int, int, int]) -> None:
         if X.shape[1] != int(np.prod(shape)):
             raise DataError(f"X has {X.shape[1]} values in a row; an image of the model has shape {shape}")
-        if X.min() < 0 or X.max() > 255:
-            raise DataError(f"X has values from {X.min():g} to {X.max():g}; pixels must be from 0 to 255")
-        images = np.round(X).astype(np.uint8).reshape(-1, *shape)
+
+    def _fit_pixel_range(self, X: np.ndarray) -> None:
+        if self.pixel_range is None:
+            self.pixel_range_ = pixel_arrays.find_pixel_range(X)
+        else:
+            self.pixel_range_ = self.pixel_range
+            pixel_arrays.check_pixel_range(X, self.pixel_range_, self.pixel_range_[1])
+        pixel_arrays.warn_of_column_scaling(X)
+        self._brightest = float(X.max())
+
+    def _features(self, X: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
+        if self._network is None:
+            return torch.as_tensor((X - self._mean) / self._std, dtype=torch.float64)
+        images = pixel_arrays.eight_bit(X, self.pixel_range_).reshape(-1, *shape)
+        if self.preprocessed:
+            pixel_arrays.warn_of_polarity(images, self._preprocessing)
+        else:
+            assert self._preprocessing is not None  # checked by _load
+            images = np.stack([apply_preprocessing(x, f"image {i}", self._preprocessing) for i, x in enumerate(images)])
         return encode_images(self._network, images, next(self._network.parameters()).device)
