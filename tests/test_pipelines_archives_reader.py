@@ -13,7 +13,7 @@ import zlib
 import pytest
 
 from metagmvae.pipelines.archives import entries
-from metagmvae.pipelines.archives.reader import Entry, list_entries, read_entry
+from metagmvae.pipelines.archives.reader import Entry, list_entries, list_files, read_entry
 from metagmvae.pipelines.records import DataError
 
 FILES = {"b/2.png": b"two", "b/10.PNG": b"ten", "a.png": b"one", "notes.txt": b"-", ".hidden/1.png": b"-"}
@@ -177,3 +177,87 @@ def test_names_that_are_not_text_are_refused(tmp_path, name):
     except OSError:
         pytest.skip("this file system refuses the name itself")
     assert_refused(lambda: list_entries(tmp_path, (".png",)), "not one line of UTF-8")
+
+
+def test_all_files_are_accounted_for(tmp_path):
+    for name, data in {**FILES, "bare": b"image", "other": b"-", "__MACOSX/._a": b"-"}.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    (tmp_path / "folder" / "empty").mkdir()
+    (tmp_path / "folder" / "shortcut").symlink_to("a.png")
+    listing = list_files(tmp_path / "folder", (".png",), lambda file: file.read() == b"image")
+    assert [entry.name for entry in listing.entries] == ["a.png", "b/10.PNG", "b/2.png", "bare"]
+    assert [(file.name, file.reason) for file in listing.left_out] == [
+        (".hidden", "hidden"),
+        ("__MACOSX", "hidden"),
+        ("notes.txt", "suffix .txt"),
+        ("other", "no suffix"),
+        ("shortcut", "link"),
+    ]
+    assert sorted(listing.folders) == ["b", "empty"]
+
+
+def test_colons_in_names_are_allowed(tmp_path):
+    path = make_zip(tmp_path / "x.zip", [("GO:0001/1.png", b"1"), ("12:30/1.png", b"2"), ("a/b:c.png", b"3")])
+    assert [entry.name for entry in list_entries(path, (".png",))] == ["12:30/1.png", "GO:0001/1.png", "a/b:c.png"]
+
+
+def test_zip_names_in_utf8_without_the_flag_are_read(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, [("caf\u00e9/1.png", b"1"), ("\u732b/1.png", b"2")])
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        position = data.find(signature)
+        while position >= 0:
+            data[position + offset + 1] &= ~8
+            position = data.find(signature, position + 1)
+    path.write_bytes(data)
+    assert zipfile.ZipFile(path).namelist()[0] != "caf\u00e9/1.png"
+    assert [entry.name for entry in list_entries(path, (".png",))] == ["caf\u00e9/1.png", "\u732b/1.png"]
+    assert read_entry(path, "\u732b/1.png") == b"2"
+
+
+def test_a_link_of_another_kind_in_a_zip_file_is_left_out(tmp_path):
+    info = zipfile.ZipInfo("README")
+    info.external_attr = 0o120777 << 16
+    path = make_zip(tmp_path / "x.zip", [(info, b"a.png"), ("a.png", b"1")])
+    listing = list_files(path, (".png",), lambda file: True)
+    assert [entry.name for entry in listing.entries] == ["a.png"]
+    assert [(file.name, file.reason) for file in listing.left_out] == [("README", "link")]
+
+
+def test_the_link_to_a_folder_that_is_also_there_is_named(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.png").write_bytes(b"1")
+    for link in ("a_link", "z_link"):  # before and after the folder in the order of the names
+        (tmp_path / link).symlink_to("real")
+        words = (f"{tmp_path / link}: links to", f"({tmp_path / 'real'})", f"remove the link {tmp_path / link}")
+        assert_refused(lambda: list_entries(tmp_path, (".png",)), *words)
+        (tmp_path / link).unlink()
+
+
+def test_an_lzma_member_with_a_huge_dictionary_is_refused(tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", b"12345")
+    assert read_entry(path, "a.png") == b"12345"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, 30 + len("a.png") + 5, 2**32 - 1)
+    path.write_bytes(data)
+    assert_refused(lambda: read_entry(path, "a.png"), "needs 4294967295 bytes of memory", "pack it with deflate")
+
+
+def test_an_unknown_compression_method_is_named(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, [("a.png", b"1" * 100)])
+    data = bytearray(path.read_bytes())
+    data[8] = data[data.index(b"PK\x01\x02") + 10] = 9
+    path.write_bytes(data)
+    assert_refused(lambda: list_entries(path, (".png",)), "compressed by deflate64", "pack the archive again")
+
+
+def test_a_web_page_named_zip_is_called_one(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"<!DOCTYPE html><html><title>Sign in</title></html>")
+    assert_refused(lambda: list_entries(tmp_path / "x.zip", (".png",)), "is a web page, not an archive")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n")
+    assert_refused(lambda: list_entries(tmp_path / "x.png", (".png",)), "not a folder, zip file or tar file")

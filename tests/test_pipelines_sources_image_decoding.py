@@ -1,15 +1,17 @@
 """Image files of all modes become 8-bit pixels of one size; damaged files give one line with the file name."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources import image_decoding
-from metagmvae.pipelines.sources.image_decoding import decode_image
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing, decode_image, is_image
 
 
 def encoded(image, kind="PNG", **options):
@@ -152,3 +154,52 @@ def test_damaged_files_raise_only_data_errors(kind, options):
             messages.append(str(error))
     assert messages
     assert not any("\n" in message for message in messages)
+
+
+def test_no_program_is_started_for_an_eps_file(monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert_refused(page, "unknown image format")
+    assert not is_image(io.BytesIO(page))
+
+
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "PCX", "SGI"])
+def test_formats_that_are_not_on_the_list_are_refused(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(buffer, kind)
+    assert_refused(buffer.getvalue(), "unknown image format")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"])
+def test_formats_on_the_list_are_recognised_by_content(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(buffer, kind)
+    assert is_image(io.BytesIO(buffer.getvalue()))
+    assert abs(int(decode_image(buffer.getvalue(), "x", size=4, channels=1)[0, 0, 0]) - 90) <= 2
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_a_bmp_file_with_an_unset_alpha_channel_is_opaque(alpha):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., :3] = (4 * np.arange(64).reshape(8, 8, 1)).astype(np.uint8)
+    pixels[..., 3] = alpha
+    content = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, 8, 8, 1, 32, 3, len(content), 0, 0, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+    data = b"BM" + struct.pack("<IHHI", 14 + len(header) + len(content), 0, 0, 14 + len(header)) + header + content
+    assert np.array_equal(decode_image(data, "x", size=8, channels=1)[0], pixels[..., 0])
+
+
+def test_an_array_is_prepared_like_a_file():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 9), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    for shape in ((1, 6, 6), (3, 6, 6), (3, 9, 9)):
+        preprocessing = Preprocessing.of_shape(shape, invert=True)
+        from_file = apply_preprocessing(buffer.getvalue(), "x", preprocessing)
+        assert np.array_equal(apply_preprocessing(pixels, "x", preprocessing), from_file)
+        assert from_file.shape == shape
+    with pytest.raises(DataError, match=r"x: pixels are float64 \(3, 12, 9\); give uint8"):
+        apply_preprocessing(pixels.astype(float), "x", preprocessing)
+    with pytest.raises(DataError, match="give uint8"):
+        apply_preprocessing(pixels[0], "x", preprocessing)

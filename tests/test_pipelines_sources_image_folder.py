@@ -202,3 +202,83 @@ def test_invalid_options_are_refused_before_reading(options, words):
 
 def test_fractions_need_classes(tmp_path):
     assert_refused(tree(tmp_path, ["a.png", "b.png"]), "cannot divide 0 classes", fractions=(0.5, 0.25, 0.25))
+
+
+def saved(pixels, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def gradient(number, factor, dtype):
+    return ((np.arange(64).reshape(8, 8) * 4 + number) * factor).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "factor", "white"),
+    [("TIFF", np.int32, 1, 255), ("PNG", np.uint16, 16, 4095), ("TIFF", np.uint16, 257, 65_535)],
+)
+def test_grey_values_of_more_than_8_bits_are_scaled_by_the_highest_one(tmp_path, kind, dtype, factor, white):
+    files = {f"{name}/{n}.{kind.lower()}": saved(gradient(n, factor, dtype), kind) for name in "ab" for n in range(2)}
+    source = open_source("folder", str(tree(tmp_path, files)), size=8)
+    assert source.preprocessing.sixteen_bit_white == white
+    assert f"4, values up to {253 * factor}, of which {white} becomes 255" in source.files["images_above_8_bits"]
+    assert source.files["single_value_images"] == 0
+    for row, number in enumerate((0, 1, 0, 1)):
+        difference = source.load_block("train", [row])[0, 0].astype(int) - gradient(number, 1, int)
+        assert np.abs(difference).max() <= 1
+    eight_bit = open_source("folder", str(tree(tmp_path / "8", ["a/1.png", "b/1.png"])), size=8)
+    assert eight_bit.preprocessing.sixteen_bit_white == 65_535
+    assert "images_above_8_bits" not in eight_bit.files
+
+
+def test_images_of_one_single_value_are_counted(tmp_path):
+    files = {"a/blank.png": png(), "a/1.png": saved(gradient(0, 1, np.uint8), "PNG"), "b/1.png": png(3, mode="P")}
+    files["b/transparent.png"] = png((9, 9, 9, 0), mode="RGBA")
+    report = open_source("folder", str(tree(tmp_path, files))).files
+    assert report["single_value_images"] == 3
+    assert report["single_value_names"] == "a/blank.png, b/1.png, b/transparent.png"
+
+
+def test_every_file_is_read_or_counted(tmp_path):
+    image = saved(gradient(0, 1, np.uint8), "PNG")
+    photo = saved(gradient(0, 1, np.uint8), "JPEG")
+    files = {f"cat/{number}.png": image for number in range(2)} | {f"dog/{number}.jfif": photo for number in range(3)}
+    files |= {"ox/1.JPE": photo, "ox/2": image, "ox/3.pbm": b"P1\n2 2\n0 1 1 0\n", "ox/4.avif": saved_avif()}
+    files |= {"cat/IMG_1.HEIC": b"\0\0\0\x18ftypheic", "hen/1.heic": b"x", "hen/2.heic": b"x", ".git/config": b"x"}
+    files |= {"labels.csv": b"a,b", "notes": b"text"}
+    root = tree(tmp_path / "files", files)
+    (root / "empty" / "folder").mkdir(parents=True)
+    source = open_source("folder", str(root))
+    assert classes(source) == {"train": ["cat", "dog", "ox"]}
+    report = source.files
+    assert report["files"] == {"seen": 15, "read": 9, "left_out": 6}
+    assert report["suffixes"] == {".jfif": 3, ".png": 2, ".jpe": 1, "no suffix": 1, ".pbm": 1, ".avif": 1}
+    assert report["left_out"] == [
+        {"reason": "hidden", "files": 1, "names": ".git"},
+        {"reason": "no suffix", "files": 1, "names": "notes"},
+        {"reason": "suffix .csv", "files": 1, "names": "labels.csv"},
+        {"reason": "suffix .heic", "files": 3, "names": "cat/IMG_1.HEIC, hen/1.heic, hen/2.heic"},
+    ]
+    assert report["folders_without_images"] == ["empty", "hen"]
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, path.relative_to(root))
+    zipped = open_source("folder", str(tmp_path / "files.zip"))
+    assert zipped.fingerprint == source.fingerprint
+    assert zipped.files["folders_without_images"] == report["folders_without_images"]
+
+
+def saved_avif():
+    return saved(gradient(0, 1, np.uint8), "AVIF")
+
+
+def test_a_class_whose_images_are_all_broken_is_named(tmp_path):
+    files = {"cat/1.png": png(), "dog/1.png": png(), "ox/1.png": b"broken"}
+    source = open_source("folder", str(tree(tmp_path, files)), max_broken=0.5)
+    assert source.files["folders_without_images"] == ["ox"]
+    assert source.files["files"] == {"seen": 3, "read": 2, "left_out": 1}
+
+
+def test_a_folder_without_known_images_says_what_it_has(tmp_path):
+    assert_refused(tree(tmp_path, {"a.heic": b"x", "b.heic": b"x"}), "contains no images", "it has 2 with suffix .heic")

@@ -5,6 +5,7 @@ import io
 import pickle
 import shutil
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -249,3 +250,54 @@ def test_the_real_archives_are_complete(data_root):
     assert (images.max(axis=(1, 2, 3)) > 127).all()
     assert 0.02 < (images > 127).mean() < 0.3
     assert np.median(images) == 0
+
+
+def merged(folder, to):
+    """All alphabets in one folder."""
+    for archive in ALPHABETS:
+        shutil.copytree(folder / archive, to, dirs_exist_ok=True)
+    return to
+
+
+def tarred(folder, path, arcname):
+    with tarfile.open(path, "w:gz") as target:
+        target.add(folder, arcname)
+    return path
+
+
+def test_further_layouts_are_the_same_dataset(folder, tmp_path):
+    first = open_source("omniglot", str(folder))
+    beside = tmp_path / "beside"
+    shutil.copytree(folder, beside / "omniglot")
+    (beside / "__MACOSX" / "omniglot").mkdir(parents=True)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for archive in ALPHABETS:
+        tarred(folder / archive, tars / f"{archive}.tar.gz", archive)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    layouts = {
+        "a folder of macOS beside it": beside,
+        "tar.gz files": tars,
+        "merged": merged(folder, tmp_path / "merged" / "all"),
+        "one tar.gz": tarred(folder, tmp_path / "omniglot.tar.gz", "omniglot-master/python"),
+        "a merged tar.gz in a folder": tarred(tmp_path / "merged" / "all", alone / "omniglot.tar.gz", "all").parent,
+    }
+    for name, place in layouts.items():
+        source = open_source("omniglot", str(place))
+        assert source.fingerprint == first.fingerprint, name
+        assert everything(source) == everything(first), name
+        assert source.files["files"] == {"seen": 16, "read": 16, "left_out": 0}
+
+
+def test_wrong_layouts_are_named(folder, tmp_path):
+    (folder / "images_background" / "notes.txt").write_text("x")
+    assert open_source("omniglot", str(folder)).files["left_out"][0]["reason"] == "suffix .txt"
+    nested = tmp_path / "nested.zip"
+    with zipfile.ZipFile(nested, "w") as archive:
+        for path in zipped(folder, tmp_path / "zips").iterdir():
+            archive.write(path, path.name)
+    assert_refused(nested, "nested.zip: contains images_background.zip, images_evaluation.zip; unpack it")
+    all_alphabets = merged(folder, tmp_path / "all")
+    (all_alphabets / "Greek").rename(all_alphabets / "Grec")
+    assert_refused(all_alphabets, "Grec is not an alphabet of Omniglot", "images_background and images_evaluation")

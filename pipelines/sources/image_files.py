@@ -9,7 +9,7 @@ from typing import Any
 
 from metagmvae.pipelines.archives.entries import LeftOut, Listing
 from metagmvae.pipelines.archives.reader import HIDDEN, list_files
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
 from metagmvae.pipelines.sources.source import first_few
 
@@ -77,8 +77,3 @@ def _empty_folders(read: Iterable[str], folders: Iterable[str]) -> list[str]:
     filled = {parent for name in {PurePosixPath(name).parent for name in read} for parent in (name, *name.parents)}
     empty = {path for path in map(PurePosixPath, folders) if path not in filled and path.name}
     return sorted(printable(str(path)) for path in empty if not empty.intersection(path.parents))
-
-
-def printable(name: str) -> str:
-    """A file name with escape sequences in place of characters that a terminal or UTF-8 cannot show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from metagmvae.pipelines.archives.reader import Entry, read_entry
+from metagmvae.pipelines.archives.entries import Entry, LeftOut
+from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.rng import keyed_rng
@@ -92,8 +93,8 @@ def open_folder(
     if scan.preprocessing != preprocessing:
         options["sixteen_bit_white"] = scan.preprocessing.sixteen_bit_white
     fingerprint = source_fingerprint("folder", content, options)
-    folders = [*listing.folders, *scan.folders]
-    files = files_report([image.file.name for image in intact], listing.left_out, folders) | scan.report
+    left_out = [*listing.left_out, *(LeftOut(name, "broken") for name in scan.broken)]
+    files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
     return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, cast
 
 from metagmvae.pipelines.archives.reader import read_entry
@@ -31,11 +30,6 @@ class ScanResult:
     """Images of a single value after the preprocessing."""
     highest: dict[str, int] = field(default_factory=dict)
     """Highest value by name of the images with more than 8 bits."""
-
-    @property
-    def folders(self) -> list[str]:
-        """Folders of the broken images."""
-        return sorted({str(PurePosixPath(name).parent) for name in self.broken})
 
     @property
     def report(self) -> dict[str, Any]:

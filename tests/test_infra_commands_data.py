@@ -1,0 +1,55 @@
+"""`prepare`: the account of the files, and the number of rows per shard."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metagmvae.infra.cli import main
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten images in two class folders, and a file that is no image."""
+    for number in range(10):
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 9), dtype=np.uint8)).save(buffer, "PNG")
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    (tmp_path / "images" / "a" / "x\x1b[31m.heic").write_bytes(b"x")
+    return tmp_path / "images"
+
+
+def prepare(*words):
+    return ["prepare", "folder", "--json", *map(str, words)]
+
+
+def test_the_answer_accounts_for_every_file(images, tmp_path, capsys):
+    assert main(prepare("--source", images, "--out", tmp_path / "data")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["files"] == {"seen": 11, "read": 10, "left_out": 1}
+    assert answer["suffixes"] == {".png": 10}
+    assert answer["left_out"] == [{"reason": "suffix .heic", "files": 1, "names": "a/x\\x1b[31m.heic"}]
+    assert answer["folders_without_images"] == []
+    assert answer["single_value_images"] == 0
+    assert main(["prepare", "folder", "--source", str(images), "--out", str(tmp_path / "text")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_rows_per_shard(images, tmp_path, capsys):
+    assert main(prepare("--source", images, "--out", tmp_path / "data", "--rows-per-shard", 3)) == 0
+    assert json.loads(capsys.readouterr().out)["shards"] == {"train": 4}
+    manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert [shard["rows"] for shard in manifest["splits"]["train"]["shards"]] == [3, 3, 3, 1]
+    assert main(["verify", str(tmp_path / "data")]) == 0
+    for name, option in (("default", ()), ("explicit", ("--rows-per-shard", 8192))):
+        assert main(prepare("--source", images, "--out", tmp_path / name, *option)) == 0
+    assert (tmp_path / "default" / "dataset.json").read_bytes() == (tmp_path / "explicit" / "dataset.json").read_bytes()
+    capsys.readouterr()
+    for number in (0, -1):
+        assert main(prepare("--source", images, "--out", tmp_path / "no", "--rows-per-shard", number)) == 2
+        assert f"--rows-per-shard is {number}" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
