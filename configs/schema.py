@@ -9,34 +9,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-MAX_COUNT = 10**9
-"""Largest number of steps, episodes or seconds."""
-MAX_SIZE = 2**16
-"""Largest size of a layer, a batch or a set. The upper bounds refuse mistakes and hostile files, not experiments."""
-
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
-Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
-Iterations = Annotated[int, Field(gt=0, le=10_000)]
-Samples = Annotated[int, Field(gt=0, le=10_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
-"""Divides log-likelihoods and similarities: below 0.001 they exceed the range of float32."""
+from metagmvae.configs.limits import (
+    MAX_PCA_LATENT,
+    MAX_SIZE,
+    Count,
+    Folder,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Repetitions,
+    Section,
+    Seed,
+    Size,
+    Temperature,
+)
 
 Average = Literal["none", "mirror", "crops"]
 """Views of an image for multi-crop averaging of features (`training.models.multi_crop`)."""
-MAX_PCA_LATENT = 256
-"""Largest latent size for PCA initialisation: the ReLU decoder of Table 8 needs two of its 512 units per component."""
-
-
-class Section(BaseModel):
-    """Base class of all sections: immutable, strict types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class DataSettings(Section):
@@ -120,8 +111,8 @@ class AdaptSettings(Section):
     temperature: Temperature = 1.0
     """Temperature of the log-likelihoods in the E-steps and the final posterior; 1 gives Eq. 10 and 11. EM assumes
     independent latent dimensions, so it is overconfident for similar classes. Select it on validation classes."""
-    iterations: Iterations = 10
-    samples: Samples = 32
+    iterations: Repetitions = 10
+    samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
 
 
@@ -135,14 +126,14 @@ class TrainSettings(Section):
     """Batch size B: episodes per step over all workers."""
     set_size: Size = 200
     """Data points M per episode."""
-    samples: Samples = 32
+    samples: Repetitions = 32
     """Monte Carlo samples N per data point, all used by EM and the KL term."""
-    decode_samples: Samples = 1
+    decode_samples: Repetitions = 1
     """Decoded samples R <= N per data point. The expected objective does not depend on R, except through the batch
     statistics of the decoder and the calibrated variance."""
     components: Size = 5
     """Mixture components K."""
-    em_iterations: Iterations = 10
+    em_iterations: Repetitions = 10
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay in the coupled form of Adam [paper: 0, code: positive]."""
@@ -230,7 +221,7 @@ class ValidationSettings(Section):
 class RunSettings(Section):
     """Place and resources of the run."""
 
-    out: str = "runs/omniglot-5way"
+    out: Folder = "runs/omniglot-5way"
     engine: Literal["local", "ray"] = "local"
     workers: Size = 1
     """Data-parallel workers with Ray."""
@@ -253,7 +244,7 @@ class TrackingSettings(Section):
     enabled: bool = True
     uri: str = ""
     """Tracking URI; empty: MLFLOW_TRACKING_URI if set, else a SQLite database in `store`."""
-    store: str = "runs/mlflow"
+    store: Folder = "runs/mlflow"
     """Folder of the default SQLite database and its artifacts."""
     experiment: str = "metagmvae"
     register_as: str = ""
@@ -297,9 +288,8 @@ class Settings(Section):
             raise ValueError(f'model.reconstruct ("{model.reconstruct}") must be "features", {reason}')
         if model.layers and model.attention_block != "transformer":
             raise ValueError(f'model.attention_block ("{model.attention_block}") must be "transformer", {reason}')
-        if model.latent > min(model.width, MAX_PCA_LATENT):
-            limit = f"model.width ({model.width}) and {MAX_PCA_LATENT}"
-            raise ValueError(f"model.latent ({model.latent}) must be at most {limit}, {reason}")
+        if model.latent > (limit := min(model.width, MAX_PCA_LATENT)):
+            raise ValueError(f"model.latent ({model.latent}) must be at most {limit} (model.width or 256), {reason}")
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
@@ -23,10 +24,25 @@ from metagmvae.configs.load import mistake_text
 from metagmvae.pipelines.records import DataError
 
 Document = TypeVar("Document", bound=BaseModel)
+FILE_SCHEME = "file://"
 MAX_TEXT_BYTES = 2**26
 """Largest JSON file that is read."""
 RECENT_NS = 10**9
 """A file that changed this recently may change again without a new time stamp, so its digest is not remembered."""
+
+
+def local_folder(uri: str | Path) -> Path:
+    """Path of a folder that is given as a path or as `file:///…`.
+
+    Raises:
+        DataError: the URI names a folder of another machine.
+    """
+    if not str(uri).startswith(FILE_SCHEME):
+        return Path(uri)
+    host, slash, path = str(uri).removeprefix(FILE_SCHEME).partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise DataError(f"{uri}: not a folder of this machine; write an absolute path, {FILE_SCHEME}/…")
+    return Path(url2pathname(slash + path))
 
 
 @contextmanager

@@ -26,6 +26,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class WorkError(RuntimeError):
+    """The request was right, but the work failed. The message is one line."""
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """One image of a data source, decoded on demand."""

@@ -19,6 +19,7 @@ from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
+MAX_EPISODES = 10**7
 TASK_DEFAULTS = {"query": 15, "episodes": 1000, "seed": 0}
 
 
@@ -71,6 +72,8 @@ def evaluate_tasks(
     model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
     full_tasks = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
+        if not 1 <= task["episodes"] <= MAX_EPISODES:
+            raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")
         EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
     features = _encode(model, dataset, split, device)
     h_nF = features.by_kind["scaled"]

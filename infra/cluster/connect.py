@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from metagmvae.configs.load import SettingsError
+from metagmvae.pipelines.records import WorkError
 
 CONNECT_TIMEOUT_S = 5.0
 """For the first connection to a cluster; Ray itself would try for minutes."""
@@ -47,7 +48,7 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
 
     Raises:
         SettingsError: no cluster answers at the address, it refuses the token, it has too few CPUs or no dashboard.
-        RuntimeError: a cluster on this machine did not start in time.
+        WorkError: a cluster on this machine did not start in time.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -97,7 +98,7 @@ def _start(cpus: int, dashboard: bool) -> Any:
 
     Raises:
         SettingsError: Ray cannot write its token into the home folder.
-        RuntimeError: the start took longer than Ray allows.
+        WorkError: the start took longer than Ray allows.
     """
     port = _free_port()
     # Ray's cleaner of stopped trials asks the dashboard. Without an address it asks that of the newest cluster on this
@@ -119,7 +120,7 @@ def _start(cpus: int, dashboard: bool) -> Any:
         if "timed out during startup" not in str(error):
             raise
         remedy = "try again when the machine is less busy, or join a running cluster: --set run.address=auto"
-        raise RuntimeError(f"Ray did not start within 30 s because this machine is too busy: {remedy}") from error
+        raise WorkError(f"Ray did not start within 30 s because this machine is too busy: {remedy}") from error
 
 
 def _free_port() -> int:

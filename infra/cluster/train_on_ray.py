@@ -30,6 +30,7 @@ from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, d
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.pipelines.files import atomic_file
+from metagmvae.pipelines.records import WorkError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, TrainState
@@ -156,7 +157,7 @@ def train_on_ray(
     Raises:
         SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
         NonFiniteLossError: a step had a loss that is not finite; it is not tried again.
-        RuntimeError: the workers failed more often than `run.max_failures` allows.
+        WorkError: the workers failed more often than `run.max_failures` allows.
     """
     checkpoint = None
     if resume and (run_dir / CHECKPOINT).exists():
@@ -239,4 +240,4 @@ def _one_line_error(error: Exception) -> Exception:
     """An error with the last line of the message of the first worker that failed."""
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), error)
-    return RuntimeError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; continue with --resume")
+    return WorkError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; continue with --resume")

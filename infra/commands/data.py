@@ -111,8 +111,8 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
     Shards for an object store are written into the cache folder first. If the command is stopped, the same command
     continues with the shards that are already there.
     """
-    from metagmvae.pipelines.files import exclusive_lock
-    from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, local_folder, publish
+    from metagmvae.pipelines.files import exclusive_lock, local_folder
+    from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, publish
 
     if not is_remote(out):
         folder = local_folder(out).absolute()

@@ -19,6 +19,8 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
         DataError: a split is missing, a shard is damaged, or a class has too few images.
     """
     dataset.split(settings.data.train_split)
+    if kind == "meta-gmvae" and not settings.train.steps:
+        raise SettingsError("train.steps is 0: set it to the number of meta-training steps, or use metagmvae pretrain")
     check_encoder_settings(settings, dataset, kind)
     if settings.data.reader != "stream":
         dataset.rows(settings.data.train_split, "mmap", check=False)

@@ -25,6 +25,7 @@ from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.tune.sweep_state import SweepState
 from metagmvae.infra.tune.trial import run_trial
+from metagmvae.pipelines.records import WorkError
 
 TUNE_FOLDER = "ray"
 """Ray Tune's own files in the folder of the sweep, deleted at the end."""
@@ -79,7 +80,7 @@ def run_sweep(sweep: SweepState, at_once: int, gpus: float | None, progress: Cal
 
     Raises:
         DataError: the sweep's folder cannot be written.
-        RuntimeError: Ray Tune makes no progress.
+        WorkError: Ray Tune makes no progress.
     """
     run, tune_folder = sweep.plan.base.run, sweep.folder.root / TUNE_FOLDER
     shutil.rmtree(tune_folder, ignore_errors=True)
@@ -94,7 +95,7 @@ def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str,
     checkpoint in another run of Tune.
 
     Raises:
-        RuntimeError: a whole run of Tune ended no trial.
+        WorkError: a whole run of Tune ended no trial.
     """
     while True:
         ended_before = len(sweep.ended)
@@ -104,7 +105,7 @@ def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str,
         if not sweep.running:
             return
         if len(sweep.ended) == ended_before:
-            raise RuntimeError(
+            raise WorkError(
                 f"Ray Tune dropped trials {sorted(sweep.running)} and ended none; continue with --resume"
             )
         sweep.requeue_running()

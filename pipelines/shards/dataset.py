@@ -16,13 +16,13 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from metagmvae.pipelines.files import open_file, reading, sha256_file, sha256_once
+from metagmvae.pipelines.files import local_folder, open_file, reading, sha256_file, sha256_once
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.blocks import Block, shard_blocks
 from metagmvae.pipelines.shards.index import read_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, dataset_fingerprint, read_manifest
-from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, local_folder, open_copy
+from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.unfinished import PLAN
 
 MIB = 2**20

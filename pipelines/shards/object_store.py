@@ -15,18 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from urllib.request import url2pathname
 
 import pyarrow as pa
 from pyarrow import fs
 
-from metagmvae.pipelines.files import atomic_file, first_line, sha256_file
+from metagmvae.pipelines.files import FILE_SCHEME, atomic_file, first_line, sha256_file
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, dataset_fingerprint, read_manifest
 
 CHUNK = 2**22
 """Bytes per read of a download or upload."""
-FILE_SCHEME = "file://"
 CACHE = "METAGMVAE_CACHE"
 """Environment variable with the folder of the copies."""
 REMEDY = "check credentials, region and endpoint"
@@ -35,20 +33,6 @@ REMEDY = "check credentials, region and endpoint"
 def is_remote(uri: str | Path) -> bool:
     """Whether a URI names an object store and not a local folder."""
     return "://" in str(uri) and not str(uri).startswith(FILE_SCHEME)
-
-
-def local_folder(uri: str | Path) -> Path:
-    """Path of a folder that is given as a path or as `file:///…`.
-
-    Raises:
-        DataError: the URI names a folder of another machine.
-    """
-    if not str(uri).startswith(FILE_SCHEME):
-        return Path(uri)
-    host, slash, path = str(uri).removeprefix(FILE_SCHEME).partition("/")
-    if host not in ("", "localhost") or not slash:
-        raise DataError(f"{uri}: not a folder of this machine; write an absolute path, {FILE_SCHEME}/…")
-    return Path(url2pathname(slash + path))
 
 
 def cache_root() -> Path:

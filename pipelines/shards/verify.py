@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metagmvae.pipelines.files import sha256_file
+from metagmvae.pipelines.files import local_folder, sha256_file
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, read_manifest, split_files
-from metagmvae.pipelines.shards.object_store import local_folder
 from metagmvae.pipelines.shards.unfinished import LOCK, PLAN
 
 FOREIGN = "not a file of the dataset; move it elsewhere"

@@ -1,0 +1,40 @@
+"""Types of settings with their bounds. Upper bounds refuse mistakes and hostile files, not experiments."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_COUNT = 10**9
+"""Largest number of steps, episodes or seconds."""
+MAX_SIZE = 2**16
+"""Largest size of a layer, a batch or a set."""
+MAX_PCA_LATENT = 256
+"""Largest latent size for PCA initialisation: the ReLU decoder of Table 8 needs two of its 512 units per component."""
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Repetitions = Annotated[int, Field(gt=0, le=10_000)]
+"""Iterations of EM, or Monte Carlo samples."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
+"""Divides log-likelihoods and similarities: below 0.001 they exceed the range of float32."""
+
+
+def _check_folder(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"{path!r} is a URI; it must be a path on this machine")
+    return path
+
+
+Folder = Annotated[str, AfterValidator(_check_folder)]
+
+
+class Section(BaseModel):
+    """Base class of all sections: immutable, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
