@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.fewshot.pixel_arrays import warn_of_polarity
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.tracking.store import ignore_warnings
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -53,26 +55,28 @@ class Predictor:
         Args:
             context: not used; `load_context` has loaded the model.
             model_input: `images` uint8 (n, C, H, W), values 0 to 255; `label` int64 (n,), -1 for a query (not for an
-                encoder-only model).
-            params: `mode`, `iterations`, `samples`, `seed`, as in the signature (not for an encoder-only model).
+                encoder-only model). Every image is used. MLflow leaves out other keys, and other parameters, and names
+                them in the log of the server.
+            params: `preprocessed`, and, not for an encoder-only model, `mode`, `iterations`, `samples`, `seed`, as in
+                the signature. By default the images are taken as preprocessed already, like those of
+                `Dataset.images`; with `preprocessed` false, what `metagmvae prepare` did to the training images is
+                done to them (the inversion; they have the size of the model already).
 
         Raises:
             MlflowException: the request is invalid; a server answers with status 400 and the reason.
         """
         try:
+            params = dict(params or {})
+            images = preprocess(self.loaded, check_images(model_input, self.loaded.image_shape), params)
             if isinstance(self.loaded.model, MetaGMVAE):
-                return self._probabilities(model_input, dict(params or {}))
-            return self._features(model_input)
+                return self._probabilities(images, model_input["label"], params)
+            return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
-    def _features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        images = check_images(inputs, self.loaded.image_shape)
-        return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
-
-    def _probabilities(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
-        model, image_shape = require_meta_gmvae(self.loaded, PACKAGE), self.loaded.image_shape
-        support, label_T, query = split_request(inputs, image_shape)
+    def _probabilities(self, images: np.ndarray, labels: Any, params: dict[str, Any]) -> np.ndarray:
+        model = require_meta_gmvae(self.loaded, PACKAGE)
+        support, label_T, query = split_request(images, np.asarray(labels))
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapt_settings(self.loaded.settings.adapt, params)
         h_nF = encode_images(model, np.concatenate([support, query]), self.device)
@@ -99,7 +103,7 @@ def check_images(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, 
     """Return the images of a request, uint8 (n, C, H, W).
 
     Raises:
-        DataError: they have another data type or shape.
+        DataError: they have another data type, shape or scale.
     """
     images = np.asarray(inputs["images"])
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
@@ -107,12 +111,34 @@ def check_images(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, 
             f"images are {images.dtype} {images.shape}; the model takes uint8 (n, "
             f"{', '.join(map(str, image_shape))}), values 0 to 255"
         )
+    if images.size and images.max() <= 1:
+        # Values between 0 and 1 in the JSON request became 0 and 1 when they were converted to uint8.
+        raise DataError(f"the largest pixel value is {images.max()}; pixel values must be 0 to 255")
     return images
 
 
-def split_request(
-    inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def preprocess(loaded: LoadedModel, images: np.ndarray, params: dict[str, Any]) -> np.ndarray:
+    """Return the images as the model takes them; `preprocessed` is removed from the parameters.
+
+    Images that are said to be preprocessed but have another polarity than the training images give a `PixelWarning`,
+    which stands in the log of the server.
+
+    Raises:
+        DataError: they are not preprocessed, and the model does not record what was done to its training images.
+    """
+    if params.pop("preprocessed", True):
+        warn_of_polarity(images, loaded.preprocessing)
+        return images
+    recorded = loaded.preprocessing
+    if recorded is None:
+        raise DataError(
+            "preprocessed is false, but the model does not record the preprocessing of its training images, because an "
+            "older version wrote it: preprocess the images, and leave preprocessed true"
+        )
+    return np.stack([apply_preprocessing(image, f"image {i}", recorded) for i, image in enumerate(images)])
+
+
+def split_request(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return support images (T, C, H, W), their class numbers (T,), and queries (n, C, H, W).
 
     Class numbers count the labels from 0 in rising order.
@@ -120,7 +146,6 @@ def split_request(
     Raises:
         DataError: the request is invalid; the message says why, with counts.
     """
-    images, labels = check_images(inputs, image_shape), np.asarray(inputs["label"])
     if labels.shape != images.shape[:1]:
         raise DataError(f"{len(images)} images and {labels.size} labels; give one label per image")
     if labels.size and labels.min() < QUERY:
@@ -131,9 +156,6 @@ def split_request(
             f"{len(classes)} classes and {(labels == QUERY).sum()} queries (label -1); the model needs at "
             "least two classes and one query"
         )
-    if images.max() <= 1:
-        # Values between 0 and 1 in the JSON request became 0 and 1 when they were converted to uint8.
-        raise DataError(f"the largest pixel value is {images.max()}; pixel values must be 0 to 255")
     return images[labels != QUERY], label_T, images[labels == QUERY]
 
 
@@ -160,10 +182,13 @@ def model_signature(loaded: LoadedModel) -> ModelSignature:
     """Return the MLflow signature of a model; the defaults of its parameters are the settings of the model."""
     adapt = loaded.settings.adapt
     inputs = [TensorSpec(np.dtype("uint8"), (-1, *loaded.image_shape), "images")]
+    preprocessed = ParamSpec("preprocessed", "boolean", True)
     if not isinstance(loaded.model, MetaGMVAE):
-        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))]))
+        features = Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))])
+        return ModelSignature(Schema(inputs), features, ParamSchema([preprocessed]))
     inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
     params = [
+        preprocessed,
         ParamSpec("mode", "string", "transductive"),
         ParamSpec("iterations", "long", adapt.iterations),
         ParamSpec("samples", "long", adapt.samples),
