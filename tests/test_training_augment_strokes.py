@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
+from metagmvae.training.augment import strokes as strokes_module
 from metagmvae.training.augment.strokes import stroke_view
 from metagmvae.training.device.seeding import keyed_generator
 
@@ -81,6 +83,32 @@ def test_stroke_width_changes_for_single_channel_images_only() -> None:
     brightness = [float(view(strokes(256), generator(0)).sum(dim=(1, 2, 3)).std())]
     brightness.append(float(view(strokes(256, 3), generator(0))[:, :1].sum(dim=(1, 2, 3)).std()))
     assert brightness[0] > 1.2 * brightness[1]
+
+
+MAPS = {
+    "ROTATION": (math.radians(25), lambda t: [[math.cos(t), -math.sin(t), 0], [math.sin(t), math.cos(t), 0]]),
+    "LOG_SCALE": (0.25, lambda t: [[math.exp(t), 0, 0], [0, 1, 0]]),
+    "SHEAR": (0.35, lambda t: [[1, t, 0], [0, 1, 0]]),
+    "SHIFT": (0.2, lambda t: [[1, 0, t], [0, 1, 0]]),
+}
+"""Largest value t and affine matrix of each distortion; scales and shifts of y are not part of the matrices."""
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_affine_distortions_have_the_stated_ranges(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one distortion only, x runs over the images of the affine maps for t from -bound to bound, no further."""
+    bound, matrix = MAPS[name]
+    for other in MAPS.keys() - {name}:
+        monkeypatch.setattr(strokes_module, other, 0.0)
+    images = torch.zeros(2000, 1, 4, 4)
+    grids = strokes_module._affine_grid(images, generator(0), 1.0)[..., 0].flatten(1)
+    values = torch.linspace(-bound, bound, 201)
+    theta = torch.tensor([matrix(float(t)) for t in values])
+    expected = torch.nn.functional.affine_grid(theta, [201, 1, 4, 4], align_corners=False)[..., 0].flatten(1)
+    nearest = torch.cdist(grids, expected, compute_mode="donot_use_mm_for_euclid_dist")
+    step = torch.linalg.vector_norm(expected[1:] - expected[:-1], dim=1).max()
+    assert float(nearest.amin(dim=1).max()) < 0.7 * step  # every distortion is one of them
+    assert float(nearest.amin(dim=0).max()) < 3 * step  # and all of them occur
 
 
 def test_elastic_deformation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

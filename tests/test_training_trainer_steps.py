@@ -237,6 +237,7 @@ def test_step_on_features_trains_everything_but_the_encoder() -> None:
     assert frozen
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert not net.encoder.training
+    assert not any(p.requires_grad for p in net.encoder.parameters())  # DDP waits for their gradients otherwise
     assert net.decoder.training
     trained = {name for name, p in net.named_parameters() if p.grad is not None}
     assert trained == {name for name, _ in net.named_parameters() if not name.startswith("encoder.")}
