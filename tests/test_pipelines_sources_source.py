@@ -74,7 +74,7 @@ def test_manifest_of_an_older_version_is_read_and_completed(tmp_path):
     new = (tmp_path / "data/dataset.json").read_bytes()
     fingerprint = Dataset.open(tmp_path / "data").fingerprint
     manifest = json.loads(new)
-    del manifest["preprocessing"]
+    del manifest["preprocessing"], manifest["options"]
     write_json(tmp_path / "data/dataset.json", manifest)
     old = Dataset.open(tmp_path / "data")
     assert old.preprocessing is None
@@ -94,3 +94,9 @@ def test_preprocessing_that_cannot_be_applied_is_refused(tmp_path, change):
     write_json(tmp_path / "data/dataset.json", manifest)
     with pytest.raises(DataError, match="preprocessing"):
         Dataset.open(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["folder", "omniglot", "mini-imagenet"])
+def test_the_size_of_images_is_bounded(name):
+    with pytest.raises(DataError, match="size is 1000000000; give an integer of at most 4096"):
+        open_source(name, "/nowhere", size=10**9)

@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 INDEX = "index.parquet"
 DTYPES = {"images": ("uint8",), "features": ("float16", "float32")}
+LATER_KEYS = ("preprocessing", "options", "images")
+"""Keys that older versions did not write. They are no part of the fingerprint of a dataset."""
 REMEDY = "write the dataset again"
 
 MAX_ROW_VALUES = 2**28
@@ -125,12 +127,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def dataset_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without `preprocessing`, which manifests that were written by older versions lack.
+    """sha256 of a manifest without `LATER_KEYS`, which manifests that were written by older versions lack.
 
-    The source fingerprint decides the preprocessing, so nothing is lost, and the same dataset has the same fingerprint
-    in all versions.
+    The source fingerprint decides their values, so nothing is lost, and the same dataset has the same fingerprint in
+    all versions.
     """
-    content = {key: value for key, value in manifest.items() if key != "preprocessing"}
+    content = {key: value for key, value in manifest.items() if key not in LATER_KEYS}
     return hashlib.sha256(json_bytes(content)).hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from metagmvae.pipelines.files import exclusive_lock, read_json, write_json
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.manifest import MANIFEST, read_manifest
+from metagmvae.pipelines.shards.manifest import LATER_KEYS, MANIFEST, read_manifest
 
 PLAN = ".writing.json"
 """Source and settings of an unfinished dataset; deleted when `dataset.json` has been written."""
@@ -68,13 +68,13 @@ def _check_folder(out: Path, plan: dict[str, Any]) -> None:
             raise DataError(f"{out}: not empty and not a dataset; choose a new or empty folder for --out")
 
 
-def add_preprocessing(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Record the preprocessing in a manifest that an older version wrote; its fingerprint stays the same."""
-    if "preprocessing" in manifest or "preprocessing" not in about:
+def complete_manifest(out: Path, manifest: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that an older version did not write to a manifest; its fingerprint stays the same."""
+    missing = [key for key in LATER_KEYS if key in about and key not in manifest]
+    if not missing:
         return manifest
-    position = list(manifest).index("image_shape") + 1  # where new manifests have it
-    items = list(manifest.items())
-    manifest = dict([*items[:position], ("preprocessing", about["preprocessing"]), *items[position:]])
+    order = dict.fromkeys(["name", "schema_version", *about, *manifest])  # of new manifests
+    manifest = {key: manifest.get(key, about.get(key)) for key in order if key in manifest or key in missing}
     write_json(out / MANIFEST, manifest)
     return manifest
 

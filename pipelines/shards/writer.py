@@ -26,7 +26,7 @@ from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from metagmvae.pipelines.shards.unfinished import (
     LOCK,
     PLAN,
-    add_preprocessing,
+    complete_manifest,
     finished_manifest,
     lock_folder,
     remove_empty_dataset,
@@ -117,7 +117,7 @@ def write_dataset(
             manifest = finished_manifest(out, plan) or _write(source, out, plan, map_tasks, on_progress)
             remove_temporary_files(out)
             (out / PLAN).unlink(missing_ok=True)
-    return add_preprocessing(out, manifest, source.about)
+    return complete_manifest(out, manifest, source.about)
 
 
 def _write(

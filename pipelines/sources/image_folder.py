@@ -26,7 +26,7 @@ from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, 
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
-from metagmvae.pipelines.sources.source import ImageSource, check_integer, source_fingerprint
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
 from metagmvae.pipelines.sources.split_names import SPLITS
 
 
@@ -106,7 +106,7 @@ def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndar
 def _check_options(
     size: int, channels: int, classes: bool, fractions: Sequence[float] | None, seed: int, max_broken: float
 ) -> None:
-    check_integer("size", size, 1)
+    check_integer("size", size, 1, MAX_SIDE)
     check_integer("seed", seed, 0)
     if channels not in MODES:
         raise DataError(f"channels is {channels!r}; choose 1 (grey) or 3 (RGB)")

@@ -28,7 +28,7 @@ from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report
 from metagmvae.pipelines.sources.mini_imagenet_layout import LocatedEntry, find_layout
 from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
-from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, first_few, source_fingerprint
 
 CLASSES = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS = 600
@@ -53,7 +53,7 @@ def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missi
     Raises:
         DataError: `source` is None, the layout is unknown, or files, images or classes are missing.
     """
-    check_integer("size", size, 1)
+    check_integer("size", size, 1, MAX_SIDE)
     if source is None:
         raise DataError("Mini-ImageNet cannot be downloaded for licence reasons; give your copy with --source")
     layout = find_layout(Path(source))

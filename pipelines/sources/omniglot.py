@@ -26,7 +26,7 @@ from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report
 from metagmvae.pipelines.sources.omniglot_layout import Character, find_drawings
-from metagmvae.pipelines.sources.source import ImageSource, check_integer, first_few, source_fingerprint
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, first_few, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS = 20
@@ -60,7 +60,7 @@ def open_omniglot(
         raise DataError(f"omniglot has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if rotations not in (1, 4):
         raise DataError(f"rotations is {rotations}; choose 4 (rotations as classes) or 1")
-    check_integer("size", size, 1)
+    check_integer("size", size, 1, MAX_SIDE)
     found = find_drawings(Path(source) if source is not None else download_omniglot())
     drawings = found.of_character
     _check_complete(found.root, drawings)

@@ -24,6 +24,9 @@ OPENERS = {
 }
 """Module and function by name of the source; the module is imported when the source is opened."""
 
+MAX_SIDE = 4096
+"""Largest side of the images of a dataset in pixels."""
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -104,14 +107,16 @@ def open_source(
     return opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
 
 
-def check_integer(option: str, value: Any, least: int) -> None:
-    """Refuse an option that is not an integer of at least `least`.
+def check_integer(option: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse an option that is not an integer of at least `least` and at most `most`.
 
     Raises:
         DataError: with the option and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise DataError(f"{option} is {value!r}; give an integer of at least {least}")
+    if most is not None and value > most:
+        raise DataError(f"{option} is {value!r}; give an integer of at most {most}")
 
 
 def first_few(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
