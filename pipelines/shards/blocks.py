@@ -72,7 +72,7 @@ def _tar_members(file: IO[bytes], name: str | Path) -> Iterator[tuple[str, int, 
         start = position + tarfile.BLOCKSIZE
         if member.size < 0 or start + member.size > end:
             raise DataError(f"{name}: {member.name!a} states {member.size:,} bytes, more than there are; {REMEDY}")
-        if member.isreg() and not member.issparse():
+        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             yield member.name, start, member.size
         elif member.type not in SKIPPED_TYPES:
             raise DataError(f"{name}: {member.name!a} is not a file; {REMEDY}")
