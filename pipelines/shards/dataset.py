@@ -21,7 +21,7 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.blocks import Block, shard_blocks
 from metagmvae.pipelines.shards.index import read_index
-from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, dataset_fingerprint, read_manifest
+from metagmvae.pipelines.shards.manifest import INDEX, LATER_KEYS, MANIFEST, dataset_fingerprint, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.unfinished import PLAN
 
@@ -85,7 +85,8 @@ class Dataset:
         self.preprocessing = None if recorded is None else Preprocessing.model_validate(recorded)
         """What `metagmvae prepare` did to each image; None if an older version wrote the dataset (unknown)."""
         # The digest of the file itself for a manifest of an older version, whatever its formatting.
-        self.fingerprint = sha256_file(root / MANIFEST) if recorded is None else dataset_fingerprint(manifest)
+        later = any(key in manifest for key in LATER_KEYS)
+        self.fingerprint = dataset_fingerprint(manifest) if later else sha256_file(root / MANIFEST)
 
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:
