@@ -1,18 +1,64 @@
-"""Renders the tables of README.md and evaluation/results/README.md from the recorded results, between markers."""
+"""Renders the tables of README.md and evaluation/results/README.md, between markers.
+
+Accuracies and speeds come from the recorded results; hardware and time of the presets from the heads of their files.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
+from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison import record_tables
-from metagmvae.evaluation.comparison.preset_table import preset_table
-from metagmvae.evaluation.comparison.results_table import paired_table, results_table, summary_table
+from metagmvae.evaluation.comparison.formatting import task_name
+from metagmvae.evaluation.comparison.record_tables import markdown_table
+from metagmvae.evaluation.comparison.results_table import (
+    accuracy_cell,
+    paired_table,
+    results_by_task,
+    results_table,
+    summary_table,
+)
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
 
+PRESET_TASKS = ((5, 1), (5, 5))
+PRESET_HEAD = re.compile(r"^(?P<title>.*?)\. .*Hardware: (?P<hardware>.*?)\. Time: (?P<time>.*?)\. Score: ")
+
 PAGES = ("README.md", "evaluation/results/README.md")
+
+
+def preset_table(results: Path, name: str) -> str:
+    """One row for each preset: what it trains, hardware, time, and recorded accuracy in percent.
+
+    Args:
+        results: folder of the result files; a preset without results has empty cells.
+        name: part of the preset names to show (`omniglot`), or `all`.
+
+    Raises:
+        DataError: no preset has this in its name, or the head of a preset lacks a part.
+    """
+    shown = [preset for preset in presets() if name == "all" or name in preset]
+    if not shown:
+        raise DataError(f"presets:{name}: no preset has this in its name; use all")
+    head = ["preset", "trains", "hardware", "time", *(f"{task_name(task)} accuracy" for task in PRESET_TASKS)]
+    return markdown_table(head, [_preset_row(results, preset) for preset in shown])
+
+
+def _preset_row(results: Path, preset: str) -> list[str]:
+    file = resources.files("metagmvae.configs").joinpath("presets", f"{preset}.toml")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+    found = PRESET_HEAD.match(comment)
+    if found is None:
+        raise DataError(f"{preset}.toml: its head comment needs a sentence, Hardware: …, Time: … and Score: …")
+    title = found["title"].partition(" (Lee et al.")[0].partition(" (paper:")[0]
+    by_task = results_by_task(results, preset)
+    cells = [accuracy_cell(by_task.get(task, ())) for task in PRESET_TASKS]
+    return [f"`{preset}`", title, found["hardware"], found["time"], *cells]
+
 
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "table": lambda results, names: results_table(results, names.split(",")),
