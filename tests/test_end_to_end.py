@@ -12,6 +12,7 @@ from PIL import Image
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs.run_folder import CHECKPOINT, EVALUATIONS, METRICS, RECORD, RESULTS
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.package import load_model
 
 SETTINGS = TINY | {"model.reconstruct": "features"}
 
@@ -34,6 +35,9 @@ def test_run_folder_has_metric_lines_and_a_record(run, data):
     assert {"validation/5w1s", "validation/5w5s"} <= lines[-1].keys()
     record = json.loads((run / RECORD).read_text())
     assert record["data_fingerprint"] == Dataset.open(data).fingerprint
+    preprocessing = Dataset.open(data).preprocessing
+    assert record["preprocessing"] == preprocessing.model_dump(mode="json")
+    assert load_model(run).preprocessing == preprocessing
 
 
 def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, data, tmp_path, capsys):
@@ -48,6 +52,17 @@ def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, dat
     assert record["dataset"]["name"] == "glyphs"
     assert record["encoder"]["trained"]["by"] == "the run of the model"
     assert (tmp_path / "r.parquet").exists()
+
+
+def test_unbalanced_queries_are_recorded_and_not_stored_with_the_model(run, data, tmp_path, capsys):
+    capsys.readouterr()
+    request = ["evaluate", str(run), "--data", str(data), "--query", "3", "--episodes", "4", "--json", "--baselines"]
+    assert main([*request, "--unbalanced", "--record", str(tmp_path / "r.json")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "kept" not in answer
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["unbalanced"]
+    assert all(row["unbalanced"] for row in record["baselines"])
 
 
 def test_evaluate_several_ways_with_baselines(run, data, capsys):

@@ -13,6 +13,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features, ev
 from metagmvae.evaluation.fewshot.predict import predict_episodes
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
@@ -156,3 +157,23 @@ def test_nearest_class_mean_classifies_well_separated_classes(data):
     assert nearest_class_mean(pixels - pixels.float().mean(0), data[1], **TASK, episodes=20).mean > 0.9
     shuffled = np.random.default_rng(1).permutation(data[1])
     assert nearest_class_mean(pixels, shuffled, **TASK, episodes=50).mean < 0.45
+
+
+def test_unbalanced_queries_are_half_of_the_classes_and_one_query_of_each_other(sharp, features, data):
+    """4 ways, 3 queries: 3 + 3 + 1 + 1. A query has the same answer as among balanced queries, in inductive mode."""
+    task = {**TASK, "seed": 2}
+    options = {"episodes": 5, "mode": "inductive"}
+    result = evaluate_features(sharp, ADAPT, features, data[1], **task, **options, unbalanced=True)
+    support, query = (torch.as_tensor(rows) for rows in EpisodeSampler(data[1], **task).batch(0, 5))
+    answers = predict_episodes(
+        sharp, ADAPT, features[support], features[query.flatten(1)], mode="inductive", seed_by_episode=range(5)
+    )
+    predicted = answers.argmax(dim=2).view(5, 4, 3).tolist()
+    for accuracy, classes in zip(result.accuracies, predicted, strict=True):
+        hits = [k == 0 for k in classes[0]] + [k == 1 for k in classes[1]] + [classes[2][0] == 2, classes[3][0] == 3]
+        assert accuracy == sum(hits) / 8
+    assert result.summary()["unbalanced"] is True
+    assert "unbalanced" not in evaluate_features(sharp, ADAPT, features, data[1], **task, episodes=1).summary()
+    baseline = nearest_class_mean(features, data[1], **task, episodes=5, unbalanced=True)
+    assert baseline.unbalanced
+    assert set(np.round(baseline.accuracies * 8, 9) % 1) == {0}

@@ -54,6 +54,7 @@ class RecordedAccuracy(BaseModel):
     episodes: Count
     seed: int
     mode: EvalMode
+    unbalanced: bool = False
 
 
 class RecordedBaseline(RecordedAccuracy):
@@ -111,7 +112,8 @@ class RecordedResult(RecordedAccuracy):
     @property
     def protocol(self) -> EvalProtocol:
         """How and on which data the task was evaluated."""
-        return EvalProtocol(self.mode, self.split, self.data_fingerprint, self.query, self.episodes, self.seed)
+        episodes = (self.query, self.episodes, self.seed, self.unbalanced)
+        return EvalProtocol(self.mode, self.split, self.data_fingerprint, *episodes)
 
     def compared_settings(self) -> dict[str, Any]:
         """Return the settings that affect accuracy, with the fingerprint of the training data."""

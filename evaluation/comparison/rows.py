@@ -41,6 +41,8 @@ class EvalProtocol:
     query: int | None
     episodes: int | None
     seed: int | None
+    unbalanced: bool = False
+    """Whether only half of the classes had `query` queries, and the others one each."""
 
     def differences(self, other: EvalProtocol) -> list[str]:
         """Return `NAME MINE, not THEIRS` for each field that differs."""

@@ -75,8 +75,8 @@ def evaluate_baselines(
 ) -> dict[str, EpisodeResults]:
     """Evaluate all baselines on the episodes of a task, with settings chosen on validation classes.
 
-    A choice is the candidate of the highest mean accuracy over episodes of the same way, shot and query; of equal
-    ones the first.
+    A choice is the candidate of the highest mean accuracy over episodes of the same way, shot and query, with balanced
+    queries, as for the settings of a model; of equal ones the first.
 
     Args:
         evaluated: features of the evaluated split.
@@ -92,6 +92,7 @@ def evaluate_baselines(
     """
     runs = _runs(tuple(evaluated.by_kind))
     trial_task = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
+    trial_task.pop("unbalanced", None)
     note = _cannot_tune(validation, trial_task)
     total = sum(1 + (0 if note else len(list(run.candidates()))) for run in runs)
     done = 0

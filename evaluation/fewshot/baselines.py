@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.predict import PredictionMode
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
@@ -184,6 +184,7 @@ def evaluate_batches(
     query: int = 15,
     episodes: int = 1000,
     seed: int = 0,
+    unbalanced: bool = False,
 ) -> EpisodeResults:
     """Evaluate a classifier of batches of episodes, in float32, over the episodes of `evaluate_features`.
 
@@ -197,23 +198,26 @@ def evaluate_batches(
         query: queries per class.
         episodes: number of episodes.
         seed: of the draw of the episodes.
+        unbalanced: as in `evaluate_features`.
 
     Raises:
         DataError: the split has too few classes, or a class too few images, for the task.
     """
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
     x_nF = x_nF.float()
-    truth_P = torch.arange(way, device=x_nF.device).repeat_interleave(query)
+    positions_P = torch.as_tensor(query_positions(way, query, unbalanced))
+    truth_P = (positions_P // query).to(x_nF.device)
     per_batch = max(1, VALUES_PER_BATCH // (way * (shot + query) * x_nF.shape[1]))
     accuracies = []
     start = time.perf_counter()
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
         support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EKQ.flatten(1)])
+        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EKQ.flatten(1)[:, positions_P]])
         accuracies.append((predicted_EP == truth_P).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
-    return EpisodeResults(way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds)
+    accuracies_E = torch.cat(accuracies).numpy()
+    return EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds, unbalanced=unbalanced)
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {

@@ -19,7 +19,7 @@ from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import PredictionMode, episodes_per_batch, predict_episodes
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import ProgressCallback, Rows
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
@@ -62,6 +62,8 @@ class EpisodeResults:
     """Results of the baselines on the same features and episodes, by name; empty unless requested."""
     tuning: Tuning | None = None
     """The settings of a baseline; None for a model."""
+    unbalanced: bool = False
+    """Whether only half of the classes have `query` queries, and the others one each."""
 
     @property
     def mean(self) -> float:
@@ -85,6 +87,7 @@ class EpisodeResults:
             "seed": self.seed,
             "mode": self.mode,
             "seconds": round(self.seconds, 3),
+            **({"unbalanced": True} if self.unbalanced else {}),
         }
 
     def write_parquet(self, path: str | Path) -> None:
@@ -136,6 +139,7 @@ def evaluate_features(
     episodes: int = 1000,
     seed: int = 0,
     mode: PredictionMode = "transductive",
+    unbalanced: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
     """Evaluate a model on features by `encode_images`, over episodes 0 to `episodes` - 1 of a seed.
@@ -153,6 +157,7 @@ def evaluate_features(
         episodes: number of episodes.
         seed: of the draw of the episodes.
         mode: as in `predict_episodes`.
+        unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
         on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
@@ -161,7 +166,8 @@ def evaluate_features(
     start = time.perf_counter()
     sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
     per_batch = episodes_per_batch(way * (shot + query), adapt, model.latent, h_nF.device)
-    truth_P = torch.arange(way, device=h_nF.device).repeat_interleave(query)
+    positions_P = torch.as_tensor(query_positions(way, query, unbalanced))
+    truth_P = (positions_P // query).to(h_nF.device)
     accuracies, reliability = [], Reliability()
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
@@ -170,7 +176,7 @@ def evaluate_features(
             model,
             adapt,
             h_nF[support_EKS],
-            h_nF[query_EKQ.flatten(1)],
+            h_nF[query_EKQ.flatten(1)[:, positions_P]],
             mode=mode,
             seed_by_episode=range(first, first + count),
         )
@@ -179,4 +185,6 @@ def evaluate_features(
         if on_progress is not None:
             on_progress(first + count, episodes)
     seconds = time.perf_counter() - start
-    return EpisodeResults(way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds, reliability)
+    return EpisodeResults(
+        way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds, reliability, unbalanced=unbalanced
+    )

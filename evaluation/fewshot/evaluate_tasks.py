@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -54,8 +55,8 @@ def evaluate_tasks(
     Args:
         loaded: a Meta-GMVAE, for example from `metagmvae.load_model`; it is moved to the device.
         dataset: images, or features made by the encoder of the model.
-        tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000) and
-            `seed` (0).
+        tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000),
+            `seed` (0) and `unbalanced` (False), as in `evaluate_features`.
         split: whose classes the episodes are drawn from.
         mode: `transductive` or `inductive`, as in `predict_episodes`.
         baselines: also evaluate the baselines on the same features and episodes, each in its own mode, with settings
@@ -70,7 +71,7 @@ def evaluate_tasks(
     name = loaded.settings.name if name is None else name
     device = default_device()
     model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
-    full_tasks = [TASK_DEFAULTS | dict(task) for task in tasks]
+    full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
         if not 1 <= task["episodes"] <= MAX_EPISODES:
             raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")

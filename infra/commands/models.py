@@ -68,6 +68,9 @@ def _add_evaluate(parsers: Parsers) -> None:
     parser.add_argument("--shot", type=int, default=1, metavar="S", help=help_text)
     help_text = "images to classify per class (default: 15)"
     parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
+    help_text = "only half of the classes have --query images to classify, the others have one, which the model does "
+    help_text += "not know; the result is not stored with the model"
+    parser.add_argument("--unbalanced", action="store_true", help=help_text)
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
@@ -111,7 +114,8 @@ def evaluate(arguments: Namespace) -> Answer:
     origin = _origin(loaded, dataset)
     if arguments.record:
         write_json(arguments.record, answer | trials | origin)
-    kept = _keep(arguments, dataset, results, about | origin)
+    # Stored results are found by way and shot, and all of them have balanced queries.
+    kept = {} if arguments.unbalanced else _keep(arguments, dataset, results, about | origin)
     return answer | (trials if arguments.json else {}) | kept
 
 
@@ -139,7 +143,7 @@ def _evaluate(arguments: Namespace, dataset: Dataset, loaded: LoadedModel) -> li
     """Return the result for each number of ways."""
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 
-    common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
+    common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed", "unbalanced")}
     tasks = [{"way": way, **common} for way in arguments.ways or [arguments.way]]
     return evaluate_tasks(
         loaded,

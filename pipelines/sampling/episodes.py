@@ -55,3 +55,18 @@ class EpisodeSampler:
         """Episodes start to start + count - 1: row indices of supports (E, K, S) and queries (E, K, Q)."""
         episodes = [self.episode(index) for index in range(start, start + count)]
         return np.stack([e.support for e in episodes]), np.stack([e.query for e in episodes])
+
+
+def query_positions(way: int, query: int, unbalanced: bool = False) -> np.ndarray:
+    """Positions of the evaluated queries among the way * query queries of an episode, (P,).
+
+    Args:
+        way: K.
+        query: Q.
+        unbalanced: the first half of the classes, rounded down, keeps all its queries and the others keep one each. The
+            classes of an episode are in random order.
+    """
+    positions_KQ = np.arange(way * query).reshape(way, query)
+    if not unbalanced:
+        return positions_KQ.reshape(-1)
+    return np.concatenate([positions_KQ[: way // 2].reshape(-1), positions_KQ[way // 2 :, 0]])
