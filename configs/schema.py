@@ -141,7 +141,7 @@ class TrainSettings(Section):
     """Objective [paper: sum, code: mean]: sum or mean over the M data points of an episode."""
     beta: PositiveFloat = 1.0
     """Weight of the KL divergence (Higgins et al. 2017); 1 gives the lower bound of Eq. 9. A random set of many classes
-    has no clear clusters; values below 1 force it less strongly into K clusters."""
+    has no clear clusters; values below 1 weaken the pull of the latents towards K clusters."""
     denoise: bool = False
     """Denoising criterion (Im et al., AAAI 2017): the posterior is computed from a random view of each image (see
     `pretrain.views`), and the original image is reconstructed, so latents become invariant to the views."""
@@ -157,8 +157,8 @@ class TrainSettings(Section):
     channels_last: bool = True
     compile: bool = False
     selection: Literal["last", "best", "best-first-shot"] = "last"
-    """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]: the last model; for each validation
-    shot its best model, for others the last; or, for every shot, the best at the first of `validation.shots`."""
+    """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]. `last`: the last model; `best`: per
+    shot, the best on validation; `best-first-shot`: the best at the first of `validation.shots`, for every shot."""
     checkpoint_every: Positive = 500
     log_every: Positive = 20
 
@@ -184,7 +184,7 @@ class PretrainSettings(Section):
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest crop of a photograph, as a fraction of its area."""
     crops: Literal["clipped", "torchvision"] = "clipped"
-    """Crops that exceed the photograph [paper, code: torchvision]: clipped to it, or drawn again as in torchvision."""
+    """Crops larger than the photograph [paper, code: torchvision] are clipped to it, or redrawn as in torchvision."""
     elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
     """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
     distortion reaches a higher accuracy."""

@@ -32,7 +32,7 @@ UNSCALED = "features unscaled"
 UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
 """Baselines that are also run on the raw features of the encoder if the model scales its features."""
 TUNING_EPISODES = 300
-"""Most validation episodes for the choice of the settings."""
+"""Maximum number of validation episodes used to choose the settings."""
 SEED_OFFSET = 1_000_000
 """Added to the seed of the evaluated episodes, so that an evaluation on validation classes has other episodes."""
 
@@ -76,7 +76,7 @@ def evaluate_baselines(
     """Evaluate all baselines on the episodes of a task, with settings chosen on validation classes.
 
     A choice is the candidate of the highest mean accuracy over episodes of the same way, shot and query, with balanced
-    queries, as for the settings of a model; of equal ones the first.
+    queries, as for the settings of a model; ties go to the first candidate.
 
     Args:
         evaluated: features of the evaluated split.

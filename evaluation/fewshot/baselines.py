@@ -27,7 +27,7 @@ BatchClassifier = Callable[[Tensor, Tensor], Tensor]
 """The same for a batch of episodes: (E, K, S, F), (E, P, F) -> (E, P)."""
 
 VALUES_PER_BATCH = 2**21
-"""Most feature values in a batch of episodes (8 MB): small batches fit the caches of a CPU."""
+"""Maximum number of feature values in a batch of episodes (8 MB): small batches fit the caches of a CPU."""
 
 
 def nearest_class_mean(x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:

@@ -39,7 +39,7 @@ PredictionMode = Literal["transductive", "inductive"]
 """Whether the queries of an episode are classified together or one at a time; see `predict_episodes`."""
 
 MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
-"""Most latent values (points x samples x D) in a batch, by device type; about four arrays of this size exist at once.
+"""Maximum number of latent values (points x samples x D) in a batch, by device type; about four such arrays exist.
 On a CPU small batches are the fast ones, because they fit its caches (a quarter faster than 2^25, measured)."""
 
 
@@ -80,7 +80,7 @@ def predict_episodes(
 
 
 def _predict_inductively(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
-    """Classify each query of one episode in a set of its own, several such sets at a time: (P, K)."""
+    """Classify each query separately, in a set of the support and this query; several sets at a time: (P, K)."""
     K, S, _ = h_KSF.shape
     noise_MND = latent_noise(model, adapt, K * S, 1, seed, h_PF.device)  # the same for every query
     values_per_set = (K * S + 1) * adapt.samples * model.latent
@@ -122,7 +122,7 @@ def fit_and_classify(
     """Fit one Gaussian per class by semi-supervised EM (Eq. 10) and classify the queries by it (Eq. 11).
 
     Args:
-        adapt: settings of EM; no other function reads them one by one.
+        adapt: settings of EM.
         support_EKTD: latents of the labelled images, by class.
         query_EPND: latents of the queries.
         fit_on_queries: False fits the Gaussians to the support alone (inductive).

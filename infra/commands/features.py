@@ -28,8 +28,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
     help_text = "number format of the features (default: float16)"
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help=help_text)
-    help_text = "features of an image are the mean over: only the image, the image and its mirror image, or several "
-    help_text += "crops (default: as in the settings of the model)"
+    help_text = "views whose features are averaged: none (the image alone), mirror (and its mirror image), crops "
+    help_text += "(twelve views); default: as in the settings of the model"
     parser.add_argument("--average", choices=("none", "mirror", "crops"), help=help_text)
     help_text = "shot whose best model is used, if the run keeps a best model per shot"
     parser.add_argument("--shot", type=int, metavar="S", help=help_text)

@@ -31,8 +31,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
     help_text = "also plot the images with their predicted classes"
     parser.add_argument("--figure", metavar="FILE.png", help=help_text)
-    help_text = "replace each value by 255 - value, as `prepare omniglot` does, or do not (default: as was done to the "
-    help_text += "training images)"
+    help_text = "invert the images (255 - value), as `prepare omniglot` does, or not (default: as the training images)"
     parser.add_argument("--invert", action=BooleanOptionalAction, help=help_text)
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
@@ -68,8 +67,8 @@ def _add_evaluate(parsers: Parsers) -> None:
     parser.add_argument("--shot", type=int, default=1, metavar="S", help=help_text)
     help_text = "images to classify per class (default: 15)"
     parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
-    help_text = "only half of the classes have --query images to classify, the others have one, which the model does "
-    help_text += "not know; the result is not stored with the model"
+    help_text = "half of the classes have --query images to classify, the others one; the model is not told which "
+    help_text += "(the result is not stored with the model)"
     parser.add_argument("--unbalanced", action="store_true", help=help_text)
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")

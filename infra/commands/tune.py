@@ -22,13 +22,13 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--search", choices=("random", "grid", "tpe"), default="random", help="(random)")
     help_text = "asha: stop the worse trials early; none: train all to the end (asha)"
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha", help=help_text)
-    help_text = "number of trials over all resumes, without impossible ones (20; grid: all combinations)"
+    help_text = "total number of trials, those before a resume included (20; grid: all combinations)"
     parser.add_argument("--trials", type=int, metavar="N", help=help_text)
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each trial, as train.steps")
     parser.add_argument("--hours", type=float, metavar="H", help="time limit; --resume continues (no limit)")
     help_text = "number of simultaneous trials (auto: as many as the CPUs and GPUs allow)"
     parser.add_argument("--workers-at-once", default="auto", metavar="N", help=help_text)
-    help_text = "GPUs per trial in one process; 0.5: two trials share a GPU (1 if there are GPUs)"
+    help_text = "GPUs for each trial; 0.5: two trials share a GPU (1 if there are GPUs)"
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help=help_text)
     help_text = "few-shot task whose accuracy ranks the trials (first of validation.shots)"
     parser.add_argument("--task", metavar="5w1s", help=help_text)

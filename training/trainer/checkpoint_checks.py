@@ -71,7 +71,7 @@ def check_archive(path: Path) -> None:
 
 
 def _check_pickle(content: bytes) -> None:
-    """Refuse a pickle whose values contain each other so often that hashing one of them would never end.
+    """Refuse a pickle with so many nested references that hashing a value would practically never end.
 
     The operations are followed without carrying them out; each value is represented by the number of its parts.
 
