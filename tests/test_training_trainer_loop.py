@@ -115,12 +115,12 @@ class Run:
 
     def state(self, step: int) -> TrainState:
         return {
-            "kind": "toy",
+            "kind": "encoder",
             "projector": {},
             "settings": "{}",
-            "image_shape": [1],
+            "image_shape": [1, 1, 1],
             "data_fingerprint": "",
-            "stage": "toy",
+            "stage": "pretrain",
             "step": step,
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
