@@ -105,9 +105,7 @@ def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str,
         if not sweep.running:
             return
         if len(sweep.ended) == ended_before:
-            raise WorkError(
-                f"Ray Tune dropped trials {sorted(sweep.running)} and ended none; continue with --resume"
-            )
+            raise WorkError(f"Ray Tune dropped trials {sorted(sweep.running)} and ended none; continue with --resume")
         sweep.requeue_running()
 
 
