@@ -23,6 +23,7 @@ fingerprint, so recorded results stay valid. Append new settings here."""
 
 MAX_SHOWN = 100
 """Characters of a key or value in an error message."""
+MAX_REASON = 500
 MAX_TOML_BYTES = 2**20
 
 
@@ -125,8 +126,8 @@ def _locate(config: str | Path) -> Any:
     name = str(config)
     if name in presets():
         return resources.files("metagmvae.configs").joinpath("presets", f"{name}.toml")
-    known = ", ".join(presets())
-    raise SettingsError(f"{name}: no such TOML file, and not one of the presets {known}{suggestion(name, presets())}")
+    known = ", ".join(presets()) + suggestion(name, presets())
+    raise SettingsError(f"{_short(name)}: no such TOML file, and not one of the presets {known}")
 
 
 def read_toml(file: Any) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise SettingsError(f"--set {override}: write it as section.key=value")
+        raise SettingsError(f"--set {_short(override)}: write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -163,7 +164,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise SettingsError(f"--set {override}: {section} is a value, not a section")
+            raise SettingsError(f"--set {_short(override)}: {_short(section)} is a value, not a section")
     tree[last] = value
 
 
@@ -192,7 +193,8 @@ def mistake_text(mistake: ErrorDetails) -> str:
     """One mistake of a pydantic `ValidationError` as `key = value: reason`."""
     key = _short(".".join(str(part) for part in mistake["loc"] if part != "[key]"))
     if mistake["type"] == "value_error":
-        return f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
+        reason = _short(str(mistake["ctx"]["error"]), MAX_REASON)
+        return f"{key}: {reason}" if key else reason
     if mistake["type"] == "missing":
         return f"{key} is missing"
     try:
@@ -202,10 +204,10 @@ def mistake_text(mistake: ErrorDetails) -> str:
     return f"{key} = {_short(value)}: {mistake['msg'].lower()}"
 
 
-def _short(text: str) -> str:
-    """A text in one line of at most about 100 characters."""
+def _short(text: str, limit: int = MAX_SHOWN) -> str:
+    """A text in one line of at most `limit` characters."""
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _keys(location: Sequence[Any]) -> list[str]:

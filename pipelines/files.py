@@ -125,7 +125,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or first_line(error)
         raise DataError(f"{path}: cannot be read ({reason}); check that it is a file and its permissions") from error
 
 

@@ -89,16 +89,17 @@ def read_index(path: str | Path, *, rows: int, classes: int) -> pa.Table:
     Raises:
         DataError: it is missing, cannot be read, is damaged, or has other columns, rows or classes.
     """
-    try:
-        with open_file(path) as file:
+    with open_file(path) as file:
+        try:
             parquet = pq.ParquetFile(file)
             _check_size(path, parquet, rows)
             # As dictionaries: the texts of a small file could otherwise fill the memory.
             table = pq.ParquetFile(file, read_dictionary=TEXT_COLUMNS).read()
-    except DataError:
-        raise
-    except Exception as error:  # Arrow raises many types on damaged files
-        raise DataError(f"{path}: not a readable index ({first_line(error)}); {REMEDY}") from error
+            table.validate(full=True)  # also that the dictionaries have all their entries
+        except DataError:
+            raise
+        except Exception as error:  # Arrow raises many types on damaged files
+            raise DataError(f"{path}: not a readable index ({first_line(error)}); {REMEDY}") from error
     for name in TEXT_COLUMNS:
         _check_texts(path, name, table[name])
     table = table.cast(SCHEMA)
