@@ -35,7 +35,10 @@ ByTask = Mapping[Task, Sequence[RecordedResult]]
 """Recorded results of one name, one for each training."""
 
 SUMMARIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "omniglot": ("omniglot-best-5way", ("soft k-means", "nearest class mean")),
+    "omniglot": (
+        "omniglot-best-5way-tuned-baselines",
+        ("EM on features, identity", "soft k-means", "nearest class mean"),
+    ),
     "mini-imagenet": ("mini-imagenet-cpu", ("soft k-means", "nearest class mean")),
 }
 """Dataset -> model and baselines on its features that a summary shows."""
@@ -192,7 +195,9 @@ def _baseline_protocol(by_task: Mapping[Task, Sequence[RecordedBaseline]]) -> st
 
 
 def _modes(by_task: Mapping[Task, Sequence[RecordedAccuracy]]) -> str:
-    return ", ".join(sorted({result.mode for results in by_task.values() for result in results}))
+    rows = [result for results in by_task.values() for result in results]
+    unbalanced = ["unbalanced queries"] if any(result.unbalanced for result in rows) else []
+    return ", ".join(sorted({result.mode for result in rows}) + unbalanced)
 
 
 def _cells(by_task: Mapping[Task, Sequence[RecordedAccuracy]], tasks: Sequence[Task]) -> list[str]:
