@@ -10,6 +10,8 @@ MAX_COUNT = 10**9
 """Largest number of steps, episodes or seconds."""
 MAX_SIZE = 2**16
 """Largest size of a layer, a batch or a set."""
+MAX_THREADS = 1024
+"""Of PyTorch in one process; many more end it with a segmentation fault."""
 MAX_PCA_LATENT = 256
 """Largest latent size for PCA initialisation: the ReLU decoder of Table 8 needs two of its 512 units per component."""
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from metagmvae.configs.limits import (
     MAX_PCA_LATENT,
     MAX_SIZE,
+    MAX_THREADS,
     Count,
     Folder,
     NonNegativeFloat,
@@ -66,8 +67,7 @@ class ModelSettings(Section):
     "Visual feature reconstruction" of section 3.2, Tables 7 and 8)."""
     features: Literal["standard", "whitened", "raw"] = "standard"
     """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
-    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, with the final ReLU of
-    Table 8 in the decoder."""
+    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, with Table 8's last ReLU."""
     normalise: Literal["none", "imagenet"] = "none"
     """Input normalisation of Conv4 and Conv5 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean colour and
     divide by its standard deviation. Torchvision's networks always have it."""
@@ -227,9 +227,9 @@ class RunSettings(Section):
     """Data-parallel workers with Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Training device; `auto`: a GPU if there is one."""
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Torch threads per worker; 0: the default of torch (with Ray: the CPUs of the worker)."""
-    cpus_per_worker: Size = 1
+    cpus_per_worker: Annotated[int, Field(gt=0, le=MAX_THREADS)] = 1
     max_failures: Count = 3
     """Restarts of the Ray workers before the run fails."""
     figures: bool = True

@@ -52,6 +52,7 @@ def bench(arguments: Namespace) -> Answer:
     """Run `metagmvae bench`."""
     import torch
 
+    from metagmvae.configs.limits import MAX_THREADS
     from metagmvae.evaluation.provenance import provenance
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.records import DataError
@@ -60,6 +61,8 @@ def bench(arguments: Namespace) -> Answer:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise DataError(f"--{option.replace('_', '-')} is {value}; give 1 or more")
+    if not 0 <= arguments.threads <= MAX_THREADS:
+        raise DataError(f"--threads is {arguments.threads}; give a number from 0 to {MAX_THREADS:,}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     answer = {"bench": arguments.name, **run_bench(arguments)}

@@ -163,11 +163,12 @@ def adapt_settings(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSett
     """Return the adaptation settings of the model, with `iterations` and `samples` replaced by those of a request.
 
     Raises:
-        DataError: one of them is smaller than 1 or larger than `MAX_PARAMETER`.
+        DataError: one of them is smaller than 1, or larger than `MAX_PARAMETER` and the setting of the model.
     """
-    invalid = [f"{key} is {value}" for key, value in params.items() if not 1 <= int(value) <= MAX_PARAMETER]
-    if invalid:
-        raise DataError(f"{', '.join(invalid)}; it must be between 1 and {MAX_PARAMETER:,}")
+    for key, value in params.items():
+        limit = max(MAX_PARAMETER, getattr(adapt, key))
+        if not 1 <= int(value) <= limit:
+            raise DataError(f"{key} is {value}; it must be between 1 and {limit:,}")
     return adapt.model_copy(update={key: int(value) for key, value in params.items()})
 
 
