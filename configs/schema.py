@@ -67,7 +67,7 @@ class ModelSettings(Section):
     "Visual feature reconstruction" of section 3.2, Tables 7 and 8)."""
     features: Literal["standard", "whitened", "raw"] = "standard"
     """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
-    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, with Table 8's last ReLU."""
+    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, final ReLU of Table 8."""
     normalise: Literal["none", "imagenet"] = "none"
     """Input normalisation of Conv4 and Conv5 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean colour and
     divide by its standard deviation. Torchvision's networks always have it."""
