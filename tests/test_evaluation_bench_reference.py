@@ -55,7 +55,7 @@ def test_literal_episode_equals_fast_episode(covariance, temperature):
     device = torch.device("cpu")
     h = encode_images(model, pixels, device)
     fast = predict_episodes(model, adapt, h[:6].reshape(1, 3, 2, -1), h[None, 6:], seed_by_episode=[4])[0]
-    noise = latent_noise(model, adapt, 6, 9, 4, device)
+    noise = latent_noise(model, adapt, 15, 4, device)
     tensors = torch.as_tensor(pixels)
     with torch.inference_mode():
         slow = reference.predict_episode(model, adapt, tensors[:6].reshape(3, 2, *SHAPE), tensors[6:], noise)

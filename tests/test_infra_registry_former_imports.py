@@ -59,7 +59,7 @@ def test_mlflow_loads_it_and_gives_the_same_probabilities(data, tmp_path, own_in
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    # Not exactly equal: since then the Monte Carlo noise of the support does not depend on its order.
+    # Not exactly equal: the noise of a support image does not depend on the order of the support any more.
     np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), EXPECTED["probabilities"], atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.registry.alias_history import read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
@@ -66,8 +66,8 @@ def expected(run, params: dict) -> np.ndarray:
         update={key: params[key] for key in ("iterations", "samples") if key in params}
     )
     mode, seed = params.get("mode", "transductive"), params.get("seed", 0)
-    support, query = h_nF[:4].reshape(1, 2, 2, -1), h_nF[4:].reshape(1, 3, -1)
-    return np.asarray(predict_episodes(loaded.model, adapt, support, query, mode=mode, seed_by_episode=[seed])[0])
+    labels = np.array([0, 0, 1, 1])
+    return np.asarray(predict_queries(loaded.model, adapt, h_nF[:4], labels, h_nF[4:], mode=mode, seed=seed))
 
 
 def served(body: dict) -> np.ndarray:

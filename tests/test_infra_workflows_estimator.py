@@ -15,7 +15,7 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from metagmvae.evaluation.fewshot.pixel_arrays import PixelWarning, image_rows
-from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.workflows import estimator
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
@@ -41,18 +41,12 @@ def test_checks_of_scikit_learn(estimator, check):
 
 
 @pytest.mark.parametrize("mode", ["inductive", "transductive"])
-def test_equal_shots_give_the_probabilities_of_predict_episodes(loaded, mode):
+def test_probabilities_are_those_of_predict_queries(loaded, mode):
     support, queries = random_images(6), random_images(5, seed=1)
     classifier = FewShotClassifier(loaded, mode=mode, random_state=3).fit(support[[3, 0, 4, 1, 5, 2]], list("bababa"))
     h = encode_images(loaded.model, np.concatenate([support, queries]).reshape(-1, 1, 28, 28), torch.device("cpu"))
-    expected = predict_episodes(
-        loaded.model,
-        loaded.settings.adapt,
-        h[:6].reshape(1, 2, 3, -1),
-        h[None, 6:],
-        mode=mode,
-        seed_by_episode=[3],
-    )[0]
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    expected = predict_queries(loaded.model, loaded.settings.adapt, h[:6], labels, h[6:], mode=mode, seed=3)
     np.testing.assert_allclose(classifier.predict_proba(queries), expected, rtol=1e-4, atol=1e-6)
     assert classifier.classes_.tolist() == ["a", "b"]
     assert classifier.predict(queries).tolist() == [["a", "b"][k] for k in expected.argmax(1)]

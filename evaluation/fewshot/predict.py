@@ -63,9 +63,7 @@ def predict_episodes(
         mode: `transductive`, the protocol of the paper: the attention and EM see the support and all queries of an
             episode. `inductive`: each query is classified alone, in a set of the support and this query; the class
             means and variances come from the support latents only. The probabilities of a query depend neither on
-            other queries nor on its position among them.
-
-            In both modes they do not depend on the order of the classes and of the support images, up to rounding.
+            other queries, nor on its position among them, nor on the order of the classes and of the support images.
         seed_by_episode: seeds of the Monte Carlo noise, so that results do not depend on the batching.
     """
     model.eval()
@@ -74,7 +72,7 @@ def predict_episodes(
         return torch.stack([_predict_inductively(model, adapt, h_KSF, h_PF, seed) for h_KSF, h_PF, seed in episodes])
     _, K, S, _ = h_support_EKSF.shape
     P = h_query_EPF.shape[1]
-    noise = torch.stack([latent_noise(model, adapt, K * S, P, seed, h_query_EPF.device) for seed in seed_by_episode])
+    noise = torch.stack([latent_noise(model, adapt, K * S + P, seed, h_query_EPF.device) for seed in seed_by_episode])
     h_EMF = torch.cat([h_support_EKSF.flatten(1, 2), h_query_EPF], dim=1)
     return _classify_sets(model, adapt, h_EMF, noise, (K, S), fit_on_queries=True)
 
@@ -82,7 +80,7 @@ def predict_episodes(
 def _predict_inductively(model: MetaGMVAE, adapt: AdaptSettings, h_KSF: Tensor, h_PF: Tensor, seed: int) -> Tensor:
     """Classify each query separately, in a set of the support and this query; several sets at a time: (P, K)."""
     K, S, _ = h_KSF.shape
-    noise_MND = latent_noise(model, adapt, K * S, 1, seed, h_PF.device)  # the same for every query
+    noise_MND = inductive_noise(model, adapt, K * S, seed, h_PF.device)
     values_per_set = (K * S + 1) * adapt.samples * model.latent
     sets_per_batch = max(1, MAX_LATENT_VALUES[h_PF.device.type] // (4 * values_per_set))
     probabilities = []
@@ -155,18 +153,22 @@ def fit_and_classify(
     return mixture, probabilities_EPK
 
 
-def latent_noise(
-    model: MetaGMVAE, adapt: AdaptSettings, support_images: int, queries: int, seed: int, device: torch.device
-) -> Tensor:
-    """Draw the standard normal noise of the latents of one episode, (support_images + queries, N, D).
-
-    All support images share one draw: with noise by position, the probabilities would change with the order of the
-    support images, and with the names of the classes.
-    """
+def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:
+    """Draw the standard normal noise of the latents of one episode, (points, N, D)."""
     generator = keyed_generator(device, "predict", int(seed))
-    shape = (support_images + queries, adapt.samples, model.latent)
-    noise_MND = torch.randn(shape, generator=generator, device=device)
-    return torch.cat([noise_MND[:1].expand(support_images, -1, -1), noise_MND[support_images:]])
+    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
+
+
+def inductive_noise(
+    model: MetaGMVAE, adapt: AdaptSettings, support_images: int, seed: int, device: torch.device
+) -> Tensor:
+    """Draw the noise of the support and one query, (support_images + 1, N, D).
+
+    All queries share one draw: with noise by position, the answer for a query would depend on its place among the
+    others. All support images share another draw, so it does not depend on their order and on the names of the classes.
+    """
+    noise_MND = latent_noise(model, adapt, support_images + 1, seed, device)
+    return torch.cat([noise_MND[:1].expand(support_images, -1, -1), noise_MND[-1:]])
 
 
 def episodes_per_batch(points: int, adapt: AdaptSettings, latent: int, device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
-from metagmvae.evaluation.fewshot.predict import PredictionMode, fit_and_classify, latent_noise
+from metagmvae.evaluation.fewshot.predict import PredictionMode, fit_and_classify, inductive_noise, latent_noise
 from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 
 
@@ -29,7 +29,10 @@ def predict_queries(
 ) -> Tensor:
     """Return p(y | x, D) of every query (Eq. 10 and 11), (P, K).
 
-    For equal shots the result equals that of `predict_episodes` up to rounding.
+    In both modes the result does not depend on the order of the support and the names of the classes: the support is
+    sorted by content first. In transductive mode it depends on the order of the queries, by the Monte Carlo noise.
+    For equal shots the result equals that of `predict_episodes`, in transductive mode for a support sorted in this way,
+    up to rounding.
 
     Args:
         model: on the device of the features.
@@ -53,11 +56,11 @@ def predict_queries(
         z_TND, z_PND = z_MND[: len(h_TF)], z_MND[len(h_TF) :]
         return classify_latents(adapt, z_TND, label_T, z_PND, fit_on_queries=fit_on_queries)
 
-    transductive = mode == "transductive"
-    noise_MND = latent_noise(model, adapt, len(h_TF), len(h_PF) if transductive else 1, seed, h_TF.device)
-    if transductive:
+    if mode == "transductive":
+        noise_MND = latent_noise(model, adapt, len(h_TF) + len(h_PF), seed, h_TF.device)
         probabilities_PK = classify(h_PF, noise_MND, fit_on_queries=True)
     else:
+        noise_MND = inductive_noise(model, adapt, len(h_TF), seed, h_TF.device)
         probabilities_PK = torch.cat([classify(h_1F, noise_MND, fit_on_queries=False) for h_1F in h_PF.split(1)])
     return probabilities_PK[:, torch.as_tensor(rank_K)]
 
