@@ -170,8 +170,10 @@ def parse_json(text: str, path: str | Path) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise DataError(f"{path}: not valid JSON (nested too deeply)") from error
-    except ValueError as error:  # also an integer of more digits than Python converts
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
+    except ValueError as error:  # more digits than Python converts
+        raise DataError(f"{path}: not valid JSON (an integer of thousands of digits)") from error
 
 
 def read_json(path: str | Path) -> Any:

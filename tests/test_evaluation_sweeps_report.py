@@ -154,7 +154,7 @@ def test_figures_of_many_trials_draw_the_best_and_a_sample():
         ({"a": {"kind": "loguniform", "low": -1.0, "high": 1.0}}, "a: low (-1) of loguniform must be greater than 0"),
         ({"a": {"kind": "normal", "low": 0.0, "high": 1.0}}, "kind must be one of choice, int, uniform, loguniform"),
         ({"a": {"kind": "int", "low": 1}}, "a: high is missing"),
-        ([], "not a sweep"),
+        ([], "sweep.json: space = []"),
         ({"a": {"kind": "choice", "values": [1, 2]}}, "trial 0 has no a; was sweep.json changed"),
         ({"train.samples": {"kind": "choice", "values": [8, 16]}}, "train.samples: 4 is not in the space; was sweep."),
         ({"train.learning_rate": {"kind": "uniform", "low": 0.5, "high": 1.0}}, "train.learning_rate: 0.001 is not"),

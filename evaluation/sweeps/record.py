@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
 from metagmvae.configs.load import SettingsError
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
+from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
 
 SWEEP = "sweep.json"
@@ -62,22 +64,41 @@ def is_sweep(folder: Path) -> bool:
     return (folder / SWEEP).is_file()
 
 
+class _Plan(BaseModel):
+    """The keys of `sweep.json` that this program reads."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    task: str
+    space: dict[str, Any]
+    base: dict[str, Any] = {}
+    """Settings that the trials have in common; older versions did not record them."""
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Read and check the plan of a sweep.
+
+    Raises:
+        DataError: the folder holds no sweep, or its plan is invalid.
+    """
+    remedy = "give the folder that `metagmvae tune` wrote"
+    if not (folder / SWEEP).exists():
+        raise DataError(f"{folder}: no {SWEEP} there; {remedy}")
+    plan: dict[str, Any] = read_json(folder / SWEEP)
+    check_document(_Plan, plan, folder / SWEEP, remedy)
+    return plan
+
+
 def read_sweep(folder: Path) -> SweepRecord:
     """Read a sweep that is running or has ended.
 
     Raises:
         DataError: the folder holds no sweep, or one of its files is invalid.
     """
-    path = folder / SWEEP
+    path, plan = folder / SWEEP, read_plan(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        name, task, space = str(content["name"]), str(content["task"]), dict(content["space"].items())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the folder that `metagmvae tune` wrote") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a sweep ({type(error).__name__}: {error})") from error
-    try:
-        dimensions = tuple(parse_dimension(key, description) for key, description in space.items())
+        dimensions = tuple(parse_dimension(key, description) for key, description in plan["space"].items())
     except SettingsError as error:
         raise DataError(f"{path}: {error}") from error
-    return SweepRecord(name, task, dimensions, tuple(read_trials(folder / TRIALS)))
+    return SweepRecord(plan["name"], plan["task"], dimensions, tuple(read_trials(folder / TRIALS)))

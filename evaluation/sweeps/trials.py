@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metagmvae.configs.dimensions import Value
+from metagmvae.pipelines.files import read_text
 from metagmvae.pipelines.records import DataError
 
 TRIALS = "trials.jsonl"
@@ -67,7 +68,7 @@ def read_trials(path: Path) -> list[Trial]:
     """
     trials: dict[int, Trial] = {}
     # str.splitlines would also split at other characters, which a reason may contain.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = read_text(path).split("\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             trial = Trial.model_validate_json(line)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metagmvae.configs.load import settings_from_json
-from metagmvae.evaluation.sweeps.record import SWEEP
+from metagmvae.evaluation.sweeps.record import read_plan
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
 from metagmvae.infra.runs.run_folder import SETTINGS
 from metagmvae.infra.runs.run_folder import STATUS as STATUS_FILE
@@ -42,7 +42,7 @@ class SweepUploader:
 
     def __init__(self, folder: SweepFolder, store: Store, experiment: str) -> None:
         self.folder, self.store, self.client = folder, store, store.client
-        self.plan = read_json(folder.root / SWEEP)
+        self.plan = read_plan(folder.root)
         self._set_missing_status()
         settings = self.plan["base"] | {"name": self.plan["name"]}
         self.parent = RunUploader(folder.root, store, experiment, settings, self._record())
@@ -168,7 +168,7 @@ def track_sweep(root: str | Path) -> UploadReport:
         TrackingError: the store cannot be reached, or another process is uploading the sweep.
     """
     folder = SweepFolder(Path(root).absolute())
-    tracking = settings_from_json(json.dumps(read_json(folder.root / SWEEP)["base"])).tracking
+    tracking = settings_from_json(json.dumps(read_plan(folder.root)["base"])).tracking
     tracking = with_last_store(tracking, folder.root)
     ended = folder.trials()
     running = folder.unfinished([trial.number for trial in ended])

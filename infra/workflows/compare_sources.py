@@ -20,11 +20,10 @@ from metagmvae.evaluation.comparison.validation_rows import (
     validation_protocol,
     validation_row,
 )
-from metagmvae.evaluation.sweeps.record import SWEEP
+from metagmvae.evaluation.sweeps.record import SWEEP, read_plan
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
 from metagmvae.infra.runs.run_folder import METRICS, RESULTS, SETTINGS, read_lines, read_record, read_settings
 from metagmvae.infra.workflows.compare_versions import version_items
-from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD
 
@@ -121,11 +120,8 @@ def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any
 
 def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
     """Read the best trials of a sweep by their newest validation."""
-    record = read_json(path / SWEEP)
-    try:
-        name, task_name, base = str(record["name"]), str(record["task"]), json.dumps(record["base"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path / SWEEP}: not the record of a sweep ({error!r})") from error
+    plan = read_plan(path)
+    name, task_name, base = plan["name"], plan["task"], json.dumps(plan["base"])
     task = parse_task(task_name)
     if task is None:
         raise DataError(f'{path / SWEEP}: task is {task_name!r}; it must be like "5w1s"')
@@ -133,7 +129,7 @@ def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
     if not trials:
         raise DataError(f"{ref}: no trial of the sweep has a validation result yet")
     best = sorted(trials, key=lambda trial: -trial.curve[-1].accuracy)[:top]
-    settings, data = settings_from_json(base), record.get("data_fingerprint")
+    settings, data = settings_from_json(base), plan.get("data_fingerprint")
     protocol, compared = validation_protocol(settings, "transductive", data), compared_settings(settings, data)
     rows = tuple(_trial(ref, name, task, protocol, compared, trial) for trial in best)
     lines = tuple(
