@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         if type(error).__module__.split(".")[0] != "metagmvae":
-            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            reason = ": ".join([type(error).__name__, *str(error)[:300].splitlines()[:1]])
             unexpected = f"unexpected error in {arguments.command}: {reason}; --debug shows the traceback"
             print(f"metagmvae: {unexpected}", file=sys.stderr)
             return 1

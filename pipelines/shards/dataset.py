@@ -101,7 +101,9 @@ class Dataset:
             folder, remote = open_copy(str(uri))
             return cls(folder, read_manifest(folder / MANIFEST), remote)
         root = local_folder(uri)
-        if not (root / MANIFEST).exists():
+        with reading(root):
+            exists = (root / MANIFEST).exists()
+        if not exists:
             if (root / PLAN).exists():
                 raise DataError(f"{root}: not finished; run the same `metagmvae prepare` again to finish it")
             raise DataError(f"{root}: no {MANIFEST} there; write a dataset with `metagmvae prepare`")
@@ -145,7 +147,7 @@ class Dataset:
         return np.concatenate(blocks)
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
-        path = self._local_path(f"{split}/{shard['name']}", shard["sha256"])
+        path = self._local_path(f"{split}/{shard['name']}", shard["sha256"], shard["bytes"])
         _compare(path, "shard", shard["sha256"] if check else None, shard["bytes"])
         with open_file(path) as file:
             blocks = self.row_blocks(file, path, shard)
@@ -191,7 +193,7 @@ class Dataset:
         attachments = self.manifest.get("attachments", {})
         if name not in attachments:
             raise DataError(f"{self.uri}: has no {name}; write the dataset again")
-        path = self._local_path(name, attachments[name]["sha256"])
+        path = self._local_path(name, attachments[name]["sha256"], attachments[name]["bytes"])
         _compare(path, name, attachments[name]["sha256"], attachments[name]["bytes"])
         return path
 
@@ -226,11 +228,11 @@ class Dataset:
             self.remote.copy(name, copy, shard["sha256"], shard["bytes"])
             yield copy
 
-    def _local_path(self, name: str, digest: str) -> Path:
+    def _local_path(self, name: str, digest: str, size: int | None = None) -> Path:
         """Path of a file on this machine; a remote file is downloaded first."""
         path = self.root / name
         if self.remote is not None and not path.is_file():
-            self.remote.fetch(name, path, digest)
+            self.remote.fetch(name, path, digest, size)
         return path
 
     def labels(self, split: str) -> np.ndarray:
@@ -250,9 +252,9 @@ def _compare(path: Path, kind: str, digest: str | None, size: int | None = None)
     Raises:
         DataError: the file is missing, cannot be read, or differs.
     """
-    if not path.exists():
-        raise DataError(f"{path}: {kind} is missing; {SHARD_REMEDY}")
     with reading(path):
+        if not path.exists():
+            raise DataError(f"{path}: {kind} is missing; {SHARD_REMEDY}")
         actual = path.stat().st_size
     if size is not None and actual != size:
         raise DataError(f"{path}: {kind} has {actual} bytes instead of {size}; {SHARD_REMEDY}")

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from metagmvae.pipelines.files import FILE_SCHEME, atomic_file, first_line, sha256_file
+from metagmvae.pipelines.files import FILE_SCHEME, MAX_TEXT_BYTES, atomic_file, first_line, sha256_file
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, dataset_fingerprint, read_manifest
 
@@ -62,10 +62,10 @@ class RemotePrefix:
         except (pa.ArrowInvalid, ValueError) as error:
             raise DataError(f"{uri}: not an address of an object store ({first_line(error)}); use s3://…") from error
 
-    def fetch(self, name: str, target: Path, digest: str | None = None) -> None:
-        """Download one file and check its sha256; on an error nothing is left at `target`."""
+    def fetch(self, name: str, target: Path, digest: str | None = None, size: int | None = None) -> None:
+        """Download one file and check its size and sha256; on an error nothing is left at `target`."""
         with atomic_file(target) as file:
-            self.copy(name, file, digest)
+            self.copy(name, file, digest, size)
 
     def copy(self, name: str, target: IO[bytes], digest: str | None = None, size: int | None = None) -> None:
         """Write the content of one file into an open file and check its size and sha256, where they are given."""
@@ -131,7 +131,7 @@ def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
     remote = RemotePrefix(uri)
     manifest = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
     try:
-        remote.fetch(MANIFEST, manifest)
+        remote.fetch(MANIFEST, manifest, size=MAX_TEXT_BYTES)
         read_manifest(manifest)
         folder = cache_root() / "datasets" / sha256_file(manifest)
         folder.mkdir(parents=True, exist_ok=True)

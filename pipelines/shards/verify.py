@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metagmvae.pipelines.files import local_folder, sha256_file
+from metagmvae.pipelines.files import local_folder, reading, sha256_file
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, REMEDY, dataset_files, read_manifest, split_files
@@ -48,7 +48,9 @@ def verify_dataset(root: str | Path, on_progress: ProgressCallback | None = None
         DataError: there is no dataset, or its manifest is damaged.
     """
     root = local_folder(root)
-    if not (root / MANIFEST).exists():
+    with reading(root):
+        exists = (root / MANIFEST).exists()
+    if not exists:
         if (root / PLAN).exists():
             detail = "the writer was stopped; run the same `metagmvae prepare` again to finish it"
             return [Problem("unfinished", MANIFEST, detail)]
