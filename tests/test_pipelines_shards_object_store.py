@@ -1,6 +1,7 @@
 """Datasets in an object store, on a real S3 server."""
 
 import contextlib
+import itertools
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from object_store import s3_server
 
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards import object_store
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.object_store import RemotePrefix, publish
@@ -80,8 +82,21 @@ def test_an_altered_shard_is_refused_and_not_kept(local, uri, tmp_path):
     RemotePrefix(uri).put(tmp_path / "damaged", f"train/{shard.name}")
     with pytest.raises(DataError, match=rf"train/{shard.name} was altered after writing"):
         Dataset.open(uri).images("train")
+    with pytest.raises(DataError, match=rf"train/{shard.name} was altered after writing"):
+        list(itertools.islice(StreamedImages(Dataset.open(uri), "train", 4).rows(0, 0, 1, 0), 60))
     assert cached(tmp_path) == {"dataset.json"}
     assert main(["verify", uri]) == 1
+    (tmp_path / "damaged").write_bytes(bytes(10**6))
+    RemotePrefix(uri).put(tmp_path / "damaged", f"train/{shard.name}")
+    with pytest.raises(DataError, match=rf"train/{shard.name} has more than \d+,\d+ bytes"):
+        Dataset.open(uri).images("train")
+
+
+def test_a_remote_dataset_is_streamed_without_a_copy(local, uri, tmp_path):
+    rows = itertools.islice(StreamedImages(Dataset.open(uri), "train", 4).rows(0, 0, 1, 0), 60)
+    expected = itertools.islice(StreamedImages(Dataset.open(local), "train", 4).rows(0, 0, 1, 0), 60)
+    np.testing.assert_array_equal(list(rows), list(expected))
+    assert cached(tmp_path) == {"dataset.json"}
 
 
 def test_publish_continues_an_interrupted_upload_and_refuses_another_dataset(local, uri, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
     remote = RemotePrefix(uri)
     manifest = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
     try:
-        remote.fetch(MANIFEST, manifest, size=MAX_TEXT_BYTES)
+        remote.fetch(MANIFEST, manifest, None, MAX_TEXT_BYTES)
         read_manifest(manifest)
         folder = cache_root() / "datasets" / sha256_file(manifest)
         folder.mkdir(parents=True, exist_ok=True)
