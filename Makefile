@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup lint types test test-all docs demo
+.PHONY: setup lint types test test-all mutation docs demo
 
 setup:
 	python3 -m venv .venv
@@ -23,6 +23,10 @@ test:
 
 test-all:
 	$(PYTHON) -m pytest -q
+
+# Do the tests notice wrong formulas and wrong data? Takes 10 to 20 minutes.
+mutation:
+	$(PYTHON) tests/mutation.py
 
 # Tables of README.md and evaluation/results/README.md from the recorded results.
 docs:
