@@ -17,7 +17,7 @@ from mlflow import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS
 
 from metagmvae.infra.registry import alias_change, alias_history
-from metagmvae.infra.registry.alias_change import change_alias
+from metagmvae.infra.registry.alias_change import change_alias, describe_move
 from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
 from metagmvae.infra.tracking.store import Store
 
@@ -243,3 +243,12 @@ def test_request_that_fails_because_another_process_makes_it_too_is_repeated():
         a, store = replace(a, answers=(*a.answers[:-1], error)).step(store, requests=1000)
         assert a.result == "promoted"
         check_history(store, (a,))
+
+
+def test_move_that_is_not_recorded_yet_is_described_with_its_author():
+    for requests in range(20):
+        _, store = Process("A", "2").step(Mlflow(), requests)
+        if store.experiments:
+            client = Client(store, (), requests=1000)
+            line = describe_move(Store(client, "", None), "m", AliasState("champion", "1", 0))
+            assert "from version 1 to version 2 in the meantime (promoted by me@here" in line

@@ -17,6 +17,7 @@ import getpass
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -58,7 +59,7 @@ def change_alias(
         if alias_state(store, name, before.alias, changes) != before:
             return None
         change = AliasChange(
-            number=max((change.number for change in changes), default=0) + 1,
+            number=_next_number(changes),
             action=action,
             alias=before.alias,
             version=version,
@@ -86,6 +87,26 @@ def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool
     return before.version is None and change_alias(store, name, "registered", before, version) is not None
 
 
+def describe_move(store: Store, name: str, before: AliasState) -> str:
+    """Return one line that says who has moved an alias since `before`.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    # The process that moved it may not have recorded its move yet.
+    number, claims = _next_number(read_history(store, name)), _claims(store, name)
+    with tracking_errors(store.uri):
+        _carry_out(store, name, claims, number)
+    changes = read_history(store, name)
+    now = alias_state(store, name, before.alias, changes)
+    last = next((change for change in changes if change.number == now.last_change), None)
+    recorded = last is not None and last.version == now.version
+    author = f"{last.action} by {last.by} at {last.time}" if last and recorded else "moved by hand, without a record"
+    old, new = (f"version {version}" if version else "no version" for version in (before.version, now.version))
+    alias = f"models:/{name}@{before.alias}"
+    return f"{alias} moved from {old} to {new} in the meantime ({author}); run the command again"
+
+
 def whoami() -> str:
     """Return `user@host`, with the user name for MLflow's server if there is one."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
@@ -95,6 +116,10 @@ def whoami() -> str:
         except (KeyError, OSError):  # the user of a container may have no name
             user = f"uid {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
+
+
+def _next_number(changes: Sequence[AliasChange]) -> int:
+    return max((change.number for change in changes), default=0) + 1
 
 
 def _claims(store: Store, name: str) -> str:

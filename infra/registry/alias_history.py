@@ -108,18 +108,6 @@ def _registered_model(store: Store, name: str) -> Any:
             return None
 
 
-def describe_move(store: Store, name: str, before: AliasState) -> str:
-    """Return one line that says who has moved an alias since `before`."""
-    changes = read_history(store, name)
-    now = alias_state(store, name, before.alias, changes)
-    last = next((change for change in changes if change.number == now.last_change), None)
-    recorded = last is not None and last.version == now.version
-    author = f"{last.action} by {last.by} at {last.time}" if last and recorded else "moved by hand, without a record"
-    old, new = (f"version {version}" if version else "no version" for version in (before.version, now.version))
-    alias = f"models:/{name}@{before.alias}"
-    return f"{alias} moved from {old} to {new} in the meantime ({author}); run the command again"
-
-
 def promotion_change(changes: Sequence[AliasChange], alias: str, version: str) -> AliasChange | None:
     """Return the latest promotion that gave an alias to a version and was not rolled back.
 

@@ -10,8 +10,8 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead, evaluate_head_to_head
 from metagmvae.evaluation.comparison.promotion_rule import MARGIN, Decision, check_margin, decide
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.infra.registry.alias_change import change_alias
-from metagmvae.infra.registry.alias_history import AliasState, alias_state, describe_move, read_history
+from metagmvae.infra.registry.alias_change import change_alias, describe_move
+from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
 from metagmvae.infra.registry.evidence import Evidence, Status, tag_version, upload_evidence
 from metagmvae.infra.registry.register import check_model_name, register
 from metagmvae.infra.registry.resolve import find_version, load_from_store

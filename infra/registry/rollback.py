@@ -6,11 +6,10 @@ import re
 from typing import Any
 
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.registry.alias_change import change_alias
+from metagmvae.infra.registry.alias_change import change_alias, describe_move
 from metagmvae.infra.registry.alias_history import (
     alias_state,
     alias_version,
-    describe_move,
     promotion_change,
     read_history,
 )
