@@ -74,7 +74,8 @@ def load_model(reference: str | Path, *, shot: int | None = None) -> LoadedModel
             (`train.selection = "best"`).
 
     Returns:
-        The model (`model`, a torch module in evaluation mode on the CPU), its `settings` and its `image_shape`.
+        The model (`model`, a torch module in evaluation mode on the CPU), its `settings`, its `image_shape` and the
+        `preprocessing` of its training images.
 
     Raises:
         DataError: there is no such model, or it is damaged.
