@@ -75,7 +75,7 @@ def test_workers_read_relative_folders(image_folder, tmp_path, monkeypatch, caps
 
 
 def test_workers_report_unreadable_images(image_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metagmvae.pipelines.sources.image_folder.IMAGES_PER_TASK", 7)
+    monkeypatch.setattr("metagmvae.pipelines.sources.image_scan.IMAGES_PER_TASK", 7)
     copy = shutil.copytree(image_folder, tmp_path / "images")
     files = sorted(path for path in copy.rglob("*") if path.is_file())
     for path in (files[3], files[-1]):

@@ -184,7 +184,7 @@ def test_workers_get_gpus_of_the_cluster_not_of_the_driver(monkeypatch, device, 
 )
 def test_wrong_address_is_one_error_line(data, tmp_path, address, reason):
     out = tmp_path / "run"
-    assert end(start(data, out, **{"run.address": address}), 30) == 2
+    assert end(start(data, out, **{"run.address": address}), 120) == 2
     log = (tmp_path / "run.log").read_text()
     assert reason in log
     assert log.count("\n") == 1
