@@ -13,19 +13,16 @@ from pydantic import Field, model_validator
 
 from metagmvae.configs.limits import (
     MAX_PCA_LATENT,
-    MAX_SIZE,
     MAX_THREADS,
     Count,
     Folder,
-    NonNegativeFloat,
     Positive,
-    PositiveFloat,
     Repetitions,
     Section,
-    Seed,
     Size,
     Temperature,
 )
+from metagmvae.configs.training_settings import PretrainSettings, TrainSettings, ValidationSettings
 
 Average = Literal["none", "mirror", "crops"]
 """Views of an image for multi-crop averaging of features (`training.models.multi_crop`)."""
@@ -114,108 +111,6 @@ class AdaptSettings(Section):
     iterations: Repetitions = 10
     samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
-
-
-class TrainSettings(Section):
-    """Meta-training: maximises Eq. 9, with EM (Eq. 7) in every step."""
-
-    seed: Seed = 0
-    """Seed of initialisation, data order and Monte Carlo samples."""
-    steps: Count = 60_000
-    batch: Size = 4
-    """Batch size B: episodes per step over all workers."""
-    set_size: Size = 200
-    """Data points M per episode."""
-    samples: Repetitions = 32
-    """Monte Carlo samples N per data point, all used by EM and the KL term."""
-    decode_samples: Repetitions = 1
-    """Decoded samples R <= N per data point. The expected objective does not depend on R, except through the batch
-    statistics of the decoder and the calibrated variance."""
-    components: Size = 5
-    """Mixture components K."""
-    em_iterations: Repetitions = 10
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.0
-    """Weight decay in the coupled form of Adam [paper: 0, code: positive]."""
-    objective_scale: Literal["sum", "mean"] = "sum"
-    """Objective [paper: sum, code: mean]: sum or mean over the M data points of an episode."""
-    beta: PositiveFloat = 1.0
-    """Weight of the KL divergence (Higgins et al. 2017); 1 gives the lower bound of Eq. 9. A random set of many classes
-    has no clear clusters; values below 1 weaken the pull of the latents towards K clusters."""
-    denoise: bool = False
-    """Denoising criterion (Im et al., AAAI 2017): the posterior is computed from a random view of each image (see
-    `pretrain.views`), and the original image is reconstructed, so latents become invariant to the views."""
-    start: Literal["random", "components"] = "random"
-    """Initialisation of posterior and decoder in meta-training on features: `random`, or `components`: PCA of the
-    features, which is the optimum of a linear VAE (`training.models.pca_init`)."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    clip_norm: NonNegativeFloat = 0.0
-    """Gradient clipping: largest gradient norm; 0: no clipping."""
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Autocast precision of the networks; EM and densities always use float32. `auto`: bfloat16 if the device has
-    instructions for it, else float32, because emulated bfloat16 is many times slower."""
-    channels_last: bool = True
-    compile: bool = False
-    selection: Literal["last", "best", "best-first-shot"] = "last"
-    """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]. `last`: the last model; `best`: per
-    shot, the best on validation; `best-first-shot`: the best at the first of `validation.shots`, for every shot."""
-    checkpoint_every: Positive = 500
-    log_every: Positive = 20
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        if self.decode_samples > self.samples:
-            raise ValueError(f"decode_samples ({self.decode_samples}) exceeds samples ({self.samples})")
-        if self.components > self.set_size:
-            raise ValueError(f"components K ({self.components}) exceeds set_size M ({self.set_size})")
-        return self
-
-
-class PretrainSettings(Section):
-    """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), encoder-only or before meta-training."""
-
-    steps: Count = 0
-    """Training steps; 0: no pre-training."""
-    batch: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 256
-    """Batch size: images per step over all workers, with two views each."""
-    views: Literal["auto", "strokes", "photographs"] = "auto"
-    """Augmentations for the views, also for `train.denoise`. `strokes`: affine, elastic, stroke width; `photographs`:
-    crops, flips and colours of SimCLR; `auto`: strokes for one channel, photographs for three."""
-    crop_area: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest crop of a photograph, as a fraction of its area."""
-    crops: Literal["clipped", "torchvision"] = "clipped"
-    """Crops larger than the photograph [paper, code: torchvision] are clipped to it, or redrawn as in torchvision."""
-    elastic: Annotated[float, Field(ge=0, le=1)] = 0.12
-    """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
-    distortion reaches a higher accuracy."""
-    projector: tuple[Size, ...] = ()
-    """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
-    temperature: Temperature = 0.2
-    """Temperature of the NT-Xent loss."""
-    optimizer: Literal["adamw", "adam", "lars"] = "adamw"
-    learning_rate: PositiveFloat = 3e-3
-    """Learning rate; the peak for `one-cycle`."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay: decoupled for AdamW, coupled for Adam and LARS."""
-    schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
-    """Learning rate schedule [paper: constant, code: published-code, from epoch 10 a cosine, 75 epochs down, 75 up]."""
-
-
-class ValidationSettings(Section):
-    """Evaluation on labelled episodes of validation classes during training; encoder-only: by nearest class mean."""
-
-    every: Count = 1_000
-    """Steps between validations; 0: no validation."""
-    episodes: Annotated[int, Field(gt=0, le=10**7)] = 200
-    way: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 5
-    """Classes K per episode."""
-    shots: tuple[Size, ...] = (1, 5)
-    """Support images S per class; each value is evaluated separately."""
-    query: Size = 15
-    """Query images Q per class."""
-    seed: Seed = 1
-    probes: bool = True
-    """Further probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
 
 
 class RunSettings(Section):
