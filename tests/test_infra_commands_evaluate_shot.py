@@ -15,7 +15,7 @@ from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.trainer.checkpoint import save_state
-from metagmvae.training.trainer.context import MetricLine, TrainState
+from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
 from metagmvae.training.trainer.package import load_model
 from metagmvae.training.trainer.stages import train
 
@@ -23,7 +23,7 @@ ACCURACIES = {"5w1s": (0.9, 0.1, 0.2), "5w5s": (0.1, 0.8, 0.3)}
 """At validations 1 to 3: model 1 is the best at one shot, model 2 at five shots, model 3 the last one."""
 
 
-class FileContext:
+class FileContext(RunContext):
     """Saves checkpoints in a file."""
 
     rank, world, device = 0, 1, torch.device("cpu")

@@ -14,6 +14,7 @@ from rank_processes import run_on_two_ranks
 from metagmvae.configs.schema import Settings
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.checkpoint import load_state, save_state
+from metagmvae.training.trainer.context import RunContext
 from metagmvae.training.trainer.stages import train
 
 SHAPE = (1, 8, 8)
@@ -46,7 +47,7 @@ def settings() -> Settings:
     return Settings.model_validate(sections)
 
 
-class MemoryContext:
+class MemoryContext(RunContext):
     """Records lines and counts checkpoints; starts from checkpoint `start`, saves that of pre-training to `leave`."""
 
     device = torch.device("cpu")

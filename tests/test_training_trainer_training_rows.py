@@ -8,14 +8,14 @@ import torch
 
 from metagmvae.configs.schema import Settings
 from metagmvae.training.trainer import stages
-from metagmvae.training.trainer.context import MetricLine, TrainState
+from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
 from metagmvae.training.trainer.frozen_features import ScaledRows
 from metagmvae.training.trainer.stages import train
 
 COUNT, SHAPE = 40, (1, 8, 8)
 
 
-class Context:
+class Context(RunContext):
     rank, world, device = 0, 1, torch.device("cpu")
 
     def __init__(self) -> None:

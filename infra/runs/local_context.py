@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
+from metagmvae.infra.runs.stop_signals import deferred_signals
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
@@ -32,9 +35,14 @@ class LocalContext:
         drop_lines_after(self.run_dir / METRICS, global_step(state))
         return state
 
-    def report(self, line: MetricLine, state: TrainState | None) -> None:
+    def stop_requests(self) -> AbstractContextManager[Callable[[], bool]]:
+        """Ctrl-C and SIGTERM stop the training at the end of a step."""
+        return deferred_signals()
+
+    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
         """Save the checkpoint, if there is one, and append the metric line."""
         # In this order, so that after a kill no line belongs to a step that the resumed run repeats.
         if state is not None:
             save_state(self.run_dir / CHECKPOINT, state)
-        append_lines(self.run_dir / METRICS, [line])
+        if line is not None:
+            append_lines(self.run_dir / METRICS, [line])

@@ -8,6 +8,9 @@ statistics are those of rank 0: DDP broadcasts them before each forward pass, `b
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,6 +54,35 @@ def barrier() -> None:
     """Wait for all ranks (rank 0 validates while the others wait)."""
     if world_size() > 1:
         dist.barrier()
+
+
+class StopVote:
+    """Whether any rank requests a stop; all ranks get the same answer at the same step.
+
+    Several ranks communicate about once a second, not at each step.
+
+    Args:
+        requested: whether this rank requests a stop.
+        device: of tensors that the ranks exchange.
+        start: steps done so far.
+    """
+
+    def __init__(self, requested: Callable[[], bool], device: torch.device, start: int) -> None:
+        self.requested, self.device = requested, device
+        self.asked_at, self.asked_step, self.next_step = time.perf_counter(), start, start
+
+    def __call__(self, step: int) -> bool:
+        if world_size() == 1:
+            return self.requested()
+        if step < self.next_step:
+            return False
+        now = time.perf_counter()
+        seconds = (now - self.asked_at) / max(1, step - self.asked_step)
+        answers = torch.tensor([float(self.requested()), seconds], dtype=torch.float64, device=self.device)
+        requests, seconds = mean_over_ranks(answers).tolist()
+        self.asked_at, self.asked_step = now, step
+        self.next_step = step + max(1, int(1.0 / max(seconds, 1e-6)))
+        return requests > 0
 
 
 class _AllGather(torch.autograd.Function):

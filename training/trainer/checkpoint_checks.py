@@ -29,6 +29,17 @@ class _Best(BaseModel):
     model: Weights
 
 
+class _Window(BaseModel):
+    """Sums of the next metric line, in the checkpoint of a stopped training."""
+
+    model_config = ConfigDict(strict=True)
+
+    steps: Count
+    seconds: Finite
+    metrics: list[str]
+    sums: InstanceOf[torch.Tensor]
+
+
 class CheckpointSchema(BaseModel):
     """The keys of a checkpoint of version 2."""
 
@@ -47,6 +58,7 @@ class CheckpointSchema(BaseModel):
     schedule: dict[str, Any]
     best: dict[Annotated[str, Field(pattern=r"^\d{1,9}w\d{1,9}s$")], _Best]
     rng: dict[str, Any]
+    window: _Window | None = None
 
 
 def check_archive(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,19 @@ class RunContext(Protocol):
     def load(self) -> TrainState | None:
         """Return the newest checkpoint of this run; None if there is none."""
 
-    def report(self, line: MetricLine, state: TrainState | None) -> None:
+    def stop_requests(self) -> AbstractContextManager[Callable[[], bool]]:
+        """A block in which the training stops at the end of a step when the yielded function returns True.
+
+        Signals are deferred inside the block. At its end it raises KeyboardInterrupt if a stop was requested. Here: a
+        stop is never requested.
+        """
+        return nullcontext(lambda: False)
+
+    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
         """Record a metric line, and save a checkpoint where `state` is given.
 
-        Called equally often on all ranks: every `log_every` steps, after each validation and at each checkpoint. The
-        numbers of `line` are means over ranks, except validation results, which are on rank 0 only. Key `checkpoint`
-        is 1 on all ranks when a checkpoint is due; `state` is then given on rank 0, and None otherwise.
+        Called equally often on all ranks: every `log_every` steps, after each validation and at each checkpoint, and
+        with `line` None for the checkpoint at which a training stops. The numbers of `line` are means over ranks,
+        except validation results, which are on rank 0 only. Key `checkpoint` is 1 on all ranks when a checkpoint is
+        due; `state` is then given on rank 0, and None otherwise.
         """
