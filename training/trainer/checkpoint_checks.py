@@ -36,8 +36,7 @@ class _Window(BaseModel):
 
     steps: Count
     seconds: Finite
-    metrics: list[str]
-    sums: InstanceOf[torch.Tensor]
+    sums: Weights
 
 
 class CheckpointSchema(BaseModel):
