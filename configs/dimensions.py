@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.load import SettingsError, mistake_text
 
 Value = bool | int | float | str
@@ -111,6 +112,8 @@ class Choice(_Levels):
         for value in values:
             if not isinstance(value, Value):
                 raise ValueError(f"{_json(value)} is not a number, string or boolean")
+            if isinstance(value, str) and redact(value) != value:
+                raise ValueError("a search space is stored with the sweep and must not hold a password")
         # 1 and 1.0 are the same value of a setting, but true, which equals them in Python, is not.
         if len({(isinstance(value, bool), value) for value in values}) < len(values):
             raise ValueError(f"{_json(values)} contains a value twice")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from metagmvae.configs.credentials import redact, take_credentials
 
 MAX_COUNT = 10**9
 """Largest number of steps, episodes or seconds."""
@@ -34,9 +36,21 @@ def _check_folder(path: str) -> str:
 
 
 Folder = Annotated[str, AfterValidator(_check_folder)]
+DataUri = Annotated[str, AfterValidator(take_credentials)]
+"""URI of a dataset; credentials in it stay in the memory of this process."""
 
 
 class Section(BaseModel):
-    """Base class of all sections: immutable, strict types, no unknown keys."""
+    """Base class of all sections: immutable, strict types, no unknown keys, no passwords."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @field_validator("*", mode="after", check_fields=False)
+    @classmethod
+    def _refuse_credentials(cls, value: Any) -> Any:
+        if isinstance(value, str) and redact(value) != value:
+            raise ValueError(
+                "settings are stored with every run and must not hold a password; give it in an environment variable "
+                "(for tracking.uri: MLFLOW_TRACKING_URI)"
+            )
+        return value

@@ -14,9 +14,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import Settings
 
-LATER_KEYS = (("model", "normalise", "none"), ("pretrain", "crops", "clipped"))
+LATER_KEYS = (
+    ("model", "normalise", "none"),
+    ("pretrain", "crops", "clipped"),
+    ("adapt", "proportions", "equal"),
+    ("adapt", "proportions_prior", 1.0),
+    ("validation", "calibration_episodes", 100),
+)
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""
 
@@ -205,7 +212,8 @@ def mistake_text(mistake: ErrorDetails) -> str:
 
 
 def _short(text: str, limit: int = MAX_SHOWN) -> str:
-    """A text in one line of at most `limit` characters."""
+    """A text in one line of at most `limit` characters, without credentials."""
+    text = redact(text)
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 

@@ -15,6 +15,7 @@ from metagmvae.configs.limits import (
     MAX_PCA_LATENT,
     MAX_THREADS,
     Count,
+    DataUri,
     Folder,
     Positive,
     Repetitions,
@@ -31,7 +32,7 @@ Average = Literal["none", "mirror", "crops"]
 class DataSettings(Section):
     """The dataset and its reader."""
 
-    uri: str = "data/omniglot"
+    uri: DataUri = "data/omniglot"
     """Dataset: folder or prefix (`s3://…`) with `dataset.json`."""
     train_split: str = "train"
     validation_split: str = "validation"
@@ -111,6 +112,11 @@ class AdaptSettings(Section):
     iterations: Repetitions = 10
     samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
+    proportions: Literal["equal", "estimated"] = "equal"
+    """Class weights in EM and in the final posterior. `equal`: 1/K as in Eq. 10, right for balanced queries.
+    `estimated`: from the queries, under a Dirichlet prior; for transductive use where the classes may be unbalanced."""
+    proportions_prior: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1.0
+    """Strength of the prior of `estimated` proportions: images per class that it is worth. 0: none; large: equal."""
 
 
 class RunSettings(Section):

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs.credentials import redact
+
 PACKAGES = ("metagmvae", "torch", "torchvision", "numpy", "ray", "mlflow", "webdataset", "pyarrow", "scikit-learn")
 
 _OWN_SPLIT = {"name": "omniglot", "options": {"split": "1200-100-323"}}
@@ -57,7 +59,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     return {
-        "command": " ".join(["metagmvae", *sys.argv[1:]]),
+        "command": " ".join(["metagmvae", *map(redact, sys.argv[1:])]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from metagmvae.configs.load import mistake_text
+from metagmvae.pipelines.output_target import output_mode, standard_stream, stream_into
 from metagmvae.pipelines.records import DataError
 
 Document = TypeVar("Document", bound=BaseModel)
@@ -47,15 +48,28 @@ def local_folder(uri: str | Path) -> Path:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing; rename it to `path` when the block ends without an error.
+    """Open a temporary file for writing; put it at `path` when the block ends without an error.
+
+    It replaces nothing or a regular file, whose permissions stay; behind a symbolic link, the file that the link names.
+    A pipe, a terminal, a character device (`/dev/null`) or an open file (`/dev/stdout`) gets the complete content
+    instead.
 
     Raises:
-        DataError: the folder cannot be written, or the disk is full. The temporary file is deleted.
+        DataError: `path` is a folder, a socket, a disk or a pipe that nothing reads; or it cannot be written, or the
+            disk is full. The temporary file is deleted.
     """
     path = Path(path)
+    mode = output_mode(path)
+    if mode is not None and (not stat.S_ISREG(mode) or standard_stream(path) is not None):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            stream_into(path, file)
+        return
+    target = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     try:
@@ -63,8 +77,8 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.chmod(temporary, 0o644 if mode is None else stat.S_IMODE(mode))
+        os.replace(temporary, target)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror}); the partial file was deleted") from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs.credentials import redact as redact
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.pipelines.records import DataError
 
@@ -69,22 +70,12 @@ def store_uri(tracking: TrackingSettings) -> str:
     """Return the tracking URI: the setting, else MLFLOW_TRACKING_URI, else SQLite in `tracking.store`.
 
     Relative SQLite paths become absolute, so that they name the same store in every working directory.
-
-    Raises:
-        DataError: the setting holds a password, which must not be stored with every run and every checkpoint.
     """
-    if redact(tracking.uri) != tracking.uri:
-        raise DataError("tracking.uri: settings must not hold a password; set MLFLOW_TRACKING_URI instead")
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return f"sqlite:///{Path(tracking.store).absolute() / 'mlflow.db'}"
     path = _sqlite_path(uri)
     return f"sqlite:///{path.absolute()}" if path is not None else uri
-
-
-def redact(uri: str) -> str:
-    """Return the URI without user name and password, for messages, tags and files."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:

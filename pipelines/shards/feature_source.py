@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from metagmvae.configs.credentials import redact, with_credentials
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
@@ -75,7 +76,7 @@ class FeatureSource:
         if not np.isfinite(stored).all():
             row, column = np.argwhere(~np.isfinite(stored))[0]
             value = features[row, column]
-            message = f"{self.uri}: feature {column} of image {rows[row]} of {split!r} is {value}"
+            message = f"{redact(self.uri)}: feature {column} of image {rows[row]} of {split!r} is {value}"
             if not np.isfinite(value):
                 raise DataError(f"{message}; the encoder is broken, use another checkpoint")
             raise DataError(f"{message}, too large for {self.dtype}; use --dtype float32 and another --out")
@@ -134,7 +135,7 @@ def open_features(
     }
     content = {"images": dataset.fingerprint, "encoder": encoder["sha256"], "dtype": dtype}
     return FeatureSource(
-        dataset.uri,
+        with_credentials(dataset.uri),  # workers on other machines open it too
         splits,
         encode,
         feature_size,

@@ -3,7 +3,8 @@
 Reading makes a copy on this machine: `dataset.json` at once, the files of a split when the split is requested. The
 sha256 of every file is compared with the manifest during the download. Credentials, region and endpoint come from the
 usual environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), from the role of
-the instance, or from the query of the URI (`?endpoint_override=http://host:port`).
+the instance, or from the URI (`s3://KEY:SECRET@bucket/prefix?endpoint_override=http://host:port`); KEY and SECRET are
+used and not stored, so a later command needs them again (`configs.credentials`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
+from metagmvae.configs.credentials import redact, take_credentials, with_credentials
 from metagmvae.pipelines.files import FILE_SCHEME, MAX_TEXT_BYTES, atomic_file, first_line, sha256_file
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.manifest import MANIFEST, dataset_files, dataset_fingerprint, read_manifest
@@ -27,7 +29,10 @@ CHUNK = 2**22
 """Bytes per read of a download or upload."""
 CACHE = "METAGMVAE_CACHE"
 """Environment variable with the folder of the copies."""
-REMEDY = "check credentials, region and endpoint"
+REMEDY = (
+    "check region, endpoint and credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give s3://KEY:SECRET@… "
+    "again: they are not stored)"
+)
 
 
 def is_remote(uri: str | Path) -> bool:
@@ -54,13 +59,14 @@ class RemotePrefix:
         Raises:
             DataError: the URI is not the address of a supported store.
         """
-        self.uri = uri
+        self.uri = take_credentials(uri)
         try:
-            self.files, self.prefix = fs.FileSystem.from_uri(uri)
+            self.files, self.prefix = fs.FileSystem.from_uri(with_credentials(self.uri))
         except OSError as error:
-            raise DataError(f"{uri}: {first_line(error)}; {REMEDY}") from error
+            raise DataError(f"{self.uri}: {redact(first_line(error))}; {REMEDY}") from error
         except (pa.ArrowInvalid, ValueError) as error:
-            raise DataError(f"{uri}: not an address of an object store ({first_line(error)}); use s3://…") from error
+            reason = redact(first_line(error))
+            raise DataError(f"{self.uri}: not an address of an object store ({reason}); use s3://…") from error
 
     def fetch(self, name: str, target: Path, digest: str | None = None, size: int | None = None) -> None:
         """Download one file and check its size and sha256; on an error nothing is left at `target`."""
@@ -120,7 +126,7 @@ class RemotePrefix:
             raise DataError(f"{self.uri}: {name or 'bucket or prefix'} does not exist; check the address") from error
         except (OSError, pa.ArrowException) as error:
             place = f"{self.uri} ({name})" if name else self.uri
-            raise DataError(f"{place}: {first_line(error)}; {REMEDY}") from error
+            raise DataError(f"{place}: {redact(first_line(error))}; {REMEDY}") from error
 
 
 def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
@@ -129,7 +135,7 @@ def open_copy(uri: str) -> tuple[Path, RemotePrefix]:
     The folder is named by the sha256 of the manifest, so another dataset under the same prefix gets another folder.
     """
     remote = RemotePrefix(uri)
-    manifest = cache_root() / "arriving" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
+    manifest = cache_root() / "arriving" / f"{hashlib.sha256(remote.uri.encode()).hexdigest()[:16]}-{os.getpid()}.json"
     try:
         remote.fetch(MANIFEST, manifest, None, MAX_TEXT_BYTES)
         read_manifest(manifest)
@@ -150,7 +156,7 @@ def temporary_copy(uri: str) -> Iterator[Path]:
         for name in remote.sizes():
             target = (root / name).resolve()
             if not target.is_relative_to(root):
-                raise DataError(f"{uri}: object name {name!r} points outside the prefix; delete the object")
+                raise DataError(f"{remote.uri}: object name {name!r} points outside the prefix; delete the object")
             remote.fetch(name, target)
         yield root
 
@@ -173,7 +179,7 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
             return manifest
         # An older version wrote the same dataset without its preprocessing; the new manifest replaces that one.
         if hashlib.sha256(existing).hexdigest() != dataset_fingerprint(manifest):
-            raise DataError(f"{uri}: contains another dataset; choose another prefix")
+            raise DataError(f"{remote.uri}: contains another dataset; choose another prefix")
     for name, _, _ in dataset_files(manifest):
         if stored.get(name) != (folder / name).stat().st_size:
             remote.put(folder / name, name)

@@ -1,0 +1,66 @@
+"""What lies at the path of an output: a file to replace, or a pipe, device or standard stream to write to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from metagmvae.pipelines.records import DataError
+
+
+def output_mode(path: str | Path) -> int | None:
+    """Return the mode (type and permissions) of what an output file would replace or be written to; None if nothing is
+    there.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be written ({reason}); choose another file") from error
+    for is_type, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISSOCK, "a socket"), (stat.S_ISBLK, "a disk")):
+        if is_type(mode):
+            raise DataError(f"{path}: is {name}; give the name of a file")
+    return mode
+
+
+def standard_stream(path: Path) -> int | None:
+    """Descriptor of the standard output or error of this process if `path` is the same file: it is written to, because
+    replacing the file would lose what the process prints."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def stream_into(path: Path, content: IO[bytes]) -> None:
+    """Copy an open file into a pipe, a device or a standard stream. A pipe that nothing reads is an error, not a wait.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    descriptor = standard_stream(path)
+    try:
+        if descriptor is None:
+            out = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            os.set_blocking(out, True)
+        else:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            out = os.dup(descriptor)
+        with os.fdopen(out, "wb") as target:
+            shutil.copyfileobj(content, target)
+    except OSError as error:
+        reason = "no program reads from this pipe" if error.errno == errno.ENXIO else error.strerror
+        raise DataError(f"{path}: cannot be written ({reason}); choose another file") from error
