@@ -6,7 +6,9 @@ this process on the whole batch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,10 @@ from metagmvae.training.device import distributed
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.trainer.builders import build_schedule
-from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit_stage
+from metagmvae.training.trainer.context import RunContext
+from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
 from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
+from metagmvae.training.trainer.update import NonFiniteLossError
 
 M, SHAPE, EPISODES, CPU = 6, (1, 6, 6), 4, torch.device("cpu")
 SETTINGS = TrainSettings(
@@ -89,7 +93,7 @@ class FeatureSets:
         return feature_sets([self.step * EPISODES + b for b in range(EPISODES)][of_this_rank()])
 
 
-class RankContext:
+class RankContext(RunContext):
     device = CPU
 
     def __init__(self) -> None:
@@ -279,3 +283,22 @@ def test_without_a_process_group_there_is_one_rank() -> None:
     assert torch.equal(mean, values)
     assert mean is not values
     distributed.barrier()
+
+
+def vote(rank: int, folder: str) -> None:
+    """Rank 1 is asked to stop after step 5; the slow steps make the ranks communicate at every step."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    step = 0
+    stop = distributed.StopVote(lambda: rank == 1 and step >= 5, torch.device("cpu"), start=0)
+    for step in range(1, 200):
+        time.sleep(0.02)
+        if stop(step):
+            break
+    torch.save({"step": step}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_stop_after_the_same_step(tmp_path: Path) -> None:
+    first, second = run_on_two_ranks(vote, tmp_path)
+    assert first == second
+    assert 5 <= first["step"] < 199

@@ -22,7 +22,9 @@ from metagmvae.training.objectives.mixture import (
     class_log_posterior,
     fit_mixture,
     fit_semi_supervised,
+    first_distinct,
     init_indices,
+    random_order,
     mixture_log_prob,
 )
 
@@ -225,10 +227,25 @@ def test_equal_points_never_start_two_components(seed: int) -> None:
     assert len(torch.unique(z[0, rows[0]], dim=0)) == 4
 
 
+def test_first_distinct_points_of_an_order_equal_a_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 3, (20, 9, 2), generator=generator).float()  # many equal points
+    order = random_order(9, [generator] * 20)
+    index, enough = first_distinct(z, order, 5)
+    for points, row, picked, found in zip(z, order.tolist(), index.tolist(), enough.tolist(), strict=True):
+        expected: list[int] = []
+        for i in row:
+            if all(not torch.equal(points[i], points[j]) for j in expected):
+                expected.append(i)
+        assert found == (len(expected) >= 5)
+        assert picked[: len(expected)] == expected[:5]
+    assert 0 < int(enough.sum()) < 20
+
+
 def test_more_components_than_distinct_points_is_an_error() -> None:
     z = torch.tensor([0.0, 1.0, 1.0, 0.0, 2.0])[None, :, None]
     assert sorted(z[0, init_indices(z, 3, keyed(0))[0], 0].tolist()) == [0.0, 1.0, 2.0]
-    with pytest.raises(MixtureError, match=r"4 components need .* has 3: lower train\.components") as caught:
+    with pytest.raises(MixtureError, match=r"4 components need .* fewer: lower train\.components") as caught:
         init_indices(z, 4, keyed(0))
     assert "\n" not in str(caught.value)
     with pytest.raises(MixtureError, match="6 components"):

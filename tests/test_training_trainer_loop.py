@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from metagmvae.training.trainer.builders import build_schedule
 from metagmvae.training.trainer.checkpoint import load_state, random_state, save_state
-from metagmvae.training.trainer.context import MetricLine, TrainState
-from metagmvae.training.trainer.loop import Hooks, NonFiniteLossError, Stage, fit_stage
+from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
+from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
+from metagmvae.training.trainer.update import NonFiniteLossError
 
 STEPS = 20
 
@@ -61,7 +62,7 @@ class Regression(nn.Module):
         return loss, {"largest": error.detach().max()}
 
 
-class FolderContext:
+class FolderContext(RunContext):
     """A context with checkpoints in a folder; raises `Killed` before it records the line of step `killed_at`."""
 
     device = torch.device("cpu")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.checkpoint import load_state, save_state
-from metagmvae.training.trainer.context import MetricLine, TrainState
-from metagmvae.training.trainer.loop import NonFiniteLossError
+from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
 from metagmvae.training.trainer.stages import train
+from metagmvae.training.trainer.update import NonFiniteLossError
 
 SHAPE = (1, 8, 8)
 
@@ -69,7 +71,7 @@ def validate(model: MetaGMVAE) -> dict[str, dict[str, float]]:
     return {"5w1s": {"accuracy": np.float64(float(total) % 1.0), "ci95": np.float64(0.1)}}
 
 
-class FolderContext:
+class FolderContext(RunContext):
     """A context with checkpoints in a folder. It is killed before it records the line of global step `killed_at`."""
 
     device = torch.device("cpu")
@@ -84,12 +86,13 @@ class FolderContext:
     def load(self) -> TrainState | None:
         return load_state(self.path) if self.path.exists() else None
 
-    def report(self, line: MetricLine, state: TrainState | None) -> None:
-        if self.killed_at and int(line["global_step"]) >= self.killed_at:
+    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
+        if line is not None and self.killed_at and int(line["global_step"]) >= self.killed_at:
             if self.signal_number:
                 os.kill(os.getpid(), self.signal_number)
             raise InterruptedError
-        self.lines.append(line)
+        if line is not None:
+            self.lines.append(line)
         if state is not None:
             self.saved.append((state["stage"], state["step"]))
             save_state(self.path, state)
@@ -356,3 +359,39 @@ def test_data_on_the_device_give_the_same_run(
     assert right is not None
     assert flat(left["model"]) == flat(right["model"])
     assert without_times(expected_run.lines) == without_times(on_device.lines)
+
+
+class StoppedContext(FolderContext):
+    """Requests a stop when the training has asked `stop_at` times: after each step but the last one of a stage."""
+
+    def __init__(self, folder: Path, stop_at: int) -> None:
+        super().__init__(folder)
+        self.stop_at, self.asked = stop_at, 0
+
+    @contextmanager
+    def stop_requests(self) -> Iterator[Callable[[], bool]]:
+        def stop() -> bool:
+            self.asked += 1
+            return self.asked == self.stop_at
+
+        yield stop
+
+
+@pytest.mark.parametrize("reconstruct", ["pixels", "features"])
+@pytest.mark.parametrize(("stop_at", "stage", "step"), [(1, "pretrain", 1), (4, "pretrain", 4), (8, "meta", 3)])
+def test_a_run_stopped_between_checkpoints_and_resumed_equals_an_uninterrupted_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, reconstruct: str, stop_at: int, stage: str, step: int
+) -> None:
+    """Bit-identical state and metric lines; a checkpoint is due at pre-training step 4, a validation at meta step 3."""
+    expected = uninterrupted(reconstruct, tmp_path_factory)
+    stopped = StoppedContext(tmp_path, stop_at)
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, settings(reconstruct))
+    state = load_state(stopped.path)
+    assert (state["stage"], state["step"]) == (stage, step)
+    torch.manual_seed(stop_at)
+    resumed = FolderContext(tmp_path)
+    run(resumed, settings(reconstruct))
+    assert_equal(expected.load(), resumed.load())
+    assert without_times(stopped.lines + resumed.lines) == without_times(expected.lines)

@@ -165,8 +165,12 @@ def test_more_components_than_distinct_samples_is_an_error() -> None:
     with torch.no_grad():
         net.head.weight.zero_()
         net.head.bias[2:] = -2000.0
+    step = MetaStep(net, settings()).eval()
+    step.explain_failure()
+    loss, _ = step(batch())
+    assert loss.isnan()
     with pytest.raises(MixtureError, match="3 components need as many distinct points"):
-        MetaStep(net, settings()).eval()(batch())
+        step.explain_failure()
 
 
 def test_keyed_generators_depend_on_every_part_of_the_key() -> None:

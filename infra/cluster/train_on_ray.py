@@ -23,6 +23,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from metagmvae.configs.credentials import with_credentials
 from metagmvae.configs.load import SettingsError, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.cluster.connect import cluster
@@ -34,8 +35,8 @@ from metagmvae.pipelines.records import WorkError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, TrainState
-from metagmvae.training.trainer.loop import NonFiniteLossError
 from metagmvae.training.trainer.stages import ModelKind
+from metagmvae.training.trainer.update import NonFiniteLossError
 
 FOLDER = "ray"
 """Ray's own files in the run folder, deleted at the end."""
@@ -167,7 +168,7 @@ def train_on_ray(
         (run_dir / METRICS).unlink(missing_ok=True)
     # Ray would silently resume from files of an earlier start; the run folder has everything that is needed.
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    config = {"settings": to_json(settings), "data": data, "kind": kind, "checkpoint": checkpoint}
+    config = {"settings": to_json(settings), "data": with_credentials(data), "kind": kind, "checkpoint": checkpoint}
     with cluster(settings.run.address, settings.run.workers * settings.run.cpus_per_worker):
         trainer = _trainer(settings, config, run_dir, callbacks)
         try:

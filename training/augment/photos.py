@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metagmvae.training.device.seeding import uniform
+from metagmvae.training.device.seeding import host_permutation, uniform
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a crop."""
@@ -65,7 +65,7 @@ def photo_view(
     if x.shape[1] == 3:
         changes.append(lambda x: _blend(x, to_grayscale(x), 1 + SATURATION * jitter[:, 2]))
         changes.append(lambda x: shift_hue(x, HUE * jitter[:, 3]))
-    for index in torch.randperm(len(changes), generator=generator, device=generator.device).tolist():
+    for index in host_permutation(len(changes), generator):
         x = changes[index](x)
     grayscale = draw[:, 5] < 2 * GRAYSCALE_PROBABILITY - 1
     return torch.where(grayscale[:, None, None, None], to_grayscale(x), x)

@@ -25,6 +25,17 @@ def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) ->
     return (torch.rand(shape, generator=generator, device=generator.device) * 2 - 1).to(like.device)
 
 
+def host_permutation(n: int, generator: torch.Generator) -> list[int]:
+    """A random permutation of 0 to n - 1 for the host, which does not wait for the device of the generator.
+
+    A generator of the host draws it; for another device, the host's generator is keyed by the state of that one.
+    """
+    if generator.device.type != "cpu":
+        state = ("host", generator.initial_seed(), generator.get_offset())
+        generator = keyed_generator(torch.device("cpu"), *state)
+    return torch.randperm(n, generator=generator).tolist()
+
+
 def to_device(images: object, device: torch.device) -> Tensor:
     """Copy an array to the device without changing its type: uint8 is a quarter of the bytes of float32."""
     return torch.as_tensor(images).to(device, non_blocking=True)

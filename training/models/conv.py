@@ -35,7 +35,8 @@ class ConvBlock(nn.Module):
     channels) the normalisation is folded into the convolution: the mean and variance of its outputs over the batch
     follow exactly from the mean and covariance of the 3x3 input patches. The largest feature map of the network is then
     written once, instead of being written, read for its statistics and written again. The patch statistics carry no
-    gradient to the input, so the folded form is used only where the input needs none.
+    gradient to the input, so the folded form is used only where the input needs none. On a GPU it is not used: `unfold`
+    launches a kernel per image there.
     """
 
     def __init__(self, inputs: int, channels: int, round_up: bool = True, relu: bool = True) -> None:
@@ -47,7 +48,8 @@ class ConvBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._folded_norm(x) if self.fold and not x.requires_grad else self.norm(self.conv(x))
+        folded = self.fold and not x.requires_grad and x.device.type == "cpu"
+        x = self._folded_norm(x) if folded else self.norm(self.conv(x))
         pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
         return F.relu(pooled) if self.relu else pooled
 

@@ -34,10 +34,12 @@ class Mixture(NamedTuple):
 
 
 class ClassMixture(NamedTuple):
-    """psi of Eq. 10: means and diagonal covariances of K classes with equal weights."""
+    """psi of Eq. 10: means and diagonal covariances of K classes, and their weights."""
 
     mean_EKD: Tensor
     variance_EKD: Tensor
+    log_weight_EK: Tensor | None = None
+    """Log proportions of the classes among the queries; None: equal, as in Eq. 10."""
 
 
 class MixtureError(ValueError):
@@ -46,9 +48,6 @@ class MixtureError(ValueError):
 
 def init_indices(z_EPD: Tensor, components: int, generators: list[torch.Generator]) -> Tensor:
     """Draw K random points with distinct values in each episode: the initial means of Eq. 7.
-
-    Components that start at equal points would stay equal for ever, so a draw with equal points is repeated among the
-    distinct values.
 
     Args:
         z_EPD: points.
@@ -61,29 +60,50 @@ def init_indices(z_EPD: Tensor, components: int, generators: list[torch.Generato
     Raises:
         MixtureError: an episode has fewer than K distinct points.
     """
-    indices = []
-    for z_PD, generator in zip(z_EPD, generators, strict=True):
-        order = torch.randperm(len(z_PD), generator=generator, device=generator.device)
-        index_K = order[:components].to(z_PD.device)
-        if len(torch.unique(z_PD[index_K], dim=0)) < components:
-            index_K = _distinct_indices(z_PD, components, generator)
-        indices.append(index_K)
-    return torch.stack(indices)
+    index_EK, enough_E = first_distinct(z_EPD, random_order(z_EPD.shape[1], generators).to(z_EPD.device), components)
+    if not enough_E.all():
+        raise MixtureError(too_few_points(components))
+    return index_EK
 
 
-def _distinct_indices(z_PD: Tensor, components: int, generator: torch.Generator) -> Tensor:
-    values, group = torch.unique(z_PD, dim=0, return_inverse=True)
-    if len(values) < components:
-        raise MixtureError(
-            f"{components} components need as many distinct points, but the episode has {len(values)}: "
-            "lower train.components or raise train.set_size"
-        )
-    order = torch.randperm(len(z_PD), generator=generator, device=generator.device).to(z_PD.device)
-    # The first point of each value in a random order: later writes win, so write in reverse order.
-    first = torch.empty(len(values), dtype=torch.long, device=z_PD.device)
-    first[group[order.flip(0)]] = order.flip(0)
-    random_values = torch.randperm(len(values), generator=generator, device=generator.device)[:components]
-    return first[random_values.to(z_PD.device)]
+def too_few_points(components: int) -> str:
+    """Message of a `MixtureError`."""
+    return (
+        f"{components} components need as many distinct points, but an episode has fewer: lower train.components or "
+        "raise train.set_size"
+    )
+
+
+def random_order(points: int, generators: list[torch.Generator]) -> Tensor:
+    """A random permutation of the points of each episode, int64, (E, P)."""
+    return torch.stack([torch.randperm(points, generator=g, device=g.device) for g in generators])
+
+
+def first_distinct(z_EPD: Tensor, order_EP: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """The first K points with distinct values in a given order, in operations of fixed shape.
+
+    Components that start at equal points would stay equal for ever. The result stays on the device: reading it would
+    make the host wait.
+
+    Args:
+        z_EPD: points.
+        order_EP: order of the points, int64.
+        components: K.
+
+    Returns:
+        int64 indices of points, (E, K), and whether an episode has K distinct points, bool, (E,).
+    """
+    ordered_EPD = torch.gather(z_EPD, 1, order_EP[..., None].expand_as(z_EPD))
+    free_EP = torch.ones_like(order_EP, dtype=torch.uint8)
+    enough_E = torch.ones_like(order_EP[:, 0], dtype=torch.bool)
+    picked = []
+    for _ in range(components):
+        position_E1 = free_EP.argmax(dim=1, keepdim=True)  # the first of the largest
+        enough_E = enough_E & free_EP.gather(1, position_E1)[:, 0].bool()
+        picked.append(order_EP.gather(1, position_E1))
+        point_E1D = ordered_EPD.gather(1, position_E1[..., None].expand(-1, -1, z_EPD.shape[2]))
+        free_EP = free_EP * (ordered_EPD != point_E1D).any(dim=2)
+    return torch.cat(picked, dim=1), enough_E
 
 
 @torch.no_grad()
@@ -136,10 +156,18 @@ def fit_semi_supervised(
     e_step: Covariance = "diagonal",
     temperature: float = 1.0,
     mask_EKT: Tensor | None = None,
+    prior_count: float | None = None,
+    background: float | None = None,
 ) -> ClassMixture:
     """Fit psi* of Eq. 10 by EM: responsibilities of labelled points are fixed to their class, weights to 1/K.
 
-    Means start at the class means of the support, covariances at the identity.
+    Means start at the class means of the support, covariances at the identity. Two extensions of Eq. 10 for queries
+    that are unbalanced or of no labelled class, both off by default:
+    - Weights pi_k are estimated under a Dirichlet prior, pi ~ Dir(1 + prior_count, ...): the M-step is its mode,
+      pi_k = (n_k + prior_count) / sum_j (n_j + prior_count), n_k the sum of the responsibilities of the unlabelled
+      points. The labelled points have no part in it: their numbers are chosen by whoever labelled them.
+    - A background component of constant density takes unlabelled points that are far from every class (the uniform
+      noise component of Banfield and Raftery 1993), so that they do not move the means of the classes.
 
     Args:
         support_EKTD: labelled points of each class.
@@ -150,6 +178,9 @@ def fit_semi_supervised(
             Eq. 10.
         mask_EKT: 1 for a labelled point, 0 for padding (finite values) where classes have fewer than T points; at least
             one point per class. None: no padding.
+        prior_count: unlabelled points per class that the prior of the weights is worth, at least 0; None: weights 1/K.
+        background: log density of the background component after division by the temperature, relative to classes of
+            equal weights without the constant (2 pi)^(-D/2) of their densities; None: no such component.
     """
     if iterations < 1:
         raise ValueError(f"iterations ({iterations}) must be at least 1")
@@ -164,32 +195,67 @@ def fit_semi_supervised(
     size = support_EKTD.shape[3]
     mean_EKD = labelled_EKC[..., :size] / labelled
     variance_EKD = torch.ones_like(mean_EKD)
+    log_weight_EK = None
     for _ in range(iterations):
         used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
-        resp_EPK = torch.softmax(_class_logits(moments_EPC, mean_EKD, used_EKD, temperature), dim=2)
+        logits_EPK = _weighted(_class_logits(moments_EPC, mean_EKD, used_EKD, temperature), log_weight_EK)
+        resp_EPK = torch.softmax(with_background(logits_EPK, background), dim=2)[..., : mean_EKD.shape[1]]
+        if prior_count is not None and query_EPD.shape[1]:
+            log_weight_EK = _log_weights(resp_EPK.sum(dim=1), prior_count)
         total_EKC = labelled_EKC + resp_EPK.transpose(1, 2) @ moments_EPC
         count_EK1 = labelled + resp_EPK.sum(dim=1)[..., None]
         mean_EKD = total_EKC[..., :size] / count_EK1
         variance_EKD = (total_EKC[..., size:] / count_EK1 - mean_EKD.square()).clamp_min(VARIANCE_FLOOR)
-    return ClassMixture(mean_EKD + centre_E1D, variance_EKD)
+    return ClassMixture(mean_EKD + centre_E1D, variance_EKD, log_weight_EK)
 
 
 def class_log_posterior(
     mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal", temperature: float = 1.0
 ) -> Tensor:
-    """log p(y = k | z) by Bayes' rule with equal weights, the summand of Eq. 11: (E, P, D) -> (E, P, K).
+    """log p(y = k | z) by Bayes' rule with the weights of the mixture, the summand of Eq. 11: (E, P, D) -> (E, P, K).
+
+    Arguments are those of `class_logits`.
+    """
+    return torch.log_softmax(class_logits(mixture, z_EPD, covariance, temperature), dim=2)
+
+
+def class_logits(
+    mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal", temperature: float = 1.0
+) -> Tensor:
+    """log (K pi_k) + log N(z; mu_k, s2_k) / temperature, without the constant (2 pi)^(-D/2) of the density.
 
     Args:
         mixture: psi* of Eq. 10.
         z_EPD: points.
         covariance: `diagonal`, sigma_k^2 of the mixture (Eq. 11), or `identity`.
         temperature: divides the log-likelihoods; 1: Eq. 11.
+
+    Returns:
+        (E, P, K).
     """
     centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
     variance_EKD = mixture.variance_EKD if covariance == "diagonal" else torch.ones_like(mixture.variance_EKD)
     moments_EPC = _with_squares(z_EPD - centre_E1D)
-    logits = _class_logits(moments_EPC, mixture.mean_EKD - centre_E1D, variance_EKD, temperature)
-    return torch.log_softmax(logits, dim=2)
+    logits_EPK = _class_logits(moments_EPC, mixture.mean_EKD - centre_E1D, variance_EKD, temperature)
+    return _weighted(logits_EPK, mixture.log_weight_EK)
+
+
+def with_background(logits_EPK: Tensor, background: float | None) -> Tensor:
+    """Append the logit of the background component of `fit_semi_supervised`, if there is one: (E, P, K + 1)."""
+    return logits_EPK if background is None else torch.nn.functional.pad(logits_EPK, (0, 1), value=background)
+
+
+def _weighted(logits_EPK: Tensor, log_weight_EK: Tensor | None) -> Tensor:
+    """Add log (K pi_k); weights of 1/K leave the logits as they are."""
+    if log_weight_EK is None:
+        return logits_EPK
+    return logits_EPK + (log_weight_EK + math.log(log_weight_EK.shape[1]))[:, None]
+
+
+def _log_weights(count_EK: Tensor, prior_count: float) -> Tensor:
+    """Mode of the Dirichlet posterior of the weights, in log; the floor keeps a class without points at a finite log."""
+    weight_EK = (count_EK + prior_count).clamp_min(MIN_COUNT)
+    return torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
 
 
 def _with_squares(z: Tensor) -> Tensor:

@@ -13,10 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from metagmvae.training.device import distributed
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or a gradient is not finite. The update was not applied, and the last checkpoint stays."""
+from metagmvae.training.trainer.update import Update, build_update
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,21 @@ class Hooks:
         return any(every and step % every == 0 for every in (self.log_every, self.validate_every))
 
 
-def fit_stage(stage: Stage, hooks: Hooks, context: RunContext, *, start: int, elapsed: float) -> float:
+def fit_stage(
+    stage: Stage,
+    hooks: Hooks,
+    context: RunContext,
+    *,
+    start: int,
+    elapsed: float,
+    window: dict[str, Any] | None = None,
+) -> float:
     """Train from step `start` to the end of the stage.
 
     A checkpoint is due every `checkpoint_every` steps and after the last one. Each metric line averages over the steps
-    since the line before, and each checkpoint has a line, so a resumed run writes the same lines.
+    since the line before, and each checkpoint has a line, so a resumed run writes the same lines. When the context
+    requests a stop, one more checkpoint is saved after the current step. It has no line; instead it contains the sums
+    of the next line.
 
     Args:
         stage: what is trained.
@@ -67,67 +74,91 @@ def fit_stage(stage: Stage, hooks: Hooks, context: RunContext, *, start: int, el
         context: records metric lines and checkpoints.
         start: steps done so far.
         elapsed: seconds trained so far.
+        window: sums of the next metric line, from a checkpoint at which the training was stopped.
 
     Returns:
         Seconds trained, `elapsed` included.
 
     Raises:
-        NonFiniteLossError: before the update, on all ranks in the same step (after averaging over ranks, a gradient
-            that is not finite on one rank is not finite on any).
+        NonFiniteLossError: the update of a step was not applied, on all ranks (after averaging over ranks, a gradient
+            that is not finite on one rank is not finite on any). On a GPU it is raised when the next line is due.
+        KeyboardInterrupt: a stop was requested; the checkpoint of the last step is saved.
     """
-    window = _Window(stage, elapsed)
+    update = build_update(stage.name, stage.module, stage.optimizer, stage.clip_norm, context.device)
+    sums = _Window(stage, update, elapsed, window)
     stage.module.train()
     try:
-        for step in range(start + 1, stage.steps + 1):
-            batch = next(stage.stream)
-            loss, terms = stage.module(*batch) if isinstance(batch, tuple) else stage.module(batch)
-            norm = _update(stage, loss, step)
-            window.add(loss, terms, norm)
-            checkpoint_due = step % hooks.checkpoint_every == 0 or step == stage.steps
-            if hooks.line_due(step) or checkpoint_due:
-                line = window.line(step) | hooks.after_step(step) | {"checkpoint": int(checkpoint_due)}
-                save = checkpoint_due and context.rank == 0
-                window.update_elapsed()
-                context.report(line, hooks.state(step) | {"elapsed": window.elapsed} if save else None)
-                window.reset()
-                stage.module.train()
+        with context.stop_requests() as requested:
+            stop = distributed.StopVote(requested, context.device, start)
+            if sums.steps:  # stopped before the metric line of the last step was due
+                _record(stage, hooks, context, sums, start)
+            for step in range(start + 1, stage.steps + 1):
+                sums.add(update(next(stage.stream), step))
+                stage.schedule.step()
+                if step < stage.steps and stop(step):
+                    _save_stopped(hooks, context, sums, step)
+                    raise KeyboardInterrupt
+                _record(stage, hooks, context, sums, step)
     finally:
         close = getattr(stage.stream, "close", None)
         if close is not None:
             close()
-    return window.elapsed
+    return sums.elapsed
 
 
-def _update(stage: Stage, loss: Tensor, step: int) -> Tensor:
-    """One optimiser step; returns the gradient norm before clipping."""
-    stage.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm or float("inf"))
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise NonFiniteLossError(
-            f"{stage.name} step {step}: loss {loss.item():g}, gradient norm {norm.item():g}; the update was not "
-            "applied and the last checkpoint stays: lower the learning rate, or set train.clip_norm"
-        )
-    stage.optimizer.step()
-    stage.schedule.step()
-    return norm
+def _record(stage: Stage, hooks: Hooks, context: RunContext, window: _Window, step: int) -> None:
+    """Report the metric line and the checkpoint of a step, where they are due."""
+    checkpoint_due = step % hooks.checkpoint_every == 0 or step == stage.steps
+    if not (hooks.line_due(step) or checkpoint_due):
+        return
+    line = window.line(step) | hooks.after_step(step) | {"checkpoint": int(checkpoint_due)}
+    save = checkpoint_due and context.rank == 0
+    window.update_elapsed()
+    context.report(line, hooks.state(step) | {"elapsed": window.elapsed} if save else None)
+    window.reset()
+    stage.module.train()
+
+
+def _save_stopped(hooks: Hooks, context: RunContext, window: _Window, step: int) -> None:
+    """Save a checkpoint after a step without a metric line; validation and line of the step follow after the resume."""
+    sums = window.state()
+    save = context.rank == 0
+    context.report(None, hooks.state(step) | {"elapsed": window.elapsed, "window": sums} if save else None)
 
 
 class _Window:
     """Means and rates over the steps since the last metric line."""
 
-    def __init__(self, stage: Stage, elapsed: float) -> None:
+    def __init__(self, stage: Stage, update: Update, elapsed: float, saved: dict[str, Any] | None) -> None:
         self.stage = stage
+        self.update = update
         self.elapsed = elapsed
         self.updated_at = time.perf_counter()
         self.reset()
+        if saved is not None:
+            self.steps, self.earlier_s = saved["steps"], saved["seconds"]
+            update.metrics = list(saved["sums"])
+            self.sums = torch.stack(list(saved["sums"].values())).to(next(stage.module.parameters()).device)
 
     def reset(self) -> None:
         self.update_elapsed()
         self.waited_before = getattr(self.stage.stream, "waiting_s", 0.0)
+        self.earlier_s = 0.0
+        """Seconds of the steps of this window before the training was stopped."""
         self.steps = 0
-        self.sums: dict[str, Tensor] = {}
+        self.sums: Tensor | float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Sums so far (their mean over ranks), number of steps and seconds, for a checkpoint within the window."""
+        self.update.check()
+        before = self.elapsed
+        self.update_elapsed()
+        assert isinstance(self.sums, Tensor)
+        return {
+            "steps": self.steps,
+            "seconds": self.earlier_s + self.elapsed - before,
+            "sums": dict(zip(self.update.metrics, distributed.mean_over_ranks(self.sums), strict=True)),
+        }
 
     def update_elapsed(self) -> None:
         """Add the time since the last call. Elapsed time includes saving and validation; throughput does not."""
@@ -135,24 +166,26 @@ class _Window:
         self.elapsed += now - self.updated_at
         self.updated_at = now
 
-    def add(self, loss: Tensor, terms: dict[str, Tensor], norm: Tensor) -> None:
+    def add(self, values: Tensor) -> None:
+        """Add the values of a step, (metrics,)."""
         self.steps += 1
-        for name, value in {"loss": loss.detach(), **terms, "gradient_norm": norm.detach()}.items():
-            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
+        self.sums = self.sums + values
 
     def line(self, step: int) -> MetricLine:
         """The metric line: means over steps and ranks (of times too), so that all ranks have the same line."""
+        self.update.check()
         waited = getattr(self.stage.stream, "waiting_s", 0.0) - self.waited_before
-        seconds = max(time.perf_counter() - self.updated_at, 1e-9)
-        names = list(self.sums)
-        sums = torch.stack([self.sums[name] for name in names]).double() / self.steps
-        times = torch.tensor([seconds, waited, self.elapsed + seconds], dtype=torch.float64, device=sums.device)
+        since_update = time.perf_counter() - self.updated_at
+        seconds = max(self.earlier_s + since_update, 1e-9)
+        assert isinstance(self.sums, Tensor)
+        sums = self.sums.double() / self.steps
+        times = torch.tensor([seconds, waited, self.elapsed + since_update], dtype=torch.float64, device=sums.device)
         *means, seconds, waited, elapsed = distributed.mean_over_ranks(torch.cat([sums, times])).tolist()
         return {
             "stage": self.stage.name,
             "step": step,
             "steps": self.stage.steps,
-            **dict(zip(names, means, strict=True)),
+            **dict(zip(self.update.metrics, means, strict=True)),
             "learning_rate": self.stage.optimizer.param_groups[0]["lr"],
             "images_per_s": self.steps * self.stage.images_per_step / seconds,
             "waiting_share": min(waited / seconds, 1.0),

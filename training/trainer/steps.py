@@ -1,5 +1,8 @@
 """Step modules, batch -> (loss, terms): the loss that the training loop minimises in each stage.
 
+Each has two parts. `prepare` copies the batch to the device and draws all random numbers; `compute` is a function of
+these tensors with fixed shapes that reads no value of the device back, so it can be captured as a CUDA graph.
+
 Random numbers of a step come from generators keyed by (seed, purpose, episode), never from the global state: a step is
 the same after a resume, and an episode is the same on any rank and with any number of ranks. The views of contrastive
 pre-training are keyed by (seed, step, rank), so they change with the number of ranks.
@@ -23,7 +26,13 @@ from metagmvae.training.device.seeding import episode_generators, keyed_generato
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective
-from metagmvae.training.objectives.mixture import fit_mixture, init_indices
+from metagmvae.training.objectives.mixture import (
+    MixtureError,
+    first_distinct,
+    fit_mixture,
+    random_order,
+    too_few_points,
+)
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.trainer.builders import build_view
 
@@ -50,6 +59,7 @@ class MetaStep(nn.Module):
         self.settings = settings
         self.view = view
         self.on_features = model.reconstruct == "features"
+        self.too_few: Tensor | None = None
         model.encoder.requires_grad_(not self.on_features)
 
     def train(self, mode: bool = True) -> MetaStep:
@@ -59,20 +69,34 @@ class MetaStep(nn.Module):
 
     def forward(self, batch: SetBatch) -> tuple[Tensor, StepMetrics]:
         """Loss, and the means over data points of the terms of the lower bound, in nats."""
-        settings, model = self.settings, self.model
-        data = to_device(batch.images, next(model.parameters()).device)
-        M = data.shape[1]
-        x, h_BMF = self._targets_and_features(data, batch.episodes)
+        return self.compute(*self.prepare(batch))
+
+    def prepare(self, batch: SetBatch) -> tuple[Tensor, ...]:
+        """Data, noise (b, M, N, D), random orders of the points (b, P), and views (b*M, C, H, W) for denoising."""
+        settings = self.settings
+        data = to_device(batch.images, next(self.model.parameters()).device)
+        M, D = data.shape[1], self.model.latent
         generators = episode_generators(data.device, settings.seed, "meta", batch.episodes)
         noise_BMND = torch.stack(
-            [torch.randn(M, settings.samples, model.latent, generator=g, device=data.device) for g in generators]
+            [torch.randn(M, settings.samples, D, generator=g, device=data.device) for g in generators]
         )
+        order_BP = random_order(M * settings.samples, generators)
+        if self.view is None:
+            return data, noise_BMND, order_BP
+        return data, noise_BMND, order_BP, self._views(self.model.scale_images(data), batch.episodes)
+
+    def compute(
+        self, data: Tensor, noise_BMND: Tensor, order_BP: Tensor, views: Tensor | None = None
+    ) -> tuple[Tensor, StepMetrics]:
+        """Loss and terms from the results of `prepare`."""
+        settings, model = self.settings, self.model
+        x, h_BMF = self._targets_and_features(data, views)
         with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)
         z_BMND = sample_latents(mean_BMD, log_variance_BMD, noise_BMND)
         # EM in the step (Eq. 7): psi* is a constant of the objective.
         z_BPD = z_BMND.detach().flatten(1, 2)
-        init_BK = init_indices(z_BPD, settings.components, generators)
+        init_BK, enough_B = first_distinct(z_BPD, order_BP, settings.components)
         mixture = fit_mixture(z_BPD, init_BK, settings.em_iterations)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
@@ -80,14 +104,26 @@ class MetaStep(nn.Module):
         terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
         metrics = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale, settings.beta)
+        # A loss that is not finite stops the training without an update; `explain_failure` then tells the reason.
+        self.too_few = ~enough_B.all()
+        loss = loss.masked_fill(self.too_few, float("nan"))
         return loss, {**metrics, "elbo": terms.elbo.detach().mean()}
 
-    def _targets_and_features(self, data: Tensor, episodes: np.ndarray) -> tuple[Tensor, Tensor]:
+    def explain_failure(self) -> None:
+        """Raise the reason of a loss that is not finite, if the last step had fewer distinct points than components.
+
+        Raises:
+            MixtureError: it had.
+        """
+        if self.too_few is not None and self.too_few.item():
+            raise MixtureError(too_few_points(self.settings.components))
+
+    def _targets_and_features(self, data: Tensor, views: Tensor | None) -> tuple[Tensor, Tensor]:
         """Reconstruction targets, (b*M, ...), and the features that the set encoder sees, (b, M, F)."""
         if self.on_features:
             return data.flatten(0, 1), data
         x = self.model.scale_images(data.flatten(0, 1))
-        inputs = x if self.view is None else self._views(x.unflatten(0, data.shape[:2]), episodes)
+        inputs = x if views is None else views
         if self.settings.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with self._autocast(data.device):
@@ -128,14 +164,19 @@ class ContrastiveStep(nn.Module):
 
     def forward(self, images: object, step: int) -> tuple[Tensor, StepMetrics]:
         """uint8 images (n, C, H, W) and the number of the step -> loss and no further metrics."""
+        return self.compute(*self.prepare(images, step))
+
+    def prepare(self, images: object, step: int) -> tuple[Tensor, ...]:
+        """Two views of each image, (2n, C, H, W)."""
         device = next(self.encoder.parameters()).device
         x = EncoderModel.scale_images(to_device(images, device))
         generator = keyed_generator(device, self.settings.seed, "views", step, distributed.rank())
         views = torch.cat([self.view(x, generator), self.view(x, generator)])
-        if self.settings.channels_last:
-            views = views.contiguous(memory_format=torch.channels_last)
-        with autocast(device, self.settings.precision):
+        return (views.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else views,)
+
+    def compute(self, views: Tensor) -> tuple[Tensor, StepMetrics]:
+        """Loss from the result of `prepare`."""
+        with autocast(views.device, self.settings.precision):
             h = self.projector(self.encoder(views))
         first, second = h.chunk(2)
-        loss = nt_xent(first, second, self.temperature, distributed.all_gather, distributed.rank())
-        return loss, {}
+        return nt_xent(first, second, self.temperature, distributed.all_gather, distributed.rank()), {}
