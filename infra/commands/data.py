@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
 
 
-SOURCE_OPTIONS = ("split", "size", "channels", "invert", "classes", "fractions", "max_broken", "allow_missing")
+SOURCE_OPTIONS = (
+    *("split", "size", "channels", "invert", "classes", "fractions", "validation_classes", "test_classes"),
+    *("max_broken", "allow_missing"),
+)
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
 
@@ -41,15 +44,21 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--source", metavar="PATH", help=help_text)
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
     parser.add_argument("--split", help="omniglot: 1200-100-323 or vinyals (default: 1200-100-323)")
-    help_text = "height and width of the images in pixels (default: 28; mini-imagenet: 84)"
+    help_text = "height and width of the images in pixels (default: omniglot: 28; mini-imagenet: 84; folder: 28 for "
+    help_text += "drawings, else the median shorter side of the images, from 28 to 84)"
     parser.add_argument("--size", type=int, metavar="N", help=help_text)
-    parser.add_argument("--channels", type=int, help="folder: 1 for grey or 3 for RGB (default: 1)")
+    parser.add_argument("--channels", type=int, help="folder: 1 for grey or 3 for RGB (default: as the images)")
     help_text = "folder: invert the images; use it for dark strokes on a bright background"
     parser.add_argument("--invert", action="store_true", default=None, help=help_text)
     help_text = "folder: sub-folders are not classes; everything becomes the training split"
     parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
     help_text = "folder: fractions of the classes for the three splits"
     parser.add_argument("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help=help_text)
+    help_text = "folder: number of classes for the validation split, drawn at random (default: a fifth of the "
+    help_text += "classes if there are at least 20, ten of them with 20 images; else 0)"
+    parser.add_argument("--validation-classes", type=int, metavar="N", help=help_text)
+    help_text = "folder: number of classes for the test split (default: as --validation-classes)"
+    parser.add_argument("--test-classes", type=int, metavar="N", help=help_text)
     help_text = "folder: largest fraction of unreadable images that are skipped (default: 0.01)"
     parser.add_argument("--max-broken", type=float, metavar="FRACTION", help=help_text)
     help_text = "mini-imagenet: accept a source that lacks classes or images"
@@ -95,6 +104,8 @@ def prepare(arguments: Namespace) -> Answer:
     return {
         "data": uri,
         "name": manifest["name"],
+        "image_shape": manifest["image_shape"],
+        "channels": manifest["image_shape"][0],
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
@@ -118,11 +129,12 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
         folder = local_folder(out).absolute()
         yield folder, str(folder)
         return
-    RemotePrefix(out).sizes()  # fails early if the store refuses access
-    folder = cache_root() / "writing" / hashlib.sha256(out.encode()).hexdigest()[:16]
-    busy = f"{out}: another process of this machine writes this dataset; wait for it, or choose another --out"
+    remote = RemotePrefix(out)
+    remote.sizes()  # fails early if the store refuses access
+    folder = cache_root() / "writing" / hashlib.sha256(remote.uri.encode()).hexdigest()[:16]
+    busy = f"{remote.uri}: another process of this machine writes this dataset; wait for it, or choose another --out"
     with exclusive_lock(folder.with_suffix(".lock"), busy):
-        yield folder, out
+        yield folder, remote.uri
         publish(folder, out)
         shutil.rmtree(folder)
 

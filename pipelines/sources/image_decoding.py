@@ -122,6 +122,21 @@ def is_image(file: IO[bytes]) -> bool:
         return False
 
 
+def image_header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
+    """Width and height of an image in its file, and whether it may have colour; it is not decoded.
+
+    Raises:
+        DataError: the file is not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                return image.size, image.mode not in ("1", "L", "LA") and not image.mode.startswith(("I", "F"))
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: broken image; replace or remove it") from error
+
+
 def highest_deep_value(data: bytes) -> int | None:
     """The highest value of an image with more than 8 bits of grey; None for other images and broken files."""
     try:

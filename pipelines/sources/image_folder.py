@@ -3,14 +3,14 @@
 The meaning of the folders follows from the tree (`folder_layout`); a tree that can be read in two ways is refused:
 
 - all images in one folder: no classes, and all images are in `train`;
-- images in several folders: each folder is a class, named by its path; `fractions` assigns classes to splits at random;
+- images in several folders: each folder is a class, named by its path; some classes are drawn at random for validation
+  and test (`class_splits`);
 - folders `train`, `validation` and `test`, or other usual names of the splits (`split_names`) and nothing beside them:
   the splits, each interpreted as above.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,23 +21,31 @@ from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
-from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths
+from metagmvae.pipelines.sources.class_splits import SplitRequest, assign_splits
+from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
+from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
 from metagmvae.pipelines.sources.split_names import SPLITS
+
+NOT_INVERTED = (
+    "these are drawings with dark strokes on a bright background; --invert makes the strokes bright, which the random "
+    "views of strokes need"
+)
 
 
 def open_folder(
     source: str | None = None,
     *,
-    size: int = 28,
-    channels: int = 1,
+    size: int | None = None,
+    channels: int | None = None,
     invert: bool = False,
     classes: bool = True,
     fractions: Sequence[float] | None = None,
+    validation_classes: int | None = None,
+    test_classes: int | None = None,
     seed: int = 0,
     max_broken: float = 0.01,
     map_tasks: MapTasks | None = None,
@@ -49,11 +57,13 @@ def open_folder(
 
     Args:
         source: folder or archive.
-        size: side in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        size: side in pixels; None: 28 for drawings, else the median shorter side of the images, from 28 to 84.
+        channels: 1 (grey) or 3 (RGB); None: 3 if an image has colour, else 1.
         invert: replace each value by 255 - value, for dark strokes on a bright background.
         classes: False uses all images as unlabelled training images and ignores their folders.
-        fractions: fractions of the classes for train, validation and test; None uses all for train.
+        fractions: fractions of the classes for train, validation and test.
+        validation_classes: number of classes for validation; None: `class_splits.default_held_out`.
+        test_classes: number of classes for test; None: `class_splits.default_held_out`.
         seed: seed of the assignment of classes to splits.
         max_broken: largest fraction of images that may be skipped.
         map_tasks: decodes images in parallel, for example as Ray tasks; None decodes them in this process.
@@ -64,12 +74,20 @@ def open_folder(
     """
     if source is None:
         raise DataError("no folder of images given; give a folder or an archive with --source")
-    _check_options(size, channels, classes, fractions, seed, max_broken)
+    request = SplitRequest(fractions, validation_classes, test_classes)
+    request.check(classes)
+    _check_options(size, channels, seed, max_broken)
     listing = list_images(source)
     require_images(source, listing)
     images = parse_paths(source, listing.entries, classes)
     class_of = class_names(source, images) if classes else {}
-    split_of = _assign_splits(source, images, class_of, fractions, seed) if fractions is not None else {}
+    split_of, division = assign_splits(source, images, class_of, request, seed)
+    notes = {}
+    if size is None or channels is None:
+        survey = survey_images(str(source), [entry.name for entry in listing.entries])
+        size, channels = size or survey.size, channels or survey.channels
+        if survey.inverted and not invert:
+            notes["note"] = NOT_INVERTED
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
     scan = scan_images(source, [entry.name for entry in listing.entries], preprocessing, max_broken, map_tasks)
     load = partial(load_image, str(source), preprocessing=scan.preprocessing)
@@ -95,6 +113,7 @@ def open_folder(
     fingerprint = source_fingerprint("folder", content, options)
     left_out = [*listing.left_out, *(LeftOut(name, "broken") for name in scan.broken)]
     files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
+    files |= {"division": division, **notes}
     return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)
 
 
@@ -103,38 +122,11 @@ def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndar
     return apply_preprocessing(read_entry(root, name), f"{root}: {name}", preprocessing)
 
 
-def _check_options(
-    size: int, channels: int, classes: bool, fractions: Sequence[float] | None, seed: int, max_broken: float
-) -> None:
-    check_integer("size", size, 1, MAX_SIDE)
+def _check_options(size: int | None, channels: int | None, seed: int, max_broken: float) -> None:
+    if size is not None:
+        check_integer("size", size, 1, MAX_SIDE)
     check_integer("seed", seed, 0)
-    if channels not in MODES:
+    if channels is not None and channels not in MODES:
         raise DataError(f"channels is {channels!r}; choose 1 (grey) or 3 (RGB)")
     if not 0 <= max_broken <= 1:
         raise DataError(f"max_broken is {max_broken}; give a fraction between 0 and 1")
-    if fractions is None:
-        return
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise DataError(f"fractions is {tuple(fractions)}; give three for train, validation and test that sum to 1")
-    if fractions[0] == 0 or not classes:
-        raise DataError("fractions need classes on and a positive fraction for train; change them")
-
-
-def _assign_splits(
-    source: str,
-    images: Sequence[FolderImage],
-    class_of: dict[tuple[str, str], str],
-    fractions: Sequence[float],
-    seed: int,
-) -> dict[tuple[str, str], str]:
-    """Split by (split, folder), from a seeded random order of the classes."""
-    if {image.split for image in images} != {"train"}:
-        raise DataError(f"{source}: already has folders for the splits; omit fractions")
-    folders = sorted(folder for folder, name in class_of.items() if name)
-    held_out = [round(len(folders) * fraction) for fraction in fractions[1:]]
-    counts = [len(folders) - sum(held_out), *held_out]
-    if any((count > 0) != (fraction > 0) for count, fraction in zip(counts, fractions, strict=True)):
-        raise DataError(f"{source}: fractions {tuple(fractions)} cannot divide {len(folders)} classes; change them")
-    names = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
-    order = keyed_rng("folder", seed).permutation(len(folders))
-    return {folders[row]: split for row, split in zip(order, names, strict=True)}

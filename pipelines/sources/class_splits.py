@@ -1,0 +1,140 @@
+"""Divides the classes of a folder of images into training, validation and test classes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.sources.folder_layout import FolderImage
+from metagmvae.pipelines.sources.source import check_integer
+from metagmvae.pipelines.sources.split_names import SPLITS
+
+Folder = tuple[str, str]
+"""Split and path of a class folder, as in `class_names`."""
+
+EPISODE_IMAGES = 20
+"""Images of a class in the usual episodes: 5 labelled ones and 15 queries."""
+EPISODE_CLASSES = 5
+"""Classes of the usual episodes; the default numbers of validation and test classes are at least that."""
+LEAST_CLASSES = 20
+"""With fewer classes, all are training classes by default."""
+SHARE = 0.2
+"""Default fraction of the classes for validation, and for test."""
+
+
+@dataclass(frozen=True)
+class SplitRequest:
+    """How the classes are divided: by `fractions`, or by numbers of validation and test classes."""
+
+    fractions: Sequence[float] | None = None
+    """Fractions of the classes for train, validation and test."""
+    validation_classes: int | None = None
+    test_classes: int | None = None
+    """Numbers of classes; None: `default_held_out`."""
+
+    def check(self, classes: bool) -> None:
+        """Refuse values that fit no folder; `classes` is False if the folders are not classes.
+
+        Raises:
+            DataError: naming the option.
+        """
+        numbers = {"validation_classes": self.validation_classes, "test_classes": self.test_classes}
+        for option, number in numbers.items():
+            if number is None:
+                continue
+            check_integer(option, number, 0)
+            if number == 1:
+                raise DataError(f"{option} is 1, but an episode has at least 2 classes; give 0, 2 or more")
+            if number and not classes:
+                raise DataError(f"{option} is {number}, but the folders are no classes (--unlabelled); remove one")
+            if self.fractions is not None:
+                raise DataError(f"{option} and fractions both divide the classes; give one of them")
+        fractions = self.fractions
+        if fractions is None:
+            return
+        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+            raise DataError(f"fractions is {tuple(fractions)}; give three for train, validation and test that sum to 1")
+        if fractions[0] == 0 or not classes:
+            raise DataError("fractions need classes on and a positive fraction for train; change them")
+
+    @property
+    def given(self) -> bool:
+        """Whether the division was asked for."""
+        return self.fractions is not None or bool(self.validation_classes) or bool(self.test_classes)
+
+
+def default_held_out(sizes: Sequence[int]) -> int:
+    """The default number of validation classes, and of test classes, from the numbers of images of all classes.
+
+    A fifth of the classes, at least 5, from those that have enough images for 5-way 5-shot episodes with 15 queries; 0
+    if there are fewer than 20 classes, or not enough of that size.
+    """
+    eligible = sum(size >= EPISODE_IMAGES for size in sizes)
+    number = min(max(EPISODE_CLASSES, round(SHARE * len(sizes))), eligible // 2)
+    return number if len(sizes) >= LEAST_CLASSES and number >= EPISODE_CLASSES else 0
+
+
+def assign_splits(
+    source: str, images: Sequence[FolderImage], class_of: Mapping[Folder, str], request: SplitRequest, seed: int
+) -> tuple[dict[Folder, str], str]:
+    """Divide classes at random; return the split of each class folder, and a sentence on what was done.
+
+    Numbers of classes are drawn from the classes that have at least 20 images; if these are too few, from the largest
+    ones. Classes are left as they are if the tree has folders for the splits, or no classes.
+
+    Raises:
+        DataError: the request does not fit the classes.
+    """
+    if {image.split for image in images} != {"train"}:
+        if request.given:
+            raise DataError(f"{source}: already has folders for the splits; omit fractions and numbers of classes")
+        return {}, "as the folders are named"
+    folders = sorted(folder for folder, name in class_of.items() if name)
+    if request.fractions is not None:
+        return _by_fractions(source, folders, request.fractions, seed), "by fractions of the classes"
+    size_of = Counter((image.split, image.folder) for image in images)
+    sizes = [size_of[folder] for folder in folders]
+    default = default_held_out(sizes)
+    given = (request.validation_classes, request.test_classes)
+    counts = [default if number is None else number for number in given]
+    if sum(counts) >= len(folders) and request.given:
+        raise DataError(
+            f"{source}: has {len(folders)} classes, which cannot give {counts[0]} for validation, {counts[1]} for test "
+            "and one for training; lower the numbers"
+        )
+    if not sum(counts):
+        return {}, _why_none(sizes, asked=None not in given)
+    large = [folder for folder in folders if size_of[folder] >= EPISODE_IMAGES]
+    if len(large) < sum(counts):
+        large = sorted(folders, key=lambda folder: -size_of[folder])[: sum(counts)]
+    order = keyed_rng("classes", seed).permutation(len(large))
+    drawn = [large[row] for row in order]
+    split_of = dict.fromkeys(folders, "train") | dict.fromkeys(drawn[: counts[0]], "validation")
+    split_of |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
+    return split_of, f"{counts[0]} validation and {counts[1]} test classes of {len(folders)}, drawn with seed {seed}"
+
+
+def _why_none(sizes: Sequence[int], *, asked: bool) -> str:
+    if asked:
+        return "no validation and test classes, as requested"
+    if not sizes:
+        return "no validation and test classes, because the images have no classes"
+    return (
+        f"no validation and test classes: of {len(sizes)} classes, {sum(s >= EPISODE_IMAGES for s in sizes)} have at "
+        f"least {EPISODE_IMAGES} images, and {LEAST_CLASSES} classes, {2 * EPISODE_CLASSES} of them of that size, are "
+        "needed; --validation-classes and --test-classes give other numbers"
+    )
+
+
+def _by_fractions(source: str, folders: Sequence[Folder], fractions: Sequence[float], seed: int) -> dict[Folder, str]:
+    held_out = [round(len(folders) * fraction) for fraction in fractions[1:]]
+    counts = [len(folders) - sum(held_out), *held_out]
+    if any((count > 0) != (fraction > 0) for count, fraction in zip(counts, fractions, strict=True)):
+        raise DataError(f"{source}: fractions {tuple(fractions)} cannot divide {len(folders)} classes; change them")
+    names = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
+    order = keyed_rng("folder", seed).permutation(len(folders))
+    return {folders[row]: split for row, split in zip(order, names, strict=True)}
