@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from metagmvae.configs.credentials import redact
+from metagmvae.configs.mlflow_names import STORED
 from metagmvae.configs.schema import Settings
 
 LATER_KEYS = (
@@ -55,7 +56,7 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
 
 
 def settings_from_json(text: str) -> Settings:
-    """Settings from their JSON form (`to_json`).
+    """Settings from their JSON form (`to_json`), as a run stored them: names in MLflow are not checked again.
 
     Raises:
         SettingsError: the text is not JSON, or not valid settings.
@@ -66,7 +67,7 @@ def settings_from_json(text: str) -> Settings:
         raise SettingsError("settings are not valid JSON: nested too deeply") from error
     except ValueError as error:  # also an integer of more digits than Python converts
         raise SettingsError(f"settings are not valid JSON: {error}") from error
-    return _validate(tree)
+    return _validate(tree, STORED)
 
 
 def to_json(settings: Settings) -> str:
@@ -101,9 +102,9 @@ def fingerprint(settings: Settings) -> str:
 
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:
-    """Settings that affect the result and differ, each as `key: ours, theirs`."""
+    """Settings that affect the result and differ, each as `key: ours, theirs`; datasets are compared by fingerprint."""
     flat_ours, flat_theirs = (dict(flatten(json.loads(s.model_dump_json()))) for s in (ours, theirs))
-    ignored = ("name", "run.", "tracking.")
+    ignored = ("name", "run.", "tracking.", "data.uri")
     return [
         f"{key}: {value!r}, {flat_theirs[key]!r}"
         for key, value in flat_ours.items()
@@ -175,9 +176,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _validate(tree: Any) -> Settings:
+def _validate(tree: Any, context: dict[str, bool] | None = None) -> Settings:
     try:
-        return Settings.model_validate_json(json.dumps(tree, default=str))
+        return Settings.model_validate_json(json.dumps(tree, default=str), context=context)
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from error
     except RecursionError as error:

@@ -23,6 +23,7 @@ from metagmvae.configs.limits import (
     Size,
     Temperature,
 )
+from metagmvae.configs.mlflow_names import Alias, ExperimentName, ModelName, TrackingUri, default_experiment
 from metagmvae.configs.training_settings import PretrainSettings, TrainSettings, ValidationSettings
 
 Average = Literal["none", "mirror", "crops"]
@@ -143,15 +144,16 @@ class TrackingSettings(Section):
     """Tracking with MLflow."""
 
     enabled: bool = True
-    uri: str = ""
+    uri: TrackingUri = ""
     """Tracking URI; empty: MLFLOW_TRACKING_URI if set, else a SQLite database in `store`."""
     store: Folder = "runs/mlflow"
     """Folder of the default SQLite database and its artifacts."""
-    experiment: str = "metagmvae"
-    register_as: str = ""
+    experiment: ExperimentName = Field(default_factory=default_experiment, validate_default=True)
+    """Name of the MLflow experiment; not given: MLFLOW_EXPERIMENT_NAME if set, else `metagmvae`."""
+    register_as: ModelName = ""
     """Name of the registered model; empty: not registered. An encoder-only model is registered as `NAME-encoder`."""
-    alias: str = "champion"
-    """Alias of the best version."""
+    alias: Alias = "champion"
+    """Alias of the best version; empty: none."""
 
 
 class Settings(Section):
