@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import tomllib
@@ -11,12 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from metagmvae.configs.credentials import redact
-from metagmvae.configs.mlflow_names import STORED
+from metagmvae.configs.mlflow_names import STORED, model_name
 from metagmvae.configs.schema import Settings
+from metagmvae.configs.suggestions import setting_suggestion, suggestion
 
 LATER_KEYS = (
     ("model", "normalise", "none"),
@@ -52,11 +52,18 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
     tree = read_toml(_locate(config))
     for override in overrides:
         _apply(tree, override)
+    settings = _validate(tree)
+    name = model_name(settings.tracking.register_as, settings.data.uri, settings.name)
+    if name == settings.tracking.register_as:
+        return settings
+    tree["tracking"]["register_as"] = name
     return _validate(tree)
 
 
-def settings_from_json(text: str) -> Settings:
+def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings from their JSON form (`to_json`), as a run stored them: names in MLflow are not checked again.
+
+    Overrides are applied as in `load_settings`.
 
     Raises:
         SettingsError: the text is not JSON, or not valid settings.
@@ -67,6 +74,10 @@ def settings_from_json(text: str) -> Settings:
         raise SettingsError("settings are not valid JSON: nested too deeply") from error
     except ValueError as error:  # also an integer of more digits than Python converts
         raise SettingsError(f"settings are not valid JSON: {error}") from error
+    if overrides and not isinstance(tree, dict):
+        raise SettingsError("settings are not a JSON object")
+    for override in overrides:
+        _apply(tree, override)
     return _validate(tree, STORED)
 
 
@@ -121,6 +132,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+def setting_keys() -> list[str]:
+    """Dotted keys of all settings."""
+    return [key for key, _ in flatten(json.loads(to_json(Settings())))]
+
+
 def presets() -> list[str]:
     """Names of the bundled presets."""
     files = resources.files("metagmvae.configs").joinpath("presets").iterdir()
@@ -134,8 +150,8 @@ def _locate(config: str | Path) -> Any:
     name = str(config)
     if name in presets():
         return resources.files("metagmvae.configs").joinpath("presets", f"{name}.toml")
-    known = ", ".join(presets()) + suggestion(name, presets())
-    raise SettingsError(f"{_short(name)}: no such TOML file, and not one of the presets {known}")
+    hint = suggestion(name[:MAX_SHOWN], presets())
+    raise SettingsError(f"{_short(name)}: no such TOML file and no preset of that name{hint}")
 
 
 def read_toml(file: Any) -> dict[str, Any]:
@@ -190,10 +206,11 @@ def _one_line(error: ValidationError) -> str:
     first, *more = error.errors()
     text = mistake_text(first) if first["loc"] else f"settings: {mistake_text(first)}"
     if first["type"] == "extra_forbidden":
-        *section, key = first["loc"]
-        text = (
-            f"{_short('.'.join(map(str, first['loc'])))}: no such key{suggestion(str(key)[:MAX_SHOWN], _keys(section))}"
-        )
+        key = ".".join(map(str, first["loc"]))
+        inner = first["input"]
+        if len(first["loc"]) == 1 and isinstance(inner, dict) and inner:
+            key += f".{next(iter(inner))}"  # the section is wrong: its first key says what is meant
+        text = f"{_short(key)}: no such key{setting_suggestion(key[:MAX_SHOWN], setting_keys())}"
     return text + (f" (and {len(more)} more mistakes)" if more else "")
 
 
@@ -217,22 +234,3 @@ def _short(text: str, limit: int = MAX_SHOWN) -> str:
     text = redact(text)
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _keys(location: Sequence[Any]) -> list[str]:
-    """Keys of the section at a location; empty if the location is not a section."""
-    model: type[BaseModel] = Settings
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """End of an error message: the most similar known word, or all known words if none is similar."""
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""

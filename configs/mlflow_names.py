@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator, ValidationInfo
@@ -18,6 +19,8 @@ STORED = {"stored": True}
 """Validation context of settings that are read back."""
 MAX_EXPERIMENT, MAX_MODEL, MAX_ALIAS = 500, 240, 255
 """Longest names, in characters. Of a registered model MLflow stores 256; `-encoder` may be appended."""
+DATA = "{data}"
+"""Stands for the name of the dataset in the name of a registered model."""
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?|\[[0-9a-fA-F:]+\](:\d+)?(/.*)?")
 
 
@@ -47,6 +50,13 @@ def check_model(name: str) -> str:
     if len(name) > MAX_MODEL:
         raise ValueError(f"the name of a registered model has {len(name)} characters; give at most {MAX_MODEL}")
     return name
+
+
+def model_name(template: str, data_uri: str, otherwise: str) -> str:
+    """Replace `{data}` in the name of a registered model by the last part of a data URI, without the characters that
+    such a name cannot contain; by `otherwise` if nothing is left."""
+    printable = "".join(c for c in PurePosixPath(data_uri).name if c.isprintable())
+    return template.replace(DATA, re.sub(r"[/:@'\"]+", "-", printable).strip(" .")[:MAX_MODEL] or otherwise)
 
 
 def check_alias(name: str) -> str:

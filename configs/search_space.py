@@ -21,8 +21,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
-from metagmvae.configs.load import SettingsError, flatten, read_toml, settings_from_json, suggestion, to_json
+from metagmvae.configs.load import SettingsError, flatten, read_toml, setting_keys, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
+from metagmvae.configs.suggestions import setting_suggestion, suggestion
 
 KIND_BY_WORD = {"choice": "choice", "range": "int", "uniform": "uniform", "loguniform": "loguniform"}
 """Kind of a dimension by the word that a TOML file uses for it."""
@@ -100,19 +101,15 @@ def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _is_section(name: str) -> bool:
-    return any(key.startswith(f"{name}.") for key in _known_keys())
-
-
-def _known_keys() -> list[str]:
-    return [key for key, _ in flatten(json.loads(to_json(Settings())))]
+    return any(key.startswith(f"{name}.") for key in setting_keys())
 
 
 def _dimension(key: str, entry: Any) -> Dimension:
     section = key.partition(".")[0]
-    if section in NOT_SEARCHABLE and (key in _known_keys() or key == section):
+    if section in NOT_SEARCHABLE and (key in setting_keys() or key == section):
         raise SettingsError(f"{key}: a sweep cannot vary it, because {NOT_SEARCHABLE[section]}; set it with --set")
-    if key not in _known_keys():
-        raise SettingsError(f"{key}: no such setting{_suggestion(key)}")
+    if key not in setting_keys():
+        raise SettingsError(f"{key}: no such setting{setting_suggestion(key, setting_keys())}")
     words = KIND_BY_WORD.keys() & entry.keys() if isinstance(entry, Mapping) else set()
     if len(words) != 1:
         raise SettingsError(f"{key} = {json.dumps(entry, default=str)}: write it as {FORMS}")
@@ -128,12 +125,6 @@ def _dimension(key: str, entry: Any) -> Dimension:
     for value in dimension.boundary_values():
         _check_value(key, value)
     return dimension
-
-
-def _suggestion(key: str) -> str:
-    hint = suggestion(key, _known_keys())
-    # A list of all keys would be a long line.
-    return hint if "did you mean" in hint else "; keys have the form section.key, for example train.learning_rate"
 
 
 def _check_value(key: str, value: Value) -> None:

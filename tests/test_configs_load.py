@@ -1,5 +1,7 @@
 """Settings: presets, overrides, one-line errors."""
 
+import json
+
 import pytest
 
 from metagmvae.configs.load import (
@@ -103,8 +105,8 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.step=3", "train.step: no such key; did you mean 'steps'?"),
-        ("trian.steps=3", "trian: no such key; did you mean 'train'?"),
+        ("train.step=3", "train.step: no such key; did you mean 'train.steps'?"),
+        ("trian.steps=3", "trian.steps: no such key; did you mean 'train.steps'?"),
         ("train.steps=many", 'train.steps = "many"'),
         ("train.steps=-1", "train.steps = -1"),
         ("train.components=301", "components K (301) exceeds set_size M (300)"),
@@ -128,3 +130,16 @@ def test_unknown_presets_and_invalid_toml(tmp_path):
     (tmp_path / "broken.toml").write_text("steps = ")
     with pytest.raises(SettingsError, match=r"broken.toml: not valid TOML"):
         load_settings(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_registered_names_come_from_the_dataset(preset):
+    def name(uri, *overrides):
+        return load_settings(preset, [f"data.uri={json.dumps(uri)}", *overrides]).tracking.register_as
+
+    assert name("data/birds") == name("s3://bucket/birds/") == "birds"
+    assert name("data/my: 'birds' @home") == "my- -birds- -home"
+    assert name("/") == name("..") == preset
+    assert name("data/birds", "tracking.register_as=mine") == "mine"
+    assert name("data/birds", 'tracking.register_as="{data}-small"') == "birds-small"
+    assert name("data/birds", 'tracking.register_as=""') == ""

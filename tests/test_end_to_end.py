@@ -145,7 +145,7 @@ def test_prepare_folder_lists_skipped_images(tmp_path, capsys):
     ("words", "message"),
     [
         (["prepare", "omniglot", "--source", "nowhere", "--out", "x"], "nowhere"),
-        (["train", "omniglot-cpu", "--set", "train.step=1"], "did you mean 'steps'"),
+        (["train", "omniglot-cpu", "--set", "train.step=1"], "did you mean 'train.steps'"),
         (["train", "omniglot-cpu", "--set", "data.uri=nowhere"], "no dataset.json there"),
         (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
         (["classify", "nowhere", "--support", "a", "--query", "b"], "nowhere: no such model"),
