@@ -151,7 +151,8 @@ class TrackingSettings(Section):
     experiment: ExperimentName = Field(default_factory=default_experiment, validate_default=True)
     """Name of the MLflow experiment; not given: MLFLOW_EXPERIMENT_NAME if set, else `metagmvae`."""
     register_as: ModelName = ""
-    """Name of the registered model; empty: not registered. An encoder-only model is registered as `NAME-encoder`."""
+    """Name of the registered model; empty: not registered. An encoder-only model is registered as `NAME-encoder`.
+    `{data}` stands for the last part of `data.uri`."""
     alias: Alias = "champion"
     """Alias of the best version; empty: none."""
 
