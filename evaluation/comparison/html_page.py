@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from metagmvae.evaluation.comparison.formatting import (
     UNKNOWN,
@@ -24,7 +24,7 @@ from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, all_tasks
 from metagmvae.evaluation.comparison.table import INTERVALS, Comparison, over_trainings_cell, score_cell
 from metagmvae.pipelines.files import atomic_file
 
-TEMPLATE = "templates/report.html"
+TEMPLATES = resources.files("metagmvae.evaluation.comparison").joinpath("templates")
 FOREST_WIDTH = 260
 """Width of the interval plot beside each difference, in units of its SVG."""
 
@@ -50,10 +50,10 @@ def write_report(
     Raises:
         DataError: the file cannot be written.
     """
-    template = resources.files("metagmvae.evaluation.comparison").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     tasks = all_tasks(comparison.rows)
-    page = jinja.from_string(template).render(
+    write_page(
+        path,
+        "report.html",
         sentences=_sentences(comparison),
         intervals=INTERVALS,
         tasks=[task_name(task) for task in tasks],
@@ -73,6 +73,17 @@ def write_report(
         ],
         environment=environment,
     )
+
+
+def write_page(path: str | Path, template: str, **values: Any) -> None:
+    """Render a template of this folder with values and write it atomically; everything inserted is escaped.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    loader = FunctionLoader(lambda name: TEMPLATES.joinpath(name).read_text(encoding="utf-8"))
+    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    page = jinja.get_template(template).render(**values)
     with atomic_file(path) as file:
         file.write(page.encode())
 
