@@ -123,3 +123,6 @@ class ValidationSettings(Section):
     seed: Seed = 1
     probes: bool = True
     """Further probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
+    calibration_episodes: Annotated[int, Field(ge=0, le=10**6)] = 100
+    """Episodes, of each number of shots and mode, on which the temperature of the probabilities is fitted after the
+    training; of validation classes, or of augmented training images without them. 0: no calibration."""

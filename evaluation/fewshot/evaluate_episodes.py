@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
-from metagmvae.evaluation.fewshot.predict import PredictionMode, episodes_per_batch, predict_episodes
+from metagmvae.evaluation.fewshot.predict import PredictionMode, calibrated, episodes_per_batch, log_posteriors
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import ProgressCallback, Rows
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
@@ -64,6 +64,10 @@ class EpisodeResults:
     """The settings of a baseline; None for a model."""
     unbalanced: bool = False
     """Whether only half of the classes have `query` queries, and the others one each."""
+    temperature: float = 1.0
+    """Of the posterior, as in `predict.calibrated`."""
+    uncalibrated: Reliability | None = None
+    """Calibration at temperature 1; None if that is the temperature."""
 
     @property
     def mean(self) -> float:
@@ -88,6 +92,19 @@ class EpisodeResults:
             "mode": self.mode,
             "seconds": round(self.seconds, 3),
             **({"unbalanced": True} if self.unbalanced else {}),
+            **self._calibration_summary(),
+        }
+
+    def _calibration_summary(self) -> dict[str, float]:
+        """Expected calibration error and mean confidence, fractions in [0, 1]; empty without probabilities."""
+        if self.reliability is None:
+            return {}
+        raw = self.uncalibrated or self.reliability
+        return {
+            "ece": self.reliability.calibration_error,
+            "ece_uncalibrated": raw.calibration_error,
+            "confidence": self.reliability.mean_confidence,
+            "temperature": self.temperature,
         }
 
     def write_parquet(self, path: str | Path) -> None:
@@ -140,6 +157,7 @@ def evaluate_features(
     seed: int = 0,
     mode: PredictionMode = "transductive",
     unbalanced: bool = False,
+    posterior_temperature: float = 1.0,
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
     """Evaluate a model on features by `encode_images`, over episodes 0 to `episodes` - 1 of a seed.
@@ -158,6 +176,7 @@ def evaluate_features(
         seed: of the draw of the episodes.
         mode: as in `predict_episodes`.
         unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
+        posterior_temperature: as in `calibrated`; the accuracy does not depend on it.
         on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
@@ -168,11 +187,12 @@ def evaluate_features(
     per_batch = episodes_per_batch(way * (shot + query), adapt, model.latent, h_nF.device)
     positions_P = torch.as_tensor(query_positions(way, query, unbalanced))
     truth_P = (positions_P // query).to(h_nF.device)
-    accuracies, reliability = [], Reliability()
+    accuracies, reliability, uncalibrated = [], Reliability(), Reliability()
+    truth = truth_P.cpu().numpy()
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
         support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        probabilities_EPK = predict_episodes(
+        log_p_EPK = log_posteriors(
             model,
             adapt,
             h_nF[support_EKS],
@@ -180,11 +200,23 @@ def evaluate_features(
             mode=mode,
             seed_by_episode=range(first, first + count),
         )
-        reliability.add(probabilities_EPK.flatten(0, 1).cpu().numpy(), truth_P.repeat(count).cpu().numpy())
-        accuracies.append((probabilities_EPK.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
+        for collected, temperature in ((reliability, posterior_temperature), (uncalibrated, 1.0)):
+            collected.add(calibrated(log_p_EPK, temperature).flatten(0, 1).cpu().numpy(), np.tile(truth, count))
+        accuracies.append((log_p_EPK.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
         if on_progress is not None:
             on_progress(first + count, episodes)
     seconds = time.perf_counter() - start
+    accuracies_E = torch.cat(accuracies).numpy()
     return EpisodeResults(
-        way, shot, query, seed, mode, torch.cat(accuracies).numpy(), seconds, reliability, unbalanced=unbalanced
+        way,
+        shot,
+        query,
+        seed,
+        mode,
+        accuracies_E,
+        seconds,
+        reliability,
+        unbalanced=unbalanced,
+        temperature=posterior_temperature,
+        uncalibrated=None if posterior_temperature == 1 else uncalibrated,
     )

@@ -89,9 +89,10 @@ def evaluate_tasks(
     for task in full_tasks:
         title = f"{task['way']}-way {task['shot']}-shot"
         with progress(f"{title} episodes") as on_progress:
-            result = evaluate_features(
-                model, loaded.settings.adapt, h_nF, labels, mode=mode, on_progress=on_progress, **task
-            )
+            adapt = loaded.settings.adapt
+            temperature = loaded.posterior_temperature(adapt, mode, task["way"], task["shot"])
+            options = {"mode": mode, "posterior_temperature": temperature, "on_progress": on_progress}
+            result = evaluate_features(model, adapt, h_nF, labels, **options, **task)
         if baselines:
             with progress(f"{title} baselines") as on_progress:
                 result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))

@@ -23,6 +23,7 @@ from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.posterior_calibration import PosteriorCalibration
 from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
 WITHOUT_MODEL = AdaptSettings(e_step="identity", final_covariance="identity", samples=1)
@@ -51,11 +52,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
-        iterations: as all arguments down to `temperature`, see `AdaptSettings`; None: the value of the model.
+        iterations: as all arguments down to `proportions_prior`, see `AdaptSettings`; None: the value of the model.
         samples: Monte Carlo samples N.
         e_step: covariance in the E-step.
         final_covariance: covariance in the final posterior.
-        temperature: divides the log-likelihoods.
+        temperature: divides the log-likelihoods in EM.
+        proportions: class weights, `equal` or `estimated` from the queries of a call.
+        proportions_prior: strength of the prior of estimated proportions.
         random_state: seed of the Monte Carlo noise.
         pixel_range: the values of X that mean black and white; images are scaled to 256 levels. None: 0 to 255; or,
             with a `PixelWarning`, 0 to 1 if X in `fit` holds booleans or only floats from 0 to 1. Any other values are
@@ -80,6 +83,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         e_step: Literal["diagonal", "identity"] | None = None,
         final_covariance: Literal["diagonal", "identity"] | None = None,
         temperature: float | None = None,
+        proportions: Literal["equal", "estimated"] | None = None,
+        proportions_prior: float | None = None,
         random_state: int = 0,
         pixel_range: tuple[float, float] | None = None,
         preprocessed: bool = True,
@@ -91,6 +96,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.e_step = e_step
         self.final_covariance = final_covariance
         self.temperature = temperature
+        self.proportions = proportions
+        self.proportions_prior = proportions_prior
         self.random_state = random_state
         self.pixel_range = pixel_range
         self.preprocessed = preprocessed
@@ -106,7 +113,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ValueError: scikit-learn does not accept X or y, for example because of NaN.
         """
         self._check_mode()
-        self._network, settings, self._preprocessing = self._load()
+        self._network, settings = self._load()
         rows, shape = self._rows(X)
         X, y = validate_data(self, rows, y)
         check_classification_targets(y)
@@ -125,7 +132,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Return the class probabilities of the queries X, images or features as in `fit`: (n, K) as in `classes_`.
 
         Inductive: the probabilities of a query do not depend on the other queries. In both modes they do not depend on
-        the order of the support and the names of the classes.
+        the order of the support and the names of the classes. If the model is calibrated, so are they, unless
+        arguments other than `iterations` and `samples` change its settings of EM.
 
         Raises:
             DataError: the images have another scale than those of `fit`, or `mode` is unknown.
@@ -143,7 +151,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             transductive = self.mode == "transductive"
             probabilities = classify_latents(
                 self._adapt, support_T1D, self._label_T, queries_P1D, fit_on_queries=transductive
-            )
+            ).exp()
         else:
             probabilities = predict_queries(
                 self._network,
@@ -153,21 +161,30 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 queries,
                 mode=self.mode,
                 seed=self.random_state,
+                posterior_temperature=self._posterior_temperature(),
             )
-        return probabilities.double().cpu().numpy()
+        return probabilities.cpu().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each query, (n,)."""
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
 
+    def _posterior_temperature(self) -> float:
+        if self._calibration is None:
+            return 1.0
+        way = len(self.classes_)
+        return self._calibration.temperature(self._adapt, self.mode, way, len(self._label_T) / way)
+
     def _check_mode(self) -> None:
         if self.mode not in ("inductive", "transductive"):
             raise DataError(f"mode is {self.mode!r}; it must be inductive or transductive")
 
-    def _load(self) -> tuple[MetaGMVAE | None, AdaptSettings, Preprocessing | None]:
+    def _load(self) -> tuple[MetaGMVAE | None, AdaptSettings]:
+        self._preprocessing: Preprocessing | None = None
+        self._calibration: PosteriorCalibration | None = None
         if self.model is None:
-            return None, WITHOUT_MODEL, None
+            return None, WITHOUT_MODEL
         loaded = resolve_model(self.model) if isinstance(self.model, str | Path) else self.model
         name = self.model if isinstance(self.model, str | Path) else loaded.settings.name
         if not self.preprocessed and loaded.preprocessing is None:
@@ -176,7 +193,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 "preprocess the images as they were for the training, and pass preprocessed=True"
             )
         network = require_meta_gmvae(loaded, name).to(default_device())
-        return network, loaded.settings.adapt, loaded.preprocessing
+        self._preprocessing, self._calibration = loaded.preprocessing, loaded.calibration
+        return network, loaded.settings.adapt
 
     def _rows(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
         """Images as one row each, which is what scikit-learn checks, and their shape; features as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from metagmvae.configs.load import mistake_text
-from metagmvae.configs.schema import Settings
-from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file
+from metagmvae.configs.schema import AdaptSettings, Settings
+from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.posterior_calibration import PosteriorCalibration, read_calibration
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.checkpoint import CHECKPOINT, load_state
 from metagmvae.training.trainer.checkpoint_checks import ImageShape
@@ -56,6 +57,12 @@ class LoadedModel:
     preprocessing: Preprocessing | None = None
     """What `metagmvae prepare` did to the training images; `pipelines.sources.image_decoding.apply_preprocessing` does
     the same to others. None: not recorded, because an older version wrote the data set or the model."""
+    calibration: PosteriorCalibration | None = None
+    """The temperatures of its probabilities; None: not calibrated, all temperatures are 1."""
+
+    def posterior_temperature(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> float:
+        """Return the temperature for a task, as `PosteriorCalibration.temperature`; 1 if the model has none."""
+        return 1.0 if self.calibration is None else self.calibration.temperature(adapt, mode, way, shot)
 
 
 def save_package(path: str | Path, loaded: LoadedModel) -> Path:
@@ -85,6 +92,8 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
         }
         if loaded.preprocessing is not None:
             card["preprocessing"] = loaded.preprocessing.model_dump(mode="json")
+        if loaded.calibration is not None:
+            card["calibration"] = loaded.calibration.model_dump(mode="json")
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         folder.rename(path)
@@ -110,9 +119,26 @@ def load_package(path: str | Path) -> LoadedModel:
             raise DataError(f"{path / WEIGHTS}: changed after it was written (sha256 differs); use another copy")
         weights = load_file(str(path / WEIGHTS))
         settings = json.dumps(card["settings"])
-        return _assemble(weights, settings, card, card["info"], path)
+        loaded = _assemble(weights, settings, card, card["info"], path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path / WEIGHTS}: cannot be read ({first_line(error)}); use another copy") from error
+    if card.get("calibration") is None:
+        return loaded
+    record = check_document(
+        PosteriorCalibration, card["calibration"], f"{path / CARD}: calibration", "use another copy"
+    )
+    return replace(loaded, calibration=record)
+
+
+def calibrate_package(path: Path, calibration: PosteriorCalibration) -> None:
+    """Replace the calibration of a model package, in `model.json`.
+
+    Raises:
+        DataError: the file cannot be read or written.
+    """
+    card = read_json(path / CARD)
+    card["calibration"] = calibration.model_dump(mode="json")
+    write_json(path / CARD, card)
 
 
 def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
@@ -152,7 +178,8 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
             "selected_by": f"validation/{task}",
             "validation_accuracy": kept["accuracy"],
         }
-    return _assemble(weights, state["settings"], state, info, path)
+    loaded = _assemble(weights, state["settings"], state, info, path)
+    return replace(loaded, calibration=read_calibration(path if path.is_dir() else path.parent, loaded.model))
 
 
 def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:

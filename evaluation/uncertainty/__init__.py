@@ -1,0 +1,1 @@
+"""Calibration of the probabilities, and queries of no labelled class."""
