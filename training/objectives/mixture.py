@@ -125,11 +125,22 @@ def fit_mixture(z_EPD: Tensor, init_EK: Tensor, iterations: int) -> Mixture:
     for _ in range(iterations):
         resp_EPK = torch.softmax(_joint_logits(z_EPD, mean_EKD, log_weight_EK), dim=2)
         count_EK = resp_EPK.sum(dim=1)
-        new_mean_EKD = (resp_EPK.transpose(1, 2) @ z_EPD) / count_EK.clamp_min(MIN_COUNT)[..., None]
+        new_mean_EKD = _sum_over_points(resp_EPK, z_EPD) / count_EK.clamp_min(MIN_COUNT)[..., None]
         mean_EKD = torch.where((count_EK > MIN_COUNT)[..., None], new_mean_EKD, mean_EKD)
         weight_EK = count_EK.clamp_min(MIN_COUNT)
         log_weight_EK = torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
     return Mixture(mean_EKD + centre_E1D, log_weight_EK)
+
+
+def _sum_over_points(resp_EPK: Tensor, z_EPD: Tensor) -> Tensor:
+    """sum_p r_pk z_p: (E, P, K), (E, P, D) -> (E, K, D).
+
+    On a GPU the sum has two stages. One matrix product with few rows and a long inner dimension would use a few of its
+    processors only.
+    """
+    blocks = math.gcd(z_EPD.shape[1], 64) if z_EPD.is_cuda else 1
+    resp_EbpK, z_EbpD = resp_EPK.unflatten(1, (blocks, -1)), z_EPD.unflatten(1, (blocks, -1))
+    return (resp_EbpK.transpose(2, 3) @ z_EbpD).sum(dim=1)
 
 
 def mixture_log_prob(mixture: Mixture, z_EPD: Tensor) -> Tensor:
