@@ -21,6 +21,8 @@ from metagmvae.configs.suggestions import setting_suggestion, suggestion
 LATER_KEYS = (
     ("model", "normalise", "none"),
     ("pretrain", "crops", "clipped"),
+    ("pretrain", "objective", "nt-xent"),
+    ("pretrain", "query_views", 3),
     ("adapt", "proportions", "equal"),
     ("adapt", "proportions_prior", 1.0),
     ("validation", "calibration_episodes", 100),

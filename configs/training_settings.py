@@ -79,12 +79,17 @@ class TrainSettings(Section):
 
 
 class PretrainSettings(Section):
-    """Contrastive pre-training of the encoder (SimCLR, Chen et al. 2020), encoder-only or before meta-training."""
+    """Contrastive pre-training of the encoder, encoder-only or before meta-training."""
 
     steps: Count = 0
     """Training steps; 0: no pre-training."""
+    objective: Literal["nt-xent", "prototypes"] = "nt-xent"
+    """Objective. `nt-xent`: two views of each image attract each other (SimCLR, Chen et al. 2020); `prototypes`: views
+    are classified by the nearest image, in squared Euclidean distance (ProtoCLR, Medina et al. 2020)."""
+    query_views: Size = 3
+    """Views Q of each image for `prototypes`; `nt-xent` has two."""
     batch: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 256
-    """Batch size: images per step over all workers, with two views each."""
+    """Batch size: images per step over all workers, each with all its views."""
     views: Literal["auto", "strokes", "photographs"] = "auto"
     """Augmentations for the views, also for `train.denoise`. `strokes`: affine, elastic, stroke width; `photographs`:
     crops, flips and colours of SimCLR; `auto`: strokes for one channel, photographs for three."""
@@ -98,7 +103,7 @@ class PretrainSettings(Section):
     projector: tuple[Size, ...] = ()
     """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: Temperature = 0.2
-    """Temperature of the NT-Xent loss."""
+    """Temperature of the objective; 1 in ProtoCLR."""
     optimizer: Literal["adamw", "adam", "lars"] = "adamw"
     learning_rate: PositiveFloat = 3e-3
     """Learning rate; the peak for `one-cycle`."""

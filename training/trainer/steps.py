@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, TrainSettings
@@ -34,6 +35,7 @@ from metagmvae.training.objectives.mixture import (
     too_few_points,
 )
 from metagmvae.training.objectives.nt_xent import nt_xent
+from metagmvae.training.objectives.prototypes import prototype_loss
 from metagmvae.training.trainer.builders import build_view
 
 StepMetrics = dict[str, Tensor]
@@ -140,7 +142,9 @@ class MetaStep(nn.Module):
 
 
 class ContrastiveStep(nn.Module):
-    """Contrastive pre-training: NT-Xent of two views of each image of this rank, with negatives from all ranks.
+    """Contrastive pre-training on views of the images of this rank, with negatives from all ranks.
+
+    `nt-xent`: two views of each image (SimCLR). `prototypes`: the image itself and Q views of it (ProtoCLR).
 
     Batch normalisation sees this rank's views only, as in SimCLR without "global BN". Otherwise loss and gradient equal
     those of one process.
@@ -149,7 +153,7 @@ class ContrastiveStep(nn.Module):
         model: the model whose encoder is trained.
         projector: projection head between features and loss; the identity for none.
         settings: seed, precision and memory format.
-        pretrain: temperature and views.
+        pretrain: objective, temperature and views.
     """
 
     def __init__(
@@ -159,7 +163,7 @@ class ContrastiveStep(nn.Module):
         self.encoder = model.encoder
         self.projector = projector
         self.settings = settings
-        self.temperature = pretrain.temperature
+        self.pretrain = pretrain
         self.view = build_view(pretrain, model)
 
     def forward(self, images: object, step: int) -> tuple[Tensor, StepMetrics]:
@@ -167,16 +171,26 @@ class ContrastiveStep(nn.Module):
         return self.compute(*self.prepare(images, step))
 
     def prepare(self, images: object, step: int) -> tuple[Tensor, ...]:
-        """Two views of each image, (2n, C, H, W)."""
+        """All that is encoded, (v * n, C, H, W): two views of each image, or the images and Q views of each."""
         device = next(self.encoder.parameters()).device
         x = EncoderModel.scale_images(to_device(images, device))
         generator = keyed_generator(device, self.settings.seed, "views", step, distributed.rank())
-        views = torch.cat([self.view(x, generator), self.view(x, generator)])
-        return (views.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else views,)
+        prototypes = self.pretrain.objective == "prototypes"
+        views = [self.view(x, generator) for _ in range(self.pretrain.query_views if prototypes else 2)]
+        if prototypes:
+            size = views[0].shape[-2:]
+            same_size = x.shape[-2:] == size
+            views.insert(0, x if same_size else F.interpolate(x, size, mode="bilinear", antialias=True))
+        inputs = torch.cat(views)
+        return (inputs.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else inputs,)
 
-    def compute(self, views: Tensor) -> tuple[Tensor, StepMetrics]:
+    def compute(self, inputs: Tensor) -> tuple[Tensor, StepMetrics]:
         """Loss from the result of `prepare`."""
-        with autocast(views.device, self.settings.precision):
-            h = self.projector(self.encoder(views))
+        with autocast(inputs.device, self.settings.precision):
+            h = self.projector(self.encoder(inputs))
+        ranks = (self.pretrain.temperature, distributed.all_gather, distributed.rank())
+        if self.pretrain.objective == "prototypes":
+            n = len(h) // (1 + self.pretrain.query_views)
+            return prototype_loss(h[:n], h[n:], *ranks), {}
         first, second = h.chunk(2)
-        return nt_xent(first, second, self.temperature, distributed.all_gather, distributed.rank()), {}
+        return nt_xent(first, second, *ranks), {}
