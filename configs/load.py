@@ -33,6 +33,7 @@ fingerprint, so recorded results stay valid. Append new settings here."""
 
 MAX_SHOWN = 100
 """Characters of a key or value in an error message."""
+TABLE_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
 MAX_REASON = 500
 MAX_TOML_BYTES = 2**20
 
@@ -224,11 +225,12 @@ def mistake_text(mistake: ErrorDetails) -> str:
         return f"{key}: {reason}" if key else reason
     if mistake["type"] == "missing":
         return f"{key} is missing"
+    needed = "a table of keys and values is needed" if mistake["type"] in TABLE_ERRORS else mistake["msg"].lower()
     try:
         value = json.dumps(mistake["input"], default=str)
     except (TypeError, ValueError, RecursionError):  # no JSON, or nested too deeply
         value = type(mistake["input"]).__name__
-    return f"{key} = {_short(value)}: {mistake['msg'].lower()}"
+    return f"{key} = {_short(value)}: {needed}" if key else f"contains {_short(value)}, but {needed}"
 
 
 def _short(text: str, limit: int = MAX_SHOWN) -> str:

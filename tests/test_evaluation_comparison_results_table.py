@@ -5,6 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from metagmvae.evaluation.comparison.record_tables import (
+    ablation_table,
+    bench_table,
+    curve_table,
+    promotion_table,
+    sweep_table,
+)
 from metagmvae.evaluation.comparison.results_table import paired_table, results_table
 from metagmvae.evaluation.provenance import KNOWN_DATASETS, dataset_origin, known_dataset
 from metagmvae.infra.cli import main
@@ -79,11 +86,44 @@ def test_results_of_two_datasets_make_no_table(tmp_path, capsys):
     assert "omniglot-a is of omniglot, omniglot-b is of glyphs: name the results of one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"accuracy": "high"}', "7"])
-def test_file_that_is_no_result_is_one_line(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "contains [], but a table of keys and values is needed"),
+        ("{}", "accuracy is missing"),
+        ('{"accuracy": "high"}', 'accuracy = "high": input should be a valid number'),
+        ("7", "contains 7, but a table of keys and values is needed"),
+        ('{"rows": [7]}', "rows.0 = 7: a table of keys and values is needed"),
+        ('{"rows": 7}', "rows = 7: input should be a valid list"),
+        ('{"rows": []}', "rows = []: list should have at least 1 item"),
+        ('{"rows": [{"way": []}]}', "accuracy is missing"),
+    ],
+)
+def test_file_that_is_no_result_is_one_line(tmp_path, content, reason):
     (tmp_path / "a-5way-1shot.json").write_text(content)
-    with pytest.raises(DataError, match=r"a-5way-1shot.json: not a result of `metagmvae evaluate --record`"):
+    with pytest.raises(DataError) as error:
         results_table(tmp_path, ["a"])
+    line = str(error.value)
+    assert line.startswith(f"{tmp_path}/a-5way-1shot.json: {reason}")
+    assert line.endswith("so it is not a result of `metagmvae evaluate --record`")
+
+
+@pytest.mark.parametrize(
+    ("table", "file", "good"),
+    [
+        (ablation_table, "ablation-x.json", {"rows": [{"name": "a", "results": [{"way": 5}]}]}),
+        (curve_table, "x-curve.json", {"validation": [{"global_step": 1}]}),
+        (promotion_table, "promotion-x.json", {"tasks": [{"task": "5w1s"}]}),
+        (sweep_table, "sweep-x.json", {"importance": {"settings": [{"names": []}]}}),
+        (lambda results, name: bench_table(results, "step"), "bench-step.json", {"rows": [7]}),
+    ],
+)
+def test_a_record_of_the_wrong_type_is_one_line(tmp_path, table, file, good):
+    for content in ([], 7, None, {}, {"rows": 7, "tasks": 7, "validation": 7, "importance": 7, "profile": 7}, good):
+        (tmp_path / file).write_text(json.dumps(content))
+        with pytest.raises(DataError, match=f"{file}: .*so it is not a record of this kind") as error:
+            table(tmp_path, "x")
+        assert "\n" not in str(error.value)
 
 
 def test_file_of_another_task_than_its_name_says_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 Task = tuple[int, int]
 """(way, shot)."""
@@ -19,6 +20,12 @@ def parse_task(name: str) -> Task | None:
     """Return (way, shot) of a name such as `5w1s`; None for any other text."""
     match = re.fullmatch(r"(\d+)w(\d+)s", name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def task_title(name: str) -> str:
+    """`(5,1)` for `5w1s`."""
+    task = parse_task(name)
+    return name if task is None else task_name(task)
 
 
 def percent(accuracy: float, ci95: float | None = None) -> str:
@@ -51,3 +58,8 @@ def format_setting(value: object) -> str:
 def short(text: str) -> str:
     """Return the first 8 digits of a SHA-256 digest, and any other text unchanged."""
     return text[:8] if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison import record_tables
-from metagmvae.evaluation.comparison.formatting import task_name
-from metagmvae.evaluation.comparison.record_tables import markdown_table
+from metagmvae.evaluation.comparison.formatting import markdown_table, task_name
 from metagmvae.evaluation.comparison.results_table import (
     accuracy_cell,
     paired_table,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from metagmvae.evaluation.comparison.formatting import Task, parse_task, percent, points, task_name
-from metagmvae.pipelines.files import read_json
+from pydantic import BaseModel, ConfigDict, Field
+
+from metagmvae.evaluation.comparison.formatting import Task, markdown_table, percent, points, task_name, task_title
+from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
 
 MOST_CHANGES = 4
@@ -71,9 +73,105 @@ VALUES = {
 """Key in a file -> title and format of its row in a table of single values."""
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+class _Record(BaseModel):
+    """Base of the parts of recorded files that the tables show."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Score(_Record):
+    way: int
+    shot: int
+    accuracy: float
+    ci95: float | None
+
+
+class _Difference(_Record):
+    name: str
+    way: int
+    shot: int
+    difference: float
+    ci95: float
+
+
+class _AblationRow(_Record):
+    name: str
+    results: Annotated[list[_Score], Field(min_length=1)]
+
+
+class _ChangedSetting(_Record):
+    setting: str
+    values: dict[str, Any]
+
+
+class _Ablation(_Record):
+    rows: Annotated[list[_AblationRow], Field(min_length=1)]
+    paired: list[_Difference]
+    settings: list[_ChangedSetting]
+
+
+class _CurveLine(_Record):
+    global_step: int
+    elapsed_s: float
+
+
+class _Curve(_Record):
+    validation: Annotated[list[_CurveLine], Field(min_length=1)]
+
+
+class _PromotedTask(_Record):
+    task: str
+    challenger: float
+    champion: float
+    difference: float
+    ci95: float
+    verdict: str
+
+
+class _Promotion(_Record):
+    tasks: list[_PromotedTask]
+
+
+class _Importance(_Record):
+    names: Annotated[list[str], Field(min_length=1, max_length=1)]
+    importance: float
+    low: float
+    high: float
+    chance: float
+
+
+class _Importances(_Record):
+    settings: list[_Importance]
+
+
+class _BestGroup(_Record):
+    value: Any
+    mean: float
+    ci95: float | None
+    trials: int
+
+
+class _GroupedSetting(_Record):
+    best: _BestGroup
+
+
+class _Sweep(_Record):
+    task: str
+    judged_at_step: int
+    importance: _Importances
+    settings: dict[str, _GroupedSetting]
+
+
+class _BenchRows(_Record):
+    rows: list[dict[str, Any]]
+    profile: dict[str, dict[str, Any]] = {}
+
+
+def _read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
+    """A recorded file as plain values, checked against its schema."""
+    content: dict[str, Any] = read_json(path)
+    check_document(schema, content, path, "so it is not a record of this kind; restore or record it again")
+    return content
 
 
 def bench_table(results: Path, name: str) -> str:
@@ -81,7 +179,7 @@ def bench_table(results: Path, name: str) -> str:
     if name not in BENCHES:
         raise DataError(f"bench:{name}: unknown table; use one of {', '.join(BENCHES)}")
     file, rows_key = BENCHES[name]
-    record = read_json(results / f"bench-{file}.json")
+    record = _read(results / f"bench-{file}.json", _BenchRows if rows_key else _Record)
     if not rows_key:
         values = [(title, _cell(record, key, form)) for key, (title, form) in VALUES.items()]
         return markdown_table(["measurement", "value"], [row for row in values if row[1]])
@@ -94,7 +192,7 @@ def bench_table(results: Path, name: str) -> str:
 
 def ablation_table(results: Path, name: str) -> str:
     """Accuracy in percent of each configuration in `ablation-NAME.json`, and its paired difference to the first one."""
-    record = read_json(results / f"ablation-{name}.json")
+    record = _read(results / f"ablation-{name}.json", _Ablation)
     first = record["rows"][0]["name"]
     tasks = [_task(result) for result in record["rows"][0]["results"]]
     paired = {(pair["name"], _task(pair)): pair for pair in record["paired"]}
@@ -115,7 +213,7 @@ def ablation_table(results: Path, name: str) -> str:
 
 def curve_table(results: Path, name: str) -> str:
     """Validations 1, 2, 4, 8, ... and the last of a training (`NAME-curve.json`)."""
-    lines = read_json(results / f"{name}-curve.json")["validation"]
+    lines = _read(results / f"{name}-curve.json", _Curve)["validation"]
     shown = [line for number, line in enumerate(lines, start=1) if number & (number - 1) == 0 or line is lines[-1]]
     tasks = _validated_tasks(lines[0])
     rows = [
@@ -126,10 +224,10 @@ def curve_table(results: Path, name: str) -> str:
 
 def promotion_table(results: Path, name: str) -> str:
     """Accuracies in percent of challenger and champion on the same episodes (`promotion-NAME.json`)."""
-    record = read_json(results / f"promotion-{name}.json")
+    record = _read(results / f"promotion-{name}.json", _Promotion)
     rows = [
         [
-            _task_title(task["task"]),
+            task_title(task["task"]),
             percent(task["challenger"]),
             percent(task["champion"]),
             points(task["difference"], task["ci95"]),
@@ -142,7 +240,7 @@ def promotion_table(results: Path, name: str) -> str:
 
 def sweep_table(results: Path, name: str) -> str:
     """Importance and best value of each setting (`sweep-NAME.json`), from trials at the same step."""
-    record = read_json(results / f"sweep-{name}.json")
+    record = _read(results / f"sweep-{name}.json", _Sweep)
     rows = []
     for importance in record["importance"]["settings"]:
         (setting,) = importance["names"]
@@ -157,7 +255,7 @@ def sweep_table(results: Path, name: str) -> str:
                 f"{percent(best['mean'], best['ci95'])} ({best['trials']} trials)",
             ]
         )
-    accuracy = f"mean {_task_title(record['task'])} accuracy of its trials at step {record['judged_at_step']}"
+    accuracy = f"mean {task_title(record['task'])} accuracy of its trials at step {record['judged_at_step']}"
     head = ["setting", "importance (95% interval)", "importance by chance", "best value", accuracy]
     return markdown_table(head, rows)
 
@@ -166,7 +264,7 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
     """Value at a dotted key as text; empty where the row does not have it."""
     value: Any = row
     for part in key.split("."):
-        if part not in value:
+        if not isinstance(value, Mapping) or part not in value:
             return ""
         value = value[part]
     return reduce(lambda text, old: text.replace(old, LABELS[old]), LABELS, form.format(value))
@@ -187,7 +285,7 @@ def _ablation_label(settings: Sequence[Mapping[str, Any]], first: str, name: str
 def _validated_tasks(line: Mapping[str, Any]) -> dict[str, str]:
     """Key of each validation accuracy in a metric line -> title of its column."""
     keys = [key for key in line if key.startswith("validation/") and not key.endswith("_ci95")]
-    return {key: _task_title(key.removeprefix("validation/")) for key in keys}
+    return {key: task_title(key.removeprefix("validation/")) for key in keys}
 
 
 def _validation_cells(line: Mapping[str, Any], tasks: Mapping[str, str]) -> list[str]:
@@ -196,9 +294,3 @@ def _validation_cells(line: Mapping[str, Any], tasks: Mapping[str, str]) -> list
 
 def _task(result: Mapping[str, Any]) -> Task:
     return result["way"], result["shot"]
-
-
-def _task_title(name: str) -> str:
-    """`(5,1)` for `5w1s`."""
-    task = parse_task(name)
-    return name if task is None else task_name(task)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import Settings
@@ -19,11 +19,12 @@ from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, decisive_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.provenance import known_dataset
-from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+NOT_A_RESULT = "so it is not a result of `metagmvae evaluate --record`"
 HalfWidth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 EvalMode = Literal["transductive", "inductive"]
 
@@ -121,6 +122,12 @@ class RecordedResult(RecordedAccuracy):
         return decisive_settings(self.settings) | ({"trained_on": trained_on} if trained_on else {})
 
 
+class _RecordedRows(BaseModel):
+    """The tasks of a result file: `rows` for several (`--ways`), else the file itself."""
+
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)] = [{}]
+
+
 @dataclass(frozen=True)
 class RecordedTask:
     """A recorded result, with the accuracy of each episode if a Parquet file of the same name holds them."""
@@ -149,17 +156,8 @@ def read_results(path: Path) -> list[RecordedResult]:
         DataError: not a result of `metagmvae evaluate`.
     """
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a result of `metagmvae evaluate --record`")
-    rows = content["rows"] if isinstance(content.get("rows"), list) else [{}]
-    try:
-        tasks = [RecordedResult.model_validate(content | dict(row)) for row in rows]
-    except (ValidationError, TypeError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise DataError(f"{path}: not a result of `metagmvae evaluate --record` ({reason})") from error
+    rows = check_document(_RecordedRows, content, path, NOT_A_RESULT).rows
+    tasks = [check_document(RecordedResult, content | row, path, NOT_A_RESULT) for row in rows]
     return [
         task.model_copy(
             update={

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metagmvae.evaluation.comparison.formatting import Task, format_value, percent, points, task_name
+from metagmvae.evaluation.comparison.formatting import Task, format_value, markdown_table, percent, points, task_name
 from metagmvae.evaluation.comparison.paper import BY_REF, TASKS, DatasetName
-from metagmvae.evaluation.comparison.record_tables import markdown_table
 from metagmvae.evaluation.comparison.result_files import (
     RecordedAccuracy,
     RecordedBaseline,
