@@ -1,7 +1,8 @@
 """`metagmvae bench step`: one training step with the paper's settings, compared with a literal step.
 
 Every variant has its own process, so its peak memory can be measured. The variants take turns, so that a change of the
-machine's load affects all of them.
+machine's load affects all of them. On a GPU the data are in its memory, a time is the mean of several steps, and the
+step is a CUDA graph, as in training.
 
 Notation: B episodes, M points, N samples, R decoded samples, K components, D latent size.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.evaluation.bench.memory import peak_rss
@@ -25,9 +26,11 @@ from metagmvae.evaluation.bench.reference import step_loss
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.default import default_device
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model, build_optimizer
 from metagmvae.training.trainer.steps import MetaStep
+from metagmvae.training.trainer.update import build_update
 
 SHAPE = (1, 28, 28)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -42,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Differences from the paper's settings (the defaults of `TrainSettings`); `literal` runs `step_loss`."""
 DEFAULT_ALLOCATOR = ("literal", "R=1, memory given back", "R=1, bfloat16, memory given back")
 """Variants with the C library's default allocator; the others keep freed memory, as training does."""
+
+GPU_STEPS = 20
+"""Steps of one measured time on a GPU, which works while the host prepares the next step."""
 
 Step = Callable[[], Tensor]
 
@@ -116,12 +122,12 @@ def _serve(name: str, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     if name not in DEFAULT_ALLOCATOR:
         keep_freed_memory()
-    step = _make_step(name)
+    step, gradients = _make_step(name)
     peak_before = _peak_mib()
     answers: dict[str, Callable[[], Any]] = {
         "step": lambda: _seconds(step),
         "memory": lambda: _peak_mib() - peak_before,
-        "profile": lambda: _profile(step, VARIANTS[name].get("precision") == "bfloat16"),
+        "profile": lambda: _profile(step, gradients, VARIANTS[name].get("precision") == "bfloat16"),
     }
     try:
         while True:
@@ -134,51 +140,58 @@ def _serve(name: str, threads: int, pipe: Any) -> None:
         return
 
 
-def _make_step(name: str) -> Step:
-    """A function that runs one training step of a variant: forward, backward, update; on the GPU if there is one."""
+def _make_step(name: str) -> tuple[Step, Step]:
+    """Functions that run one training step of a variant and that compute its loss and gradients only."""
     settings = TrainSettings.model_validate(VARIANTS[name])
     device = default_device()
     model = build_model(ModelSettings(), SHAPE, 0).to(device)
     optimizer = build_optimizer(model, settings)
-    images = np.random.default_rng(0).integers(0, 2, (settings.batch, settings.set_size, *SHAPE), dtype=np.uint8) * 255
-    compute_loss = _literal_loss(model, settings, images) if name == "literal" else _fast_loss(model, settings, images)
+    shape = (settings.batch, settings.set_size, *SHAPE)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 2, shape, dtype=np.uint8) * 255).to(device)
+    if name == "literal":
+        module: nn.Module = _LiteralStep(model, settings)
+    else:
+        module = MetaStep(model.to(memory_format=torch.channels_last) if settings.channels_last else model, settings)
+    batch = SetBatch(images, np.arange(settings.batch), 0)
+    update = build_update(name, module, optimizer, settings.clip_norm, device)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = compute_loss()
+        return update(batch, 1)[0]
+
+    def gradients() -> Tensor:
+        loss, _ = module(batch)
         loss.backward()
-        optimizer.step()
         return loss
 
-    return step
+    return step, gradients
 
 
-def _fast_loss(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    module = MetaStep(model, settings)
-    batch = SetBatch(images, np.arange(settings.batch), 0)
-    return lambda: module(batch)[0]
+class _LiteralStep(nn.Module):
+    """`step_loss` as a step module."""
 
+    def __init__(self, model: MetaGMVAE, settings: TrainSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
 
-def _literal_loss(model: Any, settings: TrainSettings, images: np.ndarray) -> Step:
-    device = next(model.parameters()).device
-    sets = torch.as_tensor(images).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    B, M, N = settings.batch, settings.set_size, settings.samples
-
-    def compute_loss() -> Tensor:
-        noise = torch.randn(B, M, N, model.latent, generator=generator, device=device)
-        rows = init_indices(noise.flatten(1, 2), settings.components, [generator] * B)
-        return step_loss(model, sets, noise, rows, settings.em_iterations)
-
-    return compute_loss
+    def forward(self, batch: SetBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the images of a batch."""
+        sets, settings = torch.as_tensor(batch.images), self.settings
+        shape = (*sets.shape[:2], settings.samples, self.model.latent)
+        noise = torch.randn(shape, generator=self.generator, device=sets.device)
+        rows = init_indices(noise.flatten(1, 2), settings.components, [self.generator] * len(sets))
+        return step_loss(self.model, sets, noise, rows, settings.em_iterations), {}
 
 
 def _seconds(step: Step) -> float:
+    """Seconds of one step."""
+    repeats = GPU_STEPS if torch.cuda.is_available() else 1
     start = time.perf_counter()
-    step().item()  # also waits for the device
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        loss = step()
+    loss.item()  # waits for the device
+    return (time.perf_counter() - start) / repeats
 
 
 def _peak_mib() -> float:
@@ -187,16 +200,21 @@ def _peak_mib() -> float:
     return peak_rss() / 2**20
 
 
-def _profile(step: Step, bfloat16: bool) -> dict[str, Any]:
-    """Operators that take most of the time of a step, and its FLOP/s compared with a matrix product."""
+def _profile(step: Step, gradients: Step, bfloat16: bool) -> dict[str, Any]:
+    """Operators (kernels on a GPU) that take most of the time of a step, and its FLOP/s against a matrix product.
+
+    The operations are counted in `gradients`: a CUDA graph shows none.
+    """
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        gradients()
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         seconds = _seconds(step)
-    seconds_by_operator = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    seconds_by_operator = {event.key: getattr(event, time_of) / 1e6 for event in profiler.key_averages()}
     total = sum(seconds_by_operator.values())
     largest = sorted(seconds_by_operator.items(), key=lambda item: -item[1])[:8]
     rate = _matmul_rate(torch.bfloat16 if bfloat16 else torch.float32)

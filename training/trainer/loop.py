@@ -134,6 +134,7 @@ class _Window:
         self.update = update
         self.elapsed = elapsed
         self.updated_at = time.perf_counter()
+        self.sums: Tensor | float
         self.reset()
         if saved is not None:
             self.steps, self.earlier_s = saved["steps"], saved["seconds"]
@@ -146,7 +147,7 @@ class _Window:
         self.earlier_s = 0.0
         """Seconds of the steps of this window before the training was stopped."""
         self.steps = 0
-        self.sums: Tensor | float = 0.0
+        self.sums = 0.0
 
     def state(self) -> dict[str, Any]:
         """Sums so far (their mean over ranks), number of steps and seconds, for a checkpoint within the window."""
