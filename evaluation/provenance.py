@@ -72,6 +72,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def version_line() -> str:
+    """Versions of the program, with the commit of a source tree, of Python and of PyTorch."""
+    commit = _commit()
+    ours = f"metagmvae {_version('metagmvae') or 'not installed'}" + (f" (commit {commit})" if commit else "")
+    return f"{ours}, Python {platform.python_version()}, torch {_version('torch') or 'not installed'}"
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

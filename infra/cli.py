@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
+from metagmvae.configs.credentials import redact, take_credentials
 from metagmvae.infra.commands import check, compare, data, features, models, registry, train, tune
-from metagmvae.infra.commands.parsing import FailedAnswer, Parser, format_answer
+from metagmvae.infra.commands.output import (
+    answer_text,
+    close_logging,
+    flush_streams,
+    prepare_streams,
+    start_logging,
+    write_line,
+)
+from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parser, VersionAction, format_answer
+from metagmvae.infra.runs.stop_signals import explain_stop, raised_signals
+
+LOG = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong request, 130 interrupted."""
-    with suppress(AttributeError, ValueError):  # not a text stream, or closed
-        # A name that is not UTF-8, or a terminal that is not, must not end a command that has done its work.
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    parser = build_parser()
-    arguments = parser.parse_args([_local_path(text, parser) for text in (sys.argv[1:] if argv is None else argv)])
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong request, 130 Ctrl-C, 143 SIGTERM."""
+    prepare_streams()
+    words = sys.argv[1:] if argv is None else argv
     try:
-        answer = arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; finished work is kept, and --resume continues a training", file=sys.stderr)
-        return 130
+        code = _run(build_parser(), words)
+    except SystemExit as stop:  # --help, --version and wrong options
+        if flush_streams():
+            raise SystemExit(1) from None
+        raise stop from None
+    finally:
+        close_logging()
+    flush_streams()
+    return code
+
+
+def _run(parser: Parser, words: Sequence[str]) -> int:
+    arguments = parser.parse_args([_public_word(word, parser) for word in words])
+    name = f"metagmvae {arguments.command}"
+    try:
+        start_logging(arguments)
+        LOG.debug("metagmvae %s", " ".join(map(redact, words)))
+        with raised_signals():
+            answer = arguments.run(arguments)
+            LOG.debug("%s: done", name)
+            return _print(answer, arguments.json, name)
+    except KeyboardInterrupt as stop:
+        if arguments.interrupted and not getattr(stop, "__notes__", None):
+            stop.add_note(arguments.interrupted)
+        reason, code = explain_stop(stop)
+        LOG.error("%s: %s", name, reason)
+        return code
     except Exception as error:
         if arguments.debug:
             raise
         if type(error).__module__.split(".")[0] != "metagmvae":
             reason = ": ".join([type(error).__name__, *str(error)[:300].splitlines()[:1]])
             unexpected = f"unexpected error in {arguments.command}: {reason}; --debug shows the traceback"
-            print(f"metagmvae: {unexpected}", file=sys.stderr)
+            LOG.error("metagmvae: %s", unexpected, exc_info=True)
             return 1
-        print(f"metagmvae {arguments.command}: {error}", file=sys.stderr)
+        LOG.error("%s: %s", name, str(error).removeprefix(f"{arguments.command}: "), exc_info=True)
         # The ValueErrors of this package (one line each) are wrong requests; its other errors are failures.
         return 2 if isinstance(error, ValueError) else 1
-    print(json.dumps(answer) if arguments.json else format_answer(answer))
-    return 1 if isinstance(answer, FailedAnswer) else 0
 
 
-def _local_path(argument: str, parser: Parser) -> str:
-    """Replace `file:///…` by a path in an argument or in the value of an option, so that every command accepts it."""
-    option, equals, value = argument.partition("=")
+def _print(answer: Answer, as_json: bool, name: str) -> int:
+    reason = write_line(answer_text(answer) if as_json else format_answer(answer), sys.stdout)
+    if reason:
+        LOG.error("%s: the answer cannot be written to standard output (%s)", name, reason)
+    return 1 if reason or isinstance(answer, FailedAnswer) else 0
+
+
+def _public_word(word: str, parser: Parser) -> str:
+    """A word of the command line, or the value in `--option=value`, as every command takes it.
+
+    `file:///…` becomes a path; the credentials of any other URI are kept in memory. Settings (`--set`) are left to
+    their own checks.
+    """
+    option, equals, value = word.partition("=")
     if not (option.startswith("--") and equals):
-        option, equals, value = "", "", argument
+        option, equals, value = "", "", word
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        return word
     if not value.startswith("file://"):
-        return argument
+        return f"{option}{equals}{take_credentials(value)}"
     from metagmvae.pipelines.files import local_folder
 
     try:
@@ -56,6 +99,7 @@ def _local_path(argument: str, parser: Parser) -> str:
 def build_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
+    parser.add_argument("--version", action=VersionAction, help="print the versions of the program and of its basis")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in (data, features, train, tune, models, compare, registry, check):
         group.add(parsers)

@@ -34,6 +34,22 @@ def output_mode(path: str | Path) -> int | None:
     return mode
 
 
+def check_output(path: str | Path) -> None:
+    """Refuse an output file that cannot be written, before the work whose result it gets.
+
+    Raises:
+        DataError: naming the path and the reason.
+    """
+    mode = output_mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        return
+    folder = Path(os.path.realpath(path)).parent
+    while not folder.exists():  # missing folders are created
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{path}: cannot be written, because {folder} is no writable folder; choose another one")
+
+
 def standard_stream(path: Path) -> int | None:
     """Descriptor of the standard output or error of this process if `path` is the same file: it is written to, because
     replacing the file would lose what the process prints."""

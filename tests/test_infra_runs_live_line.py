@@ -1,7 +1,9 @@
 """The live progress line of a training."""
 
 import io
+import logging
 import threading
+import time
 
 from metagmvae.infra.runs.live_line import LiveLine, progress_text
 from metagmvae.infra.runs.run_folder import METRICS, append_lines
@@ -23,11 +25,17 @@ def test_line_shows_stage_step_loss_accuracy_speed_and_remaining_time():
     assert line == "meta 1,500/6,000  loss 123.5  5w1s 81.2%  1,652 images/s  0:07:30 left"
 
 
-def test_nothing_is_shown_without_a_terminal(tmp_path, capsys):
-    before = threading.active_count()
-    with LiveLine(tmp_path, 10):
-        assert threading.active_count() == before
-    assert capsys.readouterr().err == ""
+def test_without_a_terminal_a_line_is_logged_now_and_then(tmp_path, monkeypatch, caplog):
+    append_lines(tmp_path / METRICS, [LINE])
+    with caplog.at_level(logging.INFO, "metagmvae"):
+        with LiveLine(tmp_path, 6_400):
+            pass
+        assert caplog.messages == []
+        monkeypatch.setattr("metagmvae.infra.runs.live_line.LOG_S", 0.01)
+        with LiveLine(tmp_path, 6_400):
+            while not caplog.messages:
+                time.sleep(0.01)
+    assert caplog.messages[0] == "meta 1,500/6,000  loss 123.5  5w1s 81.2%  1,652 images/s  0:07:30 left"
 
 
 def test_line_is_shown_for_a_file_created_later_and_the_thread_ends(tmp_path, monkeypatch):

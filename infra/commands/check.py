@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from metagmvae.infra.bench.dispatch import BENCHES, run_bench
-from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command
+from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, output_file
 
 
 def add(parsers: Parsers) -> None:
@@ -36,7 +36,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help=help_text)
     parser.add_argument("--trials", type=int, help="tune: number of trials (200)")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch threads (0: PyTorch's default)")
-    parser.add_argument("--record", metavar="FILE.json", help="also write the result and the environment to this file")
+    help_text = "also write the result and the environment to this file"
+    parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
 
 
 def doctor(arguments: Namespace) -> Answer:

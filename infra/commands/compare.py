@@ -6,7 +6,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, output_file, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.comparison.table import Comparison
@@ -37,8 +37,12 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
     parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
     parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
-    parser.add_argument("--csv", metavar="FILE", help="write a CSV file with one line for each row and task")
-    parser.add_argument("--html", metavar="FILE", help="write an HTML page with all tables and figures")
+    parser.add_argument(
+        "--csv", metavar="FILE", type=output_file, help="write a CSV file with one line for each row and task"
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", type=output_file, help="write an HTML page with all tables and figures"
+    )
 
 
 def compare(arguments: Namespace) -> Answer:

@@ -23,6 +23,10 @@ SOURCE_OPTIONS = (
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
 
+CONTINUED = "the same command continues with the shards that are finished"
+"""What a stopped command that writes shards says."""
+
+
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     _add_prepare(parsers)
@@ -35,7 +39,7 @@ def add(parsers: Parsers) -> None:
 def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     description = "write images as a dataset: WebDataset shards with an index"
-    parser = add_command(parsers, "prepare", prepare, description, example)
+    parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
     names = ("folder", "glyphs", "mini-imagenet", "omniglot")
     parser.add_argument("name", choices=names, help="kind of the source; glyphs are generated and need no files")
     help_text = (

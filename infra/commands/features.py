@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from metagmvae.infra.commands.data import add_worker_options, open_output, task_mapper
+from metagmvae.infra.commands.data import CONTINUED, add_worker_options, open_output, task_mapper
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
 
@@ -21,7 +21,7 @@ def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     example = "metagmvae features runs/simclr --data data/mini-imagenet --out data/mini-imagenet-features"
     description = "encode a dataset of images with a trained encoder and write a dataset of features"
-    parser = add_command(parsers, "features", features, description, example)
+    parser = add_command(parsers, "features", features, description, example, CONTINUED)
     help_text = f"{MODEL_HELP}, or torchvision:NETWORK for a network of torchvision with its published weights"
     parser.add_argument("model", metavar="MODEL", help=help_text)
     parser.add_argument("--data", required=True, metavar="URI", help="dataset of images")

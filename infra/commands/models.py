@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, output_file, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
     from metagmvae.pipelines.shards.dataset import Dataset
     from metagmvae.training.trainer.package import LoadedModel
 
-
+LOG = logging.getLogger(__name__)
 MODEL_HELP = "run folder, checkpoint file, model package, or registered model (models:/name@alias)"
 
 
@@ -30,7 +30,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
     parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
     help_text = "also plot the images with their predicted classes"
-    parser.add_argument("--figure", metavar="FILE.png", help=help_text)
+    parser.add_argument("--figure", metavar="FILE.png", type=output_file, help=help_text)
     help_text = "invert the images (255 - value), as `prepare omniglot` does, or not (default: as the training images)"
     parser.add_argument("--invert", action=BooleanOptionalAction, help=help_text)
 
@@ -77,10 +77,13 @@ def _add_evaluate(parsers: Parsers) -> None:
     help_text += "classes, and the paired differences of the model to them"
     parser.add_argument("--baselines", action="store_true", help=help_text)
     parser.add_argument(
-        "--results", metavar="FILE.parquet", help="write the accuracy of every episode, of the baselines too"
+        "--results",
+        metavar="FILE.parquet",
+        type=output_file,
+        help="write the accuracy of every episode, of the baselines too",
     )
     help_text = "write the result with settings, fingerprints and versions"
-    parser.add_argument("--record", metavar="FILE.json", help=help_text)
+    parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
 
 
 def evaluate(arguments: Namespace) -> Answer:
@@ -129,8 +132,8 @@ def _keep(
 
         return {"kept": save_results(Path(arguments.model), arguments.split, results, made_with)}
     if str(arguments.model).startswith("models:"):
+        from metagmvae.configs.credentials import redact
         from metagmvae.infra.registry.version_results import save_on_version
-        from metagmvae.infra.tracking.store import redact
 
         # The URI is valid on other machines too, unlike a relative path.
         made_with |= {"data": redact(dataset.uri)}
@@ -179,14 +182,13 @@ def classify(arguments: Namespace) -> Answer:
     """Run `metagmvae classify`."""
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.infra.workflows.classify import FIELDS, classify_folders
-    from metagmvae.pipelines.records import printable
 
     loaded = resolve_model(arguments.model)
     if loaded.preprocessing is None and arguments.invert is None:
-        print(
-            f"metagmvae classify: {printable(arguments.model)} does not record whether its training images were "
-            "inverted; these images are not: give --invert or --no-invert",
-            file=sys.stderr,
+        LOG.warning(
+            "metagmvae classify: %s does not record whether its training images were inverted; these images are not: "
+            "give --invert or --no-invert",
+            arguments.model,
         )
     figure_file = Path(arguments.figure) if arguments.figure else None
     answer = classify_folders(loaded, Path(arguments.support), Path(arguments.query), figure_file, arguments.invert)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from metagmvae.configs.credentials import redact
+from metagmvae.configs.suggestions import similar, suggestion
+from metagmvae.infra.commands.output import LoggedProgress, write_line
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import ProgressCallback
@@ -21,18 +25,57 @@ MODE_HELP = (
     "(default: transductive)"
 )
 
+DRY_RUN_HELP = "check everything that can be checked before the start, say what would be done, and write nothing"
+
 
 class FailedAnswer(dict[str, Any]):
     """An answer that reports damage or a failed check: it is printed as usual, but the exit code is 1."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong request in one line."""
+    """An argument parser that reports a wrong request in one line, with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        write_line(_printable(redact(f"{self.prog}: {message}; see `{self.prog} --help`")), sys.stderr)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help; argparse itself would not notice that it cannot be written."""
+        if write_line(message.rstrip("\n"), file or sys.stderr):
+            raise SystemExit(1)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all words; an unknown option is an error of the command that it was given to."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = self._subparsers_by_name()[arguments.command]
+            options = [option for action in parser._actions for option in action.option_strings]
+            word = unknown[0].partition("=")[0]
+            hint = suggestion(word, options) if similar(word, options) else ""
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return arguments
+
+    def _subparsers_by_name(self) -> dict[str, Parser]:
+        return next(action.choices for action in self._actions if isinstance(action.choices, dict))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action.choices, dict) and value not in action.choices:
+            raise argparse.ArgumentError(None, f"{value!r} is no command{suggestion(value, list(action.choices))}")
+        super()._check_value(action, value)
+
+
+class VersionAction(argparse.Action):
+    """`--version`: prints one line with the versions of the program, Python and PyTorch."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and exit."""
+        from metagmvae.evaluation.provenance import version_line
+
+        raise SystemExit(1 if write_line(version_line(), sys.stdout) else 0)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -43,9 +86,17 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def add_command(
-    parsers: Parsers, name: str, run: Callable[[argparse.Namespace], Answer], description: str, example: str
+    parsers: Parsers,
+    name: str,
+    run: Callable[[argparse.Namespace], Answer],
+    description: str,
+    example: str,
+    interrupted: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a command with `--json`, `--debug` and an example in its help."""
+    """Add a command with the options that all commands have, and an example in its help.
+
+    `interrupted` says after Ctrl-C what is kept, if that is more than nothing.
+    """
     parser: argparse.ArgumentParser = parsers.add_parser(
         name,
         help=description,
@@ -53,10 +104,31 @@ def add_command(
         epilog=f"Example:\n  {example}",
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--debug", action="store_true", help="show the traceback if the command fails")
+    parser.set_defaults(run=run, interrupted=interrupted)
+    common = parser.add_argument_group("options of all commands")
+    common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    common.add_argument("--debug", action="store_true", help="show the traceback if the command fails")
+    common.add_argument("-v", "--verbose", action="store_true", help="log more, with times")
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress, and only warnings and errors")
+    help_text = "append the log to a file, with times and the tracebacks of errors"
+    common.add_argument("--log-file", metavar="FILE", help=help_text)
     return parser
+
+
+def output_file(path: str) -> str:
+    """Type of an option that names a file to write: refuses at once what cannot be written to.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a folder, a socket or a disk, or its folder cannot be written.
+    """
+    from metagmvae.pipelines.output_target import check_output
+    from metagmvae.pipelines.records import DataError
+
+    try:
+        check_output(path)
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def format_answer(answer: Answer) -> str:
@@ -100,8 +172,14 @@ def _printable(text: str) -> str:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCallback | None]:
-    """Show a progress bar on stderr and yield its update function; yield None if stderr is no terminal or `quiet`."""
-    if quiet or not sys.stderr.isatty():
+    """Show a progress bar on stderr and yield its update function; yield None if `quiet`.
+
+    Without a terminal, a line is logged every 30 s instead, also if `quiet`: the log level decides.
+    """
+    if not sys.stderr.isatty():
+        yield LoggedProgress(title)
+        return
+    if quiet:
         yield None
         return
     from rich.console import Console

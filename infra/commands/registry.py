@@ -30,7 +30,8 @@ def add(parsers: Parsers) -> None:
 def _add_promote(parsers: Parsers) -> None:
     example = "metagmvae promote models:/omniglot/3 --data data/omniglot --shots 1 5"
     description = "make a model the champion of a registered model if it is better on the same episodes"
-    parser = add_command(parsers, "promote", promote, description, example)
+    interrupted = "`metagmvae models` shows whether the alias has moved"
+    parser = add_command(parsers, "promote", promote, description, example, interrupted)
     parser.description = RULE
     add_argument = parser.add_argument
     add_argument("challenger", metavar="CHALLENGER", help="models:/NAME/VERSION, or a run folder")
@@ -76,7 +77,7 @@ def _promote(arguments: Namespace) -> Answer:
     from metagmvae.pipelines.records import DataError
 
     if not arguments.data:
-        raise DataError("promote: --data is missing; name the dataset to evaluate on")
+        raise DataError("--data is missing; name the dataset to evaluate on")
     shared = {key: getattr(arguments, key) for key in ("way", "query", "episodes", "seed")}
     tasks = [{**shared, "shot": shot} for shot in arguments.shots or [arguments.shot]]
     options = {key: getattr(arguments, key) for key in ("mode", "other_data")}
@@ -88,9 +89,10 @@ def _promote(arguments: Namespace) -> Answer:
 
 def models(arguments: Namespace) -> Answer:
     """Run `metagmvae models`."""
+    from metagmvae.configs.credentials import redact
     from metagmvae.configs.schema import TrackingSettings
     from metagmvae.infra.registry.listing import list_models, table_row
-    from metagmvae.infra.tracking.store import connect, redact
+    from metagmvae.infra.tracking.store import connect
 
     store = connect(TrackingSettings(), create=False)
     with progress_bar("registered versions", arguments.json) as on_progress:

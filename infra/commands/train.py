@@ -24,11 +24,13 @@ def add(parsers: Parsers) -> None:
 
     example = "metagmvae track runs/first"
     description = "upload a run or a sweep to MLflow; what was uploaded before is not sent again"
-    parser = add_command(parsers, "track", track, description, example)
+    interrupted = "the same command continues: what was uploaded is not sent again"
+    parser = add_command(parsers, "track", track, description, example, interrupted)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run or of a sweep")
 
     description = "run the whole workflow on generated glyphs: dataset, training, evaluation, registry, classification"
-    parser = add_command(parsers, "demo", demo, description, "metagmvae demo --out my-demo")
+    interrupted = "delete the folder, or choose another --out, to start again"
+    parser = add_command(parsers, "demo", demo, description, "metagmvae demo --out my-demo", interrupted)
     help_text = "new folder for all files of the demo (default: metagmvae-demo)"
     parser.add_argument("--out", default="metagmvae-demo", metavar="DIR", help=help_text)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="number of Ray workers (default: 2)")
@@ -43,7 +45,6 @@ def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], de
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
     help_text = "continue from the checkpoint in the run folder (setting run.out)"
     parser.add_argument("--resume", action="store_true", help=help_text)
-    parser.add_argument("--quiet", action="store_true", help="do not show the live progress line")
 
 
 def train(arguments: Namespace) -> Answer:

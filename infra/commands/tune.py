@@ -15,7 +15,7 @@ def add(parsers: Parsers) -> None:
         "--set data.uri=data/omniglot --out runs/sweep"
     )
     what = "search for good settings with many short training runs, ranked by validation accuracy"
-    parser = add_command(parsers, "tune", tune, what, example)
+    parser = add_command(parsers, "tune", tune, what, example, "finished trials are kept; --resume continues")
     parser.add_argument("config", metavar="CONFIG", help="TOML file or preset with the settings of all trials")
     help_text = "TOML file or bundled search space (core, wide)"
     parser.add_argument("--space", required=True, metavar="SPACE", help=help_text)
@@ -40,7 +40,6 @@ def add(parsers: Parsers) -> None:
     help_text = "override a setting of all trials; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
     parser.add_argument("--resume", action="store_true", help="continue the sweep in the folder")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def tune(arguments: Namespace) -> Answer:

@@ -1,16 +1,20 @@
-"""A live progress line on stderr while a run trains; nothing where stderr is not a terminal."""
+"""The progress of a run while it trains: a live line on a terminal, else a log line every 30 s."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from metagmvae.infra.runs.run_folder import METRICS, read_lines
 from metagmvae.training.trainer.context import MetricLine
 
+LOG = logging.getLogger(__name__)
 REFRESH_S = 0.5
+LOG_S = 30.0
 
 
 def progress_text(line: MetricLine, total_steps: int, accuracies: dict[str, float]) -> str:
@@ -41,12 +45,16 @@ def _clock(seconds: float) -> str:
 
 
 class LiveLine:
-    """Follows the metric lines of a run in a thread, whichever engine writes them."""
+    """Follows the metric lines of a run in a thread, whichever engine writes them.
+
+    A terminal shows the newest line; elsewhere it is logged every 30 s.
+    """
 
     def __init__(self, run_dir: Path, total_steps: int, *, quiet: bool = False) -> None:
         self.path = run_dir / METRICS
         self.total_steps = total_steps
-        self.active = sys.stderr.isatty() and not quiet
+        self.terminal = sys.stderr.isatty()
+        self.active = not (self.terminal and quiet)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live-line", daemon=True)
 
@@ -63,17 +71,26 @@ class LiveLine:
             self._thread.join()
 
     def _follow(self) -> None:
+        if not self.terminal:
+            for text in self._texts(LOG_S):
+                LOG.info("%s", text)
+            return
         from rich.console import Console
 
-        accuracies: dict[str, float] = {}
         with Console(stderr=True).status("starting") as status:
-            while not self._stop.wait(REFRESH_S):
-                lines = read_lines(self.path)
-                for line in lines:
-                    accuracies |= {
-                        key.removeprefix("validation/"): float(value)
-                        for key, value in line.items()
-                        if key.startswith("validation/") and not key.endswith("_ci95")
-                    }
-                if lines:
-                    status.update(progress_text(lines[-1], self.total_steps, accuracies))
+            for text in self._texts(REFRESH_S):
+                status.update(text)
+
+    def _texts(self, interval_s: float) -> Iterator[str]:
+        """Yield the text of the newest metric line, every `interval_s` seconds until the run ends."""
+        accuracies: dict[str, float] = {}
+        while not self._stop.wait(interval_s):
+            lines = read_lines(self.path)
+            for line in lines:
+                accuracies |= {
+                    key.removeprefix("validation/"): float(value)
+                    for key, value in line.items()
+                    if key.startswith("validation/") and not key.endswith("_ci95")
+                }
+            if lines:
+                yield progress_text(lines[-1], self.total_steps, accuracies)

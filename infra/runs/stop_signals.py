@@ -20,6 +20,16 @@ def raise_signal(number: int, frame: FrameType | None = None) -> None:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
+def explain_stop(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """Return the line about a command that a signal stopped, and its exit code, 130 or 143.
+
+    The notes of the exception say what is kept and what continues the work.
+    """
+    name, number = ("SIGTERM", signal.SIGTERM) if isinstance(stop, Terminated) else ("Ctrl-C", signal.SIGINT)
+    notes = getattr(stop, "__notes__", []) or ["nothing was changed by halves; run the command again"]
+    return f"stopped by {name}: {'; '.join(notes)}", 128 + number
+
+
 @contextmanager
 def raised_signals() -> Iterator[None]:
     """A block in which both signals raise an exception at once; outside of the main thread nothing changes."""
@@ -44,8 +54,8 @@ def deferred_signals() -> Iterator[Callable[[], bool]]:
     try:
         with _handler(note):
             yield lambda: bool(received)
-    except KeyboardInterrupt:
-        if received:
+    except KeyboardInterrupt as stop:
+        if received and not isinstance(stop, Terminated):
             raise_signal(received[0])
         raise
     if received:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.package import LoadedModel, load_model, require_meta_gmvae
 
+LOG = logging.getLogger(__name__)
 EPISODES = 300
 QUERIES_PER_CLASS = 3
 """Image files to classify, per class."""
@@ -86,9 +87,9 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
 def _stage(name: str) -> Iterator[None]:
     """Print the name of a stage on stderr, and its duration at the end."""
     start = time.perf_counter()
-    print(f"{name} …", file=sys.stderr, flush=True)
+    LOG.info("%s …", name)
     yield
-    print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    LOG.info("%s: %.0f s", name, time.perf_counter() - start)
 
 
 def _evaluate(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list[dict[str, Any]]:

@@ -30,8 +30,8 @@ CHUNK = 2**22
 CACHE = "METAGMVAE_CACHE"
 """Environment variable with the folder of the copies."""
 REMEDY = (
-    "check region, endpoint and credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give s3://KEY:SECRET@… "
-    "again: they are not stored)"
+    "check region, endpoint and credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; those of a URI are not "
+    "stored: give them again)"
 )
 
 
