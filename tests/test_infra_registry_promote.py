@@ -16,7 +16,8 @@ from metagmvae.infra.registry import promote
 from metagmvae.infra.registry.alias_history import alias_version, read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
-from metagmvae.infra.tracking.store import Store, connect, import_mlflow
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.store import Store, connect
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
@@ -48,8 +49,7 @@ def prepared(tmp_path_factory, data):
 @pytest.fixture
 def store(prepared, tmp_path, monkeypatch) -> Store:
     """A copy of the prepared store, which commands use."""
-    (tmp_path / "mlflow").mkdir()
-    shutil.copy(prepared / "mlflow.db", tmp_path / "mlflow")
+    shutil.copytree(prepared, tmp_path / "mlflow")
     opened = connect(TrackingSettings(store=str(tmp_path / "mlflow")))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", opened.uri)
     return opened

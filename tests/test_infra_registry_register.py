@@ -21,8 +21,9 @@ from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.registry.alias_history import read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import connect, import_mlflow
+from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.checkpoint import load_state

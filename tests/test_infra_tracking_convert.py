@@ -2,9 +2,10 @@
 
 from mlflow_template import ended_run, line
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.tracking.convert import flatten, tags, unsent_chunks
-from metagmvae.infra.tracking.store import redact, store_uri
+from metagmvae.infra.tracking.store import store_uri
 
 
 def test_growing_file_is_read_by_complete_lines(tmp_path):

@@ -10,13 +10,15 @@ import mlflow_template
 import pytest
 from mlflow_template import closed_port, ended_run, history, line
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.status import read_status
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import TrackingError, connect, redact
+from metagmvae.infra.tracking.store import connect
 
 pytestmark = pytest.mark.mlflow
 

@@ -10,9 +10,10 @@ from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.infra.runs.status import write_status
 from metagmvae.infra.tracking import run_uploader
 from metagmvae.infra.tracking.cursor import upload_lock
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_tracker import track
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import TrackingError, connect, store_uri
+from metagmvae.infra.tracking.store import connect, store_uri
 from metagmvae.pipelines.records import DataError
 
 pytestmark = pytest.mark.mlflow
@@ -79,12 +80,12 @@ def test_interrupted_upload_is_completed_later(run, store, monkeypatch):
     accepted = []
     real = type(client).log_batch
 
-    def failing(self, run_id, metrics=(), params=(), tags=()):
+    def failing(self, run_id, metrics=(), params=(), tags=(), **options):
         if metrics:
             if len(accepted) == 2:
                 raise ConnectionError("gone")
             accepted.append(len(metrics))
-        return real(self, run_id, metrics, params, tags)
+        return real(self, run_id, metrics, params, tags, **options)
 
     monkeypatch.setattr(type(client), "log_batch", failing)
     with pytest.raises(TrackingError, match="gone"):

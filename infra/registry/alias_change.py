@@ -29,7 +29,9 @@ from metagmvae.infra.registry.alias_history import (
     alias_version,
     read_history,
 )
-from metagmvae.infra.tracking.store import Store, import_mlflow, tracking_errors
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.store import Store
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 
 PREFIX = "metagmvae-alias-change"
 TOKEN, RECORD = "token", "record"

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from metagmvae.infra.tracking.store import Store, import_mlflow, tracking_errors
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.store import Store
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 
 PREFIX = "promotion.history."

@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead
 from metagmvae.evaluation.comparison.promotion_rule import Decision, write_pairs
 from metagmvae.infra.registry.alias_change import whoami
 from metagmvae.infra.tracking.convert import flatten
-from metagmvae.infra.tracking.store import Store, redact, tracking_errors
+from metagmvae.infra.tracking.store import Store
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import write_json
 
 Status = Literal["promoted", "refused", "overtaken", "would be promoted", "would be refused"]

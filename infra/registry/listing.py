@@ -11,7 +11,8 @@ from typing import Any
 
 from metagmvae.infra.registry.evidence import PREFIX
 from metagmvae.infra.registry.resolve import unknown_name
-from metagmvae.infra.tracking.store import Store, paginate, tracking_errors
+from metagmvae.infra.tracking.store import Store, paginate
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import dataset_files

@@ -13,11 +13,12 @@ from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.registry.alias_change import change_alias, describe_move
 from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
 from metagmvae.infra.registry.evidence import Evidence, Status, tag_version, upload_evidence
-from metagmvae.infra.registry.register import check_model_name, register
+from metagmvae.infra.registry.register import check_alias_name, check_model_name, register, registered_version
 from metagmvae.infra.registry.resolve import find_version, load_from_store
 from metagmvae.infra.tracking.run_tracker import tracking_settings
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
+from metagmvae.infra.tracking.store import Store, connect
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import LoadedModel, load_model
 
@@ -70,6 +71,7 @@ def promote(request: PromotionRequest, plan: EvalPlan) -> dict[str, Any]:
         TrackingError: the store cannot be reached.
     """
     check_margin(request.margin)
+    check_alias_name(request.alias)
     shot = plan.tasks[0]["shot"]
     challenger = _find_challenger(request, shot)
     store, name = challenger.store, challenger.name
@@ -143,19 +145,10 @@ def _find_challenger(request: PromotionRequest, shot: int) -> Challenger:
     tracking = tracking_settings(given)
     name, loaded = check_model_name(request.name or tracking.register_as), load_model(given, shot=shot)
     challenger = Challenger(connect(tracking, create=not request.dry_run), tracking, name, "", loaded, given)
-    return challenger if request.dry_run else replace(challenger, version=_registered_version(challenger))
-
-
-def _registered_version(challenger: Challenger) -> str:
-    """Upload the run; return the version that already holds this model of the run, empty if there is none."""
-    run_id = upload_run(challenger.given, challenger.tracking).run_id
-    model = [str(challenger.loaded.info.get(key, "")) for key in ("step", "selected_by")]
-    query = f"name = '{challenger.name}'"
-    with tracking_errors(challenger.store.uri):
-        for version in paginate(challenger.store.client.search_model_versions, filter_string=query):
-            if version.run_id == run_id and [version.tags.get(key, "") for key in ("step", "selected_by")] == model:
-                return str(version.version)
-    return ""
+    if request.dry_run:
+        return challenger
+    run_id = upload_run(given, tracking).run_id
+    return replace(challenger, version=registered_version(challenger.store, name, run_id, loaded))
 
 
 def _opponent(request: PromotionRequest, challenger: Challenger, aliased: str | None) -> str:

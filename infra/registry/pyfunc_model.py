@@ -16,7 +16,7 @@ from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.pixel_arrays import warn_of_polarity
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
-from metagmvae.infra.tracking.store import ignore_warnings
+from metagmvae.infra.tracking.mlflow_environment import ignore_warnings
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.load import fingerprint
+from metagmvae.configs.mlflow_names import check_alias, check_model
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_change import set_alias_if_free
+from metagmvae.infra.registry.alias_history import alias_version
 from metagmvae.infra.runs.run_folder import read_record
 from metagmvae.infra.tracking.convert import flatten
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import Store, connect, import_mlflow, redact, tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, paginate
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 
 ENTRY = Path(__file__).with_name("pyfunc_entry.py")
@@ -44,6 +48,8 @@ def register(
     alias: str | None = None,
     shot: int | None = None,
     results: Mapping[str, Any] | None = None,
+    *,
+    once: bool = False,
 ) -> RegisteredVersion:
     """Upload a run, log its model in the MLflow run, and create a version of a registered model from it.
 
@@ -55,6 +61,7 @@ def register(
             yet (a champion is replaced by `metagmvae promote`, not by a training).
         shot: which best model, if the run has one for each shot.
         results: accuracies and intervals, stored as tags `results.…` of the version.
+        once: take the version that already holds this model of the run, if there is one.
 
     Raises:
         DataError: there is no name, or no trained model in the folder.
@@ -63,35 +70,71 @@ def register(
     from metagmvae.training.trainer.package import load_model
 
     name = check_model_name(name or tracking.register_as)
+    check_alias_name(alias or tracking.alias)
     loaded = load_model(run_dir, shot=shot)
-    report = upload_run(run_dir, tracking)
+    run_id = upload_run(run_dir, tracking).run_id
     store = connect(tracking)
-    tags = _version_tags(loaded, Path(run_dir), report.run_id, shot, results or {})
+    version = registered_version(store, name, run_id, loaded) if once else ""
     with tracking_errors(store.uri):
-        source, model_id = _log_model(store, report.run_id, name, loaded, tags)
-        _create_registered_model(store, name)
-        # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
-        options = {"run_id": report.run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
-        version = store.client.create_model_version(name, source, **options).version
+        if not version:
+            tags = _version_tags(loaded, Path(run_dir), run_id, shot, results or {})
+            version = _create_version(store, name, run_id, loaded, tags)
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
     if alias is None:
         default = tracking.alias
-        alias = default if default and set_alias_if_free(store, name, default, str(version)) else ""
-    return RegisteredVersion(name, str(version), f"models:/{name}/{version}", alias)
+        given = default and set_alias_if_free(store, name, default, version)
+        alias = default if given or (default and alias_version(store, name, default) == version) else ""
+    return RegisteredVersion(name, version, f"models:/{name}/{version}", alias)
+
+
+def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str:
+    """Return the version of a registered model that already holds this model of a run; empty if there is none.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    model = [str(loaded.info.get(key, "")) for key in ("step", "selected_by")]
+    with tracking_errors(store.uri):
+        for version in paginate(store.client.search_model_versions, filter_string=f"name = '{name}'"):
+            if version.run_id == run_id and [version.tags.get(key, "") for key in ("step", "selected_by")] == model:
+                return str(version.version)
+    return ""
+
+
+def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dict[str, str]) -> str:
+    """Log the model in the run, and create a version of the registered model from it; return its number."""
+    source, model_id = _log_model(store, run_id, name, loaded, tags)
+    _create_registered_model(store, name)
+    # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
+    options = {"run_id": run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
+    return str(store.client.create_model_version(name, source, **options).version)
 
 
 def check_model_name(name: str) -> str:
     """Return the name of a registered model if a reference such as `models:/NAME@ALIAS` can contain it.
 
     Raises:
-        DataError: it is empty, or contains one of / : @ ' ".
+        DataError: it is empty, or MLflow or a reference cannot take it.
     """
     if not name:
         raise DataError("no name for the registered model: set tracking.register_as, or give --name")
-    if re.search(r"[/:@'\"]", name):
-        raise DataError(f"{name!r}: not a valid name for a registered model; omit / : @ and quotes")
-    return name
+    try:
+        return check_model(name)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def check_alias_name(alias: str) -> str:
+    """Return an alias if MLflow accepts it; empty: no alias.
+
+    Raises:
+        DataError: MLflow refuses it.
+    """
+    try:
+        return alias and check_alias(alias)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _version_tags(

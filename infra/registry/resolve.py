@@ -12,8 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.tracking.store import Store, connect, import_mlflow, paginate, redact, tracking_errors
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.store import Store, connect, paginate
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from metagmvae.infra.registry.alias_history import (
     read_history,
 )
 from metagmvae.infra.registry.resolve import find_version
-from metagmvae.infra.tracking.store import connect, tracking_errors
+from metagmvae.infra.tracking.store import connect
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 
 

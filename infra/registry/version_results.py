@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import RESULTS
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_results import result_key
-from metagmvae.infra.tracking.store import TrackingError, connect, tracking_errors
+from metagmvae.infra.tracking.store import connect
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import write_json
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+
+LOG = logging.getLogger(__name__)
 
 
 def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> str:
@@ -35,11 +39,11 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
             version = find_version(store, ref)
             for result in results:
                 key = result_key(split, result)
-                numbers = {key: result.mean, f"{key}_ci95": result.ci95}
+                numbers = {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})
                 for name, value in numbers.items():
                     tag = f"results.{name.replace('/', '.')}"
                     store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
-                    store.client.log_metric(version.run_id, name, value)
+                    store.client.log_metric(version.run_id, name, value, synchronous=True)
                 for field in ("data", "data_fingerprint"):  # with these `metagmvae models` checks the dataset
                     tag = f"results.{key.replace('/', '.')}_{field}"
                     store.client.set_model_version_tag(version.name, version.version, tag, made_with[field])
@@ -48,6 +52,6 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                 result.write_parquet(stem.with_suffix(".parquet"))
             store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:
-        print(f"{error}; the results were not stored with the registered version", file=sys.stderr)
+        LOG.warning("%s; the results were not stored with the registered version", error)
         return ""
     return f"models:/{version.name}/{version.version}"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from metagmvae.infra.runs.folder_identity import FolderIdentity
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, Count, is_finished
 from metagmvae.pipelines.files import check_document, read_json, write_json
 
@@ -18,12 +19,22 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def write_status(run_dir: Path, status: str) -> None:
-    """Write the status (RUNNING, or one of ENDED) to the run folder; the first start time is kept."""
+    """Write the status (RUNNING, or one of ENDED) to the run folder; the first start time is kept.
+
+    A run that starts here is made here: the identity of the folder is recorded, too.
+    """
     previous = _read(run_dir)
     now = round(1000 * time.time())
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
     times = {"started_ms": previous.get("started_ms", now), "ended_ms": now if status in ENDED else None}
-    write_json(run_dir / STATUS, {"status": status, **times, "owner": owner})
+    folder = FolderIdentity.of(run_dir).model_dump() if status == "RUNNING" else previous.get("folder")
+    write_json(run_dir / STATUS, {"status": status, **times, "owner": owner, "folder": folder})
+
+
+def made_in(run_dir: Path) -> FolderIdentity | None:
+    """Return the identity of the folder in which the run was made; None for a run of an older version."""
+    folder = _read(run_dir).get("folder")
+    return None if folder is None else FolderIdentity.model_validate(folder)
 
 
 def read_status(run_dir: Path) -> tuple[str, int, int | None]:
@@ -61,6 +72,7 @@ class _Status(BaseModel):
     started_ms: Count
     ended_ms: Count | None
     owner: _Owner
+    folder: FolderIdentity | None = None
 
 
 def _read(run_dir: Path) -> dict[str, Any]:

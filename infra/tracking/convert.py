@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs.credentials import redact
 from metagmvae.infra.runs.run_folder import EVALUATIONS, METRICS, SYSTEM
-from metagmvae.infra.tracking.store import redact
 from metagmvae.pipelines.records import DataError
 
 NOT_METRICS = frozenset({"step", "steps", "global_step", "checkpoint"})

@@ -10,7 +10,8 @@ from typing import Self
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.runs.status import ENDED, write_status
-from metagmvae.infra.tracking.store import TrackingError, WarnOnce
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
+from metagmvae.infra.tracking.tracking_errors import WarnOnce
 
 PATIENCE_S = 120.0
 """Longest wait for the last upload to a store that answers: the last checkpoint may be large."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,22 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from metagmvae.infra.runs.run_folder import CURSOR, EVALUATIONS, METRICS, RESULTS, read_lines
 from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+
+LOG = logging.getLogger(__name__)
 
 
 def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any]) -> list[str]:
     """Write results to `results/` of a run (JSON, and accuracies per episode as Parquet) and to evaluations.jsonl.
 
-    A tracked run is uploaded at once. If the store cannot be reached, a line on stderr says how to upload it later.
+    A tracked run is uploaded at once. If the store does not exist or cannot be reached, a line on stderr says how to
+    upload it later.
 
     Returns:
         Paths of the written files.
     """
     from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
+    from metagmvae.infra.tracking.mlflow_environment import TrackingError
     from metagmvae.infra.tracking.run_tracker import track
-    from metagmvae.infra.tracking.store import TrackingError
 
     metric_lines = read_lines(run_dir / METRICS)
     line: dict[str, Any] = {"time": time.time(), "step": metric_lines[-1]["global_step"] if metric_lines else 0}
@@ -37,14 +41,14 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         write_json(files[-2], result.summary() | baselines_summary([result]) | made_with)
         result.write_parquet(files[-1])
         key = result_key(split, result)
-        line |= {key: result.mean, f"{key}_ci95": result.ci95}
+        line |= {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     if (run_dir / CURSOR).exists():
         try:
-            track(run_dir)
-        except TrackingError as error:
-            print(f"{error}; upload the results later: metagmvae track {run_dir}", file=sys.stderr)
+            track(run_dir, create=False)
+        except (TrackingError, DataError) as error:
+            LOG.warning("%s; upload the results later: metagmvae track %s", error, run_dir)
     return [str(file) for file in files]
 
 

@@ -28,7 +28,9 @@ from metagmvae.infra.runs.run_folder import (
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import Cursor, upload_lock
-from metagmvae.infra.tracking.store import Store, TrackingError, connect, experiment_id, redact, tracking_errors
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
+from metagmvae.infra.tracking.store import Store, connect, experiment_id
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import read_json, sha256_file
 from metagmvae.pipelines.records import DataError
 
@@ -53,16 +55,19 @@ class UploadReport:
     """Files sent, relative to the run folder."""
 
 
-def upload_run(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bool = True) -> UploadReport:
+def upload_run(
+    run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bool = True, create: bool = True
+) -> UploadReport:
     """Send to MLflow what it does not have of a run.
 
     Args:
         run_dir: run folder with `settings.json`; all other files may still be missing.
         tracking: MLflow store and experiment.
         artifacts: send files too; otherwise only settings, metrics and the status.
+        create: create the store if it does not exist.
 
     Raises:
-        DataError: not a run folder, or it has a broken metric line.
+        DataError: not a run folder, it has a broken metric line, or there is no store.
         TrackingError: the store cannot be reached or refuses; what it has accepted is recorded.
     """
     run_dir = Path(run_dir).absolute()
@@ -71,7 +76,7 @@ def upload_run(run_dir: str | Path, tracking: TrackingSettings, *, artifacts: bo
     read_settings(run_dir)  # raises an error if they are no settings; the stored text is uploaded
     record = read_record(run_dir)
     with upload_lock(run_dir):
-        store = connect(tracking)
+        store = connect(tracking, create=create)
         run = RunUploader(run_dir, store, tracking.experiment, read_json(run_dir / SETTINGS), record)
         with tracking_errors(store.uri):
             report = run.open()
@@ -104,7 +109,7 @@ class RunUploader:
         """
         self.run_dir, self.store, self.client = run_dir, store, store.client
         self.experiment, self.settings, self.record = experiment, settings, record
-        self.cursor = Cursor(run_dir, redact(store.uri))
+        self.cursor = Cursor(run_dir, store.uri)
         self.entry = self.cursor.entry
 
     def open(self) -> UploadReport:
@@ -122,7 +127,7 @@ class RunUploader:
             self.entry |= {"run_id": run.info.run_id, "started_ms": run.info.start_time, "status": "RUNNING"}
             self.cursor.save()
         self._send_parameters_and_tags()
-        return UploadReport(self.cursor.uri, self.entry["run_id"], self.experiment, self.status)
+        return UploadReport(self.cursor.shown, self.entry["run_id"], self.experiment, self.status)
 
     def send_lines(self, name: str) -> int:
         """Send the new lines of a file of metric lines; return the number of points."""
@@ -133,7 +138,7 @@ class RunUploader:
         for chunk in chunks:
             points = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in chunk.points]
             for batch in _batches(points, METRICS_PER_BATCH):
-                self.client.log_batch(self.entry["run_id"], metrics=batch)
+                self.client.log_batch(self.entry["run_id"], metrics=batch, synchronous=True)
             self.entry["lines"][name] = chunk.position
             self.cursor.save()
             sent += len(points)
@@ -179,7 +184,7 @@ class RunUploader:
             deleted = True
         if deleted:
             raise TrackingError(
-                f"MLflow at {self.cursor.uri}: run {run_id} was deleted there; restore it, or delete "
+                f"MLflow at {self.cursor.shown}: run {run_id} was deleted there; restore it, or delete "
                 f"{self.cursor.path} to upload the run as a new one"
             )
 
@@ -193,12 +198,12 @@ class RunUploader:
         if not self.entry.get("parameters_sent"):
             params = [Param(key, value) for key, value in parameters(self.settings).items()]
             for batch in _batches(params, STRINGS_PER_BATCH):
-                self.client.log_batch(run_id, params=batch)
+                self.client.log_batch(run_id, params=batch, synchronous=True)
             self.entry["parameters_sent"] = True
             self.cursor.save()
         if self.entry.get("tags_sha256") != digest:
             for tag_batch in _batches([RunTag(*item) for item in current_tags.items()], STRINGS_PER_BATCH):
-                self.client.log_batch(run_id, tags=tag_batch)
+                self.client.log_batch(run_id, tags=tag_batch, synchronous=True)
             self.entry["tags_sha256"] = digest
             self.cursor.save()
 

@@ -1,4 +1,4 @@
-"""Connection to an MLflow store: choice of the store, short timeouts, errors of one line.
+"""Connection to an MLflow store: which one, under which name a run records it, and its experiments.
 
 Only `MlflowClient` is used, never MLflow's fluent functions: they keep a current run and a tracking URI for the whole
 process, which a background thread beside a training run must not change.
@@ -6,54 +6,32 @@ process, which a background thread beside a training run must not change.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from metagmvae.configs.credentials import redact as redact
+from metagmvae.configs.credentials import redact
+from metagmvae.configs.mlflow_names import check_tracking_uri
 from metagmvae.configs.schema import TrackingSettings
+from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow, name_unused_variables
+from metagmvae.infra.tracking.sqlite_store import (
+    adapt_store,
+    artifact_location,
+    create_store,
+    is_empty,
+    sqlite_path,
+    sqlite_uri,
+)
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.pipelines.files import local_folder
 from metagmvae.pipelines.records import DataError
 
-ENVIRONMENT = {
-    # By default MLflow waits 120 s and tries 8 times, which takes minutes for a server that is down. The next upload
-    # sends what this one could not, so one short retry is enough.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    # MLflow's own lines would appear in the middle of `--json` output.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Usage data leaves this machine only if the user asks for it.
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-"""Environment variables that are set unless the user has set them."""
-
-
-class TrackingError(RuntimeError):
-    """The MLflow store cannot be reached or refused a request. The message is one line; the run folder is complete."""
-
-
-class WarnOnce:
-    """Prints the first error of a store on stderr, in one line with the remedy; later errors are not printed."""
-
-    def __init__(self, remedy: str) -> None:
-        self.remedy = remedy
-        self.warned = False
-
-    def __call__(self, error: Exception) -> None:
-        if self.warned:
-            return
-        self.warned = True
-        known = isinstance(error, TrackingError | DataError)
-        message = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        print(" ".join(f"{message}; {self.remedy}".split()), file=sys.stderr, flush=True)
+DATABASE = "mlflow.db"
+"""File of the default store."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
@@ -70,12 +48,43 @@ def store_uri(tracking: TrackingSettings) -> str:
     """Return the tracking URI: the setting, else MLFLOW_TRACKING_URI, else SQLite in `tracking.store`.
 
     Relative SQLite paths become absolute, so that they name the same store in every working directory.
+
+    Raises:
+        DataError: MLFLOW_TRACKING_URI is a host and port without `http://`.
     """
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
-        return f"sqlite:///{Path(tracking.store).absolute() / 'mlflow.db'}"
-    path = _sqlite_path(uri)
-    return f"sqlite:///{path.absolute()}" if path is not None else uri
+        return sqlite_uri(Path(os.path.abspath(tracking.store)) / DATABASE)
+    try:
+        check_tracking_uri(uri)
+    except ValueError as error:
+        raise DataError(f"MLFLOW_TRACKING_URI = {error}") from error
+    path = sqlite_path(uri)
+    return uri if path is None else sqlite_uri(Path(os.path.abspath(path)))
+
+
+def store_key(uri: str) -> str:
+    """Return the name under which a run records a store: the same for all spellings of its URI, without a password.
+
+    A server's name is in lower case, without a trailing slash or a default port, and `localhost` is 127.0.0.1; a path
+    is absolute and without symbolic links.
+    """
+    uri = redact(uri)
+    path = sqlite_path(uri)
+    if path is not None:
+        return f"sqlite:///{os.path.realpath(path)}"
+    parts = urlsplit(uri)
+    if parts.scheme.lower() not in DEFAULT_PORTS:
+        is_path = parts.scheme == "file" or ("://" not in uri and not uri.startswith("databricks"))
+        return os.path.realpath(local_folder(uri)) if is_path else uri
+    scheme, host = parts.scheme.lower(), (parts.hostname or "").lower()
+    try:
+        port = parts.port
+    except ValueError:  # not a number; MLflow refuses the URI
+        return uri
+    host = "127.0.0.1" if host in ("localhost", "::1") else f"[{host}]" if ":" in host else host
+    place = host if port in (None, DEFAULT_PORTS[scheme]) else f"{host}:{port}"
+    return f"{scheme}://{place}{parts.path.rstrip('/')}"
 
 
 def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
@@ -86,15 +95,19 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
         TrackingError: MLflow is not installed, or the store cannot be opened.
     """
     uri = store_uri(tracking)
-    path = _sqlite_path(uri)
-    if path is not None and not path.exists():
-        if not create:
-            raise DataError(f"no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI")
-        _create_folder(path.parent)
+    name_unused_variables(uri)
+    path = sqlite_path(uri)
+    if path is not None:
+        if is_empty(path):
+            if not create:
+                raise DataError(f"no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI")
+            create_store(path)
+        adapt_store(path)
     with tracking_errors(uri):
         client = import_mlflow().MlflowClient(uri, registry_uri=uri)
+    _forget_artifact_places()
     # MLflow's default for SQLite is `mlruns` in the working directory, which changes between calls.
-    return Store(client, uri, str(path.absolute().parent / "artifacts") if path is not None else None)
+    return Store(client, uri, None if path is None else artifact_location(path))
 
 
 def experiment_id(store: Store, name: str) -> str:
@@ -126,72 +139,11 @@ def paginate(search: Callable[..., Any], **request: Any) -> Iterator[Any]:
             return
 
 
-@contextmanager
-def tracking_errors(uri: str) -> Iterator[None]:
-    """Convert errors of MLflow, its HTTP client and its database to a TrackingError of one line."""
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
+def _forget_artifact_places() -> None:
+    """Empty MLflow's cache of the artifact folders of runs.
 
-    mlflow = import_mlflow()
-    try:
-        yield
-    except (mlflow.MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(f"MLflow at {redact(uri)}: {_reason(error)}") from error
-    except ModuleNotFoundError as error:
-        raise TrackingError(
-            f"MLflow at {redact(uri)}: its database needs the Python package {error.name}: pip install {error.name}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the reason in one line, without a password; for a failed connection, the operating system's message."""
-    message = redact(str(error))
-    errno = re.search(r"\[Errno -?\d+\] ([\w ]+)", message)
-    if "Max retries exceeded" in message and errno:
-        return f"not reachable ({errno[1]})"
-    if "Read timed out" in message or "timeout" in message.lower():
-        return "not reachable (timed out)"
-    return (message.splitlines() or [type(error).__name__])[0][:300]
-
-
-def import_mlflow() -> Any:
-    """Import MLflow with short timeouts and without its warnings, some of which it gives when it is imported.
-
-    Raises:
-        TrackingError: MLflow is not installed.
+    It has no entry for the store, so in one process a copy of a store would be given the folders of the original.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    ignore_warnings()
-    try:
-        import mlflow
-    except ImportError as error:
-        raise TrackingError("MLflow is not installed: pip install mlflow") from error
-    for noisy in ("mlflow.store.db.utils", "alembic", "alembic.runtime.migration"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for each retry
-    return mlflow
+    from mlflow.tracking._tracking_service import utils
 
-
-def ignore_warnings() -> None:
-    """Ignore warnings that MLflow 3.17 gives at import and that users cannot act on.
-
-    Its tables use an option that SQLAlchemy 2.1 deprecates, mlflow.pyfunc warns about a type hint of its own, and it
-    asks for type hints on `predict` even where a signature is given.
-    """
-    warnings.filterwarnings("ignore", message="The ``noload`` loader", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _create_folder(folder: Path) -> None:
-    """Create the folder of a new SQLite store; where it cannot write, MLflow itself would retry for minutes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrackingError(f"MLflow store folder {folder}: {error.strerror}; set tracking.store") from error
-    if not os.access(folder, os.W_OK):
-        raise TrackingError(f"MLflow store folder {folder}: not writable; set tracking.store")
+    getattr(utils, "_artifact_repos_cache", {}).clear()

@@ -22,9 +22,10 @@ from metagmvae.infra.runs.run_folder import STATUS as STATUS_FILE
 from metagmvae.infra.runs.status import write_status
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.cursor import upload_lock
-from metagmvae.infra.tracking.run_tracker import with_last_store
+from metagmvae.infra.tracking.run_tracker import caller_store
 from metagmvae.infra.tracking.run_uploader import RunUploader, UploadReport
-from metagmvae.infra.tracking.store import Store, connect, paginate, tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, paginate
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.infra.tune.sweep_folder import SweepFolder
 from metagmvae.pipelines.files import read_json
 
@@ -114,13 +115,14 @@ class SweepUploader:
             Metric(name, value, started_ms + round(1000 * point.seconds), point.step)
             for point in curve[known["points"] :]
             for name, value in ((key, point.accuracy), (f"{key}_ci95", point.ci95), ("seconds", point.seconds))
+            if value is not None
         ]
         params = [] if known["points"] else [Param(*item) for item in values.items()]
         status_tags = [RunTag(STATUS, ended.status), RunTag(REASON, ended.reason)] if ended else []
         if metrics or status_tags:
             for first in range(0, max(1, len(metrics)), POINTS_PER_BATCH):
                 batch = metrics[first : first + POINTS_PER_BATCH]
-                self.client.log_batch(known["run_id"], metrics=batch, params=params, tags=status_tags)
+                self.client.log_batch(known["run_id"], metrics=batch, params=params, tags=status_tags, synchronous=True)
             known["points"] = len(curve)
         if ended is not None:
             ended_ms = started_ms + round(1000 * ended.seconds)
@@ -138,7 +140,8 @@ class SweepUploader:
             return 0
         now = round(1000 * time.time())
         values = {"best_accuracy": best, "trials": count, "refused": len(ended) - count}
-        self.client.log_batch(self.entry["run_id"], metrics=[Metric(k, v, now, count) for k, v in values.items()])
+        points = [Metric(k, v, now, count) for k, v in values.items()]
+        self.client.log_batch(self.entry["run_id"], metrics=points, synchronous=True)
         self.entry["counted"] = count
         self.parent.cursor.save()
         return len(values)
@@ -162,14 +165,14 @@ class SweepUploader:
 
 
 def track_sweep(root: str | Path) -> UploadReport:
-    """Upload a sweep to the store of its settings, else of MLFLOW_TRACKING_URI, else the one that was used last.
+    """Upload a sweep to the store of `caller_store`.
 
     Raises:
         TrackingError: the store cannot be reached, or another process is uploading the sweep.
     """
     folder = SweepFolder(Path(root).absolute())
     tracking = settings_from_json(json.dumps(read_plan(folder.root)["base"])).tracking
-    tracking = with_last_store(tracking, folder.root)
+    tracking = caller_store(tracking, folder.root)
     ended = folder.trials()
     running = folder.unfinished([trial.number for trial in ended])
     return SweepUploader(folder, connect(tracking), tracking.experiment).send_sweep(ended, running, artifacts=True)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs.credentials import redact
 from metagmvae.configs.load import settings_from_json
 from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.evaluation.comparison.formatting import Task
@@ -21,7 +22,9 @@ from metagmvae.evaluation.comparison.validation_rows import (
 )
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
-from metagmvae.infra.tracking.store import Store, connect, import_mlflow, paginate, redact, tracking_errors
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.store import Store, connect, paginate
+from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD

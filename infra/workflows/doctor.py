@@ -143,8 +143,11 @@ def _home_folder(name: str) -> CheckResult:
 
 
 def _mlflow(name: str) -> CheckResult:
+    from metagmvae.configs.credentials import redact
     from metagmvae.configs.schema import TrackingSettings
-    from metagmvae.infra.tracking.store import TrackingError, connect, paginate, redact, store_uri, tracking_errors
+    from metagmvae.infra.tracking.mlflow_environment import TrackingError
+    from metagmvae.infra.tracking.store import connect, paginate, store_uri
+    from metagmvae.infra.tracking.tracking_errors import tracking_errors
     from metagmvae.pipelines.records import DataError
 
     tracking = TrackingSettings()
