@@ -92,7 +92,8 @@ def evaluate_baselines(
     """
     runs = _runs(tuple(evaluated.by_kind))
     trial_task = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
-    trial_task.pop("unbalanced", None)
+    for key in ("unbalanced", "dirichlet"):
+        trial_task.pop(key, None)
     note = _cannot_tune(validation, trial_task)
     total = sum(1 + (0 if note else len(list(run.candidates()))) for run in runs)
     done = 0

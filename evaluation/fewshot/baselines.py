@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.predict import PredictionMode
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
+from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
@@ -185,6 +186,7 @@ def evaluate_batches(
     episodes: int = 1000,
     seed: int = 0,
     unbalanced: bool = False,
+    dirichlet: float | None = None,
 ) -> EpisodeResults:
     """Evaluate a classifier of batches of episodes, in float32, over the episodes of `evaluate_features`.
 
@@ -199,25 +201,26 @@ def evaluate_batches(
         episodes: number of episodes.
         seed: of the draw of the episodes.
         unbalanced: as in `evaluate_features`.
+        dirichlet: as in `evaluate_features`.
 
     Raises:
         DataError: the split has too few classes, or a class too few images, for the task.
     """
-    sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
+    task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
+    sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
     x_nF = x_nF.float()
-    positions_P = torch.as_tensor(query_positions(way, query, unbalanced))
-    truth_P = (positions_P // query).to(x_nF.device)
     per_batch = max(1, VALUES_PER_BATCH // (way * (shot + query) * x_nF.shape[1]))
     accuracies = []
     start = time.perf_counter()
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
-        support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EKQ.flatten(1)[:, positions_P]])
-        accuracies.append((predicted_EP == truth_P).double().mean(dim=1).cpu())
+        support_EKS, query_EP, truth_EP = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
+        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EP])
+        accuracies.append((predicted_EP == truth_EP.to(predicted_EP.device)).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
-    return EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds, unbalanced=unbalanced)
+    result = EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds)
+    return replace(result, unbalanced=unbalanced, dirichlet=dirichlet)
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {

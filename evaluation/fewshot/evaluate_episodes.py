@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import PredictionMode, calibrated, episodes_per_batch, log_posteriors
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import ProgressCallback, Rows
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
+from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
@@ -64,6 +64,8 @@ class EpisodeResults:
     """The settings of a baseline; None for a model."""
     unbalanced: bool = False
     """Whether only half of the classes have `query` queries, and the others one each."""
+    dirichlet: float | None = None
+    """Alpha of the Dirichlet distribution of the proportions of the classes; None: not drawn from one."""
     temperature: float = 1.0
     """Of the posterior, as in `predict.calibrated`."""
     uncalibrated: Reliability | None = None
@@ -75,8 +77,8 @@ class EpisodeResults:
         return mean_ci95(self.accuracies)[0]
 
     @property
-    def ci95(self) -> float:
-        """Half-width of the 95% confidence interval over episodes."""
+    def ci95(self) -> float | None:
+        """Half-width of the 95% confidence interval over episodes; None for a single episode."""
         return mean_ci95(self.accuracies)[1]
 
     def summary(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class EpisodeResults:
             "mode": self.mode,
             "seconds": round(self.seconds, 3),
             **({"unbalanced": True} if self.unbalanced else {}),
+            **({} if self.dirichlet is None else {"dirichlet": self.dirichlet}),
             **self._calibration_summary(),
         }
 
@@ -144,6 +147,52 @@ def evaluate_images(
 
 
 @torch.inference_mode()
+def posterior_batches(
+    model: MetaGMVAE,
+    adapt: AdaptSettings,
+    h_nF: Tensor,
+    sampler: QuerySampler,
+    episodes: int,
+    *,
+    mode: PredictionMode = "transductive",
+    background: float | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Classify episodes 0 to `episodes` - 1 of a sampler, as many at a time as fit the memory.
+
+    Args:
+        model: on the device of the features.
+        adapt: settings of EM.
+        h_nF: features of all images of the split.
+        sampler: of the episodes.
+        episodes: number of episodes.
+        mode: as in `log_posteriors`, which the result comes from.
+        background: as in `log_posteriors`.
+        on_progress: called with the number of finished episodes and of all episodes.
+
+    Yields:
+        log-probabilities of the queries, float64, (E, P, K) or (E, P, K + 1), and their classes, (E, P).
+    """
+    points = sampler.episodes.way * sampler.episodes.shot + sampler.queries
+    per_batch = episodes_per_batch(points, adapt, model.latent, h_nF.device)
+    for first in range(0, episodes, per_batch):
+        count = min(per_batch, episodes - first)
+        support_EKS, query_EP, truth_EP = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
+        log_p_EPK = log_posteriors(
+            model,
+            adapt,
+            h_nF[support_EKS],
+            h_nF[query_EP],
+            mode=mode,
+            seed_by_episode=range(first, first + count),
+            background=background,
+        )
+        yield log_p_EPK, truth_EP.to(h_nF.device)
+        if on_progress is not None:
+            on_progress(first + count, episodes)
+
+
+@torch.inference_mode()
 def evaluate_features(
     model: MetaGMVAE,
     adapt: AdaptSettings,
@@ -157,6 +206,7 @@ def evaluate_features(
     seed: int = 0,
     mode: PredictionMode = "transductive",
     unbalanced: bool = False,
+    dirichlet: float | None = None,
     posterior_temperature: float = 1.0,
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
@@ -176,6 +226,8 @@ def evaluate_features(
         seed: of the draw of the episodes.
         mode: as in `predict_episodes`.
         unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
+        dirichlet: alpha of the Dirichlet distribution that the proportions of the classes are drawn from
+            (`QuerySampler`); None: balanced queries.
         posterior_temperature: as in `calibrated`; the accuracy does not depend on it.
         on_progress: called with the number of finished episodes and of all episodes.
 
@@ -183,28 +235,15 @@ def evaluate_features(
         DataError: the split has too few classes, or a class too few images, for the task.
     """
     start = time.perf_counter()
-    sampler = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
-    per_batch = episodes_per_batch(way * (shot + query), adapt, model.latent, h_nF.device)
-    positions_P = torch.as_tensor(query_positions(way, query, unbalanced))
-    truth_P = (positions_P // query).to(h_nF.device)
+    task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
+    sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
     accuracies, reliability, uncalibrated = [], Reliability(), Reliability()
-    truth = truth_P.cpu().numpy()
-    for first in range(0, episodes, per_batch):
-        count = min(per_batch, episodes - first)
-        support_EKS, query_EKQ = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        log_p_EPK = log_posteriors(
-            model,
-            adapt,
-            h_nF[support_EKS],
-            h_nF[query_EKQ.flatten(1)[:, positions_P]],
-            mode=mode,
-            seed_by_episode=range(first, first + count),
-        )
+    batches = posterior_batches(model, adapt, h_nF, sampler, episodes, mode=mode, on_progress=on_progress)
+    for log_p_EPK, truth_EP in batches:
+        truth = truth_EP.flatten().cpu().numpy()
         for collected, temperature in ((reliability, posterior_temperature), (uncalibrated, 1.0)):
-            collected.add(calibrated(log_p_EPK, temperature).flatten(0, 1).cpu().numpy(), np.tile(truth, count))
-        accuracies.append((log_p_EPK.argmax(dim=2) == truth_P).double().mean(dim=1).cpu())
-        if on_progress is not None:
-            on_progress(first + count, episodes)
+            collected.add(calibrated(log_p_EPK, temperature).flatten(0, 1).cpu().numpy(), truth)
+        accuracies.append((log_p_EPK.argmax(dim=2) == truth_EP).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
     return EpisodeResults(
@@ -217,6 +256,7 @@ def evaluate_features(
         seconds,
         reliability,
         unbalanced=unbalanced,
+        dirichlet=dirichlet,
         temperature=posterior_temperature,
         uncalibrated=None if posterior_temperature == 1 else uncalibrated,
     )

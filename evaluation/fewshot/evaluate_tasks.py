@@ -13,7 +13,7 @@ from metagmvae.evaluation.fewshot.encoding import encode_split, scale_features
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encoders import EncoderModel
@@ -22,12 +22,14 @@ from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
 MAX_EPISODES = 10**7
 TASK_DEFAULTS = {"query": 15, "episodes": 1000, "seed": 0}
+QUERY_KEYS = ("way", "shot", "query", "seed", "unbalanced", "dirichlet")
+"""Keys of a task that define its episodes."""
 
 
 def evaluate_tasks(
     loaded: LoadedModel,
     dataset: Dataset,
-    tasks: Sequence[Mapping[str, int]] = ({"way": 5, "shot": 1},),
+    tasks: Sequence[Mapping[str, Any]] = ({"way": 5, "shot": 1},),
     *,
     split: str = "test",
     mode: PredictionMode = "transductive",
@@ -56,7 +58,7 @@ def evaluate_tasks(
         loaded: a Meta-GMVAE, for example from `metagmvae.load_model`; it is moved to the device.
         dataset: images, or features made by the encoder of the model.
         tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000),
-            `seed` (0) and `unbalanced` (False), as in `evaluate_features`.
+            `seed` (0), `unbalanced` (False) and `dirichlet` (None), as in `evaluate_features`.
         split: whose classes the episodes are drawn from.
         mode: `transductive` or `inductive`, as in `predict_episodes`.
         baselines: also evaluate the baselines on the same features and episodes, each in its own mode, with settings
@@ -75,7 +77,7 @@ def evaluate_tasks(
     for task in full_tasks:  # before the images are encoded, which takes long
         if not 1 <= task["episodes"] <= MAX_EPISODES:
             raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")
-        EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
+        QuerySampler(labels, **{key: task[key] for key in QUERY_KEYS if key in task})
     features = _encode(model, dataset, split, device)
     h_nF = features.by_kind["scaled"]
     if not torch.isfinite(h_nF).all():
@@ -91,7 +93,7 @@ def evaluate_tasks(
         with progress(f"{title} episodes") as on_progress:
             adapt = loaded.settings.adapt
             temperature = loaded.posterior_temperature(adapt, mode, task["way"], task["shot"])
-            options = {"mode": mode, "posterior_temperature": temperature, "on_progress": on_progress}
+            options: dict[str, Any] = {"mode": mode, "posterior_temperature": temperature, "on_progress": on_progress}
             result = evaluate_features(model, adapt, h_nF, labels, **options, **task)
         if baselines:
             with progress(f"{title} baselines") as on_progress:

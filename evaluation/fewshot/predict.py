@@ -15,8 +15,8 @@ and the prediction averages Bayes' rule over the latents of a query (Eq. 11):
     p(y = k | x_q, D) = 1/N sum_n N(z_q^(n); mu_k, s2_k) / sum_j N(z_q^(n); mu_j, s2_j)
 
 Two departures from the paper are at choice. `AdaptSettings.proportions` estimates the class weights instead of fixing
-them to 1/K, for unbalanced queries. A temperature T of the posterior calibrates the probabilities: p(k)^(1/T), divided by
-the sum over k (`calibrated`). It is another temperature than `AdaptSettings.temperature`, which acts inside EM.
+them to 1/K, for unbalanced queries. A temperature T of the posterior calibrates the probabilities: p(k)^(1/T), divided
+by the sum over k (`calibrated`). It is another temperature than `AdaptSettings.temperature`, which acts inside EM.
 
 The published code differs from Eq. 10: it uses the identity instead of s2 in all E-steps, and s2 in the final
 posterior only. `AdaptSettings` selects either: `e_step` for Eq. 10, `final_covariance` for Eq. 11.

@@ -1,0 +1,222 @@
+"""Fits what makes the probabilities of a model mean something: temperatures, and the level of the background component.
+
+Both are fitted on episodes of validation classes, or of augmented images where there are no labelled classes.
+
+Notation: n images or queries, F features, K ways, S shots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.fewshot.encoding import encode_split
+from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
+from metagmvae.evaluation.fewshot.metrics import Reliability
+from metagmvae.evaluation.fewshot.predict import PredictionMode
+from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
+from metagmvae.evaluation.uncertainty.background import search_background
+from metagmvae.evaluation.uncertainty.temperature import fit_temperature, negative_log_likelihood
+from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
+from metagmvae.pipelines.sampling.query_sets import QuerySampler
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.posterior_calibration import FittedBackground, FittedTemperature, PosteriorCalibration
+from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+
+MODES: tuple[PredictionMode, ...] = get_args(PredictionMode)
+MOST_OPEN_EPISODES = 30
+"""Episodes of the search for a background level: it evaluates them many times."""
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """The episodes that are fitted on."""
+
+    ways: tuple[int, ...] = (5,)
+    shots: tuple[int, ...] = (1, 5)
+    query: int = 15
+    episodes: int = 100
+    """Of each way, shot and mode."""
+    seed: int = 1
+    background: bool = True
+    """Also fit the level of the background component, which takes several times as long."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the episodes are drawn from."""
+
+    fitted_on: Any
+    split: str
+    h_nF: Tensor
+    labels: np.ndarray
+
+
+def fit_calibration(
+    loaded: LoadedModel,
+    dataset: Dataset,
+    plan: CalibrationPlan = CalibrationPlan(),
+    *,
+    device: torch.device,
+    split: str | None = None,
+    progress: ProgressBar = no_progress,
+) -> PosteriorCalibration:
+    """Fit the temperature of each way, shot and mode, and the level of the background component.
+
+    Args:
+        loaded: a Meta-GMVAE; it is moved to the device.
+        dataset: its data.
+        plan: what is fitted. Ways and shots that the split cannot provide are lowered to what it can.
+        device: where the model runs.
+        split: whose classes are used; None: the validation split of the model's settings. Without that split, or
+            without two classes in it, the training images are augmented instead (`augmented_features`).
+        progress: opens a progress bar.
+
+    Raises:
+        DataError: the model is encoder-only, the split does not exist, or holds features where images must be
+            augmented.
+    """
+    model, adapt = require_meta_gmvae(loaded, loaded.settings.name).to(device), loaded.settings.adapt
+    data = _data(loaded, dataset, plan, split, device)
+    tasks = _possible_tasks(data.labels, plan)
+    temperatures, backgrounds = [], []
+    steps = [(way, shot, mode) for way, shot in tasks for mode in MODES]
+    with progress("calibration") as on_progress:
+        for done, (way, shot, mode) in enumerate(steps, start=1):
+            task: dict[str, Any] = {
+                "way": way,
+                "shot": shot,
+                "query": _queries(data.labels, shot, plan),
+                "seed": plan.seed,
+            }
+            temperatures.append(_fit(model, adapt, data, task, mode, plan.episodes))
+            if plan.background and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
+                backgrounds.append(fit)
+            if on_progress is not None:
+                on_progress(done, len(steps))
+    return PosteriorCalibration(
+        fitted_on=data.fitted_on,
+        split=data.split,
+        data_fingerprint=dataset.fingerprint,
+        adapt=adapt,
+        temperatures=tuple(temperatures),
+        backgrounds=tuple(backgrounds),
+    )
+
+
+def _data(
+    loaded: LoadedModel, dataset: Dataset, plan: CalibrationPlan, split: str | None, device: torch.device
+) -> _Data:
+    name = loaded.settings.data.validation_split if split is None else split
+    if split is not None:
+        dataset.split(split)
+    if name in dataset.splits:
+        labels = dataset.labels(name)
+        if _smallest_and_classes(labels)[1] >= 2:
+            return _Data("labelled classes", name, encode_split(loaded.model, dataset, name, device), labels)
+    if split is not None:
+        raise DataError(f"{dataset.uri}: the split {split!r} has fewer than two classes of two images; choose another")
+    train = loaded.settings.data.train_split
+    views = max(plan.shots) + plan.query
+    drawn = augmented_features(loaded, dataset, train, views=views, seed=plan.seed, device=device)
+    return _Data("augmented images", train, *drawn)
+
+
+def _smallest_and_classes(labels: np.ndarray) -> tuple[int, int]:
+    """Images of the smallest class, and the number of classes."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return (int(counts.min()), len(counts)) if len(counts) else (0, 0)
+
+
+def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int, int]]:
+    """Ways and shots of the plan, lowered to the classes of the split and to one image less than the smallest has.
+
+    Raises:
+        DataError: a class has a single image.
+    """
+    smallest, classes = _smallest_and_classes(labels)
+    if smallest < 2:
+        raise DataError("calibration needs two images of each class, and a class has one; leave small classes out")
+    ways = dict.fromkeys(min(way, classes) for way in plan.ways)
+    shots = dict.fromkeys(min(shot, smallest - 1) for shot in plan.shots)
+    return [(way, shot) for way in ways for shot in shots]
+
+
+def _queries(labels: np.ndarray, shot: int, plan: CalibrationPlan) -> int:
+    return min(plan.query, _smallest_and_classes(labels)[0] - shot)
+
+
+def _fit(
+    model: MetaGMVAE,
+    adapt: AdaptSettings,
+    data: _Data,
+    task: dict[str, Any],
+    mode: PredictionMode,
+    episodes: int,
+) -> FittedTemperature:
+    sampler = QuerySampler(data.labels, **task)
+    log_p_nK, labels = _collect(posterior_batches(model, adapt, data.h_nF, sampler, episodes, mode=mode))
+    return FittedTemperature(mode=mode, way=task["way"], shot=task["shot"], **_temperature(log_p_nK, labels))
+
+
+def _fit_background(
+    model: MetaGMVAE,
+    adapt: AdaptSettings,
+    data: _Data,
+    task: dict[str, Any],
+    mode: PredictionMode,
+    episodes: int,
+) -> FittedBackground | None:
+    """Fit on episodes with as many classes without labelled images as with; None if the split has too few classes."""
+    open_classes = min(task["way"], _smallest_and_classes(data.labels)[1] - task["way"])
+    if open_classes < 1:
+        return None
+    sampler = QuerySampler(data.labels, **task, open_classes=open_classes)
+    episodes = min(episodes, MOST_OPEN_EPISODES)
+
+    def classify(background: float) -> tuple[np.ndarray, np.ndarray]:
+        batches = posterior_batches(model, adapt, data.h_nF, sampler, episodes, mode=mode, background=background)
+        return _collect(batches)
+
+    background, log_p_nK, labels = search_background(classify)
+    return FittedBackground(
+        mode=mode,
+        way=task["way"],
+        shot=task["shot"],
+        background=background,
+        open_classes=open_classes,
+        accuracy=float((log_p_nK.argmax(axis=1) == labels).mean()),
+        **_temperature(log_p_nK, labels),
+    )
+
+
+def _collect(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities (n, K) and classes (n,) of all queries."""
+    pairs = [(log_p.flatten(0, 1).cpu().numpy(), truth.flatten().cpu().numpy()) for log_p, truth in batches]
+    return np.concatenate([log_p for log_p, _ in pairs]), np.concatenate([truth for _, truth in pairs])
+
+
+def _temperature(log_p_nK: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The fitted temperature with its effect, as fields of `FittedTemperature`."""
+    temperature = fit_temperature(log_p_nK, labels)
+    return {
+        "temperature": temperature,
+        "queries": len(labels),
+        "nll": negative_log_likelihood(log_p_nK, labels, temperature),
+        "nll_uncalibrated": negative_log_likelihood(log_p_nK, labels, 1.0),
+        "ece": _calibration_error(log_p_nK, labels, temperature),
+        "ece_uncalibrated": _calibration_error(log_p_nK, labels, 1.0),
+    }
+
+
+def _calibration_error(log_p_nK: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    reliability = Reliability()
+    reliability.add(torch.softmax(torch.as_tensor(log_p_nK) / temperature, dim=1).numpy(), labels)
+    return reliability.calibration_error
