@@ -25,7 +25,7 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
 
 def test_mean_and_interval_against_closed_forms():
     assert mean_ci95(np.array([0.0, 1.0])) == (0.5, pytest.approx(1.96 * np.sqrt(0.5) / np.sqrt(2)))
-    assert mean_ci95(np.array([0.25])) == (0.25, 0.0)
+    assert mean_ci95(np.array([0.25])) == (0.25, None), "one value has no interval"
     with pytest.raises(ValueError, match="at least one"):
         mean_ci95(np.array([]))
 

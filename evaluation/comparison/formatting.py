@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from metagmvae.pipelines.records import printable
+
 Task = tuple[int, int]
 """(way, shot)."""
 UNKNOWN = "\N{EN DASH}"
@@ -23,9 +25,9 @@ def parse_task(name: str) -> Task | None:
 
 
 def task_title(name: str) -> str:
-    """`(5,1)` for `5w1s`."""
+    """`(5,1)` for `5w1s`; another name escaped for Markdown."""
     task = parse_task(name)
-    return name if task is None else task_name(task)
+    return markdown_text(name) if task is None else task_name(task)
 
 
 def percent(accuracy: float, ci95: float | None = None) -> str:
@@ -58,6 +60,18 @@ def format_setting(value: object) -> str:
 def short(text: str) -> str:
     """Return the first 8 digits of a SHA-256 digest, and any other text unchanged."""
     return text[:8] if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def markdown_text(text: str) -> str:
+    """Escape a name from data or users (class, model, setting, reason): it formats, links and embeds nothing."""
+    return re.sub(r"([\\`*|<\[\]&~$]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+
+
+def markdown_code(text: str) -> str:
+    """A name from data or users as code, also in a table."""
+    shown = printable(text).replace("|", r"\|")
+    ticks = max((len(run) for run in re.findall("`+", shown)), default=0)
+    return f"`{shown}`" if not ticks else f"{'`' * (ticks + 1)} {shown} {'`' * (ticks + 1)}"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

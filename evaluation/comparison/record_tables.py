@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from metagmvae.evaluation.comparison.formatting import Task, markdown_table, percent, points, task_name, task_title
+from metagmvae.evaluation.comparison.formatting import (
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    percent,
+    points,
+    task_name,
+    task_title,
+)
 from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
 
@@ -74,8 +82,6 @@ VALUES = {
 
 
 class _Record(BaseModel):
-    """Base of the parts of recorded files that the tables show."""
-
     model_config = ConfigDict(extra="allow")
 
 
@@ -194,12 +200,12 @@ def ablation_table(results: Path, name: str) -> str:
     """Accuracy in percent of each configuration in `ablation-NAME.json`, and its paired difference to the first one."""
     record = _read(results / f"ablation-{name}.json", _Ablation)
     first = record["rows"][0]["name"]
-    tasks = [_task(result) for result in record["rows"][0]["results"]]
-    paired = {(pair["name"], _task(pair)): pair for pair in record["paired"]}
+    tasks = [(result["way"], result["shot"]) for result in record["rows"][0]["results"]]
+    paired = {(pair["name"], (pair["way"], pair["shot"])): pair for pair in record["paired"]}
     rows = []
     for row in record["rows"]:
         cells = [_ablation_label(record["settings"], first, row["name"])]
-        scores = {_task(result): result for result in row["results"]}
+        scores = {(result["way"], result["shot"]): result for result in row["results"]}
         for task in tasks:
             pair = paired.get((row["name"], task))
             cells += [
@@ -216,9 +222,10 @@ def curve_table(results: Path, name: str) -> str:
     lines = _read(results / f"{name}-curve.json", _Curve)["validation"]
     shown = [line for number, line in enumerate(lines, start=1) if number & (number - 1) == 0 or line is lines[-1]]
     tasks = _validated_tasks(lines[0])
-    rows = [
-        [f"{line['global_step']:,}", f"{line['elapsed_s']:,.0f}", *_validation_cells(line, tasks)] for line in shown
-    ]
+    rows = []
+    for line in shown:
+        accuracies = [percent(line[key], line.get(f"{key}_ci95")) if key in line else "" for key in tasks]
+        rows.append([f"{line['global_step']:,}", f"{line['elapsed_s']:,.0f}", *accuracies])
     return markdown_table(["step", "seconds", *tasks.values()], rows)
 
 
@@ -231,7 +238,7 @@ def promotion_table(results: Path, name: str) -> str:
             percent(task["challenger"]),
             percent(task["champion"]),
             points(task["difference"], task["ci95"]),
-            task["verdict"],
+            markdown_text(task["verdict"]),
         ]
         for task in record["tasks"]
     ]
@@ -248,10 +255,10 @@ def sweep_table(results: Path, name: str) -> str:
         value = best["value"]
         rows.append(
             [
-                f"`{setting}`",
+                markdown_code(setting),
                 f"{importance['importance']:.1%} ({importance['low']:.1%} to {importance['high']:.1%})",
                 f"{importance['chance']:.1%}",
-                f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else str(value),
+                f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else markdown_text(str(value)),
                 f"{percent(best['mean'], best['ci95'])} ({best['trials']} trials)",
             ]
         )
@@ -273,12 +280,12 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
 def _ablation_label(settings: Sequence[Mapping[str, Any]], first: str, name: str) -> str:
     """Settings of a row that differ from those of the first row, or its name where too many differ."""
     changed = [
-        f"`{row['setting']} = {str(row['values'][name]).lower()}`"
+        markdown_code(f"{row['setting']} = {str(row['values'][name]).lower()}")
         for row in settings
         if row["values"][name] != row["values"][first]
     ]
     if len(changed) > MOST_CHANGES or name in LABELS:
-        return LABELS.get(name, name)
+        return LABELS.get(name) or markdown_text(name)
     return ", ".join(changed) or "reference configuration"
 
 
@@ -286,11 +293,3 @@ def _validated_tasks(line: Mapping[str, Any]) -> dict[str, str]:
     """Key of each validation accuracy in a metric line -> title of its column."""
     keys = [key for key in line if key.startswith("validation/") and not key.endswith("_ci95")]
     return {key: task_title(key.removeprefix("validation/")) for key in keys}
-
-
-def _validation_cells(line: Mapping[str, Any], tasks: Mapping[str, str]) -> list[str]:
-    return [percent(line[key], line[f"{key}_ci95"]) for key in tasks]
-
-
-def _task(result: Mapping[str, Any]) -> Task:
-    return result["way"], result["shot"]

@@ -48,7 +48,8 @@ class RecordedAccuracy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     accuracy: Fraction
-    ci95: HalfWidth
+    ci95: HalfWidth | None
+    """None: a single episode."""
     way: Count
     shot: Count
     query: Count

@@ -7,7 +7,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metagmvae.evaluation.comparison.formatting import Task, format_value, markdown_table, percent, points, task_name
+from metagmvae.evaluation.comparison.formatting import (
+    Task,
+    format_value,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    percent,
+    points,
+    task_name,
+)
 from metagmvae.evaluation.comparison.paper import BY_REF, TASKS, DatasetName
 from metagmvae.evaluation.comparison.result_files import (
     RecordedAccuracy,
@@ -63,15 +72,16 @@ def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] 
     tasks = _columns(dataset, recorded)
     rows = []
     for name, by_task in recorded.items():
-        rows.append([f"**`{name.removesuffix('+')}`**{_protocol(by_task)}", *_cells(by_task, tasks)])
+        rows.append([f"**{markdown_code(name.removesuffix('+'))}**{_protocol(by_task)}", *_cells(by_task, tasks)])
         if name.endswith("+"):
             by_label = _baselines(by_task)
             for label in baselines or by_label:
-                rows.append([f"{label}{_baseline_protocol(by_label[label])}", *_cells(by_label[label], tasks)])
+                row = by_label[label]
+                rows.append([f"{markdown_text(label)}{_baseline_protocol(row)}", *_cells(row, tasks)])
     if dataset in PAPER_ROWS:
         for label, key in PAPER_ROWS[dataset].items():
             rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
-    return markdown_table([f"{TITLES.get(dataset, dataset)} (way,shot)", *map(task_name, tasks)], rows)
+    return markdown_table([f"{TITLES.get(dataset) or markdown_text(dataset)} (way,shot)", *map(task_name, tasks)], rows)
 
 
 def summary_table(results: Path, dataset: str) -> str:
@@ -98,7 +108,7 @@ def paired_table(results: Path, name: str) -> str:
     labels = {(row.baseline, row.baseline_mode): None for result in by_task.values() for row in result.paired}
     rows = []
     for label, mode in labels:
-        cells = [f"{label} ({mode})"]
+        cells = [f"{markdown_text(label)} ({mode})"]
         for result in by_task.values():
             difference = next((row for row in result.paired if row.baseline == label), None)
             baseline = next((row for row in result.baselines if row.baseline == label), None)
@@ -110,7 +120,7 @@ def paired_table(results: Path, name: str) -> str:
 
 def _settings(baseline: RecordedBaseline | None) -> str:
     return ", ".join(
-        value if name == "features" else f"{name} {format_value(value)}"
+        markdown_text(str(value) if name == "features" else f"{name} {format_value(value)}")
         for name, value in (baseline.settings.items() if baseline else ())
     )
 
@@ -177,7 +187,7 @@ def _protocol(by_task: ByTask) -> str:
     results = [result for trainings in by_task.values() for result in trainings]
     notes = [_modes(by_task)]
     splits = {str(result.images.options.get("split", "")) for result in results if result.images.name == "omniglot"}
-    notes += [OMNIGLOT_SPLITS.get(split, split) for split in sorted(splits) if split]
+    notes += [OMNIGLOT_SPLITS.get(split) or markdown_text(split) for split in sorted(splits) if split]
     if any(result.trained.get("selected_by") for result in results):
         notes.append("checkpoint chosen with validation labels")
     trainings = max(map(len, by_task.values()))

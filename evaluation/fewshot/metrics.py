@@ -58,12 +58,12 @@ class Reliability:
         }
 
 
-def mean_ci95(values: np.ndarray) -> tuple[float, float]:
+def mean_ci95(values: np.ndarray) -> tuple[float, float | None]:
     """Return the mean and the half-width of its 95% confidence interval, 1.96 * std / sqrt(n).
 
     Args:
-        values: one number per episode, (n,); std is the sample standard deviation (n - 1). One value gives a
-            half-width of 0.
+        values: one number per episode, (n,); std is the sample standard deviation (n - 1). One value has no interval:
+            None.
 
     Raises:
         ValueError: there are no values.
@@ -71,5 +71,5 @@ def mean_ci95(values: np.ndarray) -> tuple[float, float]:
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:
         raise ValueError("the mean of no values is undefined; give at least one")
-    std = values.std(ddof=1) if values.size > 1 else 0.0
-    return float(values.mean()), float(1.96 * std / np.sqrt(values.size))
+    interval = float(1.96 * values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else None
+    return float(values.mean()), interval

@@ -77,10 +77,10 @@ def paired_difference(
     ]
     if differing:
         raise PairingError(f"not the same episodes: {', '.join(differing)}; evaluate both models with one request")
-    if count < 2:
-        raise PairingError(f"{count} episode gives no confidence interval; evaluate both models on at least 2 episodes")
     difference = np.asarray(challenger.accuracies, np.float64) - np.asarray(champion.accuracies, np.float64)
     mean, ci95 = mean_ci95(difference)
+    if ci95 is None:
+        raise PairingError(f"{count} episode gives no confidence interval; evaluate both models on at least 2 episodes")
     t_test, wilcoxon = _p_values(difference)
     return PairedDifference(
         challenger.way,

@@ -44,7 +44,9 @@ def validate(
             result = evaluate_features(model, settings.adapt, h_nF, labels, **task)
         else:
             result = evaluate_encoder(h_nF, labels, **task)
-        scores[f"{validation.way}w{shot}s"] = {"accuracy": result.mean, "ci95": result.ci95}
+        scores[f"{validation.way}w{shot}s"] = {"accuracy": result.mean} | (
+            {} if result.ci95 is None else {"ci95": result.ci95}
+        )
     if validation.probes and not isinstance(model, MetaGMVAE):
         scores["neighbours"] = {"accuracy": knn_probe(h_nF, labels)}
         scores["linear"] = {"accuracy": linear_probe(h_nF, labels)}

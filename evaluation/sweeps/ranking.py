@@ -39,7 +39,7 @@ class TrialsAtStep:
     accuracy: np.ndarray
     """(trials,), fractions in [0, 1] at that step."""
     ci95: np.ndarray
-    """(trials,), half-widths of the 95% confidence intervals over episodes."""
+    """(trials,), half-widths of the 95% confidence intervals over episodes; NaN for a single episode."""
     left_out: int
     """Number of trials that were validated but ended before that step."""
 
@@ -86,7 +86,8 @@ def trials_at_common_step(trials: Sequence[Trial]) -> TrialsAtStep:
 def _interpolate(trial: Trial, step: int) -> tuple[float, float]:
     """Accuracy and its interval at a step, interpolated linearly between validations."""
     steps = [point.step for point in trial.curve]
-    accuracy, ci95 = ([getattr(point, key) for point in trial.curve] for key in ("accuracy", "ci95"))
+    accuracy = [point.accuracy for point in trial.curve]
+    ci95 = [math.nan if point.ci95 is None else point.ci95 for point in trial.curve]
     return float(np.interp(step, steps, accuracy)), float(np.interp(step, steps, ci95))
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from matplotlib.figure import Figure
 
 from metagmvae.configs.dimensions import format_value
+from metagmvae.evaluation.comparison.formatting import markdown_table, markdown_text, percent
 from metagmvae.evaluation.figures.plots import save
 from metagmvae.evaluation.sweeps import sweep_figures
 from metagmvae.evaluation.sweeps.importance import (
@@ -143,9 +144,9 @@ def _markdown(analysis: SweepAnalysis, figures: Sequence[str]) -> str:
     unit, unit_seconds = sweep_figures.time_unit(seconds)
     counts = ", ".join(f"{count:,} {status}" for status, count in _count_by_status(trials).items() if count)
     parts = [
-        f"# Sweep {analysis.sweep.name}",
+        f"# Sweep {markdown_text(analysis.sweep.name)}",
         f"{len(trials):,} trials ({counts or 'none has ended'}), {seconds / unit_seconds:,.1f} {unit} in total. "
-        f"Accuracy is measured on {analysis.sweep.task} episodes of the validation classes.",
+        f"Accuracy is measured on {markdown_text(analysis.sweep.task)} episodes of the validation classes.",
         *_best_section(best_trial(trials)),
         *_settings_section(analysis),
         *_failures_section(trials),
@@ -158,12 +159,12 @@ def _best_section(best: Trial | None) -> list[str]:
     if best is None:
         return ["No trial has an accuracy yet."]
     point = best.curve[-1]
-    rows = [f"| {name} | {format_value(value)} |" for name, value in best.settings.items()]
+    rows = [[markdown_text(name), markdown_text(format_value(value))] for name, value in best.settings.items()]
     note = "" if best.status == "finished" else f" ({best.status}; no trial has finished)"
     return [
-        f"Best: trial {best.number}{note}, {100 * point.accuracy:.2f} ± {100 * point.ci95:.2f}% at step "
+        f"Best: trial {best.number}{note}, {percent(point.accuracy, point.ci95)}% at step "
         f"{point.step:,}. The accuracy of the best of many trials is biased upwards: evaluate it on other episodes.",
-        "\n".join(["| setting | best trial |", "| --- | --- |", *rows]),
+        markdown_table(["setting", "best trial"], rows),
     ]
 
 
@@ -175,11 +176,11 @@ def _settings_section(analysis: SweepAnalysis) -> list[str]:
     by_name = {setting.name: setting for setting in importance.settings}
     names = list(by_name) or [dimension.name for dimension in analysis.sweep.dimensions]
     rows = [_setting_row(name, by_name.get(name), analysis.groups[name]) for name in names]
-    head = ["| setting | importance | chance | best on average | worst on average |", "| --- | --- | --- | --- | --- |"]
+    head = ["setting", "importance", "chance", "best on average", "worst on average"]
     return [
         f"Settings are compared at step {compared.step:,}, which {len(compared.trials):,} trials have reached"
         f"{left_out}. {_correlation_sentence(compared)}{_importance_sentence(importance)}",
-        "\n".join([*head, *rows]),
+        markdown_table(head, rows),
     ]
 
 
@@ -204,19 +205,19 @@ def _correlation_sentence(compared: TrialsAtStep) -> str:
     )
 
 
-def _setting_row(name: str, setting: SettingImportance | None, groups: Sequence[TrialGroup]) -> str:
+def _setting_row(name: str, setting: SettingImportance | None, groups: Sequence[TrialGroup]) -> list[str]:
     cells = ["", ""]
     if setting is not None:
         bold = "**" if setting.matters else ""
         numbers = f"{100 * setting.importance:.1f}% ({100 * setting.low:.1f} to {100 * setting.high:.1f})"
         cells = [f"{bold}{numbers}{bold}", f"{100 * setting.chance:.1f}%"]
     extremes = [_best_group(groups), min(groups, key=lambda group: group.mean)]
-    return " | ".join([f"| {name}", *cells, *map(_format_group, extremes)]) + " |"
+    return [markdown_text(name), *cells, *map(_format_group, extremes)]
 
 
 def _format_group(group: TrialGroup) -> str:
     interval = "" if group.ci95 is None else f" ± {100 * group.ci95:.2f}"
-    return f"{group.label}: {100 * group.mean:.2f}{interval}% ({group.trials:,})"
+    return f"{markdown_text(group.label)}: {100 * group.mean:.2f}{interval}% ({group.trials:,})"
 
 
 def _failures_section(trials: Sequence[Trial]) -> list[str]:
@@ -224,7 +225,8 @@ def _failures_section(trials: Sequence[Trial]) -> list[str]:
     if not reasons:
         return []
     rows = [
-        f"- {count:,} {status}: {reason or 'no reason'}" for (status, reason), count in reasons.most_common(MAX_REASONS)
+        f"- {count:,} {status}: {markdown_text(reason) or 'no reason'}"
+        for (status, reason), count in reasons.most_common(MAX_REASONS)
     ]
     more = len(reasons) - len(rows)
     further = [f"- {more:,} further reasons"] if more > 0 else []

@@ -27,8 +27,8 @@ class CurvePoint(BaseModel):
     step: int
     accuracy: float
     """Fraction in [0, 1]."""
-    ci95: float
-    """Half-width of the 95% confidence interval over episodes."""
+    ci95: float | None
+    """Half-width of the 95% confidence interval over episodes; None for a single episode."""
     seconds: float
     """Training time up to this step."""
 

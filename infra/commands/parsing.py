@@ -141,17 +141,21 @@ def format_answer(answer: Answer) -> str:
         elif isinstance(value, str) and "\n" in value:
             lines += [_printable(line) for line in value.split("\n")]
         else:
-            lines.append(f"{key}: {_plain(value)}")
+            lines.append(f"{key}: {_cell(key, value)}")
     return "\n".join(lines)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_printable(name) for name in names], *([_plain(row.get(name, "")) for name in names] for row in rows)]
+    cells = [[_printable(name) for name in names], *([_cell(name, row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
     ]
+
+
+def _cell(name: str, value: Any) -> str:
+    return "no interval" if value is None and name.endswith("ci95") else _plain(value)
 
 
 def _plain(value: Any) -> str:

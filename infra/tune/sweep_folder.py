@@ -162,7 +162,7 @@ class SweepFolder:
             CurvePoint(
                 step=int(line["step"]),
                 accuracy=float(line[key]),
-                ci95=float(line[f"{key}_ci95"]),
+                ci95=float(line[f"{key}_ci95"]) if f"{key}_ci95" in line else None,
                 seconds=float(line["elapsed_s"]),
             )
             for line in read_lines(self.trial_folder(number) / METRICS)

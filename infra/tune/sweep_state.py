@@ -8,6 +8,7 @@ from pathlib import Path
 from metagmvae.configs.load import SettingsError, to_toml
 from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.configs.search_space import with_values
+from metagmvae.evaluation.comparison.formatting import percent
 from metagmvae.evaluation.sweeps.ranking import best_trial
 from metagmvae.evaluation.sweeps.trials import Status, Trial
 from metagmvae.infra.runs.checks import check_encoder_settings
@@ -235,7 +236,7 @@ class SweepState:
         out = str(Path(base.run.out).with_name(f"{self.plan.name}-best"))
         run = settings.run.model_copy(update={"out": out})
         settings = settings.model_copy(update={"name": f"{self.plan.name}-best", "run": run})
-        score = f"{100 * best.last.accuracy:.2f} ± {100 * best.last.ci95:.2f}% ({self.plan.task}, validation)"
+        score = f"{percent(best.last.accuracy, best.last.ci95)}% ({self.plan.task}, validation)"
         head = f"# Trial {best.number} of the sweep {self.plan.name}: {score} after {best.last.step} steps.\n"
         head += f"# Command: metagmvae train {self.folder.root / BEST}\n"
         with atomic_file(self.folder.root / BEST) as file:

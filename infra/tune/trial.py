@@ -107,7 +107,7 @@ def tune_result(line: MetricLine, task: str) -> dict[str, Any] | None:
     key = f"validation/{task}"
     if key not in line:
         return None
-    return {"step": line["step"], "accuracy": line[key], "ci95": line[f"{key}_ci95"], "seconds": line["elapsed_s"]}
+    return {"step": line["step"], "accuracy": line[key], "ci95": line.get(f"{key}_ci95"), "seconds": line["elapsed_s"]}
 
 
 def replay_reports(run_dir: Path, task: str) -> None:

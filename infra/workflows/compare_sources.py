@@ -137,7 +137,7 @@ def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
             "global_step": point.step,
             "elapsed_s": point.seconds,
             f"validation/{task_name}": point.accuracy,
-            f"validation/{task_name}_ci95": point.ci95,
+            **({} if point.ci95 is None else {f"validation/{task_name}_ci95": point.ci95}),
         }
         for point in best[0].curve
     )
