@@ -137,9 +137,9 @@ class IntegerRange(_Levels):
     """Integers low, low + step, … up to high."""
 
     kind: Literal["int"] = "int"
-    low: int
-    high: int
-    step: int = Field(1, gt=0)
+    low: int = Field(ge=-(2**53), le=2**53)
+    high: int = Field(ge=-(2**53), le=2**53)
+    step: int = Field(1, gt=0, le=2**53)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:

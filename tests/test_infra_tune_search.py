@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from metagmvae.configs.dimensions import Choice, IntegerRange, LogUniform
+from metagmvae.configs.dimensions import Choice, IntegerRange, LogUniform, parse_dimension
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
@@ -34,6 +34,16 @@ def test_grid_search_proposes_every_combination_once_in_a_seeded_order():
 def test_grid_search_refuses_an_interval():
     with pytest.raises(SettingsError, match=r"train\.learning_rate: grid search needs a list of values"):
         GridSearch(SPACE, 0)
+
+
+def test_a_grid_that_is_too_large_is_refused_at_once():
+    big = [IntegerRange(name=name, low=0, high=high) for name, high in (("a", 3 * 10**9), ("b", 2**53))]
+    for dimensions in (big[:1], big[1:], big):
+        with pytest.raises(SettingsError, match=r"combinations: at most 1,000,000 are possible"):
+            GridSearch(Space("mine", tuple(dimensions)), 0)
+    with pytest.raises(SettingsError, match="high"):
+        parse_dimension("a", {"kind": "int", "low": 0, "high": 10**30})
+    assert 0 <= RandomSearch(Space("mine", tuple(big)), 0).ask(0)["a"] <= 3 * 10**9
 
 
 def test_random_draws_depend_on_seed_and_number_and_cover_the_space():

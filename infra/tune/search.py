@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ from metagmvae.pipelines.rng import keyed_rng
 
 Search = Literal["random", "grid", "tpe"]
 Values = dict[str, Value]
+MAX_GRID = 10**6
+"""Combinations of a grid; their shuffled order is kept in memory."""
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -92,6 +94,11 @@ class GridSearch(_StatelessSearch):
         self.levels = [_levels(dimension) for dimension in space.dimensions]
         self.shape = tuple(len(levels) for levels in self.levels)
         self.size = math.prod(self.shape)
+        if self.size > MAX_GRID:
+            raise SettingsError(
+                f"grid search over {self.size:,} combinations: at most {MAX_GRID:,} are possible; give fewer values, "
+                "or use --search random or tpe"
+            )
         self.order = keyed_rng("tune-grid", seed).permutation(self.size)
 
     def ask(self, number: int) -> Values | None:
@@ -167,13 +174,13 @@ class TpeSearch:
         self.study.tell(open_trial, result.get("value"), state=result["state"])
 
 
-def _levels(dimension: Dimension) -> tuple[Value, ...]:
+def _levels(dimension: Dimension) -> Sequence[Value]:
     if not dimension.levels:
         raise SettingsError(
             f"{dimension.name}: grid search needs a list of values, but {dimension.kind} is an interval; write it as "
             "choice, or use --search random or tpe"
         )
-    return tuple(dimension.levels)
+    return dimension.levels
 
 
 def _seed(sweep_seed: int, number: int) -> int:
