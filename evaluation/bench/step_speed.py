@@ -13,7 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.evaluation.bench.memory import peak_rss
 from metagmvae.evaluation.bench.reference import step_loss
-from metagmvae.pipelines.records import SetBatch
+from metagmvae.pipelines.records import SetBatch, WorkError
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
@@ -49,6 +51,9 @@ DEFAULT_ALLOCATOR = ("literal", "R=1, memory given back", "R=1, bfloat16, memory
 GPU_STEPS = 20
 """Steps of one measured time on a GPU, which works while the host prepares the next step."""
 
+NEEDED_MEMORY = "the seven processes need about 18 GiB together; close other programs, or use another machine"
+"""On a CPU, according to `evaluation/results/bench-step.json` and with the libraries of each process."""
+
 Step = Callable[[], Tensor]
 
 
@@ -61,13 +66,13 @@ def bench_step(repeats: int, threads: int) -> dict[str, Any]:
     """
     with _children(threads) as children:
         for child in children.values():
-            _ask(child, "step")
+            child.ask("step")
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         for _ in range(repeats):
             for name, child in children.items():
-                times[name].append(_ask(child, "step"))
-        memory = {name: _ask(child, "memory") for name, child in children.items()}
-        profiles = {name: _ask(children[name], "profile") for name in ("R=1", "R=1, bfloat16")}
+                times[name].append(child.ask("step"))
+        memory = {name: child.ask("memory") for name, child in children.items()}
+        profiles = {name: children[name].ask("profile") for name in ("R=1", "R=1, bfloat16")}
     slowest = statistics.median(times["literal"])
     rows = [
         {
@@ -89,32 +94,53 @@ def _settings() -> dict[str, Any]:
 
 
 @contextmanager
-def _children(threads: int) -> Iterator[dict[str, Any]]:
-    """Start one process per variant; yield a pipe to each, by name."""
+def _children(threads: int) -> Iterator[dict[str, _Child]]:
+    """Start one process per variant; yield them by name."""
     context = get_context("spawn")
-    started = {}
+    started: dict[str, _Child] = {}
     try:
         for name in VARIANTS:
             parent_end, child_end = context.Pipe()
             process = context.Process(target=_serve, args=(name, threads, child_end), daemon=True)
             process.start()
             child_end.close()
-            started[name] = (process, parent_end)
-        yield {name: pipe for name, (_, pipe) in started.items()}
+            started[name] = _Child(name, process, parent_end)
+        yield started
     finally:
-        for process, pipe in started.values():
-            pipe.close()
-            process.join(timeout=10)
-            process.kill()
+        for child in started.values():
+            child.pipe.close()
+            child.process.join(timeout=10)
+            child.process.kill()
 
 
-def _ask(pipe: Any, question: str) -> Any:
-    """Send a question to a variant and return its answer."""
-    pipe.send(question)
-    answer = pipe.recv()
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+@dataclass(frozen=True)
+class _Child:
+    """The process of one variant."""
+
+    name: str
+    process: BaseProcess
+    pipe: Any
+
+    def ask(self, question: str) -> Any:
+        """Send a question and return the answer.
+
+        Raises:
+            WorkError: the process ran out of memory or has ended.
+        """
+        try:
+            self.pipe.send(question)
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(timeout=10)
+            raise WorkError(
+                f"the process of variant {self.name!r} ended (exit code {self.process.exitcode}), probably because "
+                f"memory ran out: {NEEDED_MEMORY}"
+            ) from error
+        if isinstance(answer, RuntimeError) and "memory" in str(answer):
+            raise WorkError(f"variant {self.name!r} ran out of memory: {NEEDED_MEMORY}") from answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
 
 def _serve(name: str, threads: int, pipe: Any) -> None:
