@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.evaluation.fewshot.metrics import Reliability
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.gallery import episode_figures
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -77,7 +76,8 @@ def draw_models(models: Sequence[EvaluatedModel], dataset: Dataset, split: str) 
     drawn = []
     for model in models:
         known = {task: result.reliability for task, result in model.results.items() if result.reliability is not None}
-        images = [_draw_reliability(known)] if known else []
+        bins = {task: reliability.summary()["bins"] for task, reliability in known.items()}
+        images = [draw_reliability(bins)] if known else []
         unnamed = replace(model.loaded, settings=model.loaded.settings.model_copy(update={"name": "model"}))
         # The latent map fits beside the reliability diagram; the grid of an episode fills a row.
         figures = sorted(episode_figures(unnamed, dataset, split).items(), key=lambda item: _aspect(item[1]))
@@ -129,19 +129,22 @@ def _loss(curves: Sequence[Curve]) -> Figure:
     return figure
 
 
-def _draw_reliability(tasks: Mapping[Task, Reliability]) -> PageImage:
-    """Draw accuracy over confidence, one line for each task; a calibrated model lies on the diagonal."""
+def draw_reliability(bins: Mapping[Task, Sequence[Mapping[str, float]]]) -> PageImage:
+    """Draw accuracy over confidence, one line for each task; a calibrated model lies on the diagonal.
+
+    Args:
+        bins: `queries`, `confidence` and `accuracy` of each bin, as in `Reliability.summary`, by task.
+    """
 
     def draw() -> Figure:
         figure, axes = _panel("confidence, %", "accuracy, %")
         axes.plot([0, 100], [0, 100], color=matplotlib.rcParams["grid.color"], linewidth=1.2, zorder=0)
-        for number, (task, bins) in enumerate(sorted(tasks.items())):
-            filled = bins.count > 0
-            count = bins.count[filled]
-            confidence, accuracy = 100 * bins.confidence[filled] / count, 100 * bins.correct[filled] / count
+        for number, (task, rows) in enumerate(sorted(bins.items())):
+            confidence, accuracy = ([100 * row[key] for row in rows] for key in ("confidence", "accuracy"))
+            count = np.array([row["queries"] for row in rows])
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(confidence, accuracy, color=colour, linewidth=1, label=task_name(task))
-            sizes = 12 + 90 * count / bins.count.max()
+            sizes = 12 + 90 * count / count.max()
             axes.scatter(confidence, accuracy, s=sizes, color=colour, alpha=0.7, linewidths=0)
         axes.set(xlim=(0, 102), ylim=(0, 102))
         axes.legend(frameon=False, fontsize=9)

@@ -1,0 +1,63 @@
+"""`fit`: from a folder of pictures to a classifier and a report."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command
+
+
+def add(parsers: Parsers) -> None:
+    """Add the command of this module to the parser."""
+    description = (
+        "look at a folder of pictures, prepare it, train a model within a time budget, evaluate it, and write "
+    )
+    description += "the model and a report; run again, it continues"
+    example = "metagmvae fit pictures --budget 20m --out models/mine"
+    parser = add_command(parsers, "fit", fit, description, example, "the same command continues")
+    help_text = "folder or archive of images; with class folders, some classes are held out to measure the accuracy"
+    parser.add_argument("pictures", metavar="PICTURES", help=help_text)
+    help_text = "folder of labelled images, DIR/CLASS/*.png, on which the model is evaluated too"
+    parser.add_argument("--labelled", metavar="DIR", help=help_text)
+    help_text = "time for everything, such as 90s, 20m or 1h30m (default: 20m)"
+    parser.add_argument("--budget", default="20m", metavar="TIME", help=help_text)
+    help_text = "new folder for the model, the report and all files (default: models/NAME of the pictures)"
+    parser.add_argument("--out", metavar="MODEL", help=help_text)
+    parser.add_argument("--unlabelled", action="store_true", help="sub-folders of PICTURES are not classes")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the held-out classes and the training (default: 0)"
+    )
+    help_text = "also write the result with plan, speed and versions"
+    parser.add_argument("--record", metavar="FILE.json", help=help_text)
+    parser.set_defaults(commands=parsers.choices)
+
+
+def fit(arguments: Namespace) -> Answer:
+    """Run `metagmvae fit`."""
+    from metagmvae.evaluation.provenance import provenance
+    from metagmvae.infra.workflows.fit import FitRequest, run_fit
+    from metagmvae.infra.workflows.fit_plan import parse_budget
+    from metagmvae.pipelines.files import write_json
+    from metagmvae.pipelines.sources.source import check_integer
+
+    def run(words: Sequence[str]) -> Answer:
+        name, *options = words
+        request = arguments.commands[name].parse_args(options)
+        request.json = arguments.json
+        answer: Answer = request.run(request)
+        return answer
+
+    check_integer("--seed", arguments.seed, 0)
+    pictures = Path(arguments.pictures)
+    out = Path(arguments.out) if arguments.out else Path("models") / (pictures.absolute().name or "pictures")
+    labelled = Path(arguments.labelled) if arguments.labelled else None
+    budget_s = parse_budget(arguments.budget)
+    answer = run_fit(FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled), run)
+    if arguments.record:
+        write_json(arguments.record, answer | {"environment": provenance()})
+    if arguments.json:
+        return answer
+    # The rest was said before, or is in the report.
+    return {key: value for key, value in answer.items() if key not in ("found", "baselines", "paired")}

@@ -1,0 +1,115 @@
+"""The page that `metagmvae fit` writes: what was found and done, accuracy, calibration, an episode, the commands."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metagmvae.evaluation.comparison.formatting import percent, points
+from metagmvae.evaluation.comparison.html_page import write_page
+from metagmvae.evaluation.comparison.page_figures import PageImage, draw_reliability
+from metagmvae.infra.workflows.fit_plan import format_seconds
+
+if TYPE_CHECKING:
+    from metagmvae.infra.workflows.fit import FitState
+
+TEMPLATE = "fit.html"
+
+
+def write_fit_report(
+    path: Path,
+    state: FitState,
+    records: Sequence[Mapping[str, Any]],
+    example: Mapping[str, Any] | None,
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the page atomically.
+
+    Args:
+        path: file to write.
+        state: what was decided and measured; its `result` is filled.
+        records: what `metagmvae evaluate --record` wrote for each task, with `on`: whose classes.
+        example: `figure` (a PNG file), `right` and `queries` of the classified files; None: there is none.
+        environment: `evaluation.provenance.provenance()`.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    result, schedule = state.result, state.schedule
+    assert result is not None
+    assert schedule is not None
+    reliability = {
+        (record["way"], record["shot"]): record["reliability"] for record in records if "reliability" in record
+    }
+    images = [draw_reliability(reliability)] if reliability else []
+    if example:
+        uri = f"data:image/png;base64,{base64.b64encode(Path(example['figure']).read_bytes()).decode()}"
+        caption = f"An episode of files that were not trained on: {example['right']} of {example['queries']} are right"
+        images.append(PageImage(caption, uri, uri, 2))
+    write_page(
+        path,
+        TEMPLATE,
+        name=result["model"],
+        sentences=[_sentence(record) for record in records],
+        found=state.plan.found,
+        will_do=state.plan.will_do,
+        samples=result["samples"],
+        classes=result["classes"],
+        speed=[
+            ("device", f"{schedule.device}, {schedule.threads} threads"),
+            ("seconds per step of contrastive pre-training", f"{schedule.pretrain_step_s:.3f}"),
+            ("steps of contrastive pre-training", f"{schedule.pretrain_steps:,}"),
+            ("steps of meta-training", f"{schedule.meta_steps:,}"),
+            ("budget", format_seconds(state.plan.budget_s)),
+            ("time used", format_seconds(result["seconds"]["all"])),
+        ],
+        seconds={part: f"{value:,.1f}" for part, value in result["seconds"].items()},
+        tables=[_table(record) for record in records],
+        images=images,
+        commands=state.commands,
+        next_command=result["next"],
+        environment=environment,
+    )
+
+
+def _sentence(record: Mapping[str, Any]) -> str:
+    accuracy = percent(record["accuracy"], record["ci95"])
+    text = (
+        f"{accuracy}% of {record['way']}-way {record['shot']}-shot queries are classified correctly "
+        f"({record['mode']}, {record['episodes']:,} episodes of {record['on']})"
+    )
+    if "ece" in record:
+        text += f"; expected calibration error {100 * record['ece']:.1f} points"
+    return f"{text}."
+
+
+def _table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of one task: the model, then the baselines on the same episodes with the paired difference."""
+    differences = {row["baseline"]: row for row in record.get("paired", [])}
+    rows = [
+        {
+            "name": "Meta-GMVAE",
+            "mode": record["mode"],
+            "accuracy": percent(record["accuracy"], record["ci95"]),
+            "ece": f"{100 * record['ece']:.2f}" if "ece" in record else "",
+            "difference": "",
+            "verdict": "",
+        }
+    ]
+    for row in record.get("baselines", []):
+        difference = differences.get(row["baseline"])
+        rows.append(
+            {
+                "name": row["baseline"],
+                "mode": row["mode"],
+                "accuracy": percent(row["accuracy"], row["ci95"]),
+                "ece": f"{100 * row['ece']:.2f}" if "ece" in row else "",
+                "difference": points(difference["difference"], difference["ci95"]) if difference else "",
+                "verdict": difference["verdict"] if difference else "",
+            }
+        )
+    images = "labelled image" if record["shot"] == 1 else "labelled images"
+    title = f"{record['way']} ways, {record['shot']} {images} per class: {record['on']}"
+    return {"title": title, "rows": rows}

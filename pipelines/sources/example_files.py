@@ -1,0 +1,52 @@
+"""Files of one episode, copied from a folder of pictures, to classify as a user would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Container
+from pathlib import Path, PurePosixPath
+
+from metagmvae.pipelines.archives.reader import read_entry
+from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths
+from metagmvae.pipelines.sources.image_files import list_images
+
+WAYS, QUERIES = 5, 4
+
+
+def write_example(root: str, out: Path, keys: Container[str] | None, seed: int) -> dict[str, str]:
+    """Copy one labelled file and up to four queries of up to five classes; return the class of each query file.
+
+    Args:
+        root: folder or archive with class folders.
+        out: folder to write `labelled/CLASS/FILE` and `queries/FILE` into; what it holds is replaced.
+        keys: of the images that may be used; None: all.
+        seed: of the choice.
+    """
+    images = parse_paths(root, list_images(root).entries, classes=True)
+    names = class_names(root, images)
+    by_class: dict[str, list[FolderImage]] = {}
+    for image in images:
+        name = names[image.split, image.folder]
+        if name and (keys is None or image.key in keys):
+            by_class.setdefault(name, []).append(image)
+    rng = keyed_rng("example", seed)
+    possible = sorted(name for name, members in by_class.items() if len(members) > 1)
+    chosen = [possible[row] for row in rng.permutation(len(possible))[:WAYS]]
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "queries").mkdir(parents=True)
+    class_of_file = {}
+    for k, name in enumerate(chosen):
+        folder = name.replace("/", " - ")
+        (out / "labelled" / folder).mkdir(parents=True)
+        rows = rng.permutation(len(by_class[name]))[: 1 + QUERIES]
+        for number, row in enumerate(rows):
+            file = by_class[name][row].file.name
+            suffix = PurePosixPath(file).suffix
+            if number == 0:
+                target = out / "labelled" / folder / f"0{suffix}"
+            else:
+                target = out / "queries" / f"{k}-{number}{suffix}"
+                class_of_file[target.name] = folder
+            target.write_bytes(read_entry(root, file))
+    return class_of_file
