@@ -6,7 +6,15 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.parsing import MODE_HELP, Answer, Parsers, add_command, output_file, progress_bar
+from metagmvae.infra.commands.parsing import (
+    MODE_HELP,
+    Answer,
+    Parsers,
+    add_command,
+    add_tracking,
+    output_file,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.comparison.table import Comparison
@@ -43,6 +51,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument(
         "--html", metavar="FILE", type=output_file, help="write an HTML page with all tables and figures"
     )
+    add_tracking(parser)
 
 
 def compare(arguments: Namespace) -> Answer:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from metagmvae.infra.commands.data import CONTINUED, add_worker_options, open_output, task_mapper
 from metagmvae.infra.commands.models import MODEL_HELP
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.training.trainer.package import LoadedModel
@@ -33,6 +33,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--average", choices=("none", "mirror", "crops"), help=help_text)
     help_text = "shot whose best model is used, if the run keeps a best model per shot"
     parser.add_argument("--shot", type=int, metavar="S", help=help_text)
+    add_tracking(parser)
     add_worker_options(parser)
 
 

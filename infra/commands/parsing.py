@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metagmvae.configs.credentials import redact
+from metagmvae.configs.credentials import redact, with_credentials
 from metagmvae.configs.suggestions import similar, suggestion
 from metagmvae.infra.commands.output import LoggedProgress, write_line
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import ProgressCallback
 
+TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 Answer = dict[str, Any]
 """What a command returns: a dictionary that `--json` prints as one object."""
 Parsers = Any
@@ -113,6 +115,26 @@ def add_command(
     help_text = "append the log to a file, with times and the tracebacks of errors"
     common.add_argument("--log-file", metavar="FILE", help=help_text)
     return parser
+
+
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+    """Add the option to a command, which then runs as if MLFLOW_TRACKING_URI were set to its value."""
+    help_text = f"MLflow store, for example http://HOST:5000 (default: {TRACKING_VARIABLE}, else runs/mlflow)"
+    parser.add_argument("--tracking", metavar="URI", default="", help=help_text)
+    run: Callable[[argparse.Namespace], Answer] = parser.get_default("run")
+
+    def run_with_store(arguments: argparse.Namespace) -> Answer:
+        before = os.environ.get(TRACKING_VARIABLE)
+        if arguments.tracking:
+            os.environ[TRACKING_VARIABLE] = with_credentials(arguments.tracking)
+        try:
+            return run(arguments)
+        finally:
+            os.environ.pop(TRACKING_VARIABLE, None)
+            if before is not None:
+                os.environ[TRACKING_VARIABLE] = before
+
+    parser.set_defaults(run=run_with_store)
 
 
 def output_file(path: str) -> str:

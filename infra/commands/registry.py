@@ -1,11 +1,20 @@
-"""`promote` and `models`: the commands of the model registry."""
+"""`promote`, `models` and `serve`: the commands of the model registry."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from functools import partial
 
-from metagmvae.infra.commands.parsing import MODE_HELP, Answer, FailedAnswer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.models import MODEL_HELP
+from metagmvae.infra.commands.parsing import (
+    MODE_HELP,
+    Answer,
+    FailedAnswer,
+    Parsers,
+    add_command,
+    add_tracking,
+    progress_bar,
+)
 
 SUCCESSFUL = ("promoted", "would be promoted", "rolled back", "would be rolled back")
 
@@ -25,6 +34,15 @@ def add(parsers: Parsers) -> None:
     description = "list registered versions with their aliases, results, promotions and the state of their datasets"
     parser = add_command(parsers, "models", models, description, example)
     parser.add_argument("name", metavar="NAME", nargs="?", default="", help="one registered model (default: all)")
+    add_tracking(parser)
+    example = "metagmvae serve models:/omniglot@champion --port 5001"
+    description = "answer few-shot requests over HTTP with a model, by MLflow's scoring server"
+    parser = add_command(parsers, "serve", serve, description, example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    help_text = "address to listen on; 0.0.0.0: all addresses of this machine (default: 127.0.0.1)"
+    parser.add_argument("--host", default="127.0.0.1", help=help_text)
+    parser.add_argument("--port", type=int, default=5001, help="port; 0: any free one (default: 5001)")
+    add_tracking(parser)
 
 
 def _add_promote(parsers: Parsers) -> None:
@@ -57,6 +75,7 @@ def _add_promote(parsers: Parsers) -> None:
     add_argument("--dry-run", action="store_true", help="evaluate and decide, but write nothing")
     help_text = "move the alias back; CHALLENGER is models:/NAME@ALIAS, and no dataset is needed"
     add_argument("--rollback", action="store_true", help=help_text)
+    add_tracking(parser)
 
 
 def promote(arguments: Namespace) -> Answer:
@@ -98,3 +117,13 @@ def models(arguments: Namespace) -> Answer:
     with progress_bar("registered versions", arguments.json) as on_progress:
         rows = list_models(store, arguments.name, on_progress)
     return {"store": redact(store.uri), "models": rows if arguments.json else [table_row(row) for row in rows]}
+
+
+def serve(arguments: Namespace) -> Answer:
+    """Run `metagmvae serve`."""
+    from metagmvae.infra.registry.resolve import resolve_model
+    from metagmvae.infra.registry.serve import listen
+    from metagmvae.infra.registry.serve import serve as serve_model
+
+    with listen(arguments.host, arguments.port) as listener:
+        return serve_model(resolve_model(arguments.model), listener, arguments.model)

@@ -169,7 +169,7 @@ def _log_model(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str
         with tempfile.TemporaryDirectory() as folder:
             package, logged = Path(folder) / "package", Path(folder) / "model"
             save_package(package, loaded)
-            _save(logged, package, loaded, model.model_id, run_id)
+            save_pyfunc(logged, package, loaded, model_id=model.model_id, run_id=run_id)
             client.log_model_artifacts(model.model_id, str(logged))
         client.finalize_logged_model(model.model_id, "READY")
     except BaseException:
@@ -185,11 +185,19 @@ def _model_type(loaded: Any) -> str:
     return "few-shot classifier" if isinstance(loaded.model, MetaGMVAE) else "encoder"
 
 
-def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) -> None:
+def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
+    """Write a model package as an MLflow model, which MLflow loads and serves.
+
+    Args:
+        path: new folder.
+        package: folder of the model package, which is copied into it.
+        loaded: the model in the package.
+        ids: `model_id` and `run_id` of a model that is logged in a run.
+    """
     mlflow = import_mlflow()
     from metagmvae.infra.registry.pyfunc_model import PACKAGE, example_request, model_signature
 
-    with _quiet("mlflow.pyfunc", "mlflow.utils.requirements_utils"):
+    with quiet_mlflow():
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(ENTRY),
@@ -197,7 +205,7 @@ def _save(path: Path, package: Path, loaded: Any, model_id: str, run_id: str) ->
             signature=model_signature(loaded),
             input_example=example_request(loaded),
             pip_requirements=[_pinned(name) for name in REQUIREMENTS],
-            mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
+            mlflow_model=mlflow.models.Model(**ids),
         )
 
 
@@ -218,8 +226,9 @@ def _pinned(name: str) -> str:
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet_mlflow() -> Iterator[None]:
     """Silence MLflow's reports on each step of saving, and on the package that is not installed in a source tree."""
+    names = ("mlflow.pyfunc", "mlflow.utils.requirements_utils")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from functools import cache
 from typing import Any
 
+LOG = logging.getLogger(__name__)
 ENVIRONMENT = {
     # By default MLflow waits 120 s and tries 8 times, which takes minutes for a server that is down. The next upload
     # sends what this one could not, so one short retry is enough.
@@ -92,4 +92,4 @@ def name_unused_variables(uri: str) -> None:
     if asked["MLFLOW_ENABLE_ASYNC_LOGGING"].lower() in ("false", "0"):
         asked["MLFLOW_ENABLE_ASYNC_LOGGING"] = ""
     if names := [f"{name} ({UNUSED[name]})" for name, value in asked.items() if value]:
-        print(f"metagmvae does not use {', '.join(names)}", file=sys.stderr, flush=True)
+        LOG.warning("metagmvae does not use %s", ", ".join(names))

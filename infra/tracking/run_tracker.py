@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from pathlib import Path
 
-from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.runs.run_folder import SETTINGS, SYSTEM, read_lines, read_settings
 from metagmvae.infra.runs.status import made_in
@@ -19,7 +18,8 @@ from metagmvae.infra.tracking.run_uploader import UploadReport, not_a_run_folder
 from metagmvae.infra.tracking.sqlite_store import sqlite_path
 from metagmvae.infra.tracking.store import store_key, store_uri
 from metagmvae.infra.tracking.system_metrics import SystemSampler
-from metagmvae.pipelines.records import printable
+
+LOG = logging.getLogger(__name__)
 
 
 class RunTracker(LiveTracker):
@@ -105,9 +105,10 @@ def caller_store(tracking: TrackingSettings, folder: Path) -> TrackingSettings:
     used = tracking.model_copy(update={"uri": uri, "store": TrackingSettings().store})
     named = recorded_uri(folder) or tracking.uri
     if not uri and named and store_key(named) != store_key(store_uri(used)):
-        print(
-            f"{folder} was made in another place: MLflow's store is {redact(store_uri(used))}, not "
-            f"{printable(redact(named))}; set MLFLOW_TRACKING_URI to use another one",
-            file=sys.stderr,
+        LOG.warning(
+            "%s was made in another place: its MLflow store is %s here, not %s; set MLFLOW_TRACKING_URI to use another",
+            folder,
+            store_uri(used),
+            named,
         )
     return used

@@ -196,7 +196,9 @@ class RunUploader:
         current_tags = tags(self.settings, self.record)
         digest = hashlib.sha256(json.dumps(current_tags, sort_keys=True).encode()).hexdigest()
         if not self.entry.get("parameters_sent"):
-            params = [Param(key, value) for key, value in parameters(self.settings).items()]
+            # A run that was found again keeps its own: the path of the data may be another one since then.
+            sent = self.client.get_run(run_id).data.params
+            params = [Param(key, value) for key, value in parameters(self.settings).items() if key not in sent]
             for batch in _batches(params, STRINGS_PER_BATCH):
                 self.client.log_batch(run_id, params=batch, synchronous=True)
             self.entry["parameters_sent"] = True

@@ -7,9 +7,9 @@ place.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
-import sys
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -18,8 +18,8 @@ from filelock import FileLock
 
 from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
 from metagmvae.infra.tracking.tracking_errors import reason, tracking_errors
-from metagmvae.pipelines.records import printable
 
+LOG = logging.getLogger(__name__)
 ARTIFACTS = "artifacts"
 PATIENCE_S = 10.0
 """Longest wait for a database that another process has locked."""
@@ -152,7 +152,7 @@ def _move_locations(path: Path, root: str, database: sqlite3.Connection, tables:
         ]
         if used:
             raise TrackingError(
-                f"MLflow store {path} lies apart from its artifacts, which were in {printable(root)}: copy that folder "
+                f"MLflow store {path} lies apart from its artifacts, which were in {root}: copy that folder "
                 f"to {path.parent / ARTIFACTS}, or name the store at its former place"
             )
     changed = 0
@@ -160,11 +160,11 @@ def _move_locations(path: Path, root: str, database: sqlite3.Connection, tables:
         new = f":here || substr({column}, length(:root) + 1)"
         update = f"UPDATE {table} SET {column} = {new} WHERE {inside.format(column)}"
         changed += database.execute(update, values).rowcount
-    print(
-        f"MLflow store {path}: was moved or copied from {printable(root)}; {changed} locations of artifacts in it now "
-        "name its present place",
-        file=sys.stderr,
-        flush=True,
+    LOG.warning(
+        "MLflow store %s: was moved or copied from %s; %d locations of artifacts in it now name its present place",
+        path,
+        root,
+        changed,
     )
 
 

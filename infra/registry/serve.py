@@ -1,0 +1,99 @@
+"""Serves a model over HTTP with MLflow's scoring server, in this process.
+
+The model is loaded as by every other command: its package is read, and code that is logged beside a registered version
+is not run. The server is the one of `mlflow models serve`, with the same requests and answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metagmvae.infra.registry.register import quiet_mlflow, save_pyfunc
+from metagmvae.infra.runs.stop_signals import Terminated, deferred_signals
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.pipelines.records import DataError
+
+if TYPE_CHECKING:
+    from metagmvae.training.trainer.package import LoadedModel
+
+LOG = logging.getLogger(__name__)
+GRACE_S = 10
+"""Longest time that requests in progress have to end after a signal."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on a port of this machine; port 0: a free one.
+
+    Raises:
+        DataError: the port is in use or not allowed, or the host is no address of this machine.
+    """
+    if not 0 <= port < 2**16:
+        raise DataError(f"--port {port}: give a port from 1 to 65535, or 0 for any free one")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"--host {host} --port {port}: {reason}; choose another --port (0: any free one)") from error
+
+
+def serve(loaded: LoadedModel, listener: socket.socket, name: str) -> dict[str, Any]:
+    """Answer requests until Ctrl-C or SIGTERM.
+
+    Args:
+        loaded: the model.
+        listener: a listening socket, which is closed at the end.
+        name: of the model, for the log.
+
+    Returns:
+        `url` and the signal that ended the server.
+    """
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    signal_name = ""
+    try:
+        with listener, deferred_signals() as stopped:
+            app = scoring_app(loaded)
+            if not stopped():
+                LOG.info("%s: answers at %s/invocations; Ctrl-C ends the server", name, url)
+                _answer(app, listener, stopped)
+    except KeyboardInterrupt as stop:
+        signal_name = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C"
+    return {"served": name, "url": url, "ended_by": signal_name}
+
+
+def scoring_app(loaded: LoadedModel) -> Any:
+    """Return MLflow's scoring server for a model, as an ASGI application."""
+    from mlflow.pyfunc import scoring_server
+
+    from metagmvae.training.trainer.package import save_package
+
+    mlflow = import_mlflow()
+    with tempfile.TemporaryDirectory() as folder, quiet_mlflow():
+        package, logged = Path(folder) / "package", Path(folder) / "model"
+        save_package(package, loaded)
+        save_pyfunc(logged, package, loaded)
+        return scoring_server.init(mlflow.pyfunc.load_model(str(logged)))
+
+
+def _answer(app: Any, listener: socket.socket, stopped: Callable[[], bool]) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends when `stopped` says so, instead of by signal handlers of its own."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+        async def on_tick(self, counter: int) -> bool:
+            return stopped() or await super().on_tick(counter)
+
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE_S)
+    Server(config).run(sockets=[listener])
