@@ -43,7 +43,7 @@ DataUri = Annotated[str, AfterValidator(take_credentials)]
 class Section(BaseModel):
     """Base class of all sections: immutable, strict types, no unknown keys, no passwords."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @field_validator("*", mode="after", check_fields=False)
     @classmethod

@@ -36,7 +36,9 @@ class DataSettings(Section):
     uri: DataUri = "data/omniglot"
     """Dataset: folder or prefix (`s3://…`) with `dataset.json`."""
     train_split: str = "train"
+    """Split whose images train the model; its labels are not read."""
     validation_split: str = "validation"
+    """Split whose labelled episodes are evaluated during training."""
     reader: Literal["auto", "memory", "mmap", "device", "stream"] = "auto"
     """Reader of the training data. `memory`: the split in memory; `mmap`: memory-mapped shards; `auto`: memory up to
     `memory_limit_mb`, else mmap; `device`: the split in the memory of the training device; `stream`: sequential reading
@@ -80,6 +82,7 @@ class ModelSettings(Section):
     width: Size = 256
     """Width of the set attention, d_model = d_ff."""
     heads: Size = 4
+    """Heads of the set attention; a divisor of the width."""
     layers: Annotated[int, Field(ge=0, le=1000)] = 2
     """Set-attention layers; 0 makes the posterior independent of the set (ablation "Set" in Table 2, left)."""
     attention_scale: Literal["head", "model"] = "head"
@@ -111,6 +114,7 @@ class AdaptSettings(Section):
     """Temperature of the log-likelihoods in the E-steps and the final posterior; 1 gives Eq. 10 and 11. EM assumes
     independent latent dimensions, so it is overconfident for similar classes. Select it on validation classes."""
     iterations: Repetitions = 10
+    """Iterations of EM."""
     samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
     proportions: Literal["equal", "estimated"] = "equal"
@@ -124,7 +128,9 @@ class RunSettings(Section):
     """Place and resources of the run."""
 
     out: Folder = "runs/omniglot-5way"
+    """Run folder: checkpoint, metrics, settings, figures and results."""
     engine: Literal["local", "ray"] = "local"
+    """`local`: this process; `ray`: data-parallel workers of a Ray cluster."""
     workers: Size = 1
     """Data-parallel workers with Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,6 +138,7 @@ class RunSettings(Section):
     threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """Torch threads per worker; 0: the default of torch (with Ray: the CPUs of the worker)."""
     cpus_per_worker: Annotated[int, Field(gt=0, le=MAX_THREADS)] = 1
+    """CPUs that each worker reserves on the Ray cluster."""
     max_failures: Count = 3
     """Restarts of the Ray workers before the run fails."""
     figures: bool = True
@@ -144,6 +151,7 @@ class TrackingSettings(Section):
     """Tracking with MLflow."""
 
     enabled: bool = True
+    """Whether the run is recorded in MLflow."""
     uri: TrackingUri = ""
     """Tracking URI; empty: MLFLOW_TRACKING_URI if set, else a SQLite database in `store`."""
     store: Folder = "runs/mlflow"
@@ -161,6 +169,7 @@ class Settings(Section):
     """All settings of a run."""
 
     name: str = "run"
+    """Name of the settings, shown in tables and figures."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     adapt: AdaptSettings = AdaptSettings()

@@ -29,6 +29,7 @@ class TrainSettings(Section):
     seed: Seed = 0
     """Seed of initialisation, data order and Monte Carlo samples."""
     steps: Count = 60_000
+    """Steps of meta-training."""
     batch: Size = 4
     """Batch size B: episodes per step over all workers."""
     set_size: Size = 200
@@ -41,7 +42,9 @@ class TrainSettings(Section):
     components: Size = 5
     """Mixture components K."""
     em_iterations: Repetitions = 10
+    """Iterations of EM in each step."""
     learning_rate: PositiveFloat = 1e-3
+    """Learning rate of Adam."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay in the coupled form of Adam [paper: 0, code: positive]."""
     objective_scale: Literal["sum", "mean"] = "sum"
@@ -56,18 +59,23 @@ class TrainSettings(Section):
     """Initialisation of posterior and decoder in meta-training on features: `random`, or `components`: PCA of the
     features, which is the optimum of a linear VAE (`training.models.pca_init`)."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate schedule."""
     clip_norm: NonNegativeFloat = 0.0
     """Gradient clipping: largest gradient norm; 0: no clipping."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """Autocast precision of the networks; EM and densities always use float32. `auto`: bfloat16 if the device has
     instructions for it, else float32, because emulated bfloat16 is many times slower."""
     channels_last: bool = True
+    """Memory format of the convolutions; channels last is faster on most devices."""
     compile: bool = False
+    """Whether `torch.compile` compiles the step."""
     selection: Literal["last", "best", "best-first-shot"] = "last"
     """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]. `last`: the last model; `best`: per
     shot, the best on validation; `best-first-shot`: the best at the first of `validation.shots`, for every shot."""
     checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
     log_every: Positive = 20
+    """Steps between metric lines."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -105,6 +113,7 @@ class PretrainSettings(Section):
     temperature: Temperature = 0.2
     """Temperature of the objective; 1 in ProtoCLR."""
     optimizer: Literal["adamw", "adam", "lars"] = "adamw"
+    """Optimiser of pre-training."""
     learning_rate: PositiveFloat = 3e-3
     """Learning rate; the peak for `one-cycle`."""
     weight_decay: NonNegativeFloat = 1e-4
@@ -119,6 +128,7 @@ class ValidationSettings(Section):
     every: Count = 1_000
     """Steps between validations; 0: no validation."""
     episodes: Annotated[int, Field(gt=0, le=10**7)] = 200
+    """Episodes of each validation."""
     way: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 5
     """Classes K per episode."""
     shots: tuple[Size, ...] = (1, 5)
@@ -126,8 +136,9 @@ class ValidationSettings(Section):
     query: Size = 15
     """Query images Q per class."""
     seed: Seed = 1
+    """Seed of the validation episodes."""
     probes: bool = True
-    """Further probes of encoder-only runs: nearest neighbours (need faiss) and a linear classifier."""
+    """Further probes of encoder-only runs: nearest neighbours and a linear classifier."""
     calibration_episodes: Annotated[int, Field(ge=0, le=10**6)] = 100
     """Episodes, of each number of shots and mode, on which the temperature of the probabilities is fitted after the
     training; of validation classes, or of augmented training images without them. 0: no calibration."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
+from metagmvae.configs.describe import preset_head
 from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison import record_tables
 from metagmvae.evaluation.comparison.formatting import markdown_table, task_name
@@ -24,8 +24,9 @@ from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
 
 PRESET_TASKS = ((5, 1), (5, 5))
-PRESET_HEAD = re.compile(r"^(?P<title>.*?)\. .*Hardware: (?P<hardware>.*?)\. Time: (?P<time>.*?)\. Score: ")
 
+RESULTS = Path(__file__).parents[1] / "results"
+"""Recorded results of a source checkout; an installed package has none."""
 PAGES = ("README.md", "evaluation/results/README.md")
 
 
@@ -47,16 +48,14 @@ def preset_table(results: Path, name: str) -> str:
 
 
 def _preset_row(results: Path, preset: str) -> list[str]:
-    file = resources.files("metagmvae.configs").joinpath("presets", f"{preset}.toml")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-    found = PRESET_HEAD.match(comment)
-    if found is None:
-        raise DataError(f"{preset}.toml: its head comment needs a sentence, Hardware: …, Time: … and Score: …")
-    title = found["title"].partition(" (Lee et al.")[0].partition(" (paper:")[0]
+    head = preset_head(preset)
+    return [f"`{preset}`", head.title, head.hardware, head.time, *preset_accuracies(results, preset).values()]
+
+
+def preset_accuracies(results: Path, preset: str) -> dict[str, str]:
+    """Recorded accuracy of a preset in percent by task, `(5,1)`; empty where none is recorded."""
     by_task = results_by_task(results, preset)
-    cells = [accuracy_cell(by_task.get(task, ())) for task in PRESET_TASKS]
-    return [f"`{preset}`", title, found["hardware"], found["time"], *cells]
+    return {task_name(task): accuracy_cell(by_task.get(task, ())) for task in PRESET_TASKS}
 
 
 TABLES: dict[str, Callable[[Path, str], str]] = {

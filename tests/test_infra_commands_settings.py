@@ -1,0 +1,94 @@
+"""`presets` and `config`: bundled settings, what each key means, checks and copies."""
+
+import json
+import tomllib
+
+import pytest
+
+from metagmvae.configs.describe import describe_settings
+from metagmvae.configs.load import load_settings, presets, setting_keys
+from metagmvae.infra.cli import main
+
+
+def answer(capsys, *words, code=0):
+    """The JSON answer of a command."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_presets_are_listed_with_recorded_accuracy(capsys):
+    rows = {row["preset"]: row for row in answer(capsys, "presets")["presets"]}
+    assert list(rows) == presets()
+    assert rows["omniglot-best-5way"]["(5,1)"].startswith("99.")
+    assert rows["omniglot-5way-paper"]["(5,1)"] == ""
+    assert all(row["data"] and row["hardware"] and row["time"] and row["trains"] for row in rows.values())
+    assert main(["presets"]) == 0
+    assert "omniglot-cpu" in capsys.readouterr().out
+
+
+def test_every_setting_is_explained():
+    described = describe_settings(load_settings("omniglot-cpu"))
+    assert [item.key for item in described] == setting_keys()
+    assert [item.key for item in described if not item.text] == []
+
+
+def test_explain_names_value_default_choices_and_change(capsys):
+    (item,) = answer(capsys, "config", "explain", "omniglot-cpu", "adapt.e_step")["settings"]
+    assert (item["value"], item["default"], item["changed"]) == ("identity", "diagonal", True)
+    assert item["choices"] == ["diagonal", "identity"]
+    keys = [item["key"] for item in answer(capsys, "config", "explain", "omniglot-cpu", "train")["settings"]]
+    assert keys == [key for key in setting_keys() if key.startswith("train.")]
+    assert main(["config", "explain", "omniglot-cpu", "--set", "train.steps=7"]) == 0
+    text = capsys.readouterr().out
+    assert "* train.steps = 7 (default: 60000)" in text
+    assert "  train.batch = 4\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_show_prints_toml_that_reads_back(capsys):
+    assert main(["config", "show", "omniglot-cpu", "--set", "train.steps=7"]) == 0
+    settings = load_settings("omniglot-cpu", ["train.steps=7"])
+    assert tomllib.loads(capsys.readouterr().out) == settings.model_dump(mode="json")
+
+
+def test_copy_keeps_the_comments_and_replaces_nothing(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    assert answer(capsys, "config", "copy", "omniglot-cpu", str(file))["next"] == f"metagmvae train {file}"
+    assert file.read_text().startswith("# Omniglot on a laptop")
+    assert load_settings(file) == load_settings("omniglot-cpu")
+    before = file.read_bytes()
+    assert main(["config", "copy", "omniglot-5way", str(file)]) == 2
+    assert f"{file}: exists already; choose another file" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    changed = tmp_path / "changed.toml"
+    assert main(["config", "copy", str(file), str(changed), "--set", "train.steps=7"]) == 0
+    assert load_settings(changed) == load_settings("omniglot-cpu", ["train.steps=7"])
+
+
+def test_validate(tmp_path, capsys):
+    assert answer(capsys, "config", "validate", "omniglot-cpu")["changed"] > 5
+    (tmp_path / "bad.toml").write_text("[train]\nlr = 1\n")
+    assert main(["config", "validate", str(tmp_path / "bad.toml")]) == 2
+    assert "train.lr: no such key; did you mean 'train.learning_rate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["show", "nothing"], "nothing: no such TOML file and no preset of that name"),
+        (["explain", "omniglot-cpu", "lr"], "did you mean 'pretrain.learning_rate' or 'train.learning_rate'?"),
+        (["show", "omniglot-cpu", "--set", "train.steps=x"], 'train.steps = "x"'),
+    ],
+)
+def test_wrong_requests_are_one_line(words, error, capsys):
+    assert main(["config", *words]) == 2
+    line = capsys.readouterr().err
+    assert error in line
+    assert line.count("\n") == 1
+
+
+def test_an_unknown_action_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["config", "shwo", "omniglot-cpu"])
+    assert "'shwo' is no command; did you mean 'show'?" in capsys.readouterr().err
