@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from metagmvae.configs.credentials import redact, take_credentials
-from metagmvae.infra.commands import check, compare, data, features, models, registry, train, tune
+from metagmvae.infra.commands import (
+    calibrate,
+    check,
+    compare,
+    data,
+    evaluate,
+    features,
+    fit,
+    models,
+    registry,
+    train,
+    tune,
+)
 from metagmvae.infra.commands.output import (
     answer_text,
     close_logging,
@@ -101,6 +113,6 @@ def build_parser() -> Parser:
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
     parser.add_argument("--version", action=VersionAction, help="print the versions of the program and of its basis")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (data, features, train, tune, models, compare, registry, check):
+    for group in (fit, data, features, train, tune, calibrate, evaluate, models, compare, registry, check):
         group.add(parsers)
     return parser

@@ -57,6 +57,9 @@ class RecordedAccuracy(BaseModel):
     seed: int
     mode: EvalMode
     unbalanced: bool = False
+    dirichlet: float | None = None
+    ece: Fraction | None = None
+    """Expected calibration error; None: not recorded, or no probabilities."""
 
 
 class RecordedBaseline(RecordedAccuracy):
@@ -114,7 +117,7 @@ class RecordedResult(RecordedAccuracy):
     @property
     def protocol(self) -> EvalProtocol:
         """How and on which data the task was evaluated."""
-        episodes = (self.query, self.episodes, self.seed, self.unbalanced)
+        episodes = (self.query, self.episodes, self.seed, self.unbalanced, self.dirichlet)
         return EvalProtocol(self.mode, self.split, self.data_fingerprint, *episodes)
 
     def compared_settings(self) -> dict[str, Any]:

@@ -206,6 +206,8 @@ def _baseline_protocol(by_task: Mapping[Task, Sequence[RecordedBaseline]]) -> st
 def _modes(by_task: Mapping[Task, Sequence[RecordedAccuracy]]) -> str:
     rows = [result for results in by_task.values() for result in results]
     unbalanced = ["unbalanced queries"] if any(result.unbalanced for result in rows) else []
+    alphas = sorted({result.dirichlet for result in rows if result.dirichlet is not None})
+    unbalanced += [f"Dirichlet({alpha:g}) queries" for alpha in alphas]
     return ", ".join(sorted({result.mode for result in rows}) + unbalanced)
 
 

@@ -43,6 +43,8 @@ class EvalProtocol:
     seed: int | None
     unbalanced: bool = False
     """Whether only half of the classes had `query` queries, and the others one each."""
+    dirichlet: float | None = None
+    """Alpha of the Dirichlet distribution of the proportions of the classes; None: not drawn from one."""
 
     def differences(self, other: EvalProtocol) -> list[str]:
         """Return `NAME MINE, not THEIRS` for each field that differs."""

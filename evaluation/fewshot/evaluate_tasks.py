@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
@@ -22,8 +23,6 @@ from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
 MAX_EPISODES = 10**7
 TASK_DEFAULTS = {"query": 15, "episodes": 1000, "seed": 0}
-QUERY_KEYS = ("way", "shot", "query", "seed", "unbalanced", "dirichlet")
-"""Keys of a task that define its episodes."""
 
 
 def evaluate_tasks(
@@ -75,18 +74,13 @@ def evaluate_tasks(
     model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
-        if not 1 <= task["episodes"] <= MAX_EPISODES:
-            raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")
-        QuerySampler(labels, **{key: task[key] for key in QUERY_KEYS if key in task})
-    features = _encode(model, dataset, split, device)
+        check_task(labels, task)
+    features = split_features(model, dataset, split, device, name)
     h_nF = features.by_kind["scaled"]
-    if not torch.isfinite(h_nF).all():
-        # The argmax of NaN is the first class, which would pass for a prediction.
-        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
     validation = None
     validation_split = loaded.settings.data.validation_split
     if baselines and validation_split in dataset.splits:
-        validation = features if validation_split == split else _encode(model, dataset, validation_split, device)
+        validation = features if validation_split == split else split_features(model, dataset, validation_split, device)
     results = []
     for task in full_tasks:
         title = f"{task['way']}-way {task['shot']}-shot"
@@ -102,10 +96,30 @@ def evaluate_tasks(
     return results
 
 
-def _encode(model: MetaGMVAE, dataset: Dataset, split: str, device: torch.device) -> SplitFeatures:
-    """Encode a split once; the raw features are kept too if the model scales its features."""
+def check_task(labels: np.ndarray, task: Mapping[str, Any]) -> None:
+    """Check the episodes of a task before the images are encoded, which takes long.
+
+    Raises:
+        DataError: the number of episodes is out of range, or the classes do not suffice for the task.
+    """
+    if not 1 <= task["episodes"] <= MAX_EPISODES:
+        raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")
+    QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"})
+
+
+def split_features(
+    model: MetaGMVAE, dataset: Dataset, split: str, device: torch.device, name: object = "the model"
+) -> SplitFeatures:
+    """Encode a split once; the raw features are kept too if the model scales its features.
+
+    Raises:
+        DataError: another encoder made the features of the dataset, or they are not finite.
+    """
     raw_nF = encode_split(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
     by_kind = {"scaled": scale_features(model, raw_nF)}
+    if not torch.isfinite(by_kind["scaled"]).all():
+        # The argmax of NaN is the first class, which would pass for a prediction.
+        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
     if not isinstance(model.scale, torch.nn.Identity):
         by_kind["unscaled"] = raw_nF
     return SplitFeatures(split, dataset.labels(split), by_kind)

@@ -1,0 +1,82 @@
+"""Queries of no labelled class in the episodes of a loaded model: both modes, and the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from metagmvae.evaluation.fewshot.evaluate_tasks import check_task, split_features
+from metagmvae.evaluation.uncertainty.fit_calibration import MODES
+from metagmvae.evaluation.uncertainty.open_queries import OpenResults, evaluate_open, evaluate_open_baselines
+from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.device.default import default_device
+from metagmvae.training.models.posterior_calibration import FittedBackground
+from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+
+
+def evaluate_open_task(
+    loaded: LoadedModel,
+    dataset: Dataset,
+    task: Mapping[str, Any],
+    *,
+    split: str = "test",
+    baselines: bool = False,
+    name: str | None = None,
+    progress: ProgressBar = no_progress,
+) -> list[OpenResults]:
+    """Evaluate a model on episodes in which some queries are of no labelled class.
+
+    Args:
+        loaded: a Meta-GMVAE with a background level (`metagmvae calibrate`).
+        dataset: images, or features made by the encoder of the model.
+        task: `way`, `shot`, `query`, `episodes`, `seed`, `open_classes`, and, if wanted, `unbalanced` or `dirichlet`.
+        split: whose classes the episodes are drawn from.
+        baselines: also evaluate the baselines, with settings and threshold chosen on validation classes.
+        name: of the model in error messages; None: its name in the settings.
+        progress: opens a progress bar.
+
+    Returns:
+        The model in transductive and inductive mode, each with and without its background component; then the
+        baselines.
+
+    Raises:
+        DataError: the model has no background level, or the data does not fit the task or the model; or baselines are
+            asked for and there are no validation classes.
+    """
+    name = loaded.settings.name if name is None else name
+    device, adapt = default_device(), loaded.settings.adapt
+    model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    check_task(labels, task)
+    backgrounds = {mode: require_background(loaded, mode, task["way"], task["shot"], name) for mode in MODES}
+    validation_split = loaded.settings.data.validation_split
+    if baselines and validation_split not in dataset.splits:
+        raise DataError(f"{dataset.uri}: has no split {validation_split!r} to choose the thresholds of baselines on")
+    features = split_features(model, dataset, split, device)
+    results = []
+    for mode, fitted in backgrounds.items():
+        for background in (fitted, None):
+            with progress(f"{mode} episodes") as on_progress:
+                options: dict[str, Any] = {"mode": mode, "background": background, "on_progress": on_progress}
+                results.append(evaluate_open(model, adapt, features.by_kind["scaled"], labels, task, **options))
+    if baselines:
+        validation = split_features(model, dataset, validation_split, device)
+        with progress("baselines"):
+            results += evaluate_open_baselines(features, validation, task)
+    return results
+
+
+def require_background(loaded: LoadedModel, mode: str, way: int, shot: float, name: object) -> FittedBackground:
+    """Return the background level of a model for a task.
+
+    Raises:
+        DataError: it has none for its settings of EM.
+    """
+    calibration = loaded.calibration
+    fit = None if calibration is None else calibration.background(loaded.settings.adapt, mode, way, shot)
+    if fit is None:
+        raise DataError(
+            f"{name}: has no level for queries of no labelled class with these settings of adapt; fit it first: "
+            "metagmvae calibrate MODEL --data URI"
+        )
+    return fit
