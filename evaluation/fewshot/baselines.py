@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """Support (K, S, F) and queries (P, F) of an episode -> predicted class of each query, 0 to K - 1, (P,)."""
@@ -89,18 +92,23 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
     """
 
     def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        K, S, _ = support_KSF.shape
-        model = LogisticRegression(C=strength, max_iter=1000)
-        with warnings.catch_warnings():
-            # An unfinished fit would be a weaker baseline than the one that is named.
-            warnings.simplefilter("error", ConvergenceWarning)
-            model.fit(F.normalize(support_KSF.flatten(0, 1), dim=1).numpy(), np.repeat(np.arange(K), S))
+        model = fit_logistic_regression(support_KSF, strength)
         return torch.as_tensor(model.predict(F.normalize(query_PF, dim=1).numpy()))
 
     return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
+
+
+def fit_logistic_regression(support_KSF: Tensor, strength: float) -> LogisticRegression:
+    """Fit scikit-learn's logistic regression to the normalised support of one episode; see `logistic_regression`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    K, S, _ = support_KSF.shape
+    model = LogisticRegression(C=strength, max_iter=1000)
+    with warnings.catch_warnings():
+        # An unfinished fit would be a weaker baseline than the one that is named.
+        warnings.simplefilter("error", ConvergenceWarning)
+        return model.fit(F.normalize(support_KSF.flatten(0, 1), dim=1).numpy(), np.repeat(np.arange(K), S))
 
 
 def em_on_features(
@@ -143,20 +151,24 @@ def soft_k_means_posterior(support_EKSF: Tensor, query_EPF: Tensor, temperature:
         temperature: assignments are the softmax of `temperature` times the cosine to each class mean.
         iterations: number of refinements.
     """
+    return torch.softmax(temperature * soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations), dim=2)
+
+
+def soft_k_means_cosines(support_EKSF: Tensor, query_EPF: Tensor, temperature: float, iterations: int) -> Tensor:
+    """Return the cosines of the queries to the refined class means, (E, P, K); see `soft_k_means_posterior`."""
     centre_E1F = torch.cat([support_EKSF.flatten(1, 2), query_EPF], dim=1).mean(dim=1, keepdim=True)
     support_EKSF = F.normalize(support_EKSF - centre_E1F[:, None], dim=-1)
     query_EPF = F.normalize(query_EPF - centre_E1F, dim=-1)
 
-    def assign(mean_EKF: Tensor) -> Tensor:
-        cosine_EPK = query_EPF @ F.normalize(mean_EKF, dim=2).transpose(1, 2)
-        return torch.softmax(temperature * cosine_EPK, dim=2)
+    def cosines(mean_EKF: Tensor) -> Tensor:
+        return query_EPF @ F.normalize(mean_EKF, dim=2).transpose(1, 2)
 
     mean_EKF = support_EKSF.mean(dim=2)
     for _ in range(iterations):
-        soft_EPK = assign(mean_EKF)
+        soft_EPK = torch.softmax(temperature * cosines(mean_EKF), dim=2)
         total_EKF = support_EKSF.sum(dim=2) + soft_EPK.transpose(1, 2) @ query_EPF
         mean_EKF = total_EKF / (support_EKSF.shape[2] + soft_EPK.sum(dim=1)[..., None])
-    return assign(mean_EKF)
+    return cosines(mean_EKF)
 
 
 def evaluate_classifier(
