@@ -102,6 +102,7 @@ def test_edited_checkpoints_are_refused_in_one_line(data, run, capsys, change, r
     assert error.count("\n") == 1
 
 
+LINE = '{{"stage":"meta","step":1,"global_step":1,"elapsed_s":1.0,"loss":1.0,"validation/5w1s":{}}}\n'
 BROKEN = [
     (SETTINGS, "[" * 100_000, "nested too deeply"),
     (SETTINGS, "9" * 5000, "not valid JSON"),
@@ -112,6 +113,9 @@ BROKEN = [
     (METRICS, "7\n", "metrics.jsonl line 1"),
     (METRICS, '{"global_step": "x"}\n', "metrics.jsonl line 1: stage is missing"),
     (METRICS, "{\n", "metrics.jsonl line 1: not valid JSON"),
+    (METRICS, LINE.format('"x"'), "metrics.jsonl line 1: validation/5w1s = 'x': must be a number"),
+    (METRICS, LINE.format("true"), "metrics.jsonl line 1: validation/5w1s = True: must be a number"),
+    (METRICS, LINE.format("[1]"), "metrics.jsonl line 1: validation/5w1s"),
 ]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metagmvae.configs.load import SettingsError, settings_from_json
 from metagmvae.configs.schema import Settings
@@ -19,12 +19,15 @@ from metagmvae.pipelines.files import (
     remove_temporary_files,
 )
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.models.posterior_calibration import CALIBRATION as CALIBRATION
 from metagmvae.training.trainer.checkpoint import CHECKPOINT as CHECKPOINT
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
 METRICS = "metrics.jsonl"
 """One JSON object per logged training step."""
 SETTINGS = "settings.json"
+CONFIG = "config.toml"
+"""The settings again, as a file that a user can read and train from."""
 RECORD = "run.json"
 """Command line, commit, versions, machine and fingerprints of the run."""
 STATUS = "status.json"
@@ -38,9 +41,11 @@ RESULTS = "results"
 """Folder of evaluation results: JSON files and accuracies per episode as Parquet."""
 FIGURES = "figures"
 """Folder of PNG files."""
+RAY_FOLDER = "ray"
+"""Ray's own files, deleted at the end; nothing in it is needed."""
 TRAINING_LOCK = ".training.lock"
 TRACKING_LOCK = ".tracking.lock"
-WRITTEN = (SETTINGS, RECORD, STATUS, CHECKPOINT, METRICS, CURSOR)
+WRITTEN = (SETTINGS, CONFIG, RECORD, STATUS, CHECKPOINT, CALIBRATION, METRICS, CURSOR)
 """Files that are replaced as a whole. A process that is killed meanwhile leaves a temporary file `.NAME.…`."""
 MAX_LINES_BYTES = 2**30
 LINE_REMEDY = "correct the line or delete it"
@@ -66,9 +71,17 @@ def append_lines(path: Path, lines: list[MetricLine]) -> None:
 
 
 class _MetricLine(BaseModel):
-    """The keys of a line of `metrics.jsonl` that this program reads."""
+    """The keys of a line of `metrics.jsonl` that this program reads; all others are numbers or words."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float | bool | str | None]
+
+    @model_validator(mode="after")
+    def _check_accuracies(self) -> Self:
+        for key, value in (self.model_extra or {}).items():
+            if key.startswith("validation/") and (isinstance(value, bool) or not isinstance(value, float | int)):
+                raise ValueError(f"{key} = {value!r}: must be a number")
+        return self
 
     stage: str
     step: Count
@@ -142,7 +155,7 @@ def folder_contents(run_dir: Path) -> set[str]:
     """Return the names in a run folder, without lock files and what a killed process left of a file being written."""
     if not run_dir.is_dir():
         return set()
-    names = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK, TRACKING_LOCK}
+    names = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK, TRACKING_LOCK, RAY_FOLDER}
     return {name for name in names if not name.startswith(tuple(f".{written}." for written in WRITTEN))}
 
 
@@ -150,6 +163,13 @@ def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left of files that it was writing. The caller holds the lock of the folder."""
     for name in WRITTEN:
         remove_temporary_files(run_dir, name)
+
+
+def clear_run_folder(run_dir: Path) -> None:
+    """Delete what a training writes before its first step. The folder and its lock, which is held, remain."""
+    for name in (SETTINGS, CONFIG, RECORD, STATUS, METRICS, SYSTEM, CURSOR):
+        (run_dir / name).unlink(missing_ok=True)
+    remove_leftovers(run_dir)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
