@@ -31,9 +31,10 @@ def code_of_the_worker():
 
 try:
     with cluster(sys.argv[1], 1):
-        print(*ray.get(code_of_the_worker.remote(), timeout=60))
+        answer = ray.get(code_of_the_worker.remote(), timeout=60)
 except SettingsError as error:
     sys.exit(f"{error}")
+print(*answer)
 """
 
 

@@ -119,15 +119,23 @@ def test_run_of_a_killed_driver_is_resumed(data, reference_run, tmp_path):
     assert_equal_runs(out, reference_run)
 
 
-def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, tmp_path):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, tmp_path, number, expected):
+    """The workers save the step that they are at."""
     out = tmp_path / "run"
     with running(data, out) as driver:
-        driver.send_signal(signal.SIGINT)
+        driver.send_signal(number)
         code = end(driver, 60)
     log = (tmp_path / "run.log").read_text()
-    assert code == 130, log
-    assert [line for line in log.splitlines() if line][-1].startswith("interrupted;"), log
+    assert code == expected, log
+    (line,) = [line for line in log.splitlines() if line.startswith("metagmvae train:")]
+    name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    step = load_state(out / CHECKPOINT)["step"]
+    resume = f"metagmvae train {out} --resume"
+    assert line == f"metagmvae train: stopped by {name}: meta step {step} is saved; continue with: {resume}"
     assert "Traceback" not in log
+    assert "SIGTERM received" not in log
+    assert step % 5 != 0 or step in steps(out)
     assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
     assert_equal_runs(out, reference_run)
 
@@ -179,7 +187,7 @@ def test_workers_get_gpus_of_the_cluster_not_of_the_driver(monkeypatch, device, 
     ("address", "reason"),
     [
         ("127.0.0.1:9", "no Ray cluster answers there"),
-        ("nonsense", "give host:port, ray://host:port or auto"),
+        ("nonsense", "give host:port, ray://host:port, auto or local"),
     ],
 )
 def test_wrong_address_is_one_error_line(data, tmp_path, address, reason):

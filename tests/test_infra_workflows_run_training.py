@@ -1,5 +1,6 @@
 """A training run: the checks before it starts, exclusive use of its folder, resuming, and what it opens how often."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -8,21 +9,26 @@ import pytest
 import torch
 from command_words import TINY
 
-from metagmvae.configs.load import load_settings
+from metagmvae.configs.load import load_settings, presets, settings_from_json, to_json
 from metagmvae.evaluation.fewshot import encoder_package
+from metagmvae.infra.cli import main
 from metagmvae.infra.runs.folder_lock import lock_run_folder
-from metagmvae.infra.runs.run_folder import CHECKPOINT, FIGURES, TRAINING_LOCK
+from metagmvae.infra.runs.run_folder import CHECKPOINT, CONFIG, FIGURES, TRAINING_LOCK, read_settings
+from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.infra.workflows import run_training as run_training_module
 from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import load_model
 
 SETTINGS = TINY | {"pretrain.steps": 0, "train.steps": 2, "validation.every": 0, "run.figures": "false"}
 HOLD_LOCK = """
 import sys
 from pathlib import Path
+from metagmvae.infra.cli import main
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 with lock_run_folder(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -61,13 +67,14 @@ def test_folder_with_other_files_is_not_touched(data, tmp_path, resume):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_resume_without_checkpoint_prints_that_training_starts_at_step_1(data, tmp_path, capsys):
+def test_resume_without_checkpoint_prints_that_training_starts_at_step_1(data, tmp_path, caplog):
     """A mistyped folder would otherwise look like a resumed run."""
     run_training(settings(data, tmp_path / "run"), resume=True)
-    line = f"{tmp_path / 'run'}: no checkpoint to resume from; training starts at step 1\n"
-    assert line in capsys.readouterr().err
+    line = f"{tmp_path / 'run'}: no checkpoint to resume from; training starts at step 1"
+    assert line in caplog.messages
+    caplog.clear()
     run_training(settings(data, tmp_path / "run"), resume=True)
-    assert "no checkpoint" not in capsys.readouterr().err
+    assert "no checkpoint" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,12 @@ def test_resume_without_checkpoint_prints_that_training_starts_at_step_1(data, t
         ({"data.train_split": "nowhere"}, "no split 'nowhere'"),
         ({"validation.every": 1, "validation.way": 9}, "6 classes"),
         ({"run.out": "{tmp}/file/run"}, "cannot be created"),
+        ({"model.encoder": "resnet99"}, "resnet99"),
+        ({"model.encoder": "vgg11", "model.image_size": 8}, "vgg11"),
+        ({"run.engine": "ray", "run.address": "127.0.0.1:9"}, "no Ray cluster answers there"),
+        ({"run.engine": "ray", "run.address": "here"}, "give host:port"),
+        ({"data.uri": "{tmp}/nowhere"}, "nowhere"),
+        ({"data.validation_split": "val", "validation.every": 1}, "no split 'val'"),
         pytest.param(
             {"run.device": "cuda"},
             "no CUDA device",
@@ -90,6 +103,90 @@ def test_impossible_settings_are_refused_before_the_folder_is_created(data, tmp_
         run_training(settings(data, changes.pop("run.out", tmp_path / "run"), **changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_corrected_command_needs_neither_resume_nor_another_folder(data, tmp_path, monkeypatch):
+    """Also where the training fails after its start, before it has saved anything."""
+    with pytest.raises(ValueError, match="resnet99"):
+        run_training(settings(data, tmp_path / "run", **{"model.encoder": "resnet99"}))
+
+    def fail(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(run_training_module, "train_in_process", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_training(settings(data, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [TRAINING_LOCK]
+    monkeypatch.undo()
+    run_training(settings(data, tmp_path / "run"))
+
+
+def test_files_of_the_user_and_of_a_run_that_has_saved_something_stay(data, tmp_path, monkeypatch):
+    run = run_training(settings(data, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".json"}
+
+    def fail(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(run_training_module, "train_in_process", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_training(settings(data, run), resume=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".json"} == before
+
+
+def test_run_folder_is_a_configuration(data, tmp_path, capsys):
+    """`train RUN --resume`, and `train RUN --set run.out=…` for a new run with the same settings."""
+    run = run_training(settings(data, tmp_path / "run"))
+    assert load_settings(run / CONFIG) == read_settings(run)
+    assert main(["train", str(run), "--resume"]) == 0
+    assert main(["train", str(run)]) == 2
+    assert "continue with --resume" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert main(["train", str(run), "--set", f"run.out={other}", "--set", "train.steps=3"]) == 0
+    assert read_settings(other).train.steps == 3
+    assert main(["pretrain", str(run), "--resume", "--set", "pretrain.steps=2"]) == 2
+    assert "is a run of metagmvae train; resume it with that command" in capsys.readouterr().err
+    (run / CONFIG).unlink()  # a run of an older version
+    assert main(["train", str(run), "--resume"]) == 0
+
+
+def test_a_run_folder_that_was_moved_is_resumed_where_it_is(data, tmp_path):
+    run = run_training(settings(data, tmp_path / "run"))
+    moved = run.rename(tmp_path / "moved")
+    assert main(["train", str(moved), "--resume"]) == 0
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_dry_run_says_what_would_be_done_and_writes_nothing(data, tmp_path, capsys, command):
+    words = [f"--set={k}={v}" for k, v in (SETTINGS | {"data.uri": data, "pretrain.steps": 2}).items()]
+    words += [f"--set=run.out={tmp_path / 'run'}", "--dry-run", "--json"]
+    assert main([command, "omniglot-5way", *words]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["steps"] == ({"pretrain": 2, "meta": 2} if command == "train" else {"pretrain": 2})
+    assert answer["run"] == str(tmp_path / "run")
+    assert answer["engine"].startswith("local, ")
+    assert main([command, "omniglot-5way", *words, "--set=model.encoder=resnet99"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_dataset_without_validation_split_is_trained_on_with_a_warning(preset, data, caplog):
+    dataset = Dataset.open(data)
+    without = Dataset(dataset.root, {**dataset.manifest, "splits": {"train": dataset.split("train")}})
+    inputs = load_inputs(load_settings(preset), without)
+    assert inputs.settings.validation.every == 0
+    assert inputs.settings.train.selection == "last"
+    assert settings_from_json(to_json(inputs.settings)) == inputs.settings
+    (warning,) = [r.message for r in caplog.records if "validation" in r.message]
+    assert "has no split 'validation'; training goes on without validation, and the last model is kept" in warning
+
+
+def test_training_without_validation_split_runs_to_its_end(tmp_path, caplog):
+    write_dataset(open_source("glyphs", classes=(8, 0, 3), drawings=20), tmp_path / "data")
+    run = run_training(settings(tmp_path / "data", tmp_path / "run", **{"validation.every": 1, "run.figures": "true"}))
+    assert load_state(run / CHECKPOINT)["step"] == 2
+    run_training(settings(tmp_path / "data", tmp_path / "run", **{"validation.every": 1}), resume=True)
 
 
 @pytest.fixture

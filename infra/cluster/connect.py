@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError
 
 from metagmvae.configs.load import SettingsError
@@ -19,6 +22,10 @@ from metagmvae.pipelines.records import WorkError
 
 CONNECT_TIMEOUT_S = 5.0
 """For the first connection to a cluster; Ray itself would try for minutes."""
+HTTP2_SETTINGS = b"\x04"
+"""Type of the frame that a server of HTTP/2, on which gRPC is based, sends first."""
+HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0" * 5
+"""What a client of HTTP/2 sends first."""
 PACKAGES = ("configs", "pipelines", "training", "evaluation", "infra")
 OBJECT_STORE_BYTES = 200 * 2**20
 ENVIRONMENT = {
@@ -40,8 +47,8 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
     process, see `_package_copy`.
 
     Args:
-        address: `host:port`, `ray://host:port` or `auto`. Empty: RAY_ADDRESS; if that is empty too, a new cluster on
-            this machine.
+        address: `host:port`, `ray://host:port` or `auto`. `local`: a new cluster on this machine. Empty: RAY_ADDRESS;
+            if that is empty too, a new cluster.
         cpus: CPUs that the work needs at the same time.
         dashboard: whether the work needs Ray's dashboard. Trials that train on several workers do: Ray frees the
             workers of a stopped trial only through the dashboard, and without it they wait for each other forever.
@@ -57,7 +64,8 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        context = _join(address) if address else _start(cpus, dashboard)
+        with _own_signal_handlers():
+            context = _start(cpus, dashboard) if address in ("", "local") else _join(address)
         if dashboard and not context.dashboard_url:
             raise SettingsError(
                 "Ray runs without its dashboard, which a sweep of trials with several workers needs: pip install "
@@ -69,9 +77,23 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
                 f"{cpus} CPUs are needed at once (workers times CPUs per worker), but the cluster at {address!r} "
                 f"has {available}: use fewer workers, or add nodes"
             )
-        yield
+        # Ray prints about lost workers on standard output whatever its log level. That is for the command's answer, and
+        # the error that follows says the same (`worker_failures`).
+        with open(os.devnull, "w") as null, redirect_stdout(null):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep the handler of SIGTERM of this process, which `ray.init` replaces by one that ends it without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _join(address: str) -> Any:
@@ -80,10 +102,10 @@ def _join(address: str) -> Any:
     Raises:
         SettingsError: it does not answer or refuses the connection.
     """
-    _check_listening(address)
+    found = _find_cluster(address)
     try:
         with _package_copy() as package:
-            return _init(address=address, runtime_env={"env_vars": ENVIRONMENT, "py_modules": [package]})
+            return _init(address=found, runtime_env={"env_vars": ENVIRONMENT, "py_modules": [package]})
     except (ConnectionError, AuthenticationError) as error:
         if "AuthenticationError" in repr(error) + repr(error.__cause__):
             raise SettingsError(
@@ -151,21 +173,29 @@ def _package_copy() -> Iterator[str]:
         yield str(package)
 
 
-def _check_listening(address: str) -> None:
-    """Open and close a connection to the address.
+def _find_cluster(address: str) -> str:
+    """The address of a cluster that answers; that of `auto` is the one of a cluster on this machine.
+
+    `ray.init` would try for minutes to connect to a port at which something else than Ray answers.
 
     Raises:
-        SettingsError: it is not host:port, or nothing listens there.
+        SettingsError: it is no address, or no server of gRPC, which Ray uses, answers there.
     """
-    if address == "auto":
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise SettingsError(f"run.address (or RAY_ADDRESS) = {address!r}: give host:port, ray://host:port or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+        found: str = get_ray_address_from_environment("auto", None) if address == "auto" else address
+        host, _, port = found.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise SettingsError(
+                f"run.address (or RAY_ADDRESS) = {address!r}: give host:port, ray://host:port, auto or local"
+            )
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+                connection.sendall(HTTP2_START)
+                if connection.recv(9)[3:4] != HTTP2_SETTINGS:
+                    raise ConnectionError("not a server of gRPC")
+    except (OSError, OverflowError) as error:
         raise _no_cluster(address) from error
+    return found
 
 
 def _no_cluster(address: str) -> SettingsError:

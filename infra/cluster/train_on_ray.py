@@ -10,89 +10,35 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from metagmvae.configs.credentials import with_credentials
-from metagmvae.configs.load import SettingsError, settings_from_json, to_json
+from metagmvae.configs.load import SettingsError, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.cluster.connect import cluster
-from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
-from metagmvae.infra.runs.train_in_process import train_in_process
-from metagmvae.infra.runs.training_inputs import load_inputs
+from metagmvae.infra.cluster.train_worker import NON_FINITE, STOPPED, StopFlag, train_worker
+from metagmvae.infra.cluster.worker_failures import failure_reason
+from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, RAY_FOLDER, append_lines, drop_lines_after, global_step
+from metagmvae.infra.runs.stop_signals import deferred_signals
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import WorkError
-from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.trainer.checkpoint import load_state, save_state
-from metagmvae.training.trainer.context import MetricLine, TrainState
+from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.stages import ModelKind
 from metagmvae.training.trainer.update import NonFiniteLossError
 
-FOLDER = "ray"
-"""Ray's own files in the run folder, deleted at the end."""
-NON_FINITE = "non-finite"
-"""Key of a report, and name of a file in `FOLDER`, with the message of a loss that is not finite."""
-REPORT_INTERVAL_S = 2.0
-"""Seconds of training between reports without a checkpoint; Ray processes about two reports per second."""
+GRACE_S = 20.0
+"""Longest wait for the workers' checkpoint after a signal; Kubernetes and Slurm kill a process after 30 s."""
 GROUP_TIMEOUT_S = 600
 """For collective operations of torch.distributed."""
-
-
-class RayContext:
-    """One rank of a Ray Train worker group."""
-
-    def __init__(self, initial_checkpoint: bytes | None) -> None:
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world: int = context.get_world_size()
-        self.device: torch.device = get_device()
-        self._initial_checkpoint = initial_checkpoint
-        self._lines: list[MetricLine] = []
-        self._reported_s = 0.0
-
-    def load(self) -> TrainState | None:
-        """Return the last checkpoint reported to Ray; at the start of a resumed run, that of the run folder."""
-        reported = ray.train.get_checkpoint()
-        if reported is not None:
-            with reported.as_directory() as folder:
-                return load_state(Path(folder) / CHECKPOINT)
-        if self._initial_checkpoint is None:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / CHECKPOINT
-            path.write_bytes(self._initial_checkpoint)
-            return load_state(path)
-
-    def report(self, line: MetricLine, state: TrainState | None) -> None:
-        """Report to Ray: every line with a checkpoint, other lines collected for `REPORT_INTERVAL_S`."""
-        self._lines.append(line)
-        # The lines, including `elapsed_s`, are equal on all ranks, so all ranks report at the same steps.
-        elapsed = float(line["elapsed_s"])
-        if not line["checkpoint"] and 0 <= elapsed - self._reported_s < REPORT_INTERVAL_S:
-            return
-        self._reported_s = elapsed
-        metrics = {"lines": json.dumps(self._lines, allow_nan=False) if self.rank == 0 else "[]"}
-        self._lines = []
-        if state is None:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder) / CHECKPOINT, state)
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-
-    def report_non_finite(self, error: NonFiniteLossError) -> None:
-        """Report a loss that is not finite, which all ranks find at the same step, as the last report of the run."""
-        ray.train.report({"lines": json.dumps(self._lines) if self.rank == 0 else "[]", NON_FINITE: str(error)})
 
 
 class RunFolderCallback(UserCallback):
@@ -115,25 +61,22 @@ class RunFolderCallback(UserCallback):
             # After a restart of the workers some steps are reported again; the later line is kept.
             drop_lines_after(self.run_dir / METRICS, int(lines[0]["global_step"]) - 1)
             append_lines(self.run_dir / METRICS, lines)
+        if STOPPED in metrics[0]:
+            (self.run_dir / RAY_FOLDER / STOPPED).touch()
         if NON_FINITE in metrics[0]:
-            (self.run_dir / FOLDER / NON_FINITE).write_text(metrics[0][NON_FINITE], encoding="utf-8")
+            (self.run_dir / RAY_FOLDER / NON_FINITE).write_text(metrics[0][NON_FINITE], encoding="utf-8")
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Run the training of one worker; the same as that of the local engine.
+@contextmanager
+def training_cluster(settings: Settings) -> Iterator[None]:
+    """Connect to the Ray cluster of a training, see `cluster`, and check that it has the CPUs and GPUs for it.
 
-    Args:
-        config: `settings` as JSON, URI of the `data`, `kind`, and `checkpoint` of the run folder or None.
+    Raises:
+        SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
     """
-    settings = settings_from_json(config["settings"])
-    context = RayContext(config["checkpoint"])
-    if not settings.run.threads:
-        torch.set_num_threads(settings.run.cpus_per_worker)
-    try:
-        train_in_process(load_inputs(settings, Dataset.open(config["data"])), context, config["kind"])
-    except NonFiniteLossError as error:
-        # Not raised: Ray would restart the workers, with the same result.
-        context.report_non_finite(error)
+    with cluster(settings.run.address, settings.run.workers * settings.run.cpus_per_worker):
+        _use_gpu(settings)
+        yield
 
 
 def train_on_ray(
@@ -159,6 +102,7 @@ def train_on_ray(
         SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
         NonFiniteLossError: a step had a loss that is not finite; it is not tried again.
         WorkError: the workers failed more often than `run.max_failures` allows.
+        KeyboardInterrupt: a signal stopped the training, and the workers have saved the step that they were at.
     """
     checkpoint = None
     if resume and (run_dir / CHECKPOINT).exists():
@@ -167,20 +111,26 @@ def train_on_ray(
     else:
         (run_dir / METRICS).unlink(missing_ok=True)
     # Ray would silently resume from files of an earlier start; the run folder has everything that is needed.
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    shutil.rmtree(run_dir / RAY_FOLDER, ignore_errors=True)
     config = {"settings": to_json(settings), "data": with_credentials(data), "kind": kind, "checkpoint": checkpoint}
-    with cluster(settings.run.address, settings.run.workers * settings.run.cpus_per_worker):
-        trainer = _trainer(settings, config, run_dir, callbacks)
+    with training_cluster(settings):
+        stop_flag = (
+            ray.remote(num_cpus=0)(StopFlag).remote() if threading.current_thread() is threading.main_thread() else None
+        )
+        trainer = _trainer(settings, config | {"stop_flag": stop_flag}, run_dir, callbacks)
         try:
-            with _keyboard_interrupt():
-                trainer.fit()
+            if stop_flag is None:
+                trainer.fit()  # a trial of a sweep: signals are handled by the main thread of Ray's worker
+            else:
+                _fit_until_signal(trainer, stop_flag, run_dir / RAY_FOLDER / STOPPED)
         except Exception as error:
-            raise _one_line_error(error) from error
-    message_file = run_dir / FOLDER / NON_FINITE
-    message = message_file.read_text(encoding="utf-8") if message_file.exists() else ""
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    if message:
-        raise NonFiniteLossError(message)
+            raise _one_line_error(error, run_dir) from error
+        else:
+            message = run_dir / RAY_FOLDER / NON_FINITE
+            if message.exists():
+                raise NonFiniteLossError(message.read_text(encoding="utf-8"))
+        finally:
+            shutil.rmtree(run_dir / RAY_FOLDER, ignore_errors=True)
 
 
 def _trainer(
@@ -196,7 +146,7 @@ def _trainer(
             resources_per_worker={"CPU": settings.run.cpus_per_worker},
         ),
         run_config=RunConfig(
-            name=FOLDER,
+            name=RAY_FOLDER,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=settings.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -222,23 +172,43 @@ def _use_gpu(settings: Settings) -> bool:
     return True
 
 
-@contextmanager
-def _keyboard_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C; Ray installs a handler that ends the process, and does not remove it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # a trial of a sweep: signals are handled by the main thread of Ray's worker
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        raise KeyboardInterrupt from stop
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def _fit_until_signal(trainer: TorchTrainer, stop_flag: Any, stopped: Path) -> None:
+    """Run the trainer in a thread, so that Ctrl-C and SIGTERM are handled here and not by Ray.
+
+    Args:
+        trainer: to run.
+        stop_flag: tells the workers about a signal.
+        stopped: file that exists when the checkpoint of the stopped workers is in the run folder.
+
+    Raises:
+        KeyboardInterrupt, Terminated: there was a signal. The workers have saved their step, unless they train no step
+            yet, or need longer than `GRACE_S`.
+    """
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    with deferred_signals() as requested:
+        thread.start()
+        while thread.is_alive() and not requested():
+            thread.join(0.1)
+        if requested():
+            deadline = time.monotonic() + GRACE_S
+            if ray.get(stop_flag.request.remote(), timeout=GRACE_S):
+                while thread.is_alive() and not stopped.exists() and time.monotonic() < deadline:
+                    thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
-def _one_line_error(error: Exception) -> Exception:
-    """An error with the last line of the message of the first worker that failed."""
+def _one_line_error(error: Exception, run_dir: Path) -> Exception:
+    """An error with the reason of the first worker that failed."""
     failures = getattr(error, "worker_failures", None) or {}
-    first = next(iter(failures.values()), error)
-    return WorkError(f"training on Ray failed: {str(first).strip().splitlines()[-1]}; continue with --resume")
+    reason = failure_reason(next(iter(failures.values()), error))
+    remedy = "; continue with --resume" if (run_dir / METRICS).exists() else ""
+    return WorkError(f"training on Ray failed: {reason}{remedy}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command
+from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, add_tracking
 
 if TYPE_CHECKING:
     from metagmvae.training.trainer.stages import ModelKind
@@ -27,6 +27,7 @@ def add(parsers: Parsers) -> None:
     interrupted = "the same command continues: what was uploaded is not sent again"
     parser = add_command(parsers, "track", track, description, example, interrupted)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run or of a sweep")
+    add_tracking(parser)
 
     description = "run the whole workflow on generated glyphs: dataset, training, evaluation, registry, classification"
     interrupted = "delete the folder, or choose another --out, to start again"
@@ -39,12 +40,15 @@ def add(parsers: Parsers) -> None:
 def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], description: str, example: str) -> None:
     parser = add_command(parsers, name, run, description, example)
     parser.add_argument(
-        "config", metavar="CONFIG", help="TOML file of settings, or name of a preset, such as omniglot-cpu"
+        "config",
+        metavar="CONFIG",
+        help="TOML file of settings, name of a preset, such as omniglot-cpu, or folder of a run: its settings",
     )
     help_text = "change a setting, for example train.steps=500; may be given several times"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
-    help_text = "continue from the checkpoint in the run folder (setting run.out)"
+    help_text = "continue from the checkpoint in the run folder (setting run.out, or CONFIG)"
     parser.add_argument("--resume", action="store_true", help=help_text)
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
 
 def train(arguments: Namespace) -> Answer:
@@ -58,11 +62,12 @@ def pretrain(arguments: Namespace) -> Answer:
 
 
 def _run(arguments: Namespace, kind: ModelKind) -> Answer:
-    from metagmvae.configs.load import load_settings
     from metagmvae.infra.runs.run_folder import METRICS, read_lines
-    from metagmvae.infra.workflows.run_training import run_training
+    from metagmvae.infra.workflows.run_training import describe_training, load_run_settings, run_training
 
-    settings = load_settings(arguments.config, arguments.overrides)
+    settings = load_run_settings(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return describe_training(settings, kind=kind, resume=arguments.resume)
     quiet = arguments.quiet or arguments.json
     run_dir = run_training(settings, kind=kind, resume=arguments.resume, quiet=quiet)
     last = read_lines(run_dir / METRICS)[-1]
@@ -71,7 +76,7 @@ def _run(arguments: Namespace, kind: ModelKind) -> Answer:
         from metagmvae.infra.registry.register import register
 
         name = settings.tracking.register_as + ("-encoder" if kind == "encoder" else "")
-        version = register(run_dir, settings.tracking, name)
+        version = register(run_dir, settings.tracking, name, once=True)
         answer["registered"] = version.uri
         if version.alias:
             answer["alias"] = f"models:/{version.name}@{version.alias}"

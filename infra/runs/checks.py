@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
+from metagmvae.infra.runs.training_inputs import TrainingInputs
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.stages import ModelKind
 
 
@@ -29,6 +31,16 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
         labels = dataset.labels(settings.data.validation_split)
         for shot in validation.shots:
             EpisodeSampler(labels, way=validation.way, shot=shot, query=validation.query, seed=validation.seed)
+
+
+def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
+    """Build the model once, so that a wrong encoder or image size is found before the run folder is claimed.
+
+    Raises:
+        EncoderError: there is no such encoder, or it does not accept such images.
+    """
+    build = build_model if kind == "meta-gmvae" else build_encoder_model
+    build(inputs.settings.model, inputs.image_shape, seed=0)
 
 
 def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> None:

@@ -40,7 +40,7 @@ def train_in_process(inputs: TrainingInputs, context: RunContext, kind: ModelKin
     train(
         settings,
         _training_rows(inputs),
-        encoder.image_shape if encoder else dataset.image_shape,
+        inputs.image_shape,
         dataset.fingerprint,
         context,
         validator,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from metagmvae.configs.load import SettingsError
-from metagmvae.configs.schema import Settings
+from metagmvae.configs.schema import DataSettings, Settings
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel
 
+LOG = logging.getLogger(__name__)
 ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average", "normalise")
 """Keys of [model] that define the encoder."""
 
@@ -27,14 +29,20 @@ class TrainingInputs:
     encoder: LoadedModel | None
     """The encoder that made the features; None for a dataset of images."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, also of those that the features were made from."""
+        return self.encoder.image_shape if self.encoder else self.dataset.image_shape
+
 
 def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
-    """Load the encoder of a dataset of features and copy its settings into [model].
+    """Load the encoder of a dataset of features and copy its settings into [model]; see also `without_validation`.
 
     Raises:
         SettingsError: the settings name another encoder.
         DataError: the encoder is missing or damaged.
     """
+    settings = without_validation(settings, dataset)
     if dataset.kind != "features":
         return TrainingInputs(settings, dataset, None)
     encoder = load_dataset_encoder(dataset)
@@ -48,6 +56,30 @@ def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
     update = {key: getattr(encoder.settings.model, key) for key in ENCODER_KEYS}
     model = settings.model.model_copy(update=update)
     return TrainingInputs(settings.model_copy(update={"model": model}), dataset, encoder)
+
+
+def has_samples(dataset: Dataset, split: str) -> bool:
+    """Whether a dataset has a split that is not empty."""
+    return split in dataset.splits and dataset.split(split)["samples"] > 0
+
+
+def without_validation(settings: Settings, dataset: Dataset) -> Settings:
+    """Switch validation off, with a warning, where the dataset has no validation split of the usual name.
+
+    Then the last model is kept. A split that the settings name differently is required.
+    """
+    split = settings.data.validation_split
+    usual = DataSettings.model_fields["validation_split"].default
+    if not settings.validation.every or has_samples(dataset, split) or split != usual:
+        return settings
+    LOG.warning(
+        "%s: has no split %r; training goes on without validation, and the last model is kept", dataset.uri, split
+    )
+    changes = {
+        "validation": settings.validation.model_copy(update={"every": 0}),
+        "train": settings.train.model_copy(update={"selection": "last"}),
+    }
+    return settings.model_copy(update=changes)
 
 
 def select_device(settings: Settings) -> torch.device:

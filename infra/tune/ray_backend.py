@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,10 +62,8 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
         os.environ.setdefault(key, value)
     # A distributed trial takes a hundredth of a CPU besides its workers, so one more whole CPU is needed.
     cpus = cpus_per_trial * max(at_once, 1) + int(distributed)
-    # Ray and Tune print about every trial on standard output even at verbosity 0. Standard output is for the command's
-    # answer, and the table contains the reasons of failures.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with open(os.devnull, "w") as null, redirect_stdout(null), cluster(run.address, cpus, dashboard=distributed):
+    with cluster(run.address, cpus, dashboard=distributed):
         yield
 
 

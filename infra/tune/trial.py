@@ -79,10 +79,10 @@ class TrialContext(LocalContext):
         replay_reports(self.run_dir, self.task)
         return state
 
-    def report(self, line: MetricLine, state: TrainState | None) -> None:
+    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
         """Write a metric line, and report its validation if it has one."""
         super().report(line, state)
-        result = tune_result(line, self.task)
+        result = tune_result(line or {}, self.task)
         if result is not None:
             tune.report(result)
 

@@ -29,7 +29,8 @@ class EpisodeSampler:
             raise DataError(f"way {way}, shot {shot}, query {query}: way must be at least 2, the others at least 1")
         order = np.argsort(labels, kind="stable")
         ids, starts = np.unique(labels[order], return_index=True)
-        members = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True))
+        # Not strict: np.split returns one empty part for an empty split.
+        members = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))
         if way > len(members):
             raise DataError(f"way {way} exceeds the {len(members)} classes of the split; lower the way")
         smallest = min(members, key=lambda c: len(members[c]))

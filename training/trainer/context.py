@@ -34,8 +34,8 @@ class RunContext(Protocol):
     def stop_requests(self) -> AbstractContextManager[Callable[[], bool]]:
         """A block in which the training stops at the end of a step when the yielded function returns True.
 
-        Signals are deferred inside the block. At its end it raises KeyboardInterrupt if a stop was requested. Here: a
-        stop is never requested.
+        Signals are deferred inside the block. With one rank it raises KeyboardInterrupt at its end if a stop was
+        requested. Here: a stop is never requested.
         """
         return nullcontext(lambda: False)
 

@@ -163,7 +163,8 @@ class _Trainer:
             checkpoint_every=self.settings.train.checkpoint_every,
             validate_every=self.settings.validation.every if name == self.stages[-1] and self.validate else 0,
         )
-        self.elapsed = fit_stage(stage, hooks, self.context, start=start, elapsed=self.elapsed)
+        window = saved.get("window") if saved is not None else None
+        self.elapsed = fit_stage(stage, hooks, self.context, start=start, elapsed=self.elapsed, window=window)
         return self._state(stage, stage.steps)
 
     def _state(self, stage: Stage, step: int) -> TrainState:
