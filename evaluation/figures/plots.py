@@ -123,7 +123,9 @@ def latent_map(panels: Sequence[tuple[str, Array, Array, Array]], title: str) ->
     return figure
 
 
-def predictions(support: Sequence[Array], names: Sequence[str], query: Array, probabilities: Array) -> Figure:
+def predictions(
+    support: Sequence[Array], names: Sequence[str], query: Array, probabilities: Array, note: str = ""
+) -> Figure:
     """Show the labelled images of each class, and beside them the 8 most probable queries of those predicted as it.
 
     Args:
@@ -131,6 +133,7 @@ def predictions(support: Sequence[Array], names: Sequence[str], query: Array, pr
         names: of the classes.
         query: (P, C, H, W).
         probabilities: (P, K); that of the predicted class is written above the query.
+        note: what the figure leaves out, for its title.
     """
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     rows_by_class = [np.flatnonzero(predicted == k) for k in range(len(names))]
@@ -147,9 +150,15 @@ def predictions(support: Sequence[Array], names: Sequence[str], query: Array, pr
         grid[k, 0].set_title(_short(name), fontsize=7, loc="left", fontweight="bold")
         for column, row in enumerate(rows_by_class[k]):
             _show(grid[k, shots + column], query[row])
-            grid[k, shots + column].set_title(f"{100 * confidence[row]:.0f}%", fontsize=7, color=GREY)
-    figure.suptitle("labelled images (left), predictions (right)", fontsize=9)
+            grid[k, shots + column].set_title(_percent(confidence[row]), fontsize=7, color=GREY)
+    title = "labelled images (left), most certain predictions (right)"
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=9)
     return figure
+
+
+def _percent(probability: float) -> str:
+    """A probability below 1 is never shown as 100%."""
+    return f"{100 * probability:.0f}%" if probability < 0.99 or probability == 1 else f"{min(probability, 0.999):.1%}"
 
 
 def _short(name: str, longest: int = 22) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from argparse import BooleanOptionalAction, Namespace
+from functools import partial
 from pathlib import Path
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file, progress_bar
 
 LOG = logging.getLogger(__name__)
 MODEL_HELP = "run folder, checkpoint file, model package, or registered model (models:/name@alias)"
@@ -21,6 +22,18 @@ def add(parsers: Parsers) -> None:
     help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png"
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
     parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
+    parser.add_argument("--recursive", action="store_true", help="also classify the images in sub-folders of --query")
+    help_text = "transductive: images are classified together, at most 500 in a random set; inductive: each alone, for "
+    help_text += "streams (default: transductive)"
+    parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=help_text)
+    help_text = "answer `unknown` for images of none of the classes (needs `metagmvae calibrate`)"
+    parser.add_argument("--unknown", action="store_true", help=help_text)
+    help_text = "only the N most probable classes of each image (default: the probability of every class)"
+    parser.add_argument("--top-k", type=int, metavar="N", help=help_text)
+    help_text = "give no class to an image whose highest probability is below P (default: 0)"
+    parser.add_argument("--threshold", type=float, default=0.0, metavar="P", help=help_text)
+    help_text = "write one row for each image to FILE.csv, FILE.parquet or FILE.jsonl, and print only counts"
+    parser.add_argument("--table", metavar="FILE", type=output_file, help=help_text)
     help_text = "also plot the images with their predicted classes"
     parser.add_argument("--figure", metavar="FILE.png", type=output_file, help=help_text)
     help_text = "invert the images (255 - value), as `prepare omniglot` does, or not (default: as the training images)"
@@ -49,9 +62,22 @@ def add(parsers: Parsers) -> None:
 
 def classify(arguments: Namespace) -> Answer:
     """Run `metagmvae classify`."""
+    from metagmvae.infra.classification.classified_rows import FIELDS, check_table_name
     from metagmvae.infra.registry.resolve import resolve_model
-    from metagmvae.infra.workflows.classify import FIELDS, classify_folders
+    from metagmvae.infra.workflows.classify import ClassifyOptions, classify_folders
 
+    if arguments.table:
+        check_table_name(arguments.table)
+    options = ClassifyOptions(
+        arguments.mode,
+        arguments.recursive,
+        arguments.unknown,
+        arguments.top_k,
+        arguments.threshold,
+        arguments.invert,
+        Path(arguments.table) if arguments.table else None,
+        Path(arguments.figure) if arguments.figure else None,
+    )
     loaded = resolve_model(arguments.model)
     if loaded.preprocessing is None and arguments.invert is None:
         LOG.warning(
@@ -59,11 +85,13 @@ def classify(arguments: Namespace) -> Answer:
             "give --invert or --no-invert",
             arguments.model,
         )
-    figure_file = Path(arguments.figure) if arguments.figure else None
-    answer = classify_folders(loaded, Path(arguments.support), Path(arguments.query), figure_file, arguments.invert)
+    progress = partial(progress_bar, quiet=arguments.json)
+    answer = classify_folders(
+        loaded, Path(arguments.support), Path(arguments.query), options=options, progress=progress
+    )
     if not arguments.json and not set(FIELDS).intersection(answer["classes"]):
-        for row in answer["queries"]:
-            del row["probabilities"]  # the other columns of the table say the same
+        for row in answer.get("queries", []):
+            row.pop("probabilities", None)  # the other columns of the table say the same
     return answer
 
 

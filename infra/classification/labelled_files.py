@@ -1,0 +1,59 @@
+"""The image files of `metagmvae classify`: labelled ones, and those to classify; every file is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_files import list_images
+
+Files = tuple[list[str], list[dict[str, str]]]
+"""Names of the files to read, and `file` and `reason` of those that are left out."""
+
+
+def labelled_files(support: Path) -> tuple[list[str], list[str], np.ndarray, list[dict[str, str]]]:
+    """Names of the classes, files `<class>/<file>` in the order of the classes, their class numbers, files left out.
+
+    Raises:
+        DataError: the folder is missing, a class folder holds no images, or there are fewer than two.
+    """
+    files, left_out, folders = _list(support, lambda depth: depth == 2, "not in a class folder")
+    names = sorted({file.split("/")[0] for file in files})
+    empty = sorted({folder.split("/")[0] for folder in folders} - set(names))
+    if empty:
+        raise DataError(f"{support}: class folder {empty[0]} holds no images; add images of this class or remove it")
+    if len(names) < 2:
+        raise DataError(f"{support}: holds {len(names)} class folders; give two or more, SUPPORT/<class>/*.png")
+    return names, files, np.array([names.index(file.split("/")[0]) for file in files]), left_out
+
+
+def query_files(query: Path, *, recursive: bool) -> Files:
+    """Files to classify, directly in the folder or, if `recursive`, in its sub-folders too.
+
+    Raises:
+        DataError: the folder is missing or holds no images.
+    """
+    files, left_out, _ = _list(query, lambda depth: recursive or depth == 1, "in a sub-folder")
+    if not files:
+        raise DataError(f"{query}: holds no images; give a folder of image files, QUERY/*.png")
+    return files, left_out
+
+
+def _list(root: Path, wanted: Callable[[int], bool], reason: str) -> tuple[list[str], list[dict[str, str]], list[str]]:
+    """Image files at a wanted depth, files left out, and folders; `reason` is that of image files at another depth."""
+    if not root.exists():
+        raise DataError(f"{root}: no such folder")
+    listing = list_images(root)
+    names = [entry.name for entry in listing.entries]
+    others = [(file.name, file.reason) for file in listing.left_out]
+    others += [(name, reason) for name in names if not wanted(name.count("/") + 1)]
+    left_out = [{"file": path_of(root, name), "reason": reason} for name, reason in sorted(others)]
+    return [name for name in names if wanted(name.count("/") + 1)], left_out, listing.folders
+
+
+def path_of(root: Path, name: str) -> str:
+    """Return the path of a file in messages and answers."""
+    return f"{root}/{name}"
