@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 setup:
 	python3 -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e '.[cpu,dev]'
+	.venv/bin/pip install -q -c constraints.txt -e '.[all,dev]'
 
 lint: types
 	.venv/bin/ruff check .

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,27 +21,29 @@ from metagmvae.pipelines.rng import keyed_rng
 NEIGHBOURS = 20
 SHARPNESS = 1 / 0.07
 """The vote of a neighbour has weight exp(cosine * sharpness), as in Wu et al. (CVPR 2018)."""
+BLOCK_ROWS = 1024
+"""Queries that are compared with all references at once."""
 LINEAR_ROWS = 200
 """Most images of a class in a linear probe; half of them are the reference."""
 
 
 def knn_probe(h_nF: Tensor, labels: np.ndarray) -> float:
-    """Return the accuracy of a weighted vote of the nearest neighbours by cosine (faiss), a fraction in [0, 1].
+    """Return the accuracy of a weighted vote of the nearest neighbours by cosine, a fraction in [0, 1].
 
     Raises:
         DataError: a class has only one image.
     """
-    import faiss
-
-    unit_nF = F.normalize(h_nF.float(), dim=1).cpu().numpy()
-    reference, queries = _split_classes(labels)
-    index = faiss.IndexFlatIP(unit_nF.shape[1])
-    index.add(unit_nF[reference])
-    cosine, neighbours = index.search(unit_nF[queries], min(NEIGHBOURS, len(reference)))
-    classes, class_n = np.unique(labels, return_inverse=True)
-    votes = np.zeros((len(queries), len(classes)))
-    np.add.at(votes, (np.arange(len(queries))[:, None], class_n[reference][neighbours]), np.exp(cosine * SHARPNESS))
-    return float((votes.argmax(axis=1) == class_n[queries]).mean())
+    unit_nF = F.normalize(h_nF.float(), dim=1)
+    reference, queries = (torch.as_tensor(rows, device=h_nF.device) for rows in _split_classes(labels))
+    classes, inverse = np.unique(labels, return_inverse=True)
+    class_n = torch.as_tensor(inverse, device=h_nF.device)
+    reference_TF, correct = unit_nF[reference], 0
+    for rows in queries.split(BLOCK_ROWS):
+        cosine, neighbours = (unit_nF[rows] @ reference_TF.T).topk(min(NEIGHBOURS, len(reference)), dim=1)
+        votes = torch.zeros(len(rows), len(classes), device=h_nF.device)
+        votes.scatter_add_(1, class_n[reference][neighbours], (cosine * SHARPNESS).exp())
+        correct += int((votes.argmax(dim=1) == class_n[rows]).sum())
+    return correct / len(queries)
 
 
 def linear_probe(h_nF: Tensor, labels: np.ndarray) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 
 from metagmvae.evaluation.sweeps.ranking import TrialsAtStep
 from metagmvae.evaluation.sweeps.record import SweepRecord
+from metagmvae.pipelines.optional_packages import optional_package
 
 Array = np.ndarray
 EVALUATOR = "optuna.importance.FanovaImportanceEvaluator"
@@ -133,7 +134,8 @@ def _variance_fractions(unit: Array, accuracy: Array, trees: int, seed: int) -> 
         trees: number of trees, each with its own seed.
         seed: of the first tree.
     """
-    from optuna.importance import FanovaImportanceEvaluator
+    with optional_package("optuna", "the importance of the settings of a sweep"):
+        from optuna.importance import FanovaImportanceEvaluator
 
     study, names = _study(unit, accuracy), [str(column) for column in range(unit.shape[1])]
     rows = []

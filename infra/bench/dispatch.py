@@ -70,17 +70,21 @@ def _features(request: Namespace) -> dict[str, Any]:
 
 def _prepare(request: Namespace) -> dict[str, Any]:
     from metagmvae.evaluation.bench.prepare_speed import bench_prepare
-    from metagmvae.infra.cluster.tasks import ray_map
+    from metagmvae.pipelines.optional_packages import optional_package
     from metagmvae.pipelines.records import DataError
 
     if not request.source:
         raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
+    with optional_package("ray", "metagmvae bench prepare"):
+        from metagmvae.infra.cluster.tasks import ray_map
     return bench_prepare(request.kind, request.source, request.workers, ray_map)
 
 
 def _tune(request: Namespace) -> dict[str, Any]:
-    from metagmvae.infra.bench.sweep_speed import bench_sweep
+    from metagmvae.pipelines.optional_packages import optional_package
 
+    with optional_package("ray.tune", "metagmvae bench tune"):
+        from metagmvae.infra.bench.sweep_speed import bench_sweep
     return bench_sweep(request.trials or TUNE_TRIALS)
 
 

@@ -147,7 +147,10 @@ def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextMa
     """Return a context with a function that runs tasks on Ray, see `ray_map`; with None for `--workers 0`."""
     if not arguments.workers:
         return nullcontext()
-    from metagmvae.infra.cluster.tasks import ray_map
+    from metagmvae.pipelines.optional_packages import optional_package
+
+    with optional_package("ray", f"--workers {arguments.workers}", "--workers 0"):
+        from metagmvae.infra.cluster.tasks import ray_map
 
     return ray_map(arguments.workers, arguments.address, gpu=gpu)
 

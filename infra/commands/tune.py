@@ -46,7 +46,10 @@ def tune(arguments: Namespace) -> Answer:
     """Run `metagmvae tune`."""
     from metagmvae.configs.load import SettingsError, load_settings
     from metagmvae.configs.search_space import load_space
-    from metagmvae.infra.tune.request import SweepRequest, run
+    from metagmvae.pipelines.optional_packages import optional_package
+
+    with optional_package("optuna", "metagmvae tune"):
+        from metagmvae.infra.tune.request import SweepRequest, run
 
     steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
     settings = load_settings(arguments.config, [*arguments.overrides, *steps])

@@ -70,11 +70,11 @@ def serve(loaded: LoadedModel, listener: socket.socket, name: str) -> dict[str, 
 
 def scoring_app(loaded: LoadedModel) -> Any:
     """Return MLflow's scoring server for a model, as an ASGI application."""
+    mlflow = import_mlflow("metagmvae serve")
     from mlflow.pyfunc import scoring_server
 
     from metagmvae.training.trainer.package import save_package
 
-    mlflow = import_mlflow()
     with tempfile.TemporaryDirectory() as folder, quiet_mlflow():
         package, logged = Path(folder) / "package", Path(folder) / "model"
         save_package(package, loaded)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
@@ -71,8 +69,3 @@ def _check_encoder_training(settings: Settings, dataset: Dataset) -> None:
         raise SettingsError(f"data.uri: {dataset.uri} holds features; an encoder is trained on images")
     if not settings.pretrain.steps:
         raise SettingsError("pretrain.steps is 0: set it to the number of pre-training steps")
-    if settings.validation.every and settings.validation.probes and find_spec("faiss") is None:
-        raise SettingsError(
-            "validation.probes need faiss: pip install 'metagmvae[cpu]' ([gpu] where there is a GPU), or set "
-            "validation.probes to false"
-        )

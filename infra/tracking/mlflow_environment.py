@@ -8,6 +8,8 @@ import warnings
 from functools import cache
 from typing import Any
 
+from metagmvae.pipelines.optional_packages import MissingPackageError, optional_package
+
 LOG = logging.getLogger(__name__)
 ENVIRONMENT = {
     # By default MLflow waits 120 s and tries 8 times, which takes minutes for a server that is down. The next upload
@@ -44,19 +46,27 @@ class TrackingError(RuntimeError):
     """The MLflow store cannot be reached or refused a request. The message is one line; the run folder is complete."""
 
 
-def import_mlflow() -> Any:
+class MissingMlflowError(TrackingError, MissingPackageError):
+    """MLflow is not installed; the message is one line with the remedy."""
+
+
+def import_mlflow(needed_by: str = "the MLflow store", otherwise: str = "") -> Any:
     """Import MLflow with short timeouts and without its warnings, some of which it gives when it is imported.
 
+    Args:
+        needed_by, otherwise: see `optional_package`.
+
     Raises:
-        TrackingError: MLflow is not installed.
+        MissingMlflowError: MLflow is not installed.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_warnings()
     try:
-        import mlflow
-    except ImportError as error:
-        raise TrackingError("MLflow is not installed: pip install mlflow") from error
+        with optional_package("mlflow", needed_by, otherwise):
+            import mlflow
+    except MissingPackageError as error:
+        raise MissingMlflowError(str(error)) from error
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
     # An error of the database is raised as well, and reported in one line.

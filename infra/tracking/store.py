@@ -95,6 +95,7 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
         TrackingError: MLflow is not installed, or the store cannot be opened.
     """
     uri = store_uri(tracking)
+    mlflow = import_mlflow()  # first: without MLflow a missing store is not the problem
     name_unused_variables(uri)
     path = sqlite_path(uri)
     if path is not None:
@@ -104,7 +105,7 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
             create_store(path)
         adapt_store(path)
     with tracking_errors(uri):
-        client = import_mlflow().MlflowClient(uri, registry_uri=uri)
+        client = mlflow.MlflowClient(uri, registry_uri=uri)
     _forget_artifact_places()
     # MLflow's default for SQLite is `mlruns` in the working directory, which changes between calls.
     return Store(client, uri, None if path is None else artifact_location(path))

@@ -38,10 +38,10 @@ class WarnOnce:
 @contextmanager
 def tracking_errors(uri: str) -> Iterator[None]:
     """Convert errors of MLflow, its HTTP client and its database to a TrackingError of one line."""
+    mlflow = import_mlflow()
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    mlflow = import_mlflow()
     try:
         yield
     except (mlflow.MlflowException, RequestException, SQLAlchemyError, OSError) as error:

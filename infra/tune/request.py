@@ -14,10 +14,12 @@ from metagmvae.configs.search_space import Space
 from metagmvae.infra.runs.checks import check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, load_inputs, select_device
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tune.search import GridSearch, Search
 from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
 from metagmvae.infra.tune.sweep_state import BEST, SweepState, check_validation_interval
 from metagmvae.infra.tune.sweep_tracker import SweepTracker
+from metagmvae.pipelines.optional_packages import optional_package
 from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -60,8 +62,11 @@ def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict
         SettingsError: an option or setting is wrong, or the sweep in the folder has another plan.
         DataError: the dataset or the folder cannot be used.
     """
-    from metagmvae.infra.tune.ray_backend import run_sweep, sweep_cluster
+    with optional_package("ray.tune", "metagmvae tune"):
+        from metagmvae.infra.tune.ray_backend import run_sweep, sweep_cluster
 
+    if request.base.tracking.enabled:
+        import_mlflow("tracking.enabled = true", "--set tracking.enabled=false")
     dataset = Dataset.open(request.base.data.uri)
     plan = _make_plan(request, dataset)
     folder = SweepFolder(request.out)

@@ -18,9 +18,11 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import FIGURES
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.workflows.classify import classify_folders
 from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.optional_packages import optional_package
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -45,7 +47,11 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
 
     Raises:
         DataError: the folder exists and is not empty.
+        MissingPackageError: Ray or MLflow is not installed.
     """
+    with optional_package("ray", "metagmvae demo"):
+        import ray  # noqa: F401, before anything is written
+    import_mlflow("metagmvae demo")
     out = out.absolute()
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; give a new folder with --out")

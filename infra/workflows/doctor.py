@@ -51,28 +51,36 @@ def _python(name: str) -> CheckResult:
 
 
 def _packages(name: str) -> CheckResult:
-    """Check that every dependency is installed in a version that the package allows."""
+    """Check that every dependency is installed in a version that the package allows; name extras that are not."""
     from packaging.requirements import Requirement
+
+    from metagmvae.pipelines.optional_packages import EXTRA_OF_PACKAGE
 
     try:
         requirements = [Requirement(line) for line in metadata.requires("metagmvae") or []]
     except metadata.PackageNotFoundError:
         return CheckResult(name, "note", "metagmvae is not installed, versions are not checked", "pip install -e .")
-    problems, installed = [], []
+    problems, installed, absent = [], [], []
     for requirement in requirements:
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        extras = ("", *EXTRA_OF_PACKAGE.values())
+        extra = next((e for e in extras if not requirement.marker or requirement.marker.evaluate({"extra": e})), None)
+        if extra is None:
             continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            problems.append(f"{requirement} is missing")
+            if extra:
+                absent.append(f"[{extra}] {requirement.name}")
+            else:
+                problems.append(f"{requirement.name}{requirement.specifier} is missing")
             continue
         installed.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
             problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if problems:
         return CheckResult(name, "wrong", "; ".join(problems), "pip install -c constraints.txt .")
-    return CheckResult(name, "ok", ", ".join(installed))
+    missing = f"; extras that are not installed: {', '.join(dict.fromkeys(absent))}" if absent else ""
+    return CheckResult(name, "ok", ", ".join(dict.fromkeys(installed)) + missing)
 
 
 def _device(name: str) -> CheckResult:
@@ -93,7 +101,7 @@ def _faiss(name: str) -> CheckResult:
     if len(installed) == 2:
         return CheckResult(name, "wrong", "faiss-cpu and faiss-gpu overwrite each other", "uninstall both, install one")
     if not installed:
-        return CheckResult(name, "ok", "not installed; only the probes of `metagmvae pretrain` need it")
+        return CheckResult(name, "ok", "not installed; no command needs it")
     return CheckResult(name, "ok", f"{installed[0]} {metadata.version(installed[0])}")
 
 
@@ -145,7 +153,7 @@ def _home_folder(name: str) -> CheckResult:
 def _mlflow(name: str) -> CheckResult:
     from metagmvae.configs.credentials import redact
     from metagmvae.configs.schema import TrackingSettings
-    from metagmvae.infra.tracking.mlflow_environment import TrackingError
+    from metagmvae.infra.tracking.mlflow_environment import MissingMlflowError, TrackingError
     from metagmvae.infra.tracking.store import connect, paginate, store_uri
     from metagmvae.infra.tracking.tracking_errors import tracking_errors
     from metagmvae.pipelines.records import DataError
@@ -156,6 +164,8 @@ def _mlflow(name: str) -> CheckResult:
         store = connect(tracking, create=False)
         with tracking_errors(store.uri):
             count = sum(1 for _ in paginate(store.client.search_registered_models))
+    except MissingMlflowError as error:
+        return CheckResult(name, "note", str(error), "not needed with --set tracking.enabled=false")
     except DataError:
         return CheckResult(name, "ok", f"none yet at {uri}; the first tracked run creates it")
     except TrackingError as error:
@@ -169,8 +179,13 @@ def _mlflow(name: str) -> CheckResult:
 
 def _ray(name: str) -> CheckResult:
     from metagmvae.configs.load import SettingsError
-    from metagmvae.infra.cluster.connect import cluster
+    from metagmvae.pipelines.optional_packages import MissingPackageError, optional_package
 
+    try:
+        with optional_package("ray", "run.engine = ray"):
+            from metagmvae.infra.cluster.connect import cluster
+    except MissingPackageError as error:
+        return CheckResult(name, "note", str(error), "not needed with --set run.engine=local and without --workers")
     try:
         with cluster("", 1):
             import ray

@@ -45,10 +45,12 @@ from metagmvae.infra.runs.run_folder import (
 )
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import TrainingInputs, has_samples, load_inputs, select_device
+from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.infra.tracking.store import store_uri
 from metagmvae.infra.workflows.calibrate import calibrate_run
 from metagmvae.pipelines.files import atomic_file, read_text, write_json
+from metagmvae.pipelines.optional_packages import optional_package
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state
@@ -169,12 +171,14 @@ def checked_training(settings: Settings, kind: ModelKind, resume: bool) -> Itera
     check_model(inputs, kind)
     if settings.tracking.enabled:
         store_uri(settings.tracking)  # refuses a URI that MLflow would refuse after the training
+        import_mlflow("tracking.enabled = true", "--set tracking.enabled=false")
     run_dir = Path(settings.run.out).absolute()
     _check_folder(run_dir, inputs, kind, resume)
     if settings.run.engine == "local":
         yield TrainingPlan(inputs, kind, run_dir, resume, select_device(settings))
         return
-    from metagmvae.infra.cluster.train_on_ray import training_cluster  # Ray is imported only where it is used
+    with optional_package("ray", "run.engine = ray", "--set run.engine=local"):
+        from metagmvae.infra.cluster.train_on_ray import training_cluster  # Ray is imported only where it is used
 
     with training_cluster(settings):
         yield TrainingPlan(inputs, kind, run_dir, resume, None)
