@@ -49,6 +49,8 @@ class Predictor:
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return class probabilities of the queries, (queries, K) float64, in the order of the request.
 
+        They are calibrated if the model is (`metagmvae calibrate`).
+
         Column k belongs to the k-th smallest label among the support images. An encoder-only model returns the
         features of all images, (n, F) float64.
 
@@ -81,7 +83,11 @@ class Predictor:
         adapt = adapt_settings(self.loaded.settings.adapt, params)
         h_nF = encode_images(model, np.concatenate([support, query]), self.device)
         h_TF, h_PF = h_nF[: len(support)], h_nF[len(support) :]
-        answer = predict_queries(model, adapt, h_TF, label_T, h_PF, mode=mode, seed=seed)
+        way = int(label_T.max()) + 1
+        temperature = self.loaded.posterior_temperature(adapt, mode, way, len(label_T) / way)
+        answer = predict_queries(
+            model, adapt, h_TF, label_T, h_PF, mode=mode, seed=seed, posterior_temperature=temperature
+        )
         return answer.double().cpu().numpy()
 
 
