@@ -67,3 +67,26 @@ def test_model_settings_with_another_average_than_the_features_are_refused(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "model.average" in line
     assert "'mirror'" in line
+
+
+def test_average_of_a_model_is_changed_in_both_directions(data: Path, tmp_path: Path) -> None:
+    """Also at `image_size` 0, where a model without an average has no module around its encoder."""
+    common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "train.precision": "float32"}
+    run = tmp_path / "crops"
+    settings = ENCODER | common | {"run.out": run, "model.average": "crops"}
+    assert main(["pretrain", "omniglot-cpu", "--json", *set_words(settings)]) == 0
+    made = {}
+    for average in ("none", "mirror", "crops"):
+        out = tmp_path / f"features-{average}"
+        words = ["--data", str(data), "--out", str(out), "--average", average, "--dtype", "float32"]
+        assert main(["features", str(run), *words]) == 0
+        made[average] = Dataset.open(out).manifest["encoder"]["sha256"]
+        head = HEAD | common | {"data.uri": out, "run.out": tmp_path / f"head-{average}", "validation.every": 0}
+        assert main(["train", "omniglot-cpu", "--json", *set_words(head)]) == 0
+    assert len(set(made.values())) == 3
+    plain = load_model(run).model.encoder.eval()
+    assert isinstance(plain, MultiCropEncoder)
+    encoded = np.asarray(Dataset.open(tmp_path / "features-none").rows("test")[:4])
+    images = torch.from_numpy(np.asarray(Dataset.open(data).images("test")[:4])).float() / 255
+    with torch.no_grad():
+        assert np.allclose(plain.net(images).numpy(), encoded, atol=1e-4)

@@ -22,7 +22,7 @@ from metagmvae.pipelines.shards.feature_source import FeatureSource, open_featur
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, encoder_digest
-from metagmvae.training.models.multi_crop import with_averaging
+from metagmvae.training.trainer.builders import build_encoder_model
 from metagmvae.training.trainer.package import CARD, WEIGHTS, LoadedModel, load_package, save_package
 
 ENCODER_FOLDER = "encoder"
@@ -135,8 +135,9 @@ def encoder_only(loaded: LoadedModel) -> LoadedModel:
 
 def with_encoder_average(loaded: LoadedModel, average: Average) -> LoadedModel:
     """Return the encoder of a model with another multi-crop average (`model.average`) than it was trained with."""
-    encoder = with_averaging(loaded.model.encoder, loaded.image_shape[1:], average).eval()
     settings = loaded.settings.model_copy(
         update={"model": loaded.settings.model.model_copy(update={"average": average})}
     )
-    return replace(loaded, model=EncoderModel(encoder, loaded.image_shape), settings=settings)
+    model = build_encoder_model(settings.model, loaded.image_shape, seed=0)
+    model.encoder.load_state_dict(loaded.model.encoder.state_dict())
+    return replace(loaded, model=model.to(memory_format=torch.channels_last).eval(), settings=settings)

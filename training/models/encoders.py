@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import Average
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
-from metagmvae.training.models.multi_crop import MultiCropEncoder
+from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
 from metagmvae.training.models.normalisation import ImageNetNormalisation
 
 OWN_ENCODERS = ("conv4", "conv5")
@@ -178,8 +178,9 @@ def encoder_digest(encoder: nn.Module) -> str:
         digest.update(b"normalised by ImageNet;")
     if isinstance(encoder, MultiCropEncoder) and encoder.averaging != "none":
         digest.update(f"average {encoder.averaging};".encode())
+    wrapper = INNER if isinstance(encoder, MultiCropEncoder) else ""  # as older versions named the weights
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
+        digest.update(f"{wrapper}{name} {array.dtype} {tuple(array.shape)};".encode())
         digest.update(array.numpy().tobytes())
     return digest.hexdigest()

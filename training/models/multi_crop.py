@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from metagmvae.configs.schema import Average
 
 CROP = 0.85
 """Side of a crop, as a fraction of the image's side."""
+INNER = "net."
+"""Prefix of the weights of the wrapped network among the modules of `MultiCropEncoder`."""
 
 
 class MultiCropEncoder(nn.Module):
@@ -17,6 +21,9 @@ class MultiCropEncoder(nn.Module):
     In evaluation mode the features are the mean over several views of each image (10-crop testing, Krizhevsky et al.,
     NeurIPS 2012). `mirror`: the image and its horizontal flip. `crops`: these two, and the four corner crops and the
     centre crop with their flips, 12 views. In training mode each image is encoded once.
+
+    The state dict is that of `net`: neither resizing nor averaging is part of the weights. Names of weights that begin
+    with `net.`, as older versions wrote them, are read too.
 
     Args:
         net: the encoder, with attribute `feature_dim`.
@@ -30,6 +37,8 @@ class MultiCropEncoder(nn.Module):
         self.size = size
         self.averaging = averaging
         self.feature_dim: int = net.feature_dim  # type: ignore[assignment]
+        self.register_state_dict_post_hook(_without_wrapper)
+        self.register_load_state_dict_pre_hook(_with_wrapper)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or self.averaging == "none":
@@ -50,8 +59,16 @@ class MultiCropEncoder(nn.Module):
         return self.net(x)
 
 
-def with_averaging(net: nn.Module, size: tuple[int, int], averaging: Average) -> MultiCropEncoder:
-    """The same encoder with another multi-crop averaging; `size` of the images, unless `net` resizes them already."""
-    if isinstance(net, MultiCropEncoder):
-        return MultiCropEncoder(net.net, net.size, averaging)
-    return MultiCropEncoder(net, size, averaging)
+def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give the weights the names that they have in the wrapped network."""
+    inner = f"{prefix}{INNER}"
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name.removeprefix(inner)] = state.pop(name)
+
+
+def _with_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Undo `_without_wrapper` before loading; names of older versions stay as they are."""
+    assert isinstance(module, MultiCropEncoder)
+    for name in module.net.state_dict():
+        if f"{prefix}{INNER}{name}" not in state and prefix + name in state:
+            state[f"{prefix}{INNER}{name}"] = state.pop(prefix + name)
