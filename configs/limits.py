@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.request import url2pathname
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -30,6 +31,8 @@ Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
 
 
 def _check_folder(path: str) -> str:
+    if path.startswith(("file:///", "file://localhost/")):
+        return url2pathname(path.removeprefix("file://").removeprefix("localhost"))
     if "://" in path:
         raise ValueError(f"{path!r} is a URI; it must be a path on this machine")
     return path

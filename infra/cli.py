@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from metagmvae.infra.commands.output import (
     start_logging,
     write_line,
 )
-from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parser, VersionAction, format_answer
+from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parser, VersionAction, complete, format_answer
 from metagmvae.infra.runs.stop_signals import explain_stop, raised_signals
 
 LOG = logging.getLogger(__name__)
@@ -39,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong request, 130 Ctrl-C, 143 SIGTERM."""
     prepare_streams()
     words = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        complete(parser)
     try:
-        code = _run(build_parser(), words)
+        code = _run(parser, words)
     except SystemExit as stop:  # --help, --version and wrong options
         if flush_streams():
             raise SystemExit(1) from None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from metagmvae.configs.load import load_settings
 from metagmvae.infra import cli
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError, WorkError
@@ -53,8 +54,13 @@ def test_file_uris_are_paths_for_every_command(data, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert "not a folder of this machine; write an absolute path, file:///" in capsys.readouterr().err
-    assert main(["train", "omniglot-cpu", "--set=run.out=file:///tmp/run"]) == 2
-    assert "run.out: 'file:///tmp/run' is a URI" in capsys.readouterr().err
+    settings = load_settings(
+        "omniglot-cpu", ["run.out=file:///tmp/a%20run", "tracking.store=file://localhost/tmp/store"]
+    )
+    assert (settings.run.out, settings.tracking.store) == ("/tmp/a run", "/tmp/store")
+    for uri in ("file://elsewhere/run", "s3://bucket/run"):
+        assert main(["train", "omniglot-cpu", f"--set=run.out={uri}"]) == 2
+        assert f"run.out: '{uri}' is a URI" in capsys.readouterr().err
 
 
 def test_output_that_the_terminal_cannot_show_is_escaped(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from metagmvae.infra.cli import build_parser, main
+from metagmvae.infra.commands.check import _check_lines
 from metagmvae.infra.commands.output import answer_text
 from metagmvae.infra.commands.parsing import progress_bar
 
@@ -176,3 +177,24 @@ def test_ctrl_c_says_what_is_true_for_the_command(command, words, kept, monkeypa
     assert line.startswith(f"metagmvae {command}: stopped by Ctrl-C: ")
     assert kept in line
     assert "--resume" not in line
+
+
+def test_doctor_fits_100_columns():
+    long = {"check": "temporary folder", "state": "wrong", "found": "word " * 60, "remedy": "do " * 60}
+    lines = _check_lines(long)
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("wrong temporary folder  word")
+    assert " ".join(" ".join(lines).split()).count("do") == 60
+    assert _check_lines(long | {"found": "x", "remedy": ""}) == ["wrong temporary folder  x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [("metagmvae tr", {"train", "track"}), ("metagmvae train omniglot-c", {"omniglot-cpu"})],
+)
+def test_the_shell_completes_commands_and_presets(line, completions, tmp_path):
+    pytest.importorskip("argcomplete")
+    request = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    out = tmp_path / "out"
+    shell("$RUN", tmp_path, **request, COMP_TYPE="9", _ARGCOMPLETE_STDOUT_FILENAME=str(out))
+    assert set(out.read_text().split()) == completions

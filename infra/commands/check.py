@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from metagmvae.configs.schema import Settings
 
 WIDTH = 100
-"""Columns of `config explain`."""
+"""Columns of `config explain` and `doctor`."""
 
 
 def add(parsers: Parsers) -> None:
@@ -159,8 +159,16 @@ def doctor(arguments: Namespace) -> Answer:
     from metagmvae.infra.workflows.doctor import run_checks
 
     rows = [check.row() for check in run_checks()]
-    answer = {"checks": rows}
+    answer = {"checks": rows if arguments.json else "\n".join(line for row in rows for line in _check_lines(row))}
     return FailedAnswer(answer) if any(row["state"] == "wrong" for row in rows) else answer
+
+
+def _check_lines(row: dict[str, str]) -> list[str]:
+    """State, name and finding of a check in lines of `WIDTH` columns, and the remedy of a problem."""
+    head = f"{row['state']:6}{row['check']:18}"
+    found = textwrap.wrap(row["found"], WIDTH, initial_indent=head, subsequent_indent=24 * " ")
+    remedy = textwrap.wrap(f"remedy: {row['remedy']}", WIDTH, initial_indent=24 * " ", subsequent_indent=32 * " ")
+    return found + (remedy if row["remedy"] else [])
 
 
 def bench(arguments: Namespace) -> Answer:

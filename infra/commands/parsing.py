@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from metagmvae.configs.credentials import redact, with_credentials
@@ -59,12 +59,31 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _subparsers_by_name(self) -> dict[str, Parser]:
-        return next(action.choices for action in self._actions if isinstance(action.choices, dict))
+        return next((action.choices for action in self._actions if isinstance(action.choices, dict)), {})
+
+    def parsers(self) -> Iterator[Parser]:
+        """Yield this parser and those of its commands, and of their actions."""
+        yield self
+        for parser in self._subparsers_by_name().values():
+            yield from parser.parsers()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action.choices, dict) and value not in action.choices:
             raise argparse.ArgumentError(None, f"{value!r} is no command{suggestion(value, list(action.choices))}")
         super()._check_value(action, value)
+
+
+def complete(parser: Parser) -> None:
+    """Answer a shell that asks for completions (argcomplete) and exit; without argcomplete there are none."""
+    from metagmvae.configs.load import presets
+
+    with suppress(ImportError):
+        import argcomplete
+
+        parsers = list(parser.parsers())
+        for action in (action for each in parsers for action in each._actions if action.metavar == "CONFIG"):
+            vars(action)["completer"] = argcomplete.ChoicesCompleter(presets())
+        argcomplete.autocomplete(parser)
 
 
 class VersionAction(argparse.Action):
@@ -169,7 +188,10 @@ def format_answer(answer: Answer) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_printable(name) for name in names], *([_cell(name, row.get(name, "")) for name in names] for row in rows)]
+    cells = [
+        [_printable(name) for name in names],
+        *([_cell(name, row.get(name, "")) for name in names] for row in rows),
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
