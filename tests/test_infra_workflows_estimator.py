@@ -8,6 +8,7 @@ import mlflow_template
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import semi_supervised_em
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -19,6 +20,7 @@ from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.workflows import estimator
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import fit_semi_supervised
 from metagmvae.training.trainer.package import load_model
@@ -213,3 +215,78 @@ def test_an_unknown_mode_is_refused_after_fit_too(loaded):
     classifier = FewShotClassifier(loaded).fit(random_images(3), [0, 1, 1])
     with pytest.raises(ValueError, match="mode is 'both'"):
         classifier.set_params(mode="both").predict(random_images(3))
+
+
+@pytest.fixture
+def inverting(loaded):
+    """The model, as if it had been trained on inverted images."""
+    return replace(loaded, preprocessing=Preprocessing.of_shape(loaded.image_shape, invert=True))
+
+
+def write_drawings(folder, count: int) -> list:
+    """Colour images of dark strokes on white, 40 x 60 pixels, as PNG files; return their paths."""
+    pixels = np.where(np.random.default_rng(4).random((count, 40, 60, 3)) > 0.8, 0, 255).astype(np.uint8)
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for image, path in zip(pixels, paths, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def test_files_and_images_of_pillow_are_preprocessed_as_recorded(inverting, tmp_path):
+    paths, labels = write_drawings(tmp_path, 6), ["a", "a", "b", "b"]
+    arrays = np.stack([apply_preprocessing(path.read_bytes(), "", inverting.preprocessing) for path in paths])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = FewShotClassifier(inverting).fit(arrays[:4], labels).predict_proba(arrays[4:])
+        for kind in (list, lambda p: [str(path) for path in p], lambda p: [Image.open(path) for path in p]):
+            classifier = FewShotClassifier(inverting).fit(kind(paths[:4]), labels)
+            np.testing.assert_array_equal(classifier.predict_proba(kind(paths[4:])), expected)
+        np.testing.assert_array_equal(classifier.predict_proba(arrays[4:]), expected)  # and arrays after files
+        assert set(classifier.predict(tuple(paths))) <= {"a", "b"}
+        by_array = FewShotClassifier(inverting, pixel_range=(0, 1)).fit(arrays[:4] / 255, labels)
+    np.testing.assert_array_equal(by_array.predict_proba(paths[4:]), expected)
+
+
+def test_black_files_are_images_too(inverting, tmp_path):
+    Image.new("L", (28, 28), 250).save(tmp_path / "dark.png")
+    Image.new("L", (28, 28), 240).save(tmp_path / "darker.png")
+    files = [tmp_path / "dark.png", tmp_path / "darker.png"]
+    assert FewShotClassifier(inverting).fit(files, [0, 1]).predict(files).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("X", "reason"),
+    [
+        (lambda paths: [*paths[:2], paths[2].with_name("none.png")], r"none.png: cannot be read \(No such file"),
+        (lambda paths: [*paths[:2], paths[2].parent], "cannot be read"),
+        (lambda paths: [*paths[:2], random_images(1)[0]], r"X\[2\] is ndarray"),
+        (lambda paths: [*paths[:2], Image.new("F", (9, 9))], r"X\[2\]: floating-point"),
+        (lambda paths: paths[0], "give a list"),
+        (lambda paths: str(paths[0]), "give a list"),
+    ],
+)
+def test_wrong_files_are_refused(inverting, tmp_path, X, reason):
+    paths = write_drawings(tmp_path, 3)
+    classifier = FewShotClassifier(inverting)
+    with pytest.raises(ValueError, match=reason):
+        classifier.fit(X(paths), [0, 1, 1])
+    classifier.fit(paths, [0, 1, 1])
+    with pytest.raises(ValueError, match=reason):
+        classifier.predict(X(paths))
+
+
+def test_files_need_a_model_that_records_its_preprocessing(loaded, tmp_path):
+    with pytest.raises(ValueError, match="does not record the preprocessing"):
+        FewShotClassifier(loaded).fit(write_drawings(tmp_path, 2), [0, 1])
+
+
+def test_fractions_are_not_rounded_unasked(loaded):
+    support, labels = random_images(4), [0, 0, 1, 1]
+    blurred = support * 0.99
+    with pytest.raises(ValueError, match="fractions such as"):
+        FewShotClassifier(loaded).fit(blurred, labels)
+    with pytest.raises(ValueError, match="fractions such as"):
+        FewShotClassifier(loaded).fit(support, labels).predict(blurred)
+    expected = FewShotClassifier(loaded).fit(np.rint(blurred), labels).predict_proba(support)
+    rounded = FewShotClassifier(loaded, pixel_range=(0, 255)).fit(blurred, labels)
+    np.testing.assert_array_equal(rounded.predict_proba(support), expected)

@@ -1,17 +1,21 @@
-"""Arrays of pixels from Python callers as images for a model: layout, scale of the values, polarity.
+"""Images from Python callers for a model: files, images of Pillow, and arrays with their layout, scale and polarity.
 
 Nothing is guessed in silence: a scale other than 0 to 255 is either named by the caller, warned about, or refused.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 
 Shape = tuple[int, int, int]
 PixelRange = tuple[float, float]
@@ -24,6 +28,46 @@ DARKEST_WHITE = 128
 
 class PixelWarning(UserWarning):
     """Pixels were scaled, or look as if they had another scale or polarity than the model expects."""
+
+
+def decode_images(X: Any, preprocessing: Preprocessing | None) -> np.ndarray | None:
+    """Decode and preprocess paths of image files and images of Pillow as `metagmvae classify` does.
+
+    Args:
+        X: a list of them; anything else is not of this kind.
+        preprocessing: as the model records it.
+
+    Returns:
+        uint8, (n, C, H, W); None if X is not of this kind.
+
+    Raises:
+        DataError: an image cannot be read, the list also holds something else, or the model records no preprocessing.
+    """
+    kinds = (str, os.PathLike, Image.Image)
+    if isinstance(X, kinds):
+        raise DataError(f"X is one {type(X).__name__}; give a list of images, for example [image]")
+    if not isinstance(X, list | tuple | np.ndarray) or not len(X) or not any(isinstance(x, kinds) for x in X):
+        return None
+    if preprocessing is None:
+        raise DataError(
+            "X holds files or images of Pillow, but the model does not record the preprocessing of its training "
+            "images: give arrays that were preprocessed like them"
+        )
+    images = []
+    for number, x in enumerate(X):
+        if not isinstance(x, kinds):
+            raise DataError(f"X[{number}] is {type(x).__name__}; give only paths and images of Pillow, or one array")
+        is_image = isinstance(x, Image.Image)
+        name = f"X[{number}]" if is_image else os.fspath(x)
+        images.append(apply_preprocessing(x if is_image else _file_content(Path(x)), name, preprocessing))
+    return np.stack(images)
+
+
+def _file_content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def image_rows(X: Any, image_shape: Shape, *, any_size: bool = False) -> tuple[Any, Shape]:
@@ -70,7 +114,21 @@ def find_pixel_range(X: np.ndarray) -> PixelRange:
             f"X has values from {low:g} to {high:g}, which is not the scale 0 to 255: leave out a scaler in front of "
             "the classifier, or pass the values of black and white, for example pixel_range=(0, 15)"
         )
+    check_whole(X)
     return EIGHT_BIT
+
+
+def check_whole(X: np.ndarray) -> None:
+    """Refuse fractions on the scale 0 to 255, which would be rounded without having been asked for.
+
+    Raises:
+        DataError: naming the first fraction.
+    """
+    if X.dtype.kind == "f" and (fractions := X[(X > 1) & (X % 1 != 0)]).size:
+        raise DataError(
+            f"X holds fractions such as {fractions[0]:g} on the scale 0 to 255: round them to uint8, or pass "
+            "pixel_range=(0, 255), which rounds them"
+        )
 
 
 def check_pixel_range(X: np.ndarray, pixel_range: PixelRange, brightest: float) -> None:

@@ -46,10 +46,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: the result of `metagmvae.load_model`, or a reference that it takes: the path of a run folder, checkpoint
-            or package, or `models:/name@alias`. X then holds images: (n, H, W) for one channel, (n, C, H, W),
-            (n, H, W, C), or rows (n, C * H * W). None: X holds features, (n, values). They are centred and divided by
-            one common standard deviation (few labels say little about that of each feature), and serve as latents
-            without noise.
+            or package, or `models:/name@alias`. X then holds images: an array (n, H, W) for one channel,
+            (n, C, H, W), (n, H, W, C), or rows (n, C * H * W); or a list of paths of image files and images of Pillow,
+            which are preprocessed as the model records it (crop, size, inversion), as by `metagmvae classify`. None: X
+            holds features, (n, values). They are centred and divided by one common standard deviation (few labels say
+            little about that of each feature), and serve as latents without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
         iterations: as all arguments down to `proportions_prior`, see `AdaptSettings`; None: the value of the model.
@@ -60,17 +61,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         proportions: class weights, `equal` or `estimated` from the queries of a call.
         proportions_prior: strength of the prior of estimated proportions.
         random_state: seed of the Monte Carlo noise.
-        pixel_range: the values of X that mean black and white; images are scaled to 256 levels. None: 0 to 255; or,
-            with a `PixelWarning`, 0 to 1 if X in `fit` holds booleans or only floats from 0 to 1. Any other values are
-            refused. The scale of `fit` holds for all later calls.
-        preprocessed: True: images have the shape and the polarity of the training data, like those of
-            `Dataset.images`. False: images as they were before `metagmvae prepare`, of any size; what it did to the
-            training images (crop, size, inversion; see `LoadedModel.preprocessing`) is done to them.
+        pixel_range: the values of an array that mean black and white; they are scaled to 256 levels. None: 0 to 255,
+            whole numbers; or, with a `PixelWarning`, 0 to 1 if X in `fit` holds booleans or only floats from 0 to 1.
+            Any other values are refused. The scale of `fit` holds for all later calls.
+        preprocessed: True: arrays have the shape and the polarity of the training data, like those of
+            `Dataset.images`. False: arrays hold images as they were before `metagmvae prepare`, of any size; what it
+            did to the training images (see `LoadedModel.preprocessing`) is done to them.
 
     Attributes:
         classes_: labels in sorted order.
         n_features_in_: values in a row of X.
-        pixel_range_: the scale of the images in `fit`; without a model it does not exist.
+        pixel_range_: the scale of the array in `fit`, 0 to 255 for files; without a model it does not exist.
     """
 
     def __init__(
@@ -108,13 +109,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         A model is loaded if `model` is a reference, and moved to a GPU if there is one.
 
         Raises:
-            DataError: X does not hold images of the model's shape or of a known scale, `mode` is unknown, or the model
-                is encoder-only, does not exist, or does not record the preprocessing that is asked for.
+            DataError: X does not hold images of the model's shape or of a known scale, or a file that cannot be read;
+                `mode` is unknown; or the model is encoder-only, does not exist, or does not record the preprocessing
+                that is asked for.
             ValueError: scikit-learn does not accept X or y, for example because of NaN.
         """
         self._check_mode()
         self._network, settings = self._load()
-        rows, shape = self._rows(X)
+        decoded = self._decode(X)
+        rows, shape = self._rows(X if decoded is None else decoded)
         X, y = validate_data(self, rows, y)
         check_classification_targets(y)
         self.classes_, self._label_T = np.unique(y, return_inverse=True)
@@ -124,8 +127,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self._mean, self._std = X.mean(axis=0), float(X.std()) or 1.0
         if self._network is not None:
             self._check_row(X, shape)
-            self._fit_pixel_range(X)
-        self._support = self._features(X, shape)
+            if decoded is None:
+                self._fit_pixel_range(X)
+            else:
+                self.pixel_range_, self._brightest = pixel_arrays.EIGHT_BIT, float(X.max())
+        self._support = self._features(X, shape, decoded is not None)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -136,16 +142,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         arguments other than `iterations` and `samples` change its settings of EM.
 
         Raises:
-            DataError: the images have another scale than those of `fit`, or `mode` is unknown.
+            DataError: the images have another scale than those of `fit`, a file cannot be read, or `mode` is unknown.
         """
         check_is_fitted(self)
         self._check_mode()
-        rows, shape = self._rows(X)
+        decoded = self._decode(X)
+        rows, shape = self._rows(X if decoded is None else decoded)
         X = validate_data(self, rows, reset=False)
         if self._network is not None:
             self._check_row(X, shape)
-            pixel_arrays.check_pixel_range(X, self.pixel_range_, self._brightest)
-        queries = self._features(X, shape)
+            if decoded is None:
+                pixel_arrays.check_pixel_range(X, self.pixel_range_, self._brightest)
+                if self.pixel_range is None and self.pixel_range_ == pixel_arrays.EIGHT_BIT:
+                    pixel_arrays.check_whole(X)
+        queries = self._features(X, shape, decoded is not None)
         if self._network is None:
             support_T1D, queries_P1D = self._support[:, None], queries[:, None]
             transductive = self.mode == "transductive"
@@ -196,6 +206,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self._preprocessing, self._calibration = loaded.preprocessing, loaded.calibration
         return network, loaded.settings.adapt
 
+    def _decode(self, X: Any) -> np.ndarray | None:
+        """Files and images of Pillow as the model takes them, uint8 (n, C, H, W); None for arrays and features."""
+        return None if self._network is None else pixel_arrays.decode_images(X, self._preprocessing)
+
     def _rows(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
         """Images as one row each, which is what scikit-learn checks, and their shape; features as they are."""
         if self._network is None:
@@ -215,13 +229,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         pixel_arrays.warn_of_column_scaling(X)
         self._brightest = float(X.max())
 
-    def _features(self, X: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
+    def _features(self, X: np.ndarray, shape: tuple[int, int, int], decoded: bool) -> Tensor:
         if self._network is None:
             return torch.as_tensor((X - self._mean) / self._std, dtype=torch.float64)
+        device = next(self._network.parameters()).device
+        if decoded:
+            return encode_images(self._network, X.reshape(-1, *shape), device)
         images = pixel_arrays.eight_bit(X, self.pixel_range_).reshape(-1, *shape)
         if self.preprocessed:
             pixel_arrays.warn_of_polarity(images, self._preprocessing)
         else:
             assert self._preprocessing is not None  # checked by _load
             images = np.stack([apply_preprocessing(x, f"image {i}", self._preprocessing) for i, x in enumerate(images)])
-        return encode_images(self._network, images, next(self._network.parameters()).device)
+        return encode_images(self._network, images, device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO
 
@@ -42,11 +44,11 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Type
 """Exceptions of the decoders of Pillow on damaged files, found by tests with such files."""
 
 
-def apply_preprocessing(image: bytes | np.ndarray, name: str, preprocessing: Preprocessing) -> np.ndarray:
+def apply_preprocessing(image: bytes | np.ndarray | Image.Image, name: str, preprocessing: Preprocessing) -> np.ndarray:
     """Apply the recorded preprocessing of a dataset to one image, exactly as `metagmvae prepare` does.
 
     Args:
-        image: content of an image file, or uint8 pixels, (1, H, W) or (3, H, W).
+        image: content of an image file, uint8 pixels, (1, H, W) or (3, H, W), or an image of Pillow.
         name: name of the image for error messages.
         preprocessing: `Dataset.preprocessing`.
 
@@ -57,9 +59,13 @@ def apply_preprocessing(image: bytes | np.ndarray, name: str, preprocessing: Pre
         DataError: the file cannot be decoded (see `decode_image`), or the array has another type or shape.
     """
     size, channels, invert = preprocessing.size[0], preprocessing.channels, preprocessing.invert
+    white = preprocessing.sixteen_bit_white
     if isinstance(image, bytes):
-        white = preprocessing.sixteen_bit_white
         return decode_image(image, name, size=size, channels=channels, invert=invert, white=white)
+    if isinstance(image, Image.Image):
+        _check_area(image, name)
+        with _damage(name):
+            return _to_square(_eight_bit(_upright(_without_empty_alpha(image)), channels, name, white), size, invert)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in MODES or 0 in image.shape:
         raise DataError(f"{name}: pixels are {image.dtype} {image.shape}; give uint8 (1, H, W) or (3, H, W)")
     opened = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
@@ -88,17 +94,23 @@ def decode_image(
     Raises:
         DataError: the file is not an image, damaged, truncated, empty, too large, or has floating-point values.
     """
+    with _damage(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            _check_area(image, name)
+            if image.format == "JPEG":
+                # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
+                image.draft(None, (2 * size, 2 * size))
+            image.load()
+            opaque = _without_empty_alpha(image)
+            return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert)
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Convert what Pillow raises for a damaged image to a DataError of one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                _check_area(image, name)
-                if image.format == "JPEG":
-                    # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
-                    image.draft(None, (2 * size, 2 * size))
-                image.load()
-                opaque = _without_empty_alpha(image)
-                return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert)
+        yield
     except DataError:
         raise
     except Image.DecompressionBombError as error:
