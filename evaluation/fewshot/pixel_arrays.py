@@ -55,11 +55,12 @@ def decode_images(X: Any, preprocessing: Preprocessing | None) -> np.ndarray | N
         )
     images = []
     for number, x in enumerate(X):
-        if not isinstance(x, kinds):
+        if isinstance(x, Image.Image):
+            images.append(apply_preprocessing(x, f"X[{number}]", preprocessing))
+        elif isinstance(x, str | os.PathLike):
+            images.append(apply_preprocessing(_file_content(Path(x)), os.fspath(x), preprocessing))
+        else:
             raise DataError(f"X[{number}] is {type(x).__name__}; give only paths and images of Pillow, or one array")
-        is_image = isinstance(x, Image.Image)
-        name = f"X[{number}]" if is_image else os.fspath(x)
-        images.append(apply_preprocessing(x if is_image else _file_content(Path(x)), name, preprocessing))
     return np.stack(images)
 
 
