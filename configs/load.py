@@ -174,8 +174,12 @@ def read_toml(file: Any) -> dict[str, Any]:
         return tomllib.loads(raw.decode())
     except RecursionError as error:
         raise SettingsError(f"{file}: not valid TOML: nested too deeply") from error
-    except ValueError as error:  # wrong TOML, not UTF-8, or an integer of more digits than Python converts
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{file}: not valid TOML: {error}") from error
+    except ValueError as error:  # more digits than Python converts
+        raise SettingsError(f"{file}: not valid TOML: an integer of thousands of digits") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

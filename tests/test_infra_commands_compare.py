@@ -204,7 +204,7 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
         (["RUN", "--data", "DATA", "--way", "9"], "way 9 exceeds the 6 classes"),
         (["RUN", "--data", "DATA", "--split", "x"], "no split 'x'"),
         (["SWEEP", "--top", "0"], "--top 0: must be at least 1"),
-        (["BAD.json"], "not a result of `metagmvae evaluate --record` (accuracy: input should be less than"),
+        (["BAD.json"], "bad.json: accuracy = 97.0: input should be less than or equal to 1; so it is not a result"),
         (["BROKEN"], "task is 'five'"),
     ],
 )

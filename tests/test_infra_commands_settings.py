@@ -92,3 +92,47 @@ def test_an_unknown_action_gets_a_suggestion(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["config", "shwo", "omniglot-cpu"])
     assert "'shwo' is no command; did you mean 'show'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"steps = \xff", "not UTF-8 text (invalid start byte at byte 8)"),
+        (b"steps = " + b"9" * 5000, "not valid TOML: an integer of thousands of digits"),
+        (b"a = " + b"[" * 5000, "not valid TOML: nested too deeply"),
+        (b"#" * 2**21, "larger than 1,048,576 bytes"),
+        (b"steps = ", "not valid TOML: Invalid value"),
+    ],
+)
+def test_files_that_are_no_settings_are_one_line(tmp_path, capsys, content, reason):
+    (tmp_path / "bad.toml").write_bytes(content)
+    assert main(["config", "validate", str(tmp_path / "bad.toml")]) == 2
+    line = capsys.readouterr().err
+    assert f"bad.toml: {reason}" in line
+    assert line.count("\n") == 1
+    assert "set_int_max" not in line
+
+
+PLAN = {"name": "x", "task": "5w1s", "space": {"train.steps": {"kind": "int", "low": 1, "high": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (PLAN, "sweep.json: base is missing"),
+        (PLAN | {"base": 7}, "sweep.json: base = 7"),
+        (PLAN | {"base": {"train": 7}}, "sweep.json: base: train = 7: a table of keys and values is needed"),
+        (PLAN | {"base": {}, "data_fingerprint": 7}, "sweep.json: data_fingerprint = 7"),
+    ],
+)
+def test_a_sweep_with_a_broken_plan_is_one_line(tmp_path, capsys, plan, reason):
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    assert main(["compare", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert reason in line
+    assert line.count("\n") == 1
+
+
+def test_the_demo_needs_a_folder(capsys):
+    assert main(["demo", "--out", "/dev/null"]) == 2
+    assert capsys.readouterr().err == "metagmvae demo: /dev/null: no empty folder; give a new folder with --out\n"

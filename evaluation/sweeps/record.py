@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
-from metagmvae.configs.load import SettingsError
+from metagmvae.configs.load import SettingsError, settings_from_json
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
 from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
@@ -76,8 +77,19 @@ class _Plan(BaseModel):
     """Settings that the trials have in common; older versions did not record them."""
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
+class _PlanWithSettings(_Plan):
+    """`sweep.json` as it is needed to track or compare a sweep."""
+
+    base: dict[str, Any]
+    data_fingerprint: str | None = None
+
+
+def read_plan(folder: Path, *, with_settings: bool = False) -> dict[str, Any]:
     """Read and check the plan of a sweep.
+
+    Args:
+        folder: of the sweep.
+        with_settings: require valid settings in `base`; a report does without.
 
     Raises:
         DataError: the folder holds no sweep, or its plan is invalid.
@@ -86,7 +98,12 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if not (folder / SWEEP).exists():
         raise DataError(f"{folder}: no {SWEEP} there; {remedy}")
     plan: dict[str, Any] = read_json(folder / SWEEP)
-    check_document(_Plan, plan, folder / SWEEP, remedy)
+    check_document(_PlanWithSettings if with_settings else _Plan, plan, folder / SWEEP, remedy)
+    if with_settings:
+        try:
+            settings_from_json(json.dumps(plan["base"]))
+        except SettingsError as error:
+            raise DataError(f"{folder / SWEEP}: base: {error}; {remedy}") from error
     return plan
 
 

@@ -43,7 +43,7 @@ class SweepUploader:
 
     def __init__(self, folder: SweepFolder, store: Store, experiment: str) -> None:
         self.folder, self.store, self.client = folder, store, store.client
-        self.plan = read_plan(folder.root)
+        self.plan = read_plan(folder.root, with_settings=True)
         self._set_missing_status()
         settings = self.plan["base"] | {"name": self.plan["name"]}
         self.parent = RunUploader(folder.root, store, experiment, settings, self._record())
@@ -171,7 +171,7 @@ def track_sweep(root: str | Path) -> UploadReport:
         TrackingError: the store cannot be reached, or another process is uploading the sweep.
     """
     folder = SweepFolder(Path(root).absolute())
-    tracking = settings_from_json(json.dumps(read_plan(folder.root)["base"])).tracking
+    tracking = settings_from_json(json.dumps(read_plan(folder.root, with_settings=True)["base"])).tracking
     tracking = caller_store(tracking, folder.root)
     ended = folder.trials()
     running = folder.unfinished([trial.number for trial in ended])

@@ -120,7 +120,7 @@ def _validated(ref: str, name: str, path: Path, lines: Sequence[Mapping[str, Any
 
 def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
     """Read the best trials of a sweep by their newest validation."""
-    plan = read_plan(path)
+    plan = read_plan(path, with_settings=True)
     name, task_name, base = plan["name"], plan["task"], json.dumps(plan["base"])
     task = parse_task(task_name)
     if task is None:

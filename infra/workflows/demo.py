@@ -53,8 +53,8 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
         import ray  # noqa: F401, before anything is written
     import_mlflow("metagmvae demo")
     out = out.absolute()
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty; give a new folder with --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: no empty folder; give a new folder with --out")
     overrides = [f"data.uri={out / 'glyphs'}", f"run.out={out / 'run'}", f"run.workers={workers}"]
     store = f"sqlite:///{out / 'mlflow' / 'mlflow.db'}"  # in the folder, even if MLFLOW_TRACKING_URI is set
     settings = load_settings("glyphs-demo", [*overrides, f"tracking.uri={store}"])
