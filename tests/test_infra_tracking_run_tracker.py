@@ -68,7 +68,7 @@ def test_disabled_tracking_writes_only_the_status(tmp_path, store):
     assert {path.name for path in run.iterdir()} == {"settings.json", "status.json"}
 
 
-def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_path, store, capfd, monkeypatch):
+def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_path, store, caplog, monkeypatch):
     run = new_run(tmp_path / "run")
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -78,7 +78,7 @@ def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_p
     (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
     (run / "checkpoint.pt").write_bytes(b"last")
     tracker.close()
-    errors = capfd.readouterr().err.splitlines()
+    errors = [record.getMessage() for record in caplog.records if record.name.startswith("metagmvae")]
     assert len(errors) == 1
     assert f"MLflow at {redact(uri)}: not reachable (Connection refused); the run continues" in errors[0]
     assert f"metagmvae track {run}" in errors[0]
@@ -89,7 +89,7 @@ def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_p
     assert "checkpoint.pt" in report.artifacts
 
 
-def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, capfd):
+def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, caplog):
     """The port accepts connections and never answers: the last wait is limited, and the thread is a daemon."""
     monkeypatch.setattr("metagmvae.infra.tracking.live_tracker.PATIENCE_S", 0.2)
     with socket.socket() as silent:
@@ -104,7 +104,7 @@ def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, capfd):
         tracker.close()
         assert thread.is_alive()
         assert thread.daemon
-        assert "MLflow is slow: not all of the run has been uploaded yet" in capfd.readouterr().err
+        assert "MLflow is slow: not all of the run has been uploaded yet" in caplog.text
         assert read_status(tmp_path / "run")[0] == "FINISHED"
         thread.join()
 

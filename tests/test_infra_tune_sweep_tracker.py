@@ -121,7 +121,7 @@ def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
         assert len(client.get_metric_history(run_id, "validation/5w1s")) == 2
 
 
-def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(sweep, tmp_path, capfd, monkeypatch):
+def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(sweep, tmp_path, caplog, monkeypatch):
     """A real `mlflow server` that is killed during the sweep and started again on the same port."""
     port = closed_port()
     tracking = TrackingSettings(uri=f"http://127.0.0.1:{port}")
@@ -140,7 +140,7 @@ def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(swee
         while tracker._failing:
             time.sleep(0.05)
         tracker.close()
-        warnings = [line for line in capfd.readouterr().err.splitlines() if "metagmvae track" in line]
+        warnings = [line for line in caplog.messages if "metagmvae track" in line]
         assert len(warnings) == 1
         assert "the sweep continues" in warnings[0]
         cursor = json.loads((sweep.folder.root / CURSOR).read_text())
@@ -150,12 +150,12 @@ def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(swee
         assert connect(tracking).client.get_run(cursor["run_id"]).data.metrics["best_accuracy"] == 0.7
 
 
-def test_sweep_without_a_server_is_uploaded_later(plan, dataset, tmp_path, store, capfd, monkeypatch):
+def test_sweep_without_a_server_is_uploaded_later(plan, dataset, tmp_path, store, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with SweepTracker(sweep, TrackingSettings(), interval_s=0.05):
         run_some(sweep, [[0.3, 0.5]])
-    assert f"metagmvae track {sweep.folder.root}" in capfd.readouterr().err
+    assert f"metagmvae track {sweep.folder.root}" in caplog.text
     assert read_status(sweep.folder.root)[0] == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.store}/mlflow.db")
     report = track_sweep(sweep.folder.root)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +11,9 @@ from metagmvae.configs.credentials import redact
 from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
 from metagmvae.pipelines.records import DataError
 
+LOG = logging.getLogger(__name__)
 REMEDIES = {
-    "readonly database": "check the permissions of the file and its folder",
+    "attempt to write a readonly database": "check the permissions of the file and its folder",
     "database is locked": "another process holds it; try again when that has ended",
     "unable to open database file": "check the path and the permissions of its folder",
 }
@@ -20,7 +21,7 @@ REMEDIES = {
 
 
 class WarnOnce:
-    """Prints the first error of a store on stderr, in one line with the remedy; later errors are not printed."""
+    """Logs the first error of a store as a warning of one line with the remedy; later errors are not logged."""
 
     def __init__(self, remedy: str) -> None:
         self.remedy = remedy
@@ -32,7 +33,7 @@ class WarnOnce:
         self.warned = True
         known = isinstance(error, TrackingError | DataError)
         message = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        print(" ".join(f"{message}; {self.remedy}".split()), file=sys.stderr, flush=True)
+        LOG.warning("%s", " ".join(f"{message}; {self.remedy}".split()))
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def reason(error: Exception) -> str:
         return f"not reachable ({errno[1]})"
     if "Read timed out" in message or "timeout" in message.lower():
         return "not reachable (timed out)"
-    line = (message.splitlines() or [type(error).__name__])[0][:300]
-    line = re.sub(r"^\(\w+\.\w+\) ", "", line)  # SQLAlchemy names the class of the driver's error
-    remedy = next((remedy for text, remedy in REMEDIES.items() if text in line), "")
-    return f"{line}; {remedy}" if remedy else line
+    for text, remedy in REMEDIES.items():
+        if text in message:
+            return f"{text}; {remedy}"
+    return (message.splitlines() or [type(error).__name__])[0][:300]
