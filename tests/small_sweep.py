@@ -24,7 +24,8 @@ def new_plan(folder: Path, dataset: Dataset) -> SweepPlan:
 def open_sweep(plan, dataset, root, trials=6, *, resume=False, **more):
     """The state of a new or resumed sweep in `root`."""
     folder = SweepFolder(root)
-    folder.create(resume)
+    folder.check(resume)
+    folder.create()
     folder.write_or_check_plan(plan, dataset)
     return SweepState(plan, folder, dataset, trials, **more)
 

@@ -14,6 +14,7 @@ import ray
 import torch
 from command_words import TINY, set_words
 from driver_processes import end, kill_all, processes_of
+from ray._private import ray_constants
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
@@ -160,6 +161,17 @@ def test_start_timeout_names_a_remedy(monkeypatch):
         cluster("", 1),
     ):
         pass
+
+
+def test_under_uv_run_the_project_is_not_sent_to_the_workers(monkeypatch):
+    """Ray's hook packs the working folder, and refuses one that is too large."""
+    used = []
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.delenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **options: used.append(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    with cluster("", 1):
+        assert used == [False]
 
 
 @pytest.mark.parametrize(

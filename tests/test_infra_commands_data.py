@@ -53,3 +53,17 @@ def test_rows_per_shard(images, tmp_path, capsys):
         assert main(prepare("--source", images, "--out", tmp_path / "no", "--rows-per-shard", number)) == 2
         assert f"--rows-per-shard is {number}" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_dry_run_of_prepare_checks_everything_and_writes_nothing(tmp_path, capsys):
+    words = ["prepare", "glyphs", "--out", str(tmp_path / "data"), "--dry-run"]
+    assert main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["samples"] == {"train": 8000, "validation": 1200, "test": 2000}
+    assert answer["data"] == str(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("precious")
+    assert main(words) == 2
+    assert "not empty and not a dataset" in capsys.readouterr().err
+    assert main([*words, "--rows-per-shard", "0"]) == 2

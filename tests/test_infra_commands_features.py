@@ -327,3 +327,19 @@ def test_encoder_is_trained_on_ray_by_two_workers(data: Path, tmp_path: Path) ->
     run_command([*words, "--resume"])
     resumed = load_model(tmp_path / "run").model.state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_dry_run_checks_everything_and_writes_nothing(data, tmp_path, capsys):
+    run = tmp_path / "encoder"
+    settings = {"data.uri": data, "run.out": run, "pretrain.steps": 1, "pretrain.batch": 8, "validation.every": 0}
+    words = set_words(settings | {"tracking.enabled": "false", "run.figures": "false"})
+    assert main(["pretrain", "omniglot-cpu", *words]) == 0
+    capsys.readouterr()
+    out = tmp_path / "features"
+    assert main(["features", str(run), "--data", str(data), "--out", str(out), "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["rows"].endswith(" float16")
+    assert answer["samples"]["train"] == 600
+    assert not out.exists()
+    out.write_text("a file")
+    assert main(["features", str(run), "--data", str(data), "--out", str(out), "--dry-run"]) == 2

@@ -130,7 +130,7 @@ def test_killing_driver_and_worker_repeats_no_step_of_any_trial(data, tmp_path):
     assert answer["trials"] == {"finished": 4, "failed": 2, "refused": 6}
     settings = load_settings(out / "best.toml")
     assert settings.train.em_iterations == answer["settings"]["train.em_iterations"]
-    assert not (out / "ray").exists()
+    assert not (out / ".ray").exists()
 
 
 POSSIBLE = """

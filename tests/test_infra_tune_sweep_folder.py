@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from metagmvae.configs.load import SettingsError, load_settings
 from metagmvae.configs.search_space import load_space
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.run_folder import TRAINING_LOCK
+from metagmvae.infra.tune import ray_backend
 from metagmvae.infra.tune.request import SweepRequest, run
 from metagmvae.infra.tune.sweep_folder import SweepPlan
 from metagmvae.pipelines.records import DataError
@@ -22,7 +24,8 @@ def test_a_folder_without_trials_can_be_used_again(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with lock_run_folder(tmp_path / "sweep"):
         sweep.folder.clear()
-        sweep.folder.create(resume=False)
+        sweep.folder.check(resume=False)
+        sweep.folder.create()
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [TRAINING_LOCK, "trials"]
 
 
@@ -37,7 +40,67 @@ def test_if_the_cluster_does_not_start_the_folder_can_be_used_again(plan, datase
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no cluster"):
             run(request)
-    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [TRAINING_LOCK]
+    assert not (tmp_path / "sweep").exists()
+
+
+@contextmanager
+def cluster_of(*request):
+    yield
+
+
+def test_a_dry_run_and_refused_requests_leave_nothing(plan, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", cluster_of)
+    request = SweepRequest(base=plan.base, space=plan.space, out=tmp_path / "sweep", dry_run=True)
+    answer = run(request)
+    assert answer["trials"] == 20
+    assert answer["varied"] == list(plan.space.to_dict())
+    wrong = plan.base.model_copy(update={"model": plan.base.model.model_copy(update={"encoder": "resnet99"})})
+    with pytest.raises(ValueError, match="resnet99"):
+        run(replace(request, base=wrong, dry_run=False))
+    without = plan.base.model_copy(update={"data": plan.base.data.model_copy(update={"validation_split": "val"})})
+    with pytest.raises(ValueError, match="has no split 'val', by which a sweep ranks its trials"):
+        run(replace(request, base=without, dry_run=False))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_stopped_by_a_signal_says_what_continues_it(plan, dataset, tmp_path, monkeypatch):
+    def stop_before(*arguments):
+        raise KeyboardInterrupt
+
+    def stop_after_one(sweep, *arguments):
+        sweep.next_trial()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", cluster_of)
+    base = plan.base.model_copy(update={"tracking": plan.base.tracking.model_copy(update={"enabled": False})})
+    request = SweepRequest(base=base, space=plan.space, out=tmp_path / "sweep")
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.run_sweep", stop_before)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(request)
+    assert stopped.value.__notes__ == ["no trial had started; run the command again"]
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.run_sweep", stop_after_one)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(replace(request, resume=resume))
+        assert stopped.value.__notes__[0].endswith("continue from their checkpoints with the same command and --resume")
+
+
+@pytest.mark.parametrize(("device", "gpus", "refused"), [("cuda", 0, True), ("cuda", 1, False), ("auto", 0, False)])
+def test_gpus_are_those_of_the_cluster(plan, monkeypatch, device, gpus, refused):
+    monkeypatch.setattr(ray_backend, "cluster", cluster_of_words)
+    monkeypatch.setattr(ray_backend.ray, "cluster_resources", lambda: {"GPU": float(gpus)} if gpus else {})
+    base = plan.base.model_copy(update={"run": plan.base.run.model_copy(update={"device": device})})
+    if refused:
+        with pytest.raises(ValueError, match="the Ray cluster has no GPU"), ray_backend.sweep_cluster(base, 1):
+            pass
+    else:
+        with ray_backend.sweep_cluster(base, 1):
+            pass
+
+
+@contextmanager
+def cluster_of_words(*arguments, **options):
+    yield
 
 
 def test_a_changed_sweep_cannot_be_resumed_and_the_differences_are_named(plan, dataset, tmp_path):

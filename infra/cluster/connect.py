@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError
 
@@ -152,6 +153,10 @@ def _free_port() -> int:
 
 
 def _init(**options: Any) -> Any:
+    # Under `uv run`, Ray would send the project folder to every worker and build its environment there, or refuse a
+    # folder that is too large. Ray reads the variable when it is imported, which may have happened before.
+    if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     return ray.init(log_to_driver=False, logging_level="ERROR", **options)
 
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from metagmvae.infra.cluster.connect import cluster
-from metagmvae.pipelines.records import DataError, MapTasks
+from metagmvae.infra.cluster.worker_failures import failure_reason
+from metagmvae.pipelines.records import DataError, MapTasks, WorkError
 
 MAX_RETRIES = 3
 """How often a task is run again on another worker after its worker was lost."""
@@ -67,6 +68,8 @@ def _results(
         if running:
             ray.wait(list(running), num_returns=len(running))
         raise error.cause if isinstance(error.cause, Exception) else error from error
+    except RayError as error:  # a lost worker, more often than `MAX_RETRIES`
+        raise WorkError(f"a task on Ray failed: {failure_reason(error)}") from error
 
 
 def _put_source(arguments: tuple[Any, ...], shared: dict[int, Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import OutOfMemoryError
 
 MEMORY_REMEDY = "use fewer workers per node, a smaller batch, or data.reader = mmap"
 CRASHED = re.compile(r"SIG(?:SEGV|ABRT|BUS|ILL|FPE)|Segmentation fault|Fatal Python error: (?!none)\w+")
@@ -31,11 +31,6 @@ def failure_reason(error: BaseException | str) -> str:
         return f"a worker was killed (SIGKILL), most likely because its node ran out of memory: {MEMORY_REMEDY}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether Ray lost the process that worked, as opposed to an error that the work raised."""
-    return isinstance(error, RayError)
 
 
 def _crash(text: str) -> str:

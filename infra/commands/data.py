@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer, Parsers, add_command, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
+    from metagmvae.pipelines.shards.writer import RowSource
 
 
 SOURCE_OPTIONS = (
@@ -77,8 +78,9 @@ def add_worker_options(parser: ArgumentParser) -> None:
     """Add `--workers` and `--address` to a command that writes shards."""
     help_text = "number of Ray tasks that write shards at the same time (default: 0, this process without Ray)"
     parser.add_argument("--workers", type=int, default=0, metavar="N", help=help_text)
-    help_text = "Ray cluster for --workers, host:port or auto (default: RAY_ADDRESS, or a new one on this machine)"
+    help_text = "Ray cluster for --workers: host:port, auto or local (default: RAY_ADDRESS, else a new one here)"
     parser.add_argument("--address", default="", help=help_text)
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
 
 def prepare(arguments: Namespace) -> Answer:
@@ -93,6 +95,9 @@ def prepare(arguments: Namespace) -> Answer:
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
     with task_mapper(arguments) as map_tasks:
         source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
+        if arguments.dry_run:
+            answer = describe_output(source, arguments.out, seed=arguments.seed, shard_rows=arguments.rows_per_shard)
+            return answer | {"skipped": source.report.get("skipped", [])}
         with (
             open_output(arguments.out) as (out, uri),
             progress_bar("shards", arguments.json) as on_progress,
@@ -141,6 +146,26 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
         yield folder, remote.uri
         publish(folder, out)
         shutil.rmtree(folder)
+
+
+def describe_output(source: RowSource, out: str, **options: int) -> Answer:
+    """Check a dataset as before writing it, and say what would be written; nothing is."""
+    from metagmvae.pipelines.files import local_folder
+    from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote
+    from metagmvae.pipelines.shards.writer import check_dataset
+
+    remote = RemotePrefix(out) if is_remote(out) else None
+    if remote is not None:
+        remote.sizes()  # fails if the store refuses access
+    else:
+        check_dataset(source, local_folder(out).absolute(), **options)
+    return {
+        "dry run": "all checks passed, nothing was written",
+        "data": remote.uri if remote is not None else str(local_folder(out).absolute()),
+        "name": source.name,
+        "rows": " x ".join(map(str, source.row_shape)) + f" {source.dtype}",
+        "samples": {split: len(records) for split, records in source.splits.items()},
+    }
 
 
 def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextManager[MapTasks | None]:

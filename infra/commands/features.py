@@ -5,11 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from metagmvae.infra.commands.data import CONTINUED, add_worker_options, open_output, task_mapper
+from metagmvae.infra.commands.data import CONTINUED, add_worker_options, describe_output, open_output, task_mapper
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, progress_bar
 
 if TYPE_CHECKING:
+    from metagmvae.pipelines.records import MapTasks
+    from metagmvae.pipelines.shards.feature_source import FeatureSource
     from metagmvae.training.trainer.package import LoadedModel
 
 
@@ -42,7 +44,6 @@ def features(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.fewshot.encoder_package import feature_source, with_encoder_average
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.pipelines.shards.dataset import Dataset
-    from metagmvae.pipelines.shards.writer import write_dataset
 
     dataset = Dataset.open(arguments.data)
     if arguments.model.startswith(TORCHVISION):
@@ -53,8 +54,18 @@ def features(arguments: Namespace) -> Answer:
         loaded = with_encoder_average(loaded, arguments.average)
     with (
         feature_source(loaded, dataset, arguments.dtype) as source,
-        open_output(arguments.out) as (out, uri),
         task_mapper(arguments, gpu=True) as map_tasks,
+    ):
+        if arguments.dry_run:
+            return describe_output(source, arguments.out)
+        return _write(source, arguments, map_tasks)
+
+
+def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | None) -> Answer:
+    from metagmvae.pipelines.shards.writer import write_dataset
+
+    with (
+        open_output(arguments.out) as (out, uri),
         progress_bar("shards", arguments.json) as on_progress,
     ):
         manifest = write_dataset(source, out, map_tasks=map_tasks, on_progress=on_progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, progress_bar
 
 
 def add(parsers: Parsers) -> None:
@@ -40,6 +40,7 @@ def add(parsers: Parsers) -> None:
     help_text = "override a setting of all trials; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
     parser.add_argument("--resume", action="store_true", help="continue the sweep in the folder")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
 
 def tune(arguments: Namespace) -> Answer:
@@ -72,6 +73,7 @@ def tune(arguments: Namespace) -> Answer:
         seed=arguments.seed,
         keep_all=arguments.keep == "all",
         resume=arguments.resume,
+        dry_run=arguments.dry_run,
     )
     with progress_bar("trials", arguments.quiet or arguments.json) as progress:
         return run(request, progress)

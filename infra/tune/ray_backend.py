@@ -21,14 +21,15 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cluster.connect import cluster
+from metagmvae.infra.cluster.worker_failures import failure_reason
+from metagmvae.infra.runs.run_folder import RAY_FOLDER
 from metagmvae.infra.tune.sweep_state import SweepState
 from metagmvae.infra.tune.trial import run_trial
 from metagmvae.pipelines.records import WorkError
 
-TUNE_FOLDER = "ray"
-"""Ray Tune's own files in the folder of the sweep, deleted at the end."""
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -64,6 +65,8 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
     cpus = cpus_per_trial * max(at_once, 1) + int(distributed)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with cluster(run.address, cpus, dashboard=distributed):
+        if run.device == "cuda" and not ray.cluster_resources().get("GPU"):
+            raise SettingsError('run.device = "cuda": the Ray cluster has no GPU; set it to "auto" or "cpu"')
         yield
 
 
@@ -80,7 +83,7 @@ def run_sweep(sweep: SweepState, at_once: int, gpus: float | None, progress: Cal
         DataError: the sweep's folder cannot be written.
         WorkError: Ray Tune makes no progress.
     """
-    run, tune_folder = sweep.plan.base.run, sweep.folder.root / TUNE_FOLDER
+    run, tune_folder = sweep.plan.base.run, sweep.folder.root / RAY_FOLDER
     shutil.rmtree(tune_folder, ignore_errors=True)
     _run_to_end(sweep, TrialCallback(sweep, progress), _resources(run, gpus), at_once or _max_distributed(run))
     shutil.rmtree(tune_folder, ignore_errors=True)
@@ -119,7 +122,7 @@ def _tuner(sweep: SweepState, callback: TrialCallback, resources: dict[str, floa
             reuse_actors=sweep.plan.base.run.engine == "local",
         ),
         run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
+            name=RAY_FOLDER,
             storage_path=str(sweep.folder.root),
             stop=TimeLimit(callback),
             failure_config=tune.FailureConfig(max_failures=sweep.plan.base.run.max_failures),
@@ -244,6 +247,6 @@ class TimeLimit(tune.Stopper):
 
 
 def _last_error_line(trial: Any) -> str:
-    """The last line of Ray's error message about a lost process, at most 200 characters."""
-    lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:200]
+    """Why Ray lost the process of a trial, at most 200 characters."""
+    error = trial.get_error()
+    return failure_reason(error)[:200] if error else ""

@@ -11,9 +11,9 @@ from typing import Any
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
-from metagmvae.infra.runs.checks import check_settings
+from metagmvae.infra.runs.checks import check_model, check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
-from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, load_inputs, select_device
+from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, has_samples, load_inputs
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tune.search import GridSearch, Search
 from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
@@ -53,6 +53,8 @@ class SweepRequest:
     keep_all: bool = False
     """Keep the checkpoints of all trials."""
     resume: bool = False
+    dry_run: bool = False
+    """Only check the request and say what would be done."""
 
 
 def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -70,20 +72,52 @@ def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict
     dataset = Dataset.open(request.base.data.uri)
     plan = _make_plan(request, dataset)
     folder = SweepFolder(request.out)
-    folder.create(request.resume)
-    with lock_run_folder(folder.root, setting="--out DIR"):
-        folder.write_or_check_plan(plan, dataset)
-        max_trials = request.trials or (None if request.search == "grid" else DEFAULT_TRIALS)
-        sweep = SweepState(plan, folder, dataset, max_trials, request.hours, request.keep_all)
-        total = max_trials or GridSearch(request.space, request.seed).size
-        try:
-            with sweep_cluster(plan.base, request.at_once), SweepTracker(sweep, request.base.tracking) as tracker:
-                run_sweep(sweep, request.at_once, request.gpus, _trial_counter(sweep, total, progress))
-                return finish(sweep, tracker)
-        except Exception:
-            if not sweep.started:
-                folder.clear()  # no trial was possible: the next request can use the same folder
-            raise
+    folder.check(request.resume)
+    max_trials = request.trials or (None if request.search == "grid" else DEFAULT_TRIALS)
+    total = max_trials or GridSearch(request.space, request.seed).size
+    with sweep_cluster(plan.base, request.at_once):
+        if request.dry_run:
+            return _describe(plan, folder, dataset, total)
+        folder.create()
+        with lock_run_folder(folder.root, setting="--out DIR"):
+            folder.check(request.resume)  # again: another process may have used it meanwhile
+            folder.write_or_check_plan(plan, dataset)
+            sweep = SweepState(plan, folder, dataset, max_trials, request.hours, request.keep_all)
+            try:
+                with SweepTracker(sweep, request.base.tracking) as tracker:
+                    run_sweep(sweep, request.at_once, request.gpus, _trial_counter(sweep, total, progress))
+                    return finish(sweep, tracker)
+            except BaseException as error:
+                if not sweep.started:
+                    folder.clear()  # no trial was possible: the next request can use the same folder
+                if isinstance(error, KeyboardInterrupt):
+                    error.add_note(_stop_note(sweep))
+                raise
+
+
+def _stop_note(sweep: SweepState) -> str:
+    if not sweep.started:
+        return "no trial had started; run the command again"
+    unfinished = len(sweep.running) + len(sweep.unfinished)
+    return (
+        f"{len(sweep.ended)} trials have ended, and {unfinished} continue from their checkpoints with the same command "
+        "and --resume"
+    )
+
+
+def _describe(plan: SweepPlan, folder: SweepFolder, dataset: Dataset, total: int) -> dict[str, Any]:
+    """What a dry run answers."""
+    return {
+        "dry run": "all checks passed, nothing was written",
+        "sweep": str(folder.root),
+        "data": dataset.uri,
+        "trials": total,
+        "search": plan.search,
+        "scheduler": plan.scheduler,
+        "task": plan.task,
+        "varied": list(plan.space.to_dict()),
+        "engine": plan.base.run.engine,
+    }
 
 
 def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
@@ -127,7 +161,13 @@ def _make_plan(request: SweepRequest, dataset: Dataset) -> SweepPlan:
     Raises:
         SettingsError, DataError: an option, a setting or the dataset does not fit.
     """
-    base = load_inputs(request.base, dataset).settings
+    if not has_samples(dataset, request.base.data.validation_split):
+        raise SettingsError(
+            f"{dataset.uri}: has no split {request.base.data.validation_split!r}, by which a sweep ranks its trials: "
+            "write the dataset with validation classes, or set data.validation_split"
+        )
+    inputs = load_inputs(request.base, dataset)
+    base = inputs.settings
     check_numbers(request)
     space = request.space.to_dict()
     if dataset.kind == "features":
@@ -139,7 +179,7 @@ def _make_plan(request: SweepRequest, dataset: Dataset) -> SweepPlan:
     if "train.steps" not in space:
         check_validation_interval(base)
     check_settings(base, dataset, "meta-gmvae")
-    select_device(base)
+    check_model(inputs, "meta-gmvae")
     tasks = [f"{base.validation.way}w{shot}s" for shot in base.validation.shots]
     task = request.task or tasks[0]
     if task not in tasks:

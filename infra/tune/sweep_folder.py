@@ -24,7 +24,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, read_trials, to_json_lines
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, TRAINING_LOCK, read_lines, read_settings
+from metagmvae.infra.runs.run_folder import METRICS, RAY_FOLDER, SETTINGS, TRAINING_LOCK, read_lines, read_settings
 from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
 from metagmvae.pipelines.records import DataError
@@ -76,17 +76,27 @@ class SweepFolder:
         self.root = root
         self.table = root / TRIALS
 
-    def create(self, resume: bool) -> None:
-        """Create the folder, or check that an existing one can be used.
+    def check(self, resume: bool) -> None:
+        """Check that the folder does not exist, is empty, or holds the sweep to resume.
 
         Raises:
-            DataError: the folder is not empty, is not the folder of a sweep, or cannot be created.
+            DataError: the folder is not empty, or is not the folder of a sweep.
         """
-        names = {path.name for path in self.root.iterdir()} - {TRAINING_LOCK} if self.root.is_dir() else set()
+        names = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
+        names -= {TRAINING_LOCK, RAY_FOLDER}
+        if not any((self.root / TRIAL_FOLDERS).glob("*")):
+            names -= {TRIAL_FOLDERS}  # of a sweep that has not started
         if names and not resume:
             raise DataError(f"{self.root}: not empty; continue its sweep with --resume, or give another --out DIR")
         if names and SWEEP not in names:
             raise DataError(f"{self.root}: not the folder of a sweep (no {SWEEP}); give another --out DIR")
+
+    def create(self) -> None:
+        """Create the folder.
+
+        Raises:
+            DataError: it cannot be created.
+        """
         try:
             (self.root / TRIAL_FOLDERS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -116,7 +126,8 @@ class SweepFolder:
         try:
             changes = _plan_changes(read_json(path), new)
         except (KeyError, TypeError, AttributeError, SettingsError) as error:
-            message = str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, SettingsError) else "a value has the wrong type"
+            message = f"{error.args[0]} is missing" if isinstance(error, KeyError) else message
             raise DataError(
                 f"{path}: not a plan that this version can read ({message}); give another --out DIR"
             ) from error

@@ -46,18 +46,23 @@ def lock_folder(out: Path, plan: dict[str, Any]) -> Iterator[None]:
         DataError: the folder contains something else, or another process writes to it.
     """
     if not (out / LOCK).exists():  # nothing is created in a folder of something else
-        _check_folder(out, plan)
+        check_folder(out, plan)
     busy = f"{out}: another process writes this dataset; wait for it, or choose another --out"
     try:
         with exclusive_lock(out / LOCK, busy):
-            _check_folder(out, plan)
+            check_folder(out, plan)
             yield
     finally:
         with suppress(OSError):  # not empty
             out.rmdir()
 
 
-def _check_folder(out: Path, plan: dict[str, Any]) -> None:
+def check_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Check that the folder is new or empty, or holds this dataset, finished or not.
+
+    Raises:
+        DataError: it contains something else.
+    """
     if (out / PLAN).exists():
         if read_json(out / PLAN) != plan:
             raise DataError(f"{out}: contains an unfinished dataset with other settings; remove it first")

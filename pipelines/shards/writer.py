@@ -26,6 +26,7 @@ from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
 from metagmvae.pipelines.shards.unfinished import (
     LOCK,
     PLAN,
+    check_folder,
     complete_manifest,
     finished_manifest,
     lock_folder,
@@ -104,12 +105,7 @@ def write_dataset(
         DataError: the source is empty, the folder contains something else, or it cannot be written.
     """
     out = Path(out)
-    settings = {"seed": seed, "block": block, "shard_rows": shard_rows}
-    plan = {"source": source.fingerprint, "settings": settings, "schema_version": SCHEMA_VERSION}
-    if not any(source.splits.values()):
-        raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
-    _check_names(source)
-    _check_shards(source, shard_rows)
+    plan = check_dataset(source, out, seed=seed, block=block, shard_rows=shard_rows)
     manifest = finished_manifest(out, plan)
     if manifest is None or (out / PLAN).exists() or (out / LOCK).exists():
         with lock_folder(out, plan):
@@ -118,6 +114,25 @@ def write_dataset(
             remove_temporary_files(out)
             (out / PLAN).unlink(missing_ok=True)
     return complete_manifest(out, manifest, source.about)
+
+
+def check_dataset(
+    source: RowSource, out: Path, *, seed: int = 0, block: int = 512, shard_rows: int = 8192
+) -> dict[str, Any]:
+    """Check a source, and that the folder is free for it, as `write_dataset` does; return the plan of the dataset.
+
+    Raises:
+        DataError: the source is empty, or the folder contains something else.
+    """
+    settings = {"seed": seed, "block": block, "shard_rows": shard_rows}
+    plan = {"source": source.fingerprint, "settings": settings, "schema_version": SCHEMA_VERSION}
+    if not any(source.splits.values()):
+        raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
+    _check_names(source)
+    _check_shards(source, shard_rows)
+    if finished_manifest(out, plan) is None:
+        check_folder(out, plan)
+    return plan
 
 
 def _write(
