@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, output_file
 
 
 def add(parsers: Parsers) -> None:
@@ -30,7 +30,7 @@ def add(parsers: Parsers) -> None:
         "--seed", type=int, default=0, help="seed of the held-out classes and the training (default: 0)"
     )
     help_text = "also write the result with plan, speed and versions"
-    parser.add_argument("--record", metavar="FILE.json", help=help_text)
+    parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
     parser.set_defaults(commands=parsers.choices)
 
 
