@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import mlflow_template
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -12,9 +15,11 @@ from PIL import Image
 from metagmvae.infra.cli import main
 from metagmvae.infra.commands.parsing import format_answer
 from metagmvae.infra.workflows import classify
+from metagmvae.infra.workflows.classify import ClassifyOptions
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.models.posterior_calibration import FittedBackground, PosteriorCalibration
 from metagmvae.training.trainer.package import load_model, save_package
 
 SHOTS = {"a": 3, "b": 1}
@@ -176,3 +181,167 @@ def test_text_output_has_no_control_characters(folders, loaded):
     assert all(line.isprintable() for line in text.split("\n"))
     assert r"\x1b[31mred" in text
     assert r"\x9b0\u202e.png" in text
+
+
+# ---- Many images: tables, rows, sets, unreadable files, unknown classes. ----
+
+
+def run_classify(loaded, support, query, **options):
+    return classify.classify_folders(loaded, support, query, options=ClassifyOptions(**options))
+
+
+def read_table(path) -> list[dict]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    table = pq.read_table(path) if path.suffix == ".parquet" else pa.csv.read_csv(path)
+    return table.to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("mode", ["transductive", "inductive"])
+def test_a_table_holds_the_rows_of_the_answer(folders, loaded, tmp_path, suffix, mode, monkeypatch):
+    support, query, _ = folders
+    monkeypatch.setattr(classify, "FILES_PER_BATCH", 2)
+    rows = run_classify(loaded, support, query, mode=mode)["queries"]
+    answer = run_classify(loaded, support, query, mode=mode, table=tmp_path / f"t{suffix}")
+    assert "queries" not in answer
+    assert answer["images"] == 3
+    assert sum(answer["predicted"].values()) == 3
+    table = read_table(tmp_path / f"t{suffix}")
+    assert [row["query"] for row in table] == ["0.png", "1.png", "2.png"]
+    for row, expected in zip(table, rows, strict=True):
+        assert row["class"] == expected["class"]
+        found = row["probabilities"] if suffix == ".jsonl" else {k: row[f"probability: {k}"] for k in "ab"}
+        assert found == pytest.approx(expected["probabilities"])
+
+
+def test_top_k_and_threshold(folders, loaded, tmp_path):
+    support, query, _ = folders
+    plain = run_classify(loaded, support, query)["queries"]
+    for row, expected in zip(run_classify(loaded, support, query, top_k=9)["queries"], plain, strict=True):
+        ranked = sorted(expected["probabilities"].items(), key=lambda item: -item[1])
+        assert list(row) == ["query", "class", "probability", "class 2", "probability 2"]
+        assert [(row["class"], row["probability"]), (row["class 2"], row["probability 2"])] == ranked
+    cut = sorted(max(row["probabilities"].values()) for row in plain)[1]
+    answer = run_classify(loaded, support, query, threshold=cut, top_k=1, table=tmp_path / "t.csv")
+    assert answer["below_threshold"] == 1
+    table = read_table(tmp_path / "t.csv")
+    assert [row["class"] or None for row in table].count(None) == 1
+    assert all((not row["class"]) == (row["probability"] < cut) for row in table)
+
+
+def test_recursion_and_files_that_cannot_be_read(folders, loaded):
+    support, query, _ = folders
+    (query / "more").mkdir()
+    Image.open(query / "0.png").save(query / "more" / "0.tif")
+    (query / "broken.png").write_bytes(b"not an image")
+    answer = run_classify(loaded, support, query, recursive=True)
+    assert [row["query"] for row in answer["queries"]] == ["0.png", "1.png", "2.png", "more/0.tif"]
+    (left_out,) = answer["left_out"]
+    assert left_out["file"] == f"{query}/broken.png"
+    assert "broken image" in left_out["reason"]
+    for file in query.glob("?.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="none of its 1 images can be read"):
+        run_classify(loaded, support, query)
+
+
+def test_too_many_queries_for_one_set_are_classified_in_random_sets(folders, loaded, monkeypatch):
+    support, query, _ = folders
+    for i in range(3, 10):
+        Image.open(query / f"{i % 3}.png").rotate(i).save(query / f"{i}.png")
+    monkeypatch.setattr(classify, "LARGEST_SET", 4)
+    sizes = []
+    predict = classify.predict_queries
+    monkeypatch.setattr(classify, "predict_queries", lambda *a, **k: sizes.append(len(a[4])) or predict(*a, **k))
+    answer = run_classify(loaded, support, query)
+    assert answer["sets"] == 3
+    assert sorted(sizes) == [3, 3, 4]
+    assert [row["query"] for row in answer["queries"]] == [f"{i}.png" for i in range(10)]
+    alone = run_classify(loaded, support, query, mode="inductive")
+    assert "sets" not in alone
+    (query / "5.png").unlink()
+    fewer = run_classify(loaded, support, query, mode="inductive")
+    by_file = {row["query"]: row["probabilities"] for row in alone["queries"]}
+    assert all(row["probabilities"] == by_file[row["query"]] for row in fewer["queries"])
+
+
+def test_the_figure_says_how_many_images_it_leaves_out(folders, loaded, tmp_path, monkeypatch):
+    from metagmvae.evaluation.figures import plots
+
+    support, query, _ = folders
+    for i in range(3, 30):
+        Image.open(query / f"{i % 3}.png").rotate(i).save(query / f"{i}.png")
+    notes = []
+    draw = plots.predictions
+    monkeypatch.setattr(plots, "predictions", lambda *a: notes.append((len(a[2]), a[4])) or draw(*a))
+    answer = run_classify(loaded, support, query, figure=tmp_path / "f.png")
+    shown = sum(min(count, classify.SHOWN) for count in answer["predicted"].values())
+    assert notes == [(shown, f"{shown} of 30 images")]
+    assert (tmp_path / "f.png").is_file()
+
+
+def test_unknown_classes_need_a_level_and_are_an_answer_of_their_own(folders, loaded, tmp_path):
+    support, query, _ = folders
+    with pytest.raises(DataError, match="fit it first: metagmvae calibrate"):
+        run_classify(loaded, support, query, unknown=True)
+
+    def with_level(background: float):
+        values = {"queries": 9, "nll": 0.1, "nll_uncalibrated": 0.1, "ece": 0.1, "ece_uncalibrated": 0.1}
+        fit = FittedBackground(
+            mode="inductive",
+            way=5,
+            shot=1,
+            temperature=1.0,
+            background=background,
+            open_classes=5,
+            accuracy=0.9,
+            **values,
+        )
+        record = PosteriorCalibration(
+            fitted_on="labelled classes", split="validation", data_fingerprint="d", adapt=loaded.settings.adapt,
+            temperatures=(), backgrounds=(fit,),
+        )  # fmt: skip
+        return replace(loaded, calibration=record)
+
+    options = {"unknown": True, "mode": "inductive"}
+    plain = probabilities(run_classify(loaded, support, query, mode="inductive"))
+    low, high = (run_classify(with_level(level), support, query, **options) for level in (-1e4, 1e4))
+    np.testing.assert_allclose(probabilities(low), np.c_[plain, np.zeros(3)], atol=1e-6)
+    assert high["predicted"] == {"a": 0, "b": 0, "unknown": 3}
+    table = tmp_path / "t.parquet"
+    run_classify(with_level(1e4), support, query, table=table, figure=tmp_path / "f.png", **options)
+    assert [row["probability: unknown"] for row in read_table(table)] == pytest.approx([1, 1, 1])
+    (support / "a").rename(support / "unknown")
+    with pytest.raises(DataError, match="class folder 'unknown' has the name of the answer"):
+        run_classify(with_level(0.0), support, query, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--table", "t.xlsx"], "--table t.xlsx: the name must end in .csv, .parquet or .jsonl"),
+        (["--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["--threshold", "2"], "--threshold 2: is a probability"),
+        (["--threshold", "nan"], "--threshold nan: is a probability"),
+    ],
+)
+def test_wrong_options_are_one_line_and_write_nothing(folders, loaded, tmp_path, words, message, capsys, monkeypatch):
+    support, query, _ = folders
+    package = save_package(tmp_path / "package", loaded)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["classify", str(package), "--support", str(support), "--query", str(query), *words]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_table_that_fails_leaves_no_file(folders, loaded, tmp_path, monkeypatch):
+    support, query, _ = folders
+    monkeypatch.setattr(classify, "predict_queries", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_classify(loaded, support, query, table=tmp_path / "t.parquet")
+    assert not list(tmp_path.glob("*.parquet"))
+    assert not list(tmp_path.glob(".t.parquet*"))
