@@ -65,7 +65,7 @@ def load_space(space: str | Path) -> Space:
     names = spaces()
     if not path.is_file() and str(space) not in names:
         hint = suggestion(str(space), names)
-        raise SettingsError(f"{space}: no such TOML file, and not one of the spaces {', '.join(names)}{hint}")
+        raise SettingsError(f"{space}: no such TOML file and no bundled space of that name{hint}")
     file = path if path.is_file() else resources.files("metagmvae.configs").joinpath("spaces", f"{space}.toml")
     dimensions = tuple(_dimension(key, entry) for key, entry in _entries(read_toml(file)))
     if not dimensions:

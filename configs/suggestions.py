@@ -119,7 +119,7 @@ def similar(word: str, known: Iterable[str]) -> list[str]:
     spelt = [name for name, text in plain.items() if text in close]
     parts = set(re.findall(r"[a-z]+|\d+", word.lower()))
     holding = [name for name in plain if parts and parts <= set(re.findall(r"[a-z]+|\d+", name.lower()))]
-    return (exact or meant or spelt or holding)[:3]
+    return (exact or meant or spelt or sorted(holding, key=len))[:3]
 
 
 def setting_suggestion(dotted: str, keys: Sequence[str]) -> str:

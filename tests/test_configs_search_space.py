@@ -98,7 +98,7 @@ def test_mistakes_give_one_error_line(tmp_path, text, reason):
 
 def test_unknown_space():
     with pytest.raises(
-        SettingsError, match="corr: no such TOML file, and not one of the spaces core, wide; did you mean"
+        SettingsError, match="corr: no such TOML file and no bundled space of that name; did you mean"
     ):
         load_space("corr")
 

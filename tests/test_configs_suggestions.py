@@ -67,6 +67,16 @@ def test_without_a_similar_word_the_known_ones_are_listed():
         ("omniglot_cpu", presets(), ["omniglot-cpu"]),
         ("omniglot-cpv", presets(), ["omniglot-cpu"]),
         ("mini-imagenet-20way", presets(), []),
+        (
+            "omniglot",
+            ("omniglot-20way-paper", "omniglot-cpu", "omniglot-5way"),
+            ["omniglot-cpu", "omniglot-5way", "omniglot-20way-paper"],
+        ),
+        (
+            "20way",
+            ("omniglot-20way-published-code", "omniglot-20way-paper"),
+            ["omniglot-20way-paper", "omniglot-20way-published-code"],
+        ),
         ("20way-published-code", presets(), ["omniglot-20way-published-code"]),
     ],
 )

@@ -150,7 +150,7 @@ def test_prepare_folder_lists_skipped_images(tmp_path, capsys):
         (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
         (["classify", "nowhere", "--support", "a", "--query", "b"], "nowhere: no such model"),
         (["track", "nowhere"], "nowhere: not a run folder"),
-        (["trian"], "invalid choice"),
+        (["trian"], "'trian' is no command; did you mean 'train'?"),
         (["evaluate", "x", "--data", "y", "--way", "five"], "invalid int value"),
     ],
 )

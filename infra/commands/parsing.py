@@ -68,9 +68,12 @@ class Parser(argparse.ArgumentParser):
             yield from parser.parsers()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action.choices, dict) and value not in action.choices:
-            raise argparse.ArgumentError(None, f"{value!r} is no command{suggestion(value, list(action.choices))}")
-        super()._check_value(action, value)
+        if action.choices is None or value in action.choices:
+            return
+        hint = suggestion(str(value), list(map(str, action.choices)))
+        if isinstance(action.choices, dict):
+            raise argparse.ArgumentError(None, f"{value!r} is no command{hint}")
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
 
 
 def complete(parser: Parser) -> None:
