@@ -15,7 +15,10 @@ from metagmvae.evaluation.comparison import record_tables
 from metagmvae.evaluation.comparison.formatting import markdown_table, task_name
 from metagmvae.evaluation.comparison.results_table import (
     accuracy_cell,
+    calibration_table,
+    open_table,
     paired_table,
+    queries_table,
     results_by_task,
     results_table,
     summary_table,
@@ -66,6 +69,9 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "curve": record_tables.curve_table,
     "presets": preset_table,
     "paired": paired_table,
+    "calibration": calibration_table,
+    "queries": queries_table,
+    "open": open_table,
     "promotion": record_tables.promotion_table,
     "sweep": record_tables.sweep_table,
 }

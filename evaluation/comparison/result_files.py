@@ -60,6 +60,9 @@ class RecordedAccuracy(BaseModel):
     dirichlet: float | None = None
     ece: Fraction | None = None
     """Expected calibration error; None: not recorded, or no probabilities."""
+    ece_uncalibrated: Fraction | None = None
+    """The same at temperature 1."""
+    temperature: float = 1.0
 
 
 class RecordedBaseline(RecordedAccuracy):

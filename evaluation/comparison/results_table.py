@@ -24,6 +24,7 @@ from metagmvae.evaluation.comparison.result_files import (
     RecordedResult,
     read_results,
 )
+from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
 TITLES: dict[str, str] = {"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}
@@ -116,6 +117,77 @@ def paired_table(results: Path, name: str) -> str:
         rows.append(cells)
     head = [title for task in by_task for title in (task_name(task), f"{task_name(task)}: settings")]
     return markdown_table(["model minus baseline", *head], rows)
+
+
+def calibration_table(results: Path, names: str) -> str:
+    """Accuracy and expected calibration error in percent, before and after the temperature, one row for each result.
+
+    Raises:
+        DataError: a name has no result, or a result has no calibration error.
+    """
+    rows = []
+    for name in names.split(","):
+        for task, (result, *_) in sorted(_require(results, name).items()):
+            if result.ece is None or result.ece_uncalibrated is None:
+                raise DataError(f"{results}: {name} {task_name(task)} has no calibration error; record it again")
+            values = f"{100 * result.ece_uncalibrated:.2f}", f"{100 * result.ece:.2f}", f"{result.temperature:.2f}"
+            rows.append([task_name(task), result.mode, percent(result.accuracy, result.ci95), *values])
+    head = ["(way,shot)", "mode", "accuracy", "calibration error at temperature 1", "calibration error", "temperature"]
+    return markdown_table(head, rows)
+
+
+QUERIES = {"balanced": "balanced", "dirichlet-2": "Dirichlet(2)", "dirichlet-0.5": "Dirichlet(0.5)"}
+"""Part of a file name -> title of the kind of queries."""
+WEIGHTS = {
+    "equal": "model, class weights 1/K",
+    "estimated": "model, class weights estimated",
+    "inductive": "model",
+}
+"""Part of a file name -> label of the model."""
+
+
+def queries_table(results: Path, name: str) -> str:
+    """Accuracy in percent for balanced and Dirichlet-drawn queries, of a model in three forms and of the baselines.
+
+    The files are `NAME-queries-KIND-FORM-5way-1shot.json` and so on.
+
+    Raises:
+        DataError: a result is missing.
+    """
+    found = {(kind, form): _require(results, f"{name}-queries-{kind}-{form}") for kind in QUERIES for form in WEIGHTS}
+    tasks = sorted(found["balanced", "equal"])
+    cells: dict[str, list[str]] = {}
+    for task in tasks:
+        for kind in QUERIES:
+            for form, label in WEIGHTS.items():
+                (result, *_) = found[kind, form][task]
+                cells.setdefault(f"{label} ({result.mode})", []).append(percent(result.accuracy, result.ci95))
+            for row in found[kind, "equal"][task][0].baselines:
+                label = f"{markdown_text(row.baseline)} ({row.mode})"
+                cells.setdefault(label, []).append(percent(row.accuracy, row.ci95))
+    head = [f"{task_name(task)}, {title}" for task in tasks for title in QUERIES.values()]
+    return markdown_table(["queries", *head], [[label, *row] for label, row in cells.items()])
+
+
+def open_table(results: Path, name: str) -> str:
+    """Accuracies, AUROC and calibration error in percent where queries may be of no labelled class.
+
+    The files are `NAME-open-1.json` and so on, of `metagmvae evaluate --open`.
+
+    Raises:
+        DataError: there is no such file, or it has other content.
+    """
+    files = sorted(results.glob(f"{name}-open-*.json"))
+    if not files:
+        raise DataError(f"{results}: has no {name}-open-*.json; record it with metagmvae evaluate --open --record")
+    rows = []
+    for row in (row for file in files for row in read_json(file)["rows"]):
+        accuracies = percent(row["accuracy"], row["ci95"]), f"{100 * row['auroc']:.2f}"
+        answered = percent(row["open_accuracy"], row["open_ci95"]), f"{100 * row['ece']:.2f}" if "ece" in row else ""
+        name = f"{markdown_text(row['model'])} ({row['mode']})"
+        rows.append([task_name((row["way"], row["shot"])), name, *accuracies, *answered])
+    head = ["(way,shot)", "classifier", "accuracy of known classes", "AUROC", 'accuracy with "unknown"']
+    return markdown_table([*head, "calibration error"], rows)
 
 
 def _settings(baseline: RecordedBaseline | None) -> str:
