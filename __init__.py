@@ -10,20 +10,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
-    from metagmvae.infra.workflows.api import load_model, train
+    from metagmvae.infra.api.functions import compare, evaluate, fit, load_model, prepare, train
     from metagmvae.infra.workflows.estimator import FewShotClassifier
     from metagmvae.pipelines.shards.dataset import Dataset
 
     __version__: str
 
-__all__ = ["Dataset", "FewShotClassifier", "__version__", "evaluate_tasks", "load_model", "train"]
+__all__ = [
+    "Dataset",
+    "FewShotClassifier",
+    "__version__",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "fit",
+    "load_model",
+    "prepare",
+    "train",
+]
 
 _MODULE_BY_NAME = {
     "Dataset": "pipelines.shards.dataset",
     "FewShotClassifier": "infra.workflows.estimator",
     "evaluate_tasks": "evaluation.fewshot.evaluate_tasks",
-    "load_model": "infra.workflows.api",
-    "train": "infra.workflows.api",
+    **dict.fromkeys(("compare", "evaluate", "fit", "load_model", "prepare", "train"), "infra.api.functions"),
 }
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and report every other name

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: Parser, words: Sequence[str]) -> int:
-    arguments = parser.parse_args([_public_word(word, parser) for word in words])
+    arguments = parser.parse_args([public_word(word, parser) for word in words])
     name = f"metagmvae {arguments.command}"
     try:
         start_logging(arguments)
@@ -91,7 +91,7 @@ def _print(answer: Answer, as_json: bool, name: str) -> int:
     return 1 if reason or isinstance(answer, FailedAnswer) else 0
 
 
-def _public_word(word: str, parser: Parser) -> str:
+def public_word(word: str, parser: Parser) -> str:
     """A word of the command line, or the value in `--option=value`, as every command takes it.
 
     `file:///…` becomes a path; the credentials of any other URI are kept in memory. Settings (`--set`) are left to

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mlflow_template
 import numpy as np
 import pytest
+from PIL import Image
 
 import metagmvae
+from metagmvae.infra.api.results import PreparedData
 
 FUNCTIONS_AND_CLASSES = [name for name in metagmvae.__all__ if name != "__version__"]
 
@@ -32,7 +37,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_example_in_the_docstring(name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     (example,) = doctest.DocTestFinder(recurse=False).find(getattr(metagmvae, name), name, globs={})
-    assert example.examples
+    assert example.examples, "the docstring shows how to use it"
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(example, out=report.append).failed == 0, "".join(report)
@@ -75,3 +80,84 @@ def test_baseline_of_the_evaluation_guide(
     monkeypatch.setitem(baselines.BASELINES, "nearest neighbour", None)  # its entry is removed after the test
     exec(program, {})
     assert re.search(r"nearest neighbour \(inductive\): [\d.]+ ± [\d.]+ %", capsys.readouterr().out)
+
+
+def test_each_result_stands_for_its_path_and_shows_itself(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One result after the other, as in a notebook; class names come from data, so they are escaped."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for label in ("<b>one</b>", "two", "three", "four"):
+        folder = tmp_path / "images" / label.replace("/", "")
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(rng.integers(0, 256, (28, 28)).astype(np.uint8)).save(folder / f"{number}.png")
+    source = tmp_path / "images"
+    data = metagmvae.prepare("folder", source, out=tmp_path / "data", fractions=(0.5, 0.0, 0.5), size=28, channels=1)
+    assert data.image_shape == (1, 28, 28)
+    assert (data.samples["train"], data.samples["test"]) == (40, 40)
+    assert len(data.open().labels("test")) == 40
+    assert dataclasses.is_dataclass(data)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        data.uri = "other"  # type: ignore[misc]
+    run = workspace / "runs" / "glyphs"
+    task = {"way": 2, "shot": 1, "episodes": 20, "query": 5}
+    result = metagmvae.evaluate(run, data, **task, baselines=True)
+    (same,) = metagmvae.evaluate_tasks(metagmvae.load_model(run), data.open(), [task])
+    assert result.accuracy == same.mean
+    assert result.ci95 == same.ci95
+    assert result.ece == result.answer["ece"]
+    assert {row["baseline"] for row in result.baselines} >= {"nearest class mean"}
+    assert len(result.paired) == len(result.baselines)
+    assert f"{100 * result.accuracy:.2f} ± {100 * result.ci95:.2f} %" in result._repr_html_()
+    assert "nearest class mean" in result._repr_html_()
+    comparison = metagmvae.compare([run, "paper:omniglot/umtra"], data.open(), way=[2], episodes=20, query=5)
+    assert comparison.rows[0]["results"][0]["accuracy"] == result.accuracy
+    html = comparison._repr_html_()
+    assert f"{100 * result.accuracy:.2f} ± {100 * result.ci95:.2f}" in html
+    assert "<th>(2,1)</th>" in html
+    assert "answer" not in repr(result)
+    for shown in (data, result, comparison):
+        assert ElementTree.fromstring(f"<div>{shown._repr_html_()}</div>").findall("table")
+
+
+def test_values_in_the_html_are_escaped() -> None:
+    data = PreparedData(
+        answer={}, uri="<i>&", name="x", image_shape=(1, 2, 3), samples={"<b>": 1}, classes={}, skipped=({"f": "<a>"},)
+    )
+    html = data._repr_html_()
+    assert not re.search("<[iab]>", html)
+    assert "&lt;i&gt;&amp;" in html
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: metagmvae.prepare("glyphs", out="x", siez=3), "unrecognized arguments: --siez=3"),
+        (lambda: metagmvae.prepare("glifs", out="x"), "glifs"),
+        (lambda: metagmvae.prepare("folder", "nowhere", out="x"), "nowhere"),
+        (lambda: metagmvae.prepare("folder", object(), out="x"), "object is no name"),  # type: ignore[arg-type]
+        (lambda: metagmvae.train("glyphs-demo", {"train.stepz": 3}), "train.stepz"),
+        (lambda: metagmvae.train("glyphs-demo", kind="decoder"), "'decoder' is no command"),
+        (lambda: metagmvae.evaluate("runs/none", "data/glyphs"), "runs/none: no such model"),
+        (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", mode="both"), "invalid choice: 'both'"),
+        (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", way=2.5), "invalid int value: '2.5'"),  # type: ignore[arg-type]
+        (lambda: metagmvae.compare([]), "required: WHAT"),
+        (lambda: metagmvae.compare(["runs/none"]), "runs/none"),
+        (lambda: metagmvae.fit("nowhere", out="x"), "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    call: Callable[[], object],
+    reason: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workspace)
+    with pytest.raises(ValueError, match=reason) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
+    assert not (workspace / "x").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -76,7 +76,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        model: LoadedModel | str | Path | None = None,
+        model: LoadedModel | str | os.PathLike[str] | None = None,
         *,
         mode: PredictionMode = "inductive",
         iterations: int | None = None,
@@ -195,8 +195,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self._calibration: PosteriorCalibration | None = None
         if self.model is None:
             return None, WITHOUT_MODEL
-        loaded = resolve_model(self.model) if isinstance(self.model, str | Path) else self.model
-        name = self.model if isinstance(self.model, str | Path) else loaded.settings.name
+        if isinstance(self.model, str | os.PathLike):
+            name = os.fspath(self.model)
+            loaded = resolve_model(name)
+        else:
+            name, loaded = self.model.settings.name, self.model
         if not self.preprocessed and loaded.preprocessing is None:
             raise DataError(
                 f"{name}: does not record the preprocessing of its training images, because an older version wrote it: "

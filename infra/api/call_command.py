@@ -1,0 +1,67 @@
+"""Calls a command of metagmvae from Python: the same options, checks and answer as on the command line."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from typing import Any
+
+from metagmvae.infra.cli import build_parser, public_word
+from metagmvae.infra.commands.parsing import Answer
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+
+
+def call_command(name: str, *values: Any, **options: Any) -> Answer:
+    """Run a command and return what it prints with `--json`.
+
+    Args:
+        name: of the command.
+        values: its positional arguments, see `reference`.
+        options: by name, with `_` for `-`. True: the option alone; None and False: left out; a list: several values of
+            one option; a mapping: `--option KEY=VALUE` for each.
+
+    Raises:
+        DataError: an option is unknown or its value is wrong; and the errors of the command.
+    """
+    words = [name, *map(reference, values)]
+    for key, value in options.items():
+        words += _option(f"--{key.replace('_', '-')}", value)
+    parser = build_parser()
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            arguments = parser.parse_args([public_word(word, parser) for word in words])
+    except SystemExit as stop:
+        raise DataError(message.getvalue().strip() or f"metagmvae {name}: wrong arguments") from stop
+    arguments.json = True
+    answer: Answer = arguments.run(arguments)
+    return answer
+
+
+def reference(value: Any) -> str:
+    """The word of the command line that names a model, a data set or a file.
+
+    Raises:
+        DataError: the value is no name, path, result of this API or opened data set.
+    """
+    if isinstance(value, Dataset):
+        return value.uri
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    kind = type(value).__name__
+    raise DataError(f"{kind} is no name: give a path, a URI, models:/NAME@ALIAS, or a result of this API")
+
+
+def _option(option: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [option]
+    if isinstance(value, Mapping):
+        return [word for key, item in value.items() for word in (option, f"{key}={item}")]
+    if isinstance(value, list | tuple):
+        return [option, *map(str, value)]
+    return [f"{option}={value if isinstance(value, int | float) else reference(value)}"]
