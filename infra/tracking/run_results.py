@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         file.write(json.dumps(line) + "\n")
     if (run_dir / CURSOR).exists():
         try:
-            track(run_dir, create=False)
+            # The default store is not created for a run that came from elsewhere.
+            track(run_dir, create=bool(os.environ.get("MLFLOW_TRACKING_URI")))
         except (TrackingError, DataError) as error:
             LOG.warning("%s; upload the results later: metagmvae track %s", error, run_dir)
     return [str(file) for file in files]

@@ -44,7 +44,8 @@ def sqlite_path(uri: str) -> Path | None:
         return None
     decoded = Path(unquote(raw.partition("?")[0])).absolute()
     literal = Path(raw).absolute()
-    return literal if literal.parent.is_dir() and not decoded.exists() else decoded
+    is_literal = literal.parent != decoded.parent and literal.parent.is_dir() and not decoded.exists()
+    return literal if is_literal else decoded
 
 
 def sqlite_uri(path: Path) -> str:

@@ -72,7 +72,7 @@ def store_key(uri: str) -> str:
     uri = redact(uri)
     path = sqlite_path(uri)
     if path is not None:
-        return f"sqlite:///{os.path.realpath(path)}"
+        return sqlite_uri(Path(os.path.realpath(path)))
     parts = urlsplit(uri)
     if parts.scheme.lower() not in DEFAULT_PORTS:
         is_path = parts.scheme == "file" or ("://" not in uri and not uri.startswith("databricks"))

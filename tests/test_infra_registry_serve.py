@@ -1,0 +1,111 @@
+"""`metagmvae serve`: real requests to a server of a registered version and of a run folder, and its end."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import mlflow_template
+import numpy as np
+import pytest
+
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry.register import register
+from metagmvae.infra.registry.serve import listen
+from metagmvae.pipelines.records import DataError
+
+pytestmark = pytest.mark.mlflow
+
+
+def post(port: int, body: object) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/invocations", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "number"), [("models:/few-shot@champion", signal.SIGTERM), ("run", signal.SIGINT)])
+def test_server_answers_and_ends_cleanly(tmp_path, form, number):
+    """In the folder of the training, without any variable, and without the environment on the PATH."""
+    run = mlflow_template.new_run(tmp_path / "run")
+    if form != "run":
+        register(run, mlflow_template.new_store(tmp_path / "runs" / "mlflow"), "few-shot")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from metagmvae.infra.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "serve", form, "--port", "0", "--json"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    try:
+        lines = []
+        while not lines or "answers at" not in lines[-1]:
+            lines.append(server.stderr.readline())
+            assert lines[-1], "".join(lines)
+        port = int(lines[-1].partition("http://127.0.0.1:")[2].partition("/")[0])
+        images = np.random.default_rng(0).integers(0, 256, (3, 1, 28, 28)).tolist()
+        status, answer = post(port, {"inputs": {"images": images, "label": [3, 7, -1]}})
+        assert status == 200
+        ((first, second),) = answer["predictions"]
+        assert first + second == pytest.approx(1, abs=1e-6)
+        status, answer = post(port, {"inputs": {"images": images, "label": [3, 3, -1]}})
+        assert status == 400
+        assert "1 classes and 1 queries" in answer["message"]
+        server.send_signal(number)
+        out, err = server.communicate(timeout=30)
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == 0
+    assert "Traceback" not in err
+    ended_by = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert json.loads(out) == {"served": form, "url": f"http://127.0.0.1:{port}", "ended_by": ended_by}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "192.0.2.1"], "Cannot assign requested address"),
+        (["--host", "no host"], "--host no host --port 5001: "),
+        (["--port", "70000"], "give a port from 1 to 65535"),
+        (["--port", "-1"], "give a port from 1 to 65535"),
+    ],
+)
+def test_place_that_cannot_be_served_is_one_line(tmp_path, words, message, capsys):
+    assert main(["serve", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(tmp_path / "no-model"), "--port", str(port)]) == 2
+        with pytest.raises(DataError, match="Address already in use; choose another --port"):
+            listen("127.0.0.1", port)
+    error = capsys.readouterr().err
+    assert error == (
+        f"metagmvae serve: --host 127.0.0.1 --port {port}: Address already in use; choose another --port "
+        "(0: any free one)\n"
+    )
+
+
+def test_store_of_the_option_is_used_by_one_command_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = mlflow_template.new_run(tmp_path / "run")
+    register(run, mlflow_template.new_store(tmp_path / "store"), "few-shot", alias="")
+    assert main(["models", "--tracking", f"sqlite:///{tmp_path}/store/mlflow.db", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["name"] == "few-shot"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert main(["models"]) == 2
+    assert main(["models", "--tracking", "127.0.0.1:5000"]) == 2
+    assert "write http://127.0.0.1:5000" in capsys.readouterr().err
