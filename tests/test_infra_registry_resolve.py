@@ -13,7 +13,12 @@ from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.trainer.package import save_package
+from metagmvae.training.models.posterior_calibration import (
+    FittedTemperature,
+    PosteriorCalibration,
+    write_calibration,
+)
+from metagmvae.training.trainer.package import load_model, save_package
 
 pytestmark = pytest.mark.mlflow
 
@@ -43,6 +48,36 @@ def test_registered_models(uri, run, ref):
     loaded = resolve_model(ref, tracking_uri=uri)
     assert has_weights_of(loaded, run)
     assert tuple(loaded.image_shape) == mlflow_template.IMAGE_SHAPE
+
+
+def test_the_calibration_travels_into_the_registry_and_with_the_run(tmp_path):
+    run = mlflow_template.new_run(tmp_path / "run")
+    record = PosteriorCalibration(
+        fitted_on="labelled classes",
+        split="validation",
+        data_fingerprint="d",
+        adapt=load_model(run).settings.adapt,
+        temperatures=(
+            FittedTemperature(
+                mode="inductive",
+                way=5,
+                shot=1,
+                temperature=2.5,
+                queries=9,
+                nll=0.1,
+                nll_uncalibrated=0.2,
+                ece=0.1,
+                ece_uncalibrated=0.2,
+            ),
+        ),
+    )
+    write_calibration(run, [(load_model(run).model, record)])
+    store = mlflow_template.new_store(tmp_path / "store")
+    uri = connect(store).uri
+    register(run, store, "calibrated", "champion")
+    run_id = json.loads((run / "tracking.json").read_text())["run_id"]
+    for ref in ("models:/calibrated@champion", f"runs:/{run_id}"):
+        assert resolve_model(ref, tracking_uri=uri).calibration == record
 
 
 def test_environment_variable_names_the_store(uri, run, monkeypatch):

@@ -101,6 +101,7 @@ def _fetch_version(store: Store, ref: str, folder: str) -> Path:
 
 
 def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
+    from metagmvae.training.models.posterior_calibration import CALIBRATION
     from metagmvae.training.trainer.checkpoint import CHECKPOINT
 
     match = re.fullmatch(r"runs:/([0-9A-Za-z_-]+)(?:/(.+))?", ref)
@@ -117,9 +118,12 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
     if not path.endswith(".pt"):
         return _fetch_package(store, f"{root}/{path}", folder, ref, root)
     parent = path.rpartition("/")[0]
-    names = _file_names(store, f"{root}/{parent}" if parent else root)
+    around = f"{root}/{parent}" if parent else root
+    names = _file_names(store, around)
     if path.rpartition("/")[2] not in names:
         raise DataError(f"{ref}: no {path} in that run; it has: {', '.join(names) or 'nothing'}")
+    if CALIBRATION in names:
+        _download(store, f"{around}/{CALIBRATION}", folder)
     return _download(store, f"{root}/{path}", folder)
 
 
