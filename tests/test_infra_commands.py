@@ -150,3 +150,21 @@ def test_figure_writes_png_files(data, tmp_path, capsys):
             assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
     assert main(["figure", str(run), "--data", str(data), "--split", "x", "--out", str(tmp_path / "no")]) == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_one_episode_has_no_interval_anywhere(data, tmp_path, capsys):
+    import mlflow_template
+
+    run = mlflow_template.new_run(tmp_path / "run")
+    record, episodes = tmp_path / "one.json", tmp_path / "one.parquet"
+    request = ["evaluate", str(run), "--data", str(data), "--episodes", "1"]
+    answer = answer_of(capsys, *request, "--baselines", "--record", str(record), "--results", str(episodes))
+    assert answer["ci95"] is None
+    assert {row["ci95"] for row in answer["baselines"]} == {None}
+    assert main(request) == 0
+    assert "ci95: no interval" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    (row,) = answer_of(capsys, "compare", str(record), "--html", str(page))["rows"]
+    assert [result["ci95"] for result in row["results"]] == [None]
+    assert "± 0.00" not in page.read_text()
+    assert "ci95" not in (run / "evaluations.jsonl").read_text()
