@@ -128,7 +128,7 @@ def test_numbers_that_are_not_finite_become_null():
     ("words", "error"),
     [
         (["trian"], "metagmvae: 'trian' is no command; did you mean 'train'?"),
-        (["prepare", "omniglto", "--out", "d"], "argument name: invalid choice: 'omniglto'; did you mean 'omniglot'?"),
+        (["bench", "stpe"], "argument name: invalid choice: 'stpe'; did you mean 'step'?"),
         (["evaluate", "m", "--data", "d", "--mode", "x"], "invalid choice: 'x'; known: transductive, inductive"),
         (["eval"], "'eval' is no command; did you mean 'evaluate'?"),
         (["evaluate", "m", "--data", "d", "--epsiodes", "3"], "unrecognized arguments: --epsiodes 3; did you mean"),
