@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from metagmvae.configs.mlflow_names import model_name
 from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.provenance import provenance
@@ -28,7 +29,7 @@ from metagmvae.evaluation.uncertainty.augmented_accuracy import evaluate_augment
 from metagmvae.infra.runs.run_folder import SETTINGS
 from metagmvae.infra.workflows.fit_plan import FitPlan, episode_sizes, format_seconds, make_plan
 from metagmvae.infra.workflows.fit_report import write_fit_report
-from metagmvae.infra.workflows.fit_schedule import FitSchedule, make_schedule
+from metagmvae.infra.workflows.fit_schedule import FitSchedule, make_schedule, measure_episode_s
 from metagmvae.pipelines.files import check_document, exclusive_lock, read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -229,8 +230,9 @@ class _Fit:
             overrides.append(f"validation.every={self.state.schedule.meta_steps}")
         else:
             overrides.append("validation.every=0")
-        name = json.dumps(self.out.name)
-        overrides += [f"name={name}", f"tracking.register_as={name}", "tracking.enabled=false", "run.figures=false"]
+        registered = model_name("{data}", self.plan.pictures, self.out.name)
+        overrides += [f"name={json.dumps(self.out.name)}", f"tracking.register_as={json.dumps(registered)}"]
+        overrides += ["tracking.enabled=false", "run.figures=false"]
         words = ["train", self.plan.preset, *(word for o in overrides for word in ("--set", o))]
         begun = (self.out / RUN / SETTINGS).exists()
         with self._timed("train"):
@@ -292,7 +294,8 @@ class _Fit:
                 words += ["--way", str(way), "--shot", str(shot), "--query", str(query)]
                 left_s = self.plan.budget_s - sum(self.state.seconds.values())
                 tasks_left = len(shots) - position + 2 * (name != LABELLED and self.plan.labelled is not None)
-                episodes = self.state.schedule.affordable_episodes(left_s / tasks_left, self.state.seconds["train"])
+                episode_s = measure_episode_s(way, shot, query)
+                episodes = self.state.schedule.affordable_episodes(left_s / tasks_left, episode_s)
                 words += ["--episodes", str(episodes), "--baselines", "--record", str(record)]
                 with self._timed(f"evaluate {name}, {shot} shot"):
                     self._command(*words)

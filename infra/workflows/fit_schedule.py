@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from metagmvae.configs.load import load_settings
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.fewshot.baseline_tuning import TUNING_EPISODES
+from metagmvae.evaluation.fewshot.baseline_tuning import TUNING_EPISODES, SplitFeatures, evaluate_baselines
 from metagmvae.infra.runs.training_inputs import select_device
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -33,11 +33,17 @@ MEASURED_IMAGES = 512
 """Images that the measurement trains on."""
 SAFETY = 0.85
 """Fraction of the remaining time that is planned for: a machine is not equally fast all the time."""
-SECONDS_PER_EPISODE = 0.2
-"""Choosing the settings of the baselines, per validation episode and number of shots; measured on two CPU cores."""
+TASK_SHARE = 0.15
+"""Largest fraction of the budget that the evaluation of one number of shots is planned with."""
+FEATURES = 256
+"""Feature size of the random features."""
+PROBED_EPISODES = 3
+"""Episodes on which the speed of the baselines is measured."""
+CALIBRATION_S = 15.0
+"""Fitting the temperatures after the training; measured on two CPU cores."""
 STARTUP_S = 8.0
 """Time of a command beside its work: loading, reading, drawing."""
-LEAST_EPISODES, MOST_EPISODES = 40, 600
+LEAST_EPISODES, MOST_EPISODES = 100, 600
 MOST_CHECKPOINT_S = 60.0
 """Time between two checkpoints."""
 
@@ -64,22 +70,19 @@ class FitSchedule(BaseModel):
     set_size: int
     components: int
     checkpoint_every: int
-    train_s: float
-    """Seconds that the training is expected to take."""
     episodes: int
     """Most test episodes for each number of shots."""
     fits: bool
     """Whether the least number of steps fits the budget."""
 
-    def affordable_episodes(self, left_s: float, train_s: float) -> int:
+    def affordable_episodes(self, left_s: float, episode_s: float) -> int:
         """Return the test episodes of a task that fit into some seconds, at least `LEAST_EPISODES`.
 
         Args:
             left_s: seconds that are left for the task.
-            train_s: seconds that the training has taken: more than expected on a machine that became slower.
+            episode_s: seconds of an episode (`measure_episode_s`).
         """
-        slower = max(1.0, train_s / self.train_s)
-        possible = (left_s / slower - STARTUP_S) / SECONDS_PER_EPISODE
+        possible = (left_s - STARTUP_S) / episode_s
         # The settings of the baselines are chosen on at most 300 episodes; more test episodes take little time.
         return self.episodes if possible >= TUNING_EPISODES else int(min(self.episodes, max(LEAST_EPISODES, possible)))
 
@@ -124,7 +127,8 @@ def make_schedule(
         meta_steps * speed.meta_step_s
         # Training images for the statistics; held-out ones for validation, calibration and each evaluation.
         + speed.encode_s * (samples["train"] + (2 + len(shots)) * held_out)
-        + len(shots) * (STARTUP_S + SECONDS_PER_EPISODE * min(TUNING_EPISODES, episodes))
+        + len(shots) * min(TASK_SHARE * budget_s, STARTUP_S + measure_episode_s(5, 5, 15) * TUNING_EPISODES)
+        + CALIBRATION_S
         + 2 * STARTUP_S
     )
     used = time.monotonic() - started
@@ -143,7 +147,6 @@ def make_schedule(
         meta_steps=meta_steps,
         set_size=set_size,
         components=components,
-        train_s=steps * speed.pretrain_step_s + meta_steps * speed.meta_step_s + samples["train"] * speed.encode_s,
         checkpoint_every=max(1, min(500, int(MOST_CHECKPOINT_S / speed.pretrain_step_s))),
         episodes=episodes,
         fits=planned >= LEAST_STEPS,
@@ -218,3 +221,18 @@ def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
     # Between the stages the images are encoded and the model is initialised from their statistics.
     encode_s = max(meta[0] - pretrain[-1] - meta_step_s, 0.0) / count
     return Speed(str(watch.device), float(pretrain_step_s), float(meta_step_s), encode_s)
+
+
+def measure_episode_s(way: int, shot: int, query: int) -> float:
+    """Return the seconds that the baselines take for an episode, the choice of their settings included.
+
+    Measured on random features, which are as slow as those of a model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(way).repeat(shot + query)
+    h_nF = torch.randn(len(labels), FEATURES, generator=generator)
+    splits = [SplitFeatures(split, labels, {"scaled": h_nF, "unscaled": h_nF}) for split in ("test", "validation")]
+    task = {"way": way, "shot": shot, "query": query, "episodes": PROBED_EPISODES, "seed": 0}
+    begin = time.perf_counter()
+    evaluate_baselines(*splits, task)
+    return (time.perf_counter() - begin) / PROBED_EPISODES
