@@ -66,7 +66,7 @@ def load_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings
 def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings from their JSON form (`to_json`), as a run stored them: names in MLflow are not checked again.
 
-    Overrides are applied as in `load_settings`.
+    Overrides are applied as in `load_settings`; then all settings are checked, for another training.
 
     Raises:
         SettingsError: the text is not JSON, or not valid settings.
@@ -81,7 +81,7 @@ def settings_from_json(text: str, overrides: Sequence[str] = ()) -> Settings:
         raise SettingsError("settings are not a JSON object")
     for override in overrides:
         _apply(tree, override)
-    return _validate(tree, STORED)
+    return _validate(tree, None if overrides else STORED)
 
 
 def to_json(settings: Settings) -> str:

@@ -1,0 +1,70 @@
+"""A finished run that is resumed keeps its version, wherever its dataset lies now."""
+
+import json
+import shutil
+
+import mlflow_template
+import pytest
+
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry.register import register
+from metagmvae.infra.tracking.store import connect
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+
+pytestmark = pytest.mark.mlflow
+SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_size": 20, "train.samples": 4}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Trains or resumes a small run and returns the answer of the command, or its error."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), tmp_path / "data")
+    mlflow_template.new_store(tmp_path / "runs" / "mlflow")
+
+    def train(data, *words, code: int = 0, **changes):
+        settings = SMALL | {"data.uri": data, "run.out": "runs/a", "tracking.register_as": "glyphs"}
+        settings |= {"validation.every": 0, "run.figures": "false"} | changes
+        capsys.readouterr()
+        options = [f"--set={key}={value}" for key, value in settings.items()]
+        assert main(["train", "omniglot-5way", *options, *words, "--json"]) == code
+        out, err = capsys.readouterr()
+        return json.loads(out) if out else err
+
+    return train
+
+
+def test_resuming_a_finished_run_registers_no_second_version(train, tmp_path):
+    first = train("data")
+    assert (first["registered"], first["alias"]) == ("models:/glyphs/1", "models:/glyphs@champion")
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    for data in ("moved", str(tmp_path / "moved"), "./moved"):
+        again = train(data, "--resume")
+        assert (again["registered"], again["alias"]) == (first["registered"], first["alias"])
+    client = connect(mlflow_template.TrackingSettings(store="runs/mlflow")).client
+    assert [version.version for version in client.search_model_versions("name = 'glyphs'")] == [1]
+    assert len(client.search_runs(["1"])) == 1
+
+
+def test_other_data_at_the_same_path_are_refused(train, tmp_path):
+    train("data")
+    shutil.rmtree(tmp_path / "data")
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), tmp_path / "data")
+    assert "was trained on other data than" in train("data", "--resume", code=2)
+
+
+def test_names_are_refused_before_the_training(train, tmp_path, monkeypatch):
+    assert "reserves this alias" in train("data", code=2, **{"tracking.alias": "latest"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    assert "write http://localhost:5000" in train("data", code=2)
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
+    store = mlflow_template.new_store(tmp_path / "store")
+    run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
+    assert [register(run, store, "a", shot=1, once=once).version for once in (True, True, False)] == ["1", "1", "2"]
+    assert register(run, store, "a", shot=5, once=True).version == "3"  # another best model of the run
+    with pytest.raises(ValueError, match="reserves this alias"):
+        register(run, store, "a", alias="v1")
