@@ -144,6 +144,26 @@ def test_signals_are_deferred_and_raised_at_the_end() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_is_recognised_behind_a_library_that_raises_a_plain_interrupt() -> None:
+    """Ray does, if the signal comes while it waits for a result."""
+
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            error = KeyboardInterrupt()
+            error.add_note("two trials have ended")
+            raise error from None
+
+    def run() -> None:
+        with raised_signals():
+            wait()
+
+    with pytest.raises(Terminated) as caught:
+        run()
+    assert explain_stop(caught.value) == ("stopped by SIGTERM: two trials have ended", 143)
+
+
 def test_a_signal_that_the_parent_process_ignores_stays_ignored() -> None:
     """nohup, and jobs of a script in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

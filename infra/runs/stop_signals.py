@@ -33,8 +33,22 @@ def explain_stop(stop: KeyboardInterrupt) -> tuple[str, int]:
 @contextmanager
 def raised_signals() -> Iterator[None]:
     """A block in which both signals raise an exception at once; outside of the main thread nothing changes."""
-    with _handler(raise_signal):
-        yield
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise_signal(number)
+
+    try:
+        with _handler(note):
+            yield
+    except KeyboardInterrupt as stop:
+        if signal.SIGTERM in received and not isinstance(stop, Terminated):
+            terminated = Terminated()  # a library such as Ray has replaced it by a plain KeyboardInterrupt
+            for text in getattr(stop, "__notes__", []):
+                terminated.add_note(text)
+            raise terminated from stop
+        raise
 
 
 @contextmanager
