@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer, Parsers, add_command, progress_bar
 
@@ -41,8 +42,9 @@ def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     description = "write images as a dataset: WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
-    names = ("folder", "glyphs", "mini-imagenet", "omniglot")
-    parser.add_argument("name", choices=names, help="kind of the source; glyphs are generated and need no files")
+    help_text = "kind of the source: folder, omniglot, mini-imagenet, glyphs (generated, without files), or one that "
+    help_text += "another package adds"
+    parser.add_argument("name", metavar="KIND", help=help_text)
     help_text = (
         "folder of images, or folder with the archives of the dataset (Omniglot is downloaded if this is left out)"
     )
@@ -68,6 +70,8 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--max-broken", type=float, metavar="FRACTION", help=help_text)
     help_text = "mini-imagenet: accept a source that lacks classes or images"
     parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
+    help_text = "option of a source that another package adds; may be given several times"
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options", help=help_text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (default: 0)")
     help_text = "images per shard; plain webdataset needs at least one shard for each of its workers (default: 8192)"
     parser.add_argument("--rows-per-shard", type=int, default=8192, metavar="N", help=help_text)
@@ -90,7 +94,7 @@ def prepare(arguments: Namespace) -> Answer:
 
     check_integer("--rows-per-shard", arguments.rows_per_shard, 1)
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None} | _further(arguments.options)
     # Absolute, because Ray workers have other working directories.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
     with task_mapper(arguments) as map_tasks:
@@ -122,6 +126,26 @@ def prepare(arguments: Namespace) -> Answer:
         **source.files,
         **({"missing": source.report["missing"]} if source.report.get("missing") else {}),
     }
+
+
+def _further(options: Sequence[str]) -> dict[str, Any]:
+    """Values by key of `--option KEY=VALUE`; numbers, true, false and lists are written as in JSON.
+
+    Raises:
+        DataError: a word has another form.
+    """
+    from metagmvae.pipelines.records import DataError
+
+    values = {}
+    for word in options:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise DataError(f"--option {word}: give KEY=VALUE")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from metagmvae.configs.suggestions import suggestion
 from metagmvae.pipelines.archives.reader import Entry
+from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
@@ -87,7 +89,7 @@ def open_source(
     """Open a source of images.
 
     Args:
-        name: one of `OPENERS`.
+        name: one of `OPENERS`, or a source that another package adds (`metagmvae.sources`).
         source: folder or archive with the raw data, for sources that need one.
         map_tasks: decodes images in parallel, for example as Ray tasks; None decodes them in this process.
         options: options of the source, see its module.
@@ -95,16 +97,29 @@ def open_source(
     Raises:
         DataError: the name or an option is unknown, or the source refuses the data.
     """
-    if name not in OPENERS:
-        raise DataError(f"unknown source {name!r}; choose one of {', '.join(OPENERS)}")
-    module, function = OPENERS[name].split(":")
-    opener: Callable[..., ImageSource] = getattr(import_module(module), function)
+    opener = _opener(name)
     parameters = inspect.signature(opener).parameters
     known = [option for option in parameters if option not in ("source", "map_tasks")]
     for option in options:
         if option not in known:
             raise DataError(f"source {name!r} has no option {option!r}; choose from {', '.join(known)}")
-    return opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
+    opened = opener(source, **options, **({"map_tasks": map_tasks} if "map_tasks" in parameters else {}))
+    if not isinstance(opened, ImageSource):
+        raise DataError(f"source {name!r} returns {type(opened).__name__}, not an ImageSource; update its package")
+    return opened
+
+
+def _opener(name: str) -> Callable[..., ImageSource]:
+    """The function that opens a source: of this package, else of another one that adds the name."""
+    if name in OPENERS:
+        module, function = OPENERS[name].split(":")
+        opener: Callable[..., ImageSource] = getattr(import_module(module), function)
+        return opener
+    added = load_extension("metagmvae.sources", name)
+    if added is None:
+        known = [*OPENERS, *extension_names("metagmvae.sources")]
+        raise DataError(f"unknown source {name!r}{suggestion(name, known)}")
+    return added
 
 
 def check_integer(option: str, value: Any, least: int, most: int | None = None) -> None:

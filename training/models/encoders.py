@@ -6,12 +6,14 @@ Every encoder maps images (n, C, H, W) in [0, 1] to features (n, F), and has F a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import Average
+from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
 from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
@@ -38,7 +40,8 @@ def build_encoder(
     """A freshly initialised encoder.
 
     Args:
-        name: `conv4` (Table 3), `conv5` (Table 6), or a classification network of torchvision.
+        name: `conv4` (Table 3), `conv5` (Table 6), an encoder that another package adds (`metagmvae.encoders`), or a
+            classification network of torchvision.
         image_shape: (C, H, W) of the images.
         channels: of each block of `conv4` and `conv5`.
         image_size: side length that images are resized to first; 0: not resized.
@@ -56,6 +59,8 @@ def build_encoder(
             net: nn.Module = ConvEncoder(input_shape, channels, **conv)
         elif name == "conv5":
             net = ConvEncoder(input_shape, channels, levels=5, round_up=False, **conv)
+        elif (build := load_extension("metagmvae.encoders", name)) is not None:
+            net = AddedEncoder(build, input_shape)
         else:
             net = TorchvisionEncoder(name, input_shape)
     except ValueError as error:
@@ -73,26 +78,56 @@ class TorchvisionEncoder(nn.Module):
 
         known = list_models(module=torchvision.models)
         if name not in known:
-            raise ValueError(f"no such encoder; known: {', '.join([*OWN_ENCODERS, *known])}")
+            added = extension_names("metagmvae.encoders")
+            raise ValueError(f"no such encoder; known: {', '.join([*OWN_ENCODERS, *added, *known])}")
         self.net = get_model(name, weights=None)
         self.feature_dim = _remove_head(self.net)
         self.normalise = ImageNetNormalisation()
-        self._check(image_shape)
+        if _feature_dim(self, image_shape) != self.feature_dim:
+            raise ValueError("does not return one feature vector per image; use another network")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.normalise(x.expand(-1, 3, -1, -1)))
 
-    @torch.no_grad()
-    def _check(self, image_shape: tuple[int, int, int]) -> None:
-        """Encode one black image: some networks reject small images, or return more than one tensor."""
+
+class AddedEncoder(nn.Module):
+    """An encoder that another package adds: a function of the image shape (C, H, W) that returns a network.
+
+    The network maps images (n, C, H, W) in [0, 1] to features (n, F).
+    """
+
+    def __init__(self, build: Callable[[tuple[int, int, int]], nn.Module], image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
         try:
-            h = self.eval()(torch.zeros(1, *image_shape))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"does not accept images of {image_shape} ({reason}); set model.image_size") from error
-        if not isinstance(h, Tensor) or h.shape != (1, self.feature_dim):
-            raise ValueError("does not return one feature vector per image; use another network")
-        self.train()
+            net = build(image_shape)
+        except Exception as error:  # whatever the code of another package raises
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"its package cannot build it ({type(error).__name__}: {reason})") from error
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"its package returns {type(net).__name__} instead of a torch.nn.Module; update it")
+        self.net = net
+        self.feature_dim = _feature_dim(self, image_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@torch.no_grad()
+def _feature_dim(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Number of features F of a black image: some networks reject small images, or return more than one tensor.
+
+    Raises:
+        ValueError: the network does not accept images of this shape, or does not return (n, F).
+    """
+    try:
+        h = net.eval()(torch.zeros(1, *image_shape))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"does not accept images of {image_shape} ({reason}); set model.image_size") from error
+    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 1:
+        raise ValueError("does not return one feature vector per image; use another network")
+    net.train()
+    return h.shape[1]
 
 
 def _remove_head(net: nn.Module) -> int:
