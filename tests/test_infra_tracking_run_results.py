@@ -71,9 +71,8 @@ def test_figures_that_cannot_be_drawn_are_reported_and_the_run_is_kept(data, tmp
     few = tmp_path / "few"
     write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=8), few)
     assert train(few, tmp_path / "run", **{"tracking.enabled": "false", "validation.every": 0}) == 0
-    error = capsys.readouterr().err
-    assert error.startswith("no figures were drawn: shot 1 and query 10 need 11 images per class")
-    assert error.count("\n") == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("no figures were drawn: shot 1 and query 10 need 11 images per class")
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
