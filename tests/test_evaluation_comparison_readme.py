@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metagmvae.evaluation.comparison import readme
-from metagmvae.evaluation.comparison.readme import PAGES, render_tables, write_pages
+from metagmvae.evaluation.comparison.readme import PAGES, fit_table, render_tables, write_pages
 from metagmvae.evaluation.comparison.record_tables import BENCHES
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
@@ -60,7 +60,7 @@ def test_changed_number_is_restored():
             "| soft k-means (transductive) | +0.00 ± 0.02 | temperature 5, scaled |",
         ),
         ("ablation:joint-training", "| features of the pre-trained encoder, frozen; 200 steps | 99.21"),
-        ("bench:step", "| R=1 | 0.99 | 21.8 | 723 | 44% |"),
+        ("bench:step", "| R=1 | 0.987 | 21.8 | 723 | 44% |"),
         ("bench:features", "| rows written per second | 54,297 |"),
         ("curve:omniglot-5way", "| 27,000 | 2,971 | 96.97 ± 0.79 | 98.08 ± 0.35 |"),
         ("promotion:omniglot-sweep", "| (20,1) | 98.06 | 97.76 | +0.30 ± 0.09 | better |"),
@@ -114,8 +114,37 @@ def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monk
     monkeypatch.setattr(readme, "PAGES", ("README.md", "missing/README.md"))
     assert main(["table", "--write"]) == 0
     assert capsys.readouterr().out == "changed: README.md\n"
-    assert "| R=1 | 0.99 |" in (tmp_path / "README.md").read_text()
+    assert "| R=1 | 0.987 |" in (tmp_path / "README.md").read_text()
     assert write_pages() == []
     (tmp_path / "README.md").write_text("<!-- bench:step -->")
     with pytest.raises(DataError, match=r"README.md: a marker"):
         write_pages()
+
+
+def fit_record(**changes):
+    row = {"way": 5, "shot": 1, "accuracy": 0.9962, "ci95": 0.0013, "ece": 0.0014}
+    mean = {"way": 5, "shot": 1, "accuracy": 0.9789, "ci95": 0.003, "baseline": "nearest class mean"}
+    return {
+        "samples": {"train": 19460, "validation": 6500, "test": 6500},
+        "classes": {"train": 973, "validation": 325, "test": 325},
+        "preset": "strokes-cpu",
+        "steps": {"pretrain": 635, "meta": 100},
+        "accuracy": [row],
+        "baselines": [mean | {"baseline": "soft k-means", "accuracy": 0.9963}, mean],
+        "budget_s": 900.0,
+        "seconds": {"train": 375.9, "all": 932.4},
+    } | changes
+
+
+def test_the_table_of_fit(tmp_path):
+    (tmp_path / "fit-letters.json").write_text(json.dumps(fit_record()))
+    head, _, row = fit_table(tmp_path, "letters").splitlines()
+    assert head.count("|") == row.count("|")
+    assert row == (
+        "| letters | 19,460 (973), 325 | `strokes-cpu`, 635 + 100 | 16 (15) | 99.62 ± 0.13 | 97.89 ± 0.30 | 0.001 |  |  |  |"
+    )
+    with pytest.raises(DataError, match=r"fit-photos\.json"):
+        fit_table(tmp_path, "letters,photos")
+    (tmp_path / "fit-wrong.json").write_text(json.dumps(fit_record(preset=7)))
+    with pytest.raises(DataError, match=r"fit-wrong\.json: preset = 7: .*record it again"):
+        fit_table(tmp_path, "wrong")

@@ -245,7 +245,7 @@ def _profile(step: Step, gradients: Step, bfloat16: bool) -> dict[str, Any]:
     largest = sorted(seconds_by_operator.items(), key=lambda item: -item[1])[:8]
     rate = _matmul_rate(torch.bfloat16 if bfloat16 else torch.float32)
     return {
-        "share_of_time": {key.removeprefix("aten::"): value / total for key, value in largest},
+        "share_of_time": {key.removeprefix("aten::")[:80]: value / total for key, value in largest},
         "gflop": counter.get_total_flops() / 1e9,
         "gflop_per_s": counter.get_total_flops() / 1e9 / seconds,
         "matmul_gflop_per_s": rate,
