@@ -282,3 +282,17 @@ def test_without_validation_classes_training_images_are_augmented(trained, data,
     record = fit_calibration(replace(loaded, settings=settings), Dataset.open(data), plan, device=CPU)
     assert (record.fitted_on, record.split) == ("augmented images", "train")
     assert record.temperatures[0].queries == 4 * 5 * 3
+
+
+def test_what_the_classes_do_not_allow_is_lowered_and_said(run, data, capsys):
+    """The validation split has 6 classes of 20 images."""
+    words = ["calibrate", run, "--data", data, "--way", 9, "--shot", 18, "--query", 5, "--episodes", 2, "--no-unknown"]
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)["temperatures"]
+    assert {(row["way"], row["shot"], row["queries"]) for row in rows} == {(6, 18, 2 * 6 * 2)}
+    lines = [line for line in printed.err.splitlines() if "instead of" in line]
+    assert any("way 6 instead of 9" in line for line in lines)
+    assert any("query 2 instead of 5" in line for line in lines)
+    assert not any("shot" in line for line in lines)

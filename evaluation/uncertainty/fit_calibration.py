@@ -7,6 +7,7 @@ Notation: n images or queries, F features, K ways, S shots.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -30,6 +31,7 @@ from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.posterior_calibration import FittedBackground, FittedTemperature, PosteriorCalibration
 from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
+LOG = logging.getLogger(__name__)
 MODES: tuple[PredictionMode, ...] = get_args(PredictionMode)
 MOST_OPEN_EPISODES = 30
 """Episodes of the search for a background level: it evaluates them many times."""
@@ -138,12 +140,20 @@ def _smallest_and_classes(labels: np.ndarray) -> tuple[int, int]:
 def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int, int]]:
     """Ways and shots of the plan, lowered to the classes of the split and to one image less than the smallest has.
 
+    A line is logged about each number that is lowered.
+
     Raises:
         DataError: a class has a single image.
     """
     smallest, classes = _smallest_and_classes(labels)
     if smallest < 2:
         raise DataError("calibration needs two images of each class, and a class has one; leave small classes out")
+    limits = [("way", way, classes) for way in plan.ways]
+    limits += [("shot", shot, smallest - 1) for shot in plan.shots]
+    limits += [("query", plan.query, smallest - min(shot, smallest - 1)) for shot in plan.shots]
+    for name, wanted, most in dict.fromkeys(limits):
+        if wanted > most:
+            LOG.warning("calibration with %s %d instead of %d: the classes do not allow more", name, most, wanted)
     ways = dict.fromkeys(min(way, classes) for way in plan.ways)
     shots = dict.fromkeys(min(shot, smallest - 1) for shot in plan.shots)
     return [(way, shot) for way in ways for shot in shots]

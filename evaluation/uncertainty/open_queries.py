@@ -71,7 +71,7 @@ class OpenResults:
             "open_ci95": ci95,
             "auroc": self.auroc,
             **({} if self.reliability is None else {"ece": self.reliability.calibration_error}),
-            **{key: value for key, value in self.task.items() if value is not None},
+            **{key: value for key, value in self.task.items() if value is not None and value is not False},
             "settings": dict(self.settings),
             "seconds": round(self.seconds, 3),
         }
