@@ -9,10 +9,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from metagmvae.configs.describe import preset_head
 from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison import record_tables
-from metagmvae.evaluation.comparison.formatting import markdown_table, task_name
+from metagmvae.evaluation.comparison.formatting import (
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    percent,
+    task_name,
+)
 from metagmvae.evaluation.comparison.results_table import (
     accuracy_cell,
     calibration_table,
@@ -23,7 +31,7 @@ from metagmvae.evaluation.comparison.results_table import (
     results_table,
     summary_table,
 )
-from metagmvae.pipelines.files import atomic_file
+from metagmvae.pipelines.files import atomic_file, check_document, read_json
 from metagmvae.pipelines.records import DataError
 
 PRESET_TASKS = ((5, 1), (5, 5))
@@ -61,12 +69,72 @@ def preset_accuracies(results: Path, preset: str) -> dict[str, str]:
     return {task_name(task): accuracy_cell(by_task.get(task, ())) for task in PRESET_TASKS}
 
 
+class _FitTask(BaseModel):
+    """A row of `accuracy` or `baselines` in a record of `metagmvae fit`."""
+
+    way: int
+    shot: int
+    accuracy: float
+    ci95: float
+    ece: float | None = None
+    baseline: str = ""
+
+
+class _FitRecord(BaseModel):
+    """The keys of a record of `metagmvae fit --record` that the table shows."""
+
+    samples: dict[str, int]
+    classes: dict[str, int]
+    preset: str
+    steps: dict[str, int]
+    accuracy: list[_FitTask]
+    baselines: list[_FitTask]
+    budget_s: float
+    seconds: dict[str, float]
+
+
+def fit_table(results: Path, names: str) -> str:
+    """One row for each record of `metagmvae fit`, `fit-NAME.json`: the pictures, the training, accuracy, calibration.
+
+    Args:
+        results: folder of the result files.
+        names: of the records, separated by commas.
+
+    Raises:
+        DataError: a file is missing, or is not such a record.
+    """
+    head = ["pictures", "images (classes) to train on, classes to test on", "preset, steps", "minutes (budget)"]
+    for task in PRESET_TASKS:
+        head += [f"{task_name(task)} accuracy", f"{task_name(task)}: nearest class mean", f"{task_name(task)}: ECE"]
+    return markdown_table(head, [_fit_row(results / f"fit-{name}.json", name) for name in names.split(",")])
+
+
+def _fit_row(path: Path, name: str) -> list[str]:
+    record = check_document(_FitRecord, read_json(path), path, "so it is no record of metagmvae fit; record it again")
+    seconds = record.seconds.get("all", 0.0)
+    row = [
+        markdown_text(name),
+        f"{record.samples['train']:,} ({record.classes['train']:,}), {record.classes.get('test', 0):,}",
+        f"{markdown_code(record.preset)}, {' + '.join(f'{steps:,}' for steps in record.steps.values())}",
+        f"{seconds / 60:.0f} ({record.budget_s / 60:.0f})",
+    ]
+    for task in PRESET_TASKS:
+        ours = next((each for each in record.accuracy if (each.way, each.shot) == task), None)
+        mean = next(
+            (b for b in record.baselines if (b.way, b.shot) == task and b.baseline == "nearest class mean"), None
+        )
+        row += ["" if each is None else percent(each.accuracy, each.ci95) for each in (ours, mean)]
+        row.append("" if ours is None or ours.ece is None else f"{ours.ece:.3f}")
+    return row
+
+
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "table": lambda results, names: results_table(results, names.split(",")),
     "summary": summary_table,
     "ablation": record_tables.ablation_table,
     "bench": record_tables.bench_table,
     "curve": record_tables.curve_table,
+    "fit": fit_table,
     "presets": preset_table,
     "paired": paired_table,
     "calibration": calibration_table,
