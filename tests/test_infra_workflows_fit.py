@@ -14,6 +14,7 @@ from PIL import Image
 
 import metagmvae
 from metagmvae.infra.cli import main
+from metagmvae.infra.runs import training_speed
 from metagmvae.infra.workflows import fit as fit_module
 from metagmvae.infra.workflows import fit_schedule
 from metagmvae.pipelines.sources.glyphs import open_glyphs
@@ -27,7 +28,7 @@ def _short():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_schedule, "LEAST_STEPS", 4)
         patch.setattr(fit_schedule, "LEAST_EPISODES", 6)
-        patch.setattr(fit_schedule, "MEASURED_STEPS", (3, 3))
+        patch.setattr(training_speed, "MEASURED_STEPS", (3, 3))
         yield
 
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from metagmvae.configs.load import load_settings
+from metagmvae.infra.runs.training_speed import measure_episode_s
 from metagmvae.infra.workflows.fit_plan import (
     episode_sizes,
     format_seconds,
@@ -12,7 +13,7 @@ from metagmvae.infra.workflows.fit_plan import (
     make_plan,
     parse_budget,
 )
-from metagmvae.infra.workflows.fit_schedule import FitSchedule, measure_episode_s, sizes_for
+from metagmvae.infra.workflows.fit_schedule import FitSchedule, sizes_for
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 
@@ -163,6 +164,7 @@ def schedule(**changes):
         "meta_steps": 100,
         "set_size": 300,
         "components": 20,
+        "average": "crops",
         "checkpoint_every": 100,
         "episodes": 600,
         "fits": True,

@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sources.class_splits import default_held_out
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 from metagmvae.pipelines.sources.image_files import list_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import open_source
+from metagmvae.pipelines.sources.splits import default_held_out
 
 
 def survey(root):

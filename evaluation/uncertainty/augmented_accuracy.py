@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
+from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, baselines_summary, evaluate_baselines
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
 from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -60,3 +60,9 @@ def evaluate_augmented(
         result = evaluate_features(model, adapt, h_nF, labels, posterior_temperature=temperature, **task)
         results.append(replace(result, baselines=evaluate_baselines(features, None, task)))
     return results
+
+
+def result_record(result: EpisodeResults) -> dict[str, Any]:
+    """Return a result as plain values, with the keys of `metagmvae evaluate --record`."""
+    reliability = {"reliability": result.reliability.summary()["bins"]} if result.reliability is not None else {}
+    return result.summary() | baselines_summary([result]) | reliability

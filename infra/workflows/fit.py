@@ -9,65 +9,47 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from metagmvae.configs.mlflow_names import model_name
-from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
-from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.evaluation.uncertainty.augmented_accuracy import evaluate_augmented
+from metagmvae.evaluation.uncertainty.augmented_accuracy import evaluate_augmented, result_record
+from metagmvae.infra.classification.example_files import write_example
 from metagmvae.infra.runs.run_folder import SETTINGS
+from metagmvae.infra.runs.training_speed import measure_episode_s
 from metagmvae.infra.workflows.fit_plan import FitPlan, episode_sizes, format_seconds, make_plan
-from metagmvae.infra.workflows.fit_report import write_fit_report
-from metagmvae.infra.workflows.fit_schedule import FitSchedule, make_schedule, measure_episode_s
-from metagmvae.pipelines.files import check_document, exclusive_lock, read_json, write_json
+from metagmvae.infra.workflows.fit_report import fit_result, write_fit_report
+from metagmvae.infra.workflows.fit_schedule import make_schedule
+from metagmvae.infra.workflows.fit_state import (
+    DATA,
+    EXAMPLE,
+    LABELLED,
+    LOCK,
+    REPORT,
+    RESULTS,
+    RUN,
+    STATE,
+    FitRequest,
+    FitState,
+    check_same,
+    copy_package,
+    read_state,
+)
+from metagmvae.pipelines.files import exclusive_lock, read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.sources.example_files import write_example
-from metagmvae.training.trainer.package import load_model, save_package
+from metagmvae.training.trainer.package import load_model
 
 LOG = logging.getLogger(__name__)
-STATE, REPORT, LOCK = "fit.json", "report.html", ".fit.lock"
-DATA, RUN, LABELLED, RESULTS, EXAMPLE = "data", "run", "labelled", "results", "example"
 RunCommand = Callable[[Sequence[str]], Mapping[str, Any]]
 """Runs a command of metagmvae from its words; returns its answer."""
-
-
-@dataclass(frozen=True)
-class FitRequest:
-    """The arguments of `metagmvae fit`."""
-
-    pictures: Path
-    labelled: Path | None
-    out: Path
-    budget_s: float
-    seed: int
-    unlabelled: bool
-
-
-class FitState(BaseModel):
-    """Content of `fit.json`: everything that a continued command needs."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    plan: FitPlan
-    schedule: FitSchedule | None = None
-    seconds: dict[str, float] = {}
-    """Seconds of each part, over all interruptions."""
-    commands: list[str] = []
-    """The commands that do the same."""
-    result: dict[str, Any] | None = None
-    """The answer; None: not finished."""
 
 
 def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
@@ -78,18 +60,17 @@ def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
         run: runs the other commands.
 
     Returns:
-        `model`, `report`, `found`, `done`, `accuracy` (one row for each task), `baselines`, `paired`, `reliability`,
-        `seconds`, `commands`, `next`.
+        As `fit_report.fit_result`.
 
     Raises:
         DataError: the pictures or the output folder cannot be used; nothing is left behind.
     """
     started = time.monotonic()
     out = request.out.absolute()
-    stored = _read_state(out)
+    stored = read_state(out)
     plan = make_plan(request.pictures, request.labelled, request.budget_s, request.seed, unlabelled=request.unlabelled)
     if stored is not None:
-        _check_same(out, stored.plan, plan)
+        check_same(out, stored.plan, plan)
         if stored.result is not None:
             return stored.result | {"state": "finished earlier, nothing was done; give another --out for a new model"}
     is_new = not out.exists()
@@ -99,7 +80,7 @@ def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
         raise DataError(f"--out {out}: cannot be created ({error.strerror}); choose another folder") from error
     with exclusive_lock(out / LOCK, f"{out}: another metagmvae fit writes here; wait for it, or choose another --out"):
         state = stored or FitState(plan=plan)
-        fit = _Fit(out, state, run, started)
+        fit = _Fit(out, state, run, started - sum(state.seconds.values()))
         try:
             fit.run_all(resumed=stored is not None)
         except KeyboardInterrupt as stop:
@@ -113,32 +94,6 @@ def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
     return fit.state.result
 
 
-def _read_state(out: Path) -> FitState | None:
-    """Return the state of an earlier call; None for a new or empty folder.
-
-    Raises:
-        DataError: the folder holds something else.
-    """
-    if (out / STATE).is_file():
-        content = read_json(out / STATE)
-        return check_document(FitState, content, out / STATE, "delete the folder, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise DataError(f"--out {out}: exists and is not of metagmvae fit; choose a new folder")
-    return None
-
-
-def _check_same(out: Path, stored: FitPlan, plan: FitPlan) -> None:
-    """Refuse to continue with other pictures or options; a new budget changes nothing that is planned already."""
-    ours, theirs = (p.model_dump(exclude={"budget_s"}) for p in (plan, stored))
-    changed = [key for key in ours if ours[key] != theirs[key]]
-    if changed:
-        raise DataError(
-            f"--out {out}: was begun with other pictures or options ({', '.join(changed)} differ); choose another --out"
-        )
-    if plan.budget_s != stored.budget_s:
-        LOG.info(f"the steps are already set for {format_seconds(stored.budget_s)}; --budget changes them no more")
-
-
 @dataclass
 class _Fit:
     """One call. `state` is written after each part."""
@@ -147,7 +102,7 @@ class _Fit:
     state: FitState
     run_command: RunCommand
     started: float
-    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`time.monotonic` at the start, moved back by the seconds of earlier calls."""
 
     @property
     def plan(self) -> FitPlan:
@@ -165,7 +120,7 @@ class _Fit:
         shots = self._tasks(dataset, "test")[1] if _labelled(dataset, "test") else [1, 5]
         self._schedule(dataset, shots)
         self._train(dataset)
-        self._package()
+        copy_package(self.out)
         judged = self._judge(dataset)
         example = self._classify_example(dataset)
         self._report(dataset, judged, example)
@@ -201,9 +156,8 @@ class _Fit:
         if self.state.schedule is not None:
             return
         plan = self.plan
-        started = self.started - sum(self.state.seconds.values()) * (not self.answers)
         with self._timed("measure speed"):
-            schedule = make_schedule(plan.preset, dataset, plan.budget_s, started, plan.seed, shots)
+            schedule = make_schedule(plan.preset, dataset, plan.budget_s, self.started, plan.seed, shots)
         self.state.schedule = schedule
         self._save()
         LOG.info(
@@ -238,17 +192,6 @@ class _Fit:
         with self._timed("train"):
             self._command(*words, *(["--resume"] if begun else []))
 
-    def _package(self) -> None:
-        """Copy the model of the run into the output folder, which makes it a model package."""
-        if (self.out / "model.json").exists():
-            return
-        temporary = self.out / ".package"
-        shutil.rmtree(temporary, ignore_errors=True)
-        files = sorted(save_package(temporary, load_model(self.out / RUN)).iterdir())
-        for path in sorted(files, key=lambda path: path.name == "model.json"):  # the card is last: it makes a package
-            os.replace(path, self.out / path.name)
-        temporary.rmdir()
-
     def _tasks(self, dataset: Dataset, split: str) -> tuple[int, list[int], int]:
         """Way, shots and queries per class of a split."""
         labels = dataset.labels(split)
@@ -278,7 +221,7 @@ class _Fit:
             with self._timed("evaluate augmented views"):
                 episodes = min(300, self.state.schedule.episodes)
                 results = evaluate_augmented(load_model(self.out / RUN), dataset, "train", episodes=episodes)
-                write_json(record, [_record(result) for result in results])
+                write_json(record, [result_record(result) for result in results])
         rows: list[dict[str, Any]] = read_json(record)
         return rows
 
@@ -320,28 +263,7 @@ class _Fit:
         self, dataset: Dataset, judged: Mapping[str, list[dict[str, Any]]], example: dict[str, Any] | None
     ) -> None:
         records = [record | {"on": where} for where, rows in judged.items() for record in rows]
-        samples = {split: part["samples"] for split, part in dataset.manifest["splits"].items()}
-        classes = {split: part["classes"] for split, part in dataset.manifest["splits"].items()}
-        seconds = self.state.seconds
-        keys = ("on", "way", "shot", "accuracy", "ci95", "ece", "ece_uncalibrated", "query", "episodes", "mode")
-        schedule = self.state.schedule
-        assert schedule is not None
-        self.state.result = {
-            "model": str(self.out),
-            "report": str(self.out / REPORT),
-            "found": self.plan.found,
-            "samples": samples,
-            "classes": classes,
-            "preset": self.plan.preset,
-            "steps": {"pretrain": schedule.pretrain_steps, "meta": schedule.meta_steps},
-            "accuracy": [{key: record[key] for key in keys if key in record} for record in records],
-            "baselines": [{"on": r["on"], **row} for r in records for row in r.get("baselines", [])],
-            "paired": [{"on": r["on"], **row} for r in records for row in r.get("paired", [])],
-            **({"example": f"{example['right']} of {example['queries']} files right"} if example else {}),
-            "budget_s": self.plan.budget_s,
-            "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "all": round(sum(seconds.values()), 1)},
-            "next": f"metagmvae classify {shlex.quote(str(self.out))} --support LABELLED --query PICTURES",
-        }
+        self.state.result = fit_result(self.state, self.out, dataset, records, example)
         write_fit_report(self.out / REPORT, self.state, records, example, provenance())
         self._save()
 
@@ -361,12 +283,6 @@ class _Fit:
 
     def _save(self) -> None:
         write_json(self.out / STATE, self.state.model_dump(mode="json"))
-
-
-def _record(result: EpisodeResults) -> dict[str, Any]:
-    """The record of a result, with the keys of `metagmvae evaluate --record`."""
-    reliability = {"reliability": result.reliability.summary()["bins"]} if result.reliability is not None else {}
-    return result.summary() | baselines_summary([result]) | reliability
 
 
 def _labelled(dataset: Dataset, split: Literal["validation", "test"]) -> bool:

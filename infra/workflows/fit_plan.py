@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from metagmvae.pipelines.archives.entries import Entry
 from metagmvae.pipelines.records import DataError, printable
-from metagmvae.pipelines.sources.class_splits import EPISODE_IMAGES, default_held_out
 from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths
 from metagmvae.pipelines.sources.image_files import list_images, require_images
 from metagmvae.pipelines.sources.image_survey import ImageSurvey, survey_images
 from metagmvae.pipelines.sources.source import source_fingerprint
+from metagmvae.pipelines.sources.splits import EPISODE_IMAGES, default_held_out
 from metagmvae.training.device.default import default_device
 
 LEAST_IMAGES = 32

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metagmvae.evaluation.comparison.formatting import percent, points
 from metagmvae.evaluation.comparison.html_page import write_page
 from metagmvae.evaluation.comparison.page_figures import PageImage, draw_reliability
 from metagmvae.infra.workflows.fit_plan import format_seconds
-
-if TYPE_CHECKING:
-    from metagmvae.infra.workflows.fit import FitState
+from metagmvae.infra.workflows.fit_state import REPORT, FitState
+from metagmvae.pipelines.shards.dataset import Dataset
 
 TEMPLATE = "fit.html"
+
+
+def fit_result(
+    state: FitState,
+    out: Path,
+    dataset: Dataset,
+    records: Sequence[Mapping[str, Any]],
+    example: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the answer of `metagmvae fit`, also written with `--record`.
+
+    Args:
+        state: what was decided and measured.
+        out: the output folder.
+        dataset: the prepared images.
+        records: see `write_fit_report`.
+        example: see `write_fit_report`.
+    """
+    schedule, splits, seconds = state.schedule, dataset.manifest["splits"], state.seconds
+    assert schedule is not None
+    keys = ("on", "way", "shot", "accuracy", "ci95", "ece", "ece_uncalibrated", "query", "episodes", "mode")
+    return {
+        "model": str(out),
+        "report": str(out / REPORT),
+        "found": state.plan.found,
+        "samples": {split: part["samples"] for split, part in splits.items()},
+        "classes": {split: part["classes"] for split, part in splits.items()},
+        "preset": state.plan.preset,
+        "steps": {"pretrain": schedule.pretrain_steps, "meta": schedule.meta_steps},
+        "accuracy": [{key: record[key] for key in keys if key in record} for record in records],
+        "baselines": [{"on": r["on"], **row} for r in records for row in r.get("baselines", [])],
+        "paired": [{"on": r["on"], **row} for r in records for row in r.get("paired", [])],
+        **({"example": f"{example['right']} of {example['queries']} files right"} if example else {}),
+        "budget_s": state.plan.budget_s,
+        "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "all": round(sum(seconds.values()), 1)},
+        "next": f"metagmvae classify {shlex.quote(str(out))} --support LABELLED --query PICTURES",
+    }
 
 
 def write_fit_report(

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from metagmvae.configs.load import load_settings
-from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.fewshot.baseline_tuning import TUNING_EPISODES, SplitFeatures, evaluate_baselines
-from metagmvae.infra.runs.training_inputs import select_device
+from metagmvae.configs.schema import Average, Settings
+from metagmvae.evaluation.fewshot.baseline_tuning import TUNING_EPISODES
+from metagmvae.infra.runs.training_speed import Speed, measure_episode_s, measure_speed
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.device.allocator import keep_freed_memory
-from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
-from metagmvae.training.trainer.stages import train
 
 MOST_STEPS = {"strokes-cpu": 2000, "photos-cpu": 6400, "photos-gpu": 20_000}
 """Contrastive pre-training is not longer than in the recorded runs of these settings."""
 LEAST_STEPS = 20
 """No stage is shorter, even if the budget is too small."""
-META_SHARE = 0.2
-"""Largest fraction of the budget for meta-training."""
-MEASURED_STEPS = (10, 6)
-"""Steps of each stage that are timed. The first ones are slower: the median of the later half counts."""
-MEASURED_IMAGES = 512
-"""Images that the measurement trains on."""
+META_SHARE, ENCODE_SHARE, TASK_SHARE = 0.2, 0.2, 0.15
+"""Largest fractions of the budget for meta-training, for encoding, and for the evaluation of one number of shots."""
 SAFETY = 0.85
 """Fraction of the remaining time that is planned for: a machine is not equally fast all the time."""
-TASK_SHARE = 0.15
-"""Largest fraction of the budget that the evaluation of one number of shots is planned with."""
-FEATURES = 256
-"""Feature size of the random features."""
-PROBED_EPISODES = 3
-"""Episodes on which the speed of the baselines is measured."""
 CALIBRATION_S = 15.0
 """Fitting the temperatures after the training; measured on two CPU cores."""
 STARTUP_S = 8.0
@@ -46,6 +30,8 @@ STARTUP_S = 8.0
 LEAST_EPISODES, MOST_EPISODES = 100, 600
 MOST_CHECKPOINT_S = 60.0
 """Time between two checkpoints."""
+VIEWS: Mapping[Average, int] = {"crops": 12, "mirror": 2, "none": 1}
+"""Views of an image that are encoded, by `model.average`."""
 
 
 class FitSchedule(BaseModel):
@@ -59,7 +45,7 @@ class FitSchedule(BaseModel):
     """Seconds of a step of contrastive pre-training."""
     meta_step_s: float
     encode_s: float
-    """Seconds to encode an image, all crops included."""
+    """Seconds to encode an image, all its views included."""
     used_s: float
     """Seconds of the budget that had been used when the steps were set."""
     reserved_s: float
@@ -69,6 +55,8 @@ class FitSchedule(BaseModel):
     meta_steps: int
     set_size: int
     components: int
+    average: Average
+    """Views over which features are averaged: fewer than in the preset if encoding them would take too long."""
     checkpoint_every: int
     episodes: int
     """Most test episodes for each number of shots."""
@@ -90,6 +78,7 @@ class FitSchedule(BaseModel):
     def overrides(self) -> list[str]:
         """The settings for `metagmvae train --set`."""
         return [
+            f"model.average={self.average}",
             f"pretrain.steps={self.pretrain_steps}",
             f"pretrain.batch={self.pretrain_batch}",
             f"train.steps={self.meta_steps}",
@@ -122,35 +111,39 @@ def make_schedule(
     speed = measure_speed(settings, dataset)
     episodes = int(min(MOST_EPISODES, max(LEAST_EPISODES, budget_s * 2 / 3)))
     meta_steps = max(LEAST_STEPS, min(settings.train.steps, int(META_SHARE * budget_s / speed.meta_step_s)))
-    held_out = samples.get("validation", 0) + samples.get("test", 0)
-    reserved = (
-        meta_steps * speed.meta_step_s
-        # Training images for the statistics; held-out ones for validation, calibration and each evaluation.
-        + speed.encode_s * (samples["train"] + (2 + len(shots)) * held_out)
-        + len(shots) * min(TASK_SHARE * budget_s, STARTUP_S + measure_episode_s(5, 5, 15) * TUNING_EPISODES)
-        + CALIBRATION_S
-        + 2 * STARTUP_S
-    )
+    # Training images for the statistics; held-out ones for validation, calibration and each evaluation.
+    encoded = samples["train"] + (2 + len(shots)) * (samples.get("validation", 0) + samples.get("test", 0))
+    average, encode_s = _affordable_average(settings, speed, ENCODE_SHARE * budget_s / encoded)
+    evaluation_s = min(TASK_SHARE * budget_s, STARTUP_S + measure_episode_s(5, 5, 15) * TUNING_EPISODES)
+    reserved = meta_steps * speed.meta_step_s + encode_s * encoded + len(shots) * evaluation_s
+    reserved += CALIBRATION_S + 2 * STARTUP_S
     used = time.monotonic() - started
     planned = int(SAFETY * (budget_s - used - reserved) / speed.pretrain_step_s)
-    steps = min(MOST_STEPS[preset], max(LEAST_STEPS, planned))
     return FitSchedule(
         device=speed.device,
         threads=torch.get_num_threads(),
         pretrain_step_s=speed.pretrain_step_s,
         meta_step_s=speed.meta_step_s,
-        encode_s=speed.encode_s,
+        encode_s=encode_s,
         used_s=used,
         reserved_s=reserved,
-        pretrain_steps=steps,
+        pretrain_steps=min(MOST_STEPS[preset], max(LEAST_STEPS, planned)),
         pretrain_batch=batch,
         meta_steps=meta_steps,
         set_size=set_size,
         components=components,
+        average=average,
         checkpoint_every=max(1, min(500, int(MOST_CHECKPOINT_S / speed.pretrain_step_s))),
         episodes=episodes,
         fits=planned >= LEAST_STEPS,
     )
+
+
+def _affordable_average(settings: Settings, speed: Speed, image_s: float) -> tuple[Average, float]:
+    """Return the views of `model.average` that can be encoded in some seconds per image, and the seconds they take."""
+    most = VIEWS[settings.model.average]
+    choices = [(average, speed.encode_s * views / most) for average, views in VIEWS.items() if views <= most]
+    return next(((average, seconds) for average, seconds in choices if seconds <= image_s), choices[-1])
 
 
 def sizes_for(settings: Settings, images: int) -> tuple[int, int, int]:
@@ -166,73 +159,3 @@ def sizes_for(settings: Settings, images: int) -> tuple[int, int, int]:
         raise DataError(f"{images} training images are left; at least 4 are needed")
     set_size = min(settings.train.set_size, images)
     return min(settings.pretrain.batch, images // 2), set_size, max(1, min(settings.train.components, set_size // 5))
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds."""
-
-    device: str
-    pretrain_step_s: float
-    meta_step_s: float
-    encode_s: float
-    """Per image."""
-
-
-@dataclass
-class _Stopwatch(RunContext):
-    """A run context that saves nothing and notes the time of each step."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-    times: dict[str, list[float]] = field(default_factory=lambda: {"pretrain": [], "meta": []})
-
-    def load(self) -> TrainState | None:
-        """Nothing is resumed."""
-        return None
-
-    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
-        """Note the time."""
-        if line is not None:
-            self.times[str(line["stage"])].append(time.perf_counter())
-
-
-def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
-    """Train a few steps of both stages on some training images, and throw the result away."""
-    count = min(len(dataset.images("train")), max(MEASURED_IMAGES, settings.pretrain.batch))
-    images = np.asarray(dataset.images("train")[np.arange(count)])
-    pretrain_steps, meta_steps = MEASURED_STEPS
-    few = settings.model_copy(
-        update={
-            "pretrain": settings.pretrain.model_copy(update={"steps": pretrain_steps}),
-            "train": settings.train.model_copy(
-                update={"steps": meta_steps, "log_every": 1, "checkpoint_every": pretrain_steps + meta_steps}
-            ),
-        }
-    )
-    watch = _Stopwatch(select_device(settings))
-    if watch.device.type == "cpu":
-        keep_freed_memory()
-    train(few, images, dataset.image_shape, dataset.fingerprint, watch)
-    pretrain, meta = watch.times["pretrain"], watch.times["meta"]
-    pretrain_step_s = statistics.median(np.diff(pretrain[pretrain_steps // 2 :]))
-    meta_step_s = statistics.median(np.diff(meta[meta_steps // 2 :]))
-    # Between the stages the images are encoded and the model is initialised from their statistics.
-    encode_s = max(meta[0] - pretrain[-1] - meta_step_s, 0.0) / count
-    return Speed(str(watch.device), float(pretrain_step_s), float(meta_step_s), encode_s)
-
-
-def measure_episode_s(way: int, shot: int, query: int) -> float:
-    """Return the seconds that the baselines take for an episode, the choice of their settings included.
-
-    Measured on random features, which are as slow as those of a model.
-    """
-    generator = torch.Generator().manual_seed(0)
-    labels = np.arange(way).repeat(shot + query)
-    h_nF = torch.randn(len(labels), FEATURES, generator=generator)
-    splits = [SplitFeatures(split, labels, {"scaled": h_nF, "unscaled": h_nF}) for split in ("test", "validation")]
-    task = {"way": way, "shot": shot, "query": query, "episodes": PROBED_EPISODES, "seed": 0}
-    begin = time.perf_counter()
-    evaluate_baselines(*splits, task)
-    return (time.perf_counter() - begin) / PROBED_EPISODES

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from metagmvae.pipelines.archives.entries import Entry
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.source import first_few
-from metagmvae.pipelines.sources.split_names import split_hint, split_of
+from metagmvae.pipelines.sources.splits import split_hint, split_of
 
 RENAME = "name the split folders train, validation and test, with nothing beside them, and give classes other names"
 

@@ -4,13 +4,14 @@ The meaning of the folders follows from the tree (`folder_layout`); a tree that 
 
 - all images in one folder: no classes, and all images are in `train`;
 - images in several folders: each folder is a class, named by its path; some classes are drawn at random for validation
-  and test (`class_splits`);
-- folders `train`, `validation` and `test`, or other usual names of the splits (`split_names`) and nothing beside them:
+  and test (`splits`);
+- folders `train`, `validation` and `test`, or other usual names of the splits (`splits`) and nothing beside them:
   the splits, each interpreted as above.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,14 +22,13 @@ from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
-from metagmvae.pipelines.sources.class_splits import SplitRequest, assign_splits
 from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
-from metagmvae.pipelines.sources.split_names import SPLITS
+from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, assign_splits
 
 NOT_INVERTED = (
     "these are drawings with dark strokes on a bright background; --invert makes the strokes bright, which the random "
@@ -62,8 +62,8 @@ def open_folder(
         invert: replace each value by 255 - value, for dark strokes on a bright background.
         classes: False uses all images as unlabelled training images and ignores their folders.
         fractions: fractions of the classes for train, validation and test.
-        validation_classes: number of classes for validation; None: `class_splits.default_held_out`.
-        test_classes: number of classes for test; None: `class_splits.default_held_out`.
+        validation_classes: number of classes for validation; None: `splits.default_held_out`.
+        test_classes: number of classes for test; None: `splits.default_held_out`.
         seed: seed of the assignment of classes to splits.
         max_broken: largest fraction of images that may be skipped.
         map_tasks: decodes images in parallel, for example as Ray tasks; None decodes them in this process.
@@ -81,7 +81,9 @@ def open_folder(
     require_images(source, listing)
     images = parse_paths(source, listing.entries, classes)
     class_of = class_names(source, images) if classes else {}
-    split_of, division = assign_splits(source, images, class_of, request, seed)
+    sizes = Counter((image.split, image.folder) for image in images if class_of.get((image.split, image.folder)))
+    in_splits = {image.split for image in images} != {"train"}
+    split_of, division = assign_splits(source, sizes, request, seed, in_splits=in_splits)
     notes = {}
     if size is None or channels is None:
         survey = survey_images(str(source), [entry.name for entry in listing.entries])

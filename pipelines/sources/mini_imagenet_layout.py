@@ -16,7 +16,7 @@ from metagmvae.pipelines.archives.reader import ARCHIVES, HIDDEN, read_entry
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_files import list_images
 from metagmvae.pipelines.sources.source import first_few
-from metagmvae.pipelines.sources.split_names import SPLITS, split_of
+from metagmvae.pipelines.sources.splits import SPLITS, split_of
 
 CACHE = re.compile(r"mini-?imagenet-cache-(\w+)\.(pkl|pickle)")
 LAYOUTS = "images/ with train.csv, val.csv, test.csv; folders or archives train, val, test; mini-imagenet-cache-*.pkl"

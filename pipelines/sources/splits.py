@@ -1,20 +1,48 @@
-"""Divides the classes of a folder of images into training, validation and test classes."""
+"""The splits: names of folders that stand for them, and the division of classes into them."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.folder_layout import FolderImage
 from metagmvae.pipelines.sources.source import check_integer
-from metagmvae.pipelines.sources.split_names import SPLITS
+
+SPLITS = ("train", "validation", "test")
+NAMES = {
+    "train": ("train", "training", "trainset", "metatrain"),
+    "validation": ("validation", "val", "valid", "dev", "development", "validate", "valset", "metaval"),
+    "test": ("test", "testing", "eval", "evaluation", "testset", "metatest"),
+}
+HINTS = {"pred": "test", "predict": "test", "prediction": "test", "predictions": "test", "holdout": "test"}
+"""Further words that mention a split, but do not name one."""
+SPLIT_OF_NAME = {name: split for split, names in NAMES.items() for name in names}
+WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name stands for; case, spaces, `-` and `_` are ignored: `Train`, `meta-test`, `test_set`."""
+    return SPLIT_OF_NAME.get(re.sub(r"[\s_-]", "", name).casefold())
+
+
+def split_hint(name: str) -> tuple[str, str] | None:
+    """A split that a name mentions, and its other words: `seg_train` -> ("train", "seg").
+
+    None if it mentions none or several.
+    """
+    words = [word.casefold() for word in WORDS.findall(name)]
+    meaning = SPLIT_OF_NAME | HINTS
+    mentioned = [word for word in words if word in meaning]
+    if len(mentioned) != 1:
+        return None
+    return meaning[mentioned[0]], " ".join(word for word in words if word != mentioned[0])
+
 
 Folder = tuple[str, str]
-"""Split and path of a class folder, as in `class_names`."""
+"""Split and path of a class folder, as in `folder_layout.class_names`."""
 
 EPISODE_IMAGES = 20
 """Images of a class in the usual episodes: 5 labelled ones and 15 queries."""
@@ -79,25 +107,31 @@ def default_held_out(sizes: Sequence[int]) -> int:
 
 
 def assign_splits(
-    source: str, images: Sequence[FolderImage], class_of: Mapping[Folder, str], request: SplitRequest, seed: int
+    source: str, images_of: Mapping[Folder, int], request: SplitRequest, seed: int, *, in_splits: bool
 ) -> tuple[dict[Folder, str], str]:
     """Divide classes at random; return the split of each class folder, and a sentence on what was done.
 
     Numbers of classes are drawn from the classes that have at least 20 images; if these are too few, from the largest
     ones. Classes are left as they are if the tree has folders for the splits, or no classes.
 
+    Args:
+        source: name for error messages.
+        images_of: number of images of each class folder.
+        request: how they are divided.
+        seed: of the draw.
+        in_splits: whether the tree has folders for the splits.
+
     Raises:
         DataError: the request does not fit the classes.
     """
-    if {image.split for image in images} != {"train"}:
+    if in_splits:
         if request.given:
             raise DataError(f"{source}: already has folders for the splits; omit fractions and numbers of classes")
         return {}, "as the folders are named"
-    folders = sorted(folder for folder, name in class_of.items() if name)
+    folders = sorted(images_of)
     if request.fractions is not None:
         return _by_fractions(source, folders, request.fractions, seed), "by fractions of the classes"
-    size_of = Counter((image.split, image.folder) for image in images)
-    sizes = [size_of[folder] for folder in folders]
+    sizes = [images_of[folder] for folder in folders]
     default = default_held_out(sizes)
     given = (request.validation_classes, request.test_classes)
     counts = [default if number is None else number for number in given]
@@ -108,14 +142,14 @@ def assign_splits(
         )
     if not sum(counts):
         return {}, _why_none(sizes, asked=None not in given)
-    large = [folder for folder in folders if size_of[folder] >= EPISODE_IMAGES]
+    large = [folder for folder in folders if images_of[folder] >= EPISODE_IMAGES]
     if len(large) < sum(counts):
-        large = sorted(folders, key=lambda folder: -size_of[folder])[: sum(counts)]
-    order = keyed_rng("classes", seed).permutation(len(large))
-    drawn = [large[row] for row in order]
-    split_of = dict.fromkeys(folders, "train") | dict.fromkeys(drawn[: counts[0]], "validation")
-    split_of |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
-    return split_of, f"{counts[0]} validation and {counts[1]} test classes of {len(folders)}, drawn with seed {seed}"
+        large = sorted(folders, key=lambda folder: -images_of[folder])[: sum(counts)]
+    drawn = [large[row] for row in keyed_rng("classes", seed).permutation(len(large))]
+    split_of_folder = dict.fromkeys(folders, "train") | dict.fromkeys(drawn[: counts[0]], "validation")
+    split_of_folder |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
+    sentence = f"{counts[0]} validation and {counts[1]} test classes of {len(folders)}, drawn with seed {seed}"
+    return split_of_folder, sentence
 
 
 def _why_none(sizes: Sequence[int], *, asked: bool) -> str:

@@ -1,0 +1,98 @@
+"""The speed of a training on this machine, measured on a few steps that are thrown away."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
+from metagmvae.infra.runs.training_inputs import select_device
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
+from metagmvae.training.trainer.stages import train
+
+MEASURED_STEPS = (10, 6)
+"""Steps of each stage that are timed. The first ones are slower: the median of the later half counts."""
+MEASURED_IMAGES = 512
+"""Images that the measurement trains on."""
+FEATURES = 256
+"""Feature size of the random features."""
+PROBED_EPISODES = 3
+"""Episodes on which the speed of the baselines is measured."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured seconds."""
+
+    device: str
+    pretrain_step_s: float
+    meta_step_s: float
+    encode_s: float
+    """Per image, all crops included."""
+
+
+@dataclass
+class _Stopwatch(RunContext):
+    """A run context that saves nothing and notes the time of each step."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    times: dict[str, list[float]] = field(default_factory=lambda: {"pretrain": [], "meta": []})
+
+    def load(self) -> TrainState | None:
+        """Nothing is resumed."""
+        return None
+
+    def report(self, line: MetricLine | None, state: TrainState | None) -> None:
+        """Note the time."""
+        if line is not None:
+            self.times[str(line["stage"])].append(time.perf_counter())
+
+
+def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
+    """Train a few steps of both stages on some training images, and throw the result away."""
+    count = min(len(dataset.images("train")), max(MEASURED_IMAGES, settings.pretrain.batch))
+    images = np.asarray(dataset.images("train")[np.arange(count)])
+    pretrain_steps, meta_steps = MEASURED_STEPS
+    few = settings.model_copy(
+        update={
+            "pretrain": settings.pretrain.model_copy(update={"steps": pretrain_steps}),
+            "train": settings.train.model_copy(
+                update={"steps": meta_steps, "log_every": 1, "checkpoint_every": pretrain_steps + meta_steps}
+            ),
+        }
+    )
+    watch = _Stopwatch(select_device(settings))
+    if watch.device.type == "cpu":
+        keep_freed_memory()
+    train(few, images, dataset.image_shape, dataset.fingerprint, watch)
+    pretrain, meta = watch.times["pretrain"], watch.times["meta"]
+    pretrain_step_s = statistics.median(np.diff(pretrain[pretrain_steps // 2 :]))
+    meta_step_s = statistics.median(np.diff(meta[meta_steps // 2 :]))
+    # Between the stages the images are encoded and the model is initialised from their statistics.
+    encode_s = max(meta[0] - pretrain[-1] - meta_step_s, 0.0) / count
+    return Speed(str(watch.device), float(pretrain_step_s), float(meta_step_s), encode_s)
+
+
+def measure_episode_s(way: int, shot: int, query: int) -> float:
+    """Return the seconds that the baselines take for an episode, the choice of their settings included.
+
+    Measured on random features, which are as slow as those of a model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(way).repeat(shot + query)
+    h_nF = torch.randn(len(labels), FEATURES, generator=generator)
+    by_kind = {"scaled": h_nF, "unscaled": h_nF}
+    evaluated, validation = (SplitFeatures(split, labels, by_kind) for split in ("test", "validation"))
+    task = {"way": way, "shot": shot, "query": query, "episodes": PROBED_EPISODES, "seed": 0}
+    begin = time.perf_counter()
+    evaluate_baselines(evaluated, validation, task)
+    return (time.perf_counter() - begin) / PROBED_EPISODES
