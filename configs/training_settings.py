@@ -111,7 +111,8 @@ class PretrainSettings(Section):
     projector: tuple[Size, ...] = ()
     """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
     temperature: Temperature = 0.2
-    """Temperature of the objective; 1 in ProtoCLR."""
+    """Temperature of the objective. For `prototypes` it divides the mean squared difference of two features; ProtoCLR
+    has 1 / (number of features)."""
     optimizer: Literal["adamw", "adam", "lars"] = "adamw"
     """Optimiser of pre-training."""
     learning_rate: PositiveFloat = 3e-3

@@ -34,18 +34,20 @@ def features(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
 def test_value_equals_algorithm_1(temperature: float) -> None:
     images, views = features()
-    loss = float(prototype_loss(images, views.flatten(0, 1), temperature))
+    loss = float(prototype_loss(images, views.flatten(0, 1), temperature / F))
     assert loss == pytest.approx(algorithm_1(images.numpy(), views.numpy(), temperature), rel=1e-12)
 
 
 def test_gradient_equals_finite_differences() -> None:
     images, views = features(1)
-    assert torch.autograd.gradcheck(lambda a, b: prototype_loss(a, b), (images.requires_grad_(), views.flatten(0, 1)))
+    assert torch.autograd.gradcheck(
+        lambda a, b: prototype_loss(a, b, 0.2), (images.requires_grad_(), views.flatten(0, 1))
+    )
 
 
 def test_half_precision_is_computed_in_float32() -> None:
     images, views = features(2)
-    loss = prototype_loss(images.bfloat16(), views.flatten(0, 1).bfloat16())
+    loss = prototype_loss(images.bfloat16(), views.flatten(0, 1).bfloat16(), 1 / F)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(algorithm_1(images.numpy(), views.numpy()), rel=0.05)
 
@@ -53,9 +55,9 @@ def test_half_precision_is_computed_in_float32() -> None:
 def test_two_ranks_equal_one_process() -> None:
     """The mean over ranks of the loss against all images is the loss of the whole batch."""
     images, views = features(3)
-    whole = float(prototype_loss(images[:4], views[:, :4].flatten(0, 1)))
+    whole = float(prototype_loss(images[:4], views[:, :4].flatten(0, 1), 1.0))
     halves = [
-        float(prototype_loss(images[part], views[:, part].flatten(0, 1), gather=lambda _: images[:4], rank=rank))
+        float(prototype_loss(images[part], views[:, part].flatten(0, 1), 1.0, gather=lambda _: images[:4], rank=rank))
         for rank, part in enumerate((slice(0, 2), slice(2, 4)))
     ]
     assert np.mean(halves) == pytest.approx(whole, rel=1e-12)
@@ -63,7 +65,7 @@ def test_two_ranks_equal_one_process() -> None:
 
 def test_step_encodes_the_images_and_q_views_of_each() -> None:
     net = model(torch.float32).eval()
-    pretrain = PretrainSettings(objective="prototypes", query_views=2, temperature=0.5)
+    pretrain = PretrainSettings(objective="prototypes", query_views=2, temperature=0.5 / net.feature_dim)
     step = ContrastiveStep(net, nn.Identity(), settings(), pretrain).eval()
     step.view = lambda x, generator: x + torch.rand(len(x), 1, 1, 1, generator=generator)
     images = batch().images[0]
