@@ -242,6 +242,22 @@ def test_first_distinct_points_of_an_order_equal_a_plain_loop() -> None:
     assert 0 < int(enough.sum()) < 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_that_differ_in_one_bit_are_distinct(dtype: torch.dtype) -> None:
+    point = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    points = [point, point.clone()]
+    for i in range(8):
+        other = point.clone()
+        other[i] = torch.nextafter(other[i], torch.tensor(9.0, dtype=dtype))
+        points.append(other)
+    points += [point.flip(0), -point, point.roll(1), torch.zeros(8, dtype=dtype), -torch.zeros(8, dtype=dtype)]
+    z = torch.stack(points)[None]
+    assert not first_distinct(z, torch.arange(len(points))[None], 14)[1]  # the second and the last repeat a value
+    index, enough = first_distinct(z, torch.arange(len(points))[None], 13)
+    assert enough
+    assert index[0].tolist() == [0, *range(2, 14)]
+
+
 def test_more_components_than_distinct_points_is_an_error() -> None:
     z = torch.tensor([0.0, 1.0, 1.0, 0.0, 2.0])[None, :, None]
     assert sorted(z[0, init_indices(z, 3, keyed(0))[0], 0].tolist()) == [0.0, 1.0, 2.0]

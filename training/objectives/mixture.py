@@ -22,6 +22,9 @@ Covariance = Literal["diagonal", "identity"]
 MIN_COUNT = 1e-6
 """Sum of responsibilities (in points) below which a component is empty: it keeps its mean and a vanishing weight."""
 
+GOLDEN = -7046029254386353131
+"""2^64 / golden ratio modulo 2^64, as int64: a factor that mixes the bits of consecutive integers."""
+
 VARIANCE_FLOOR = 1e-6
 """Smallest variance of a class: coinciding points would otherwise give log 0. The paper has no floor."""
 
@@ -93,7 +96,7 @@ def first_distinct(z_EPD: Tensor, order_EP: Tensor, components: int) -> tuple[Te
     Returns:
         int64 indices of points, (E, K), and whether an episode has K distinct points, bool, (E,).
     """
-    ordered_EPD = torch.gather(z_EPD, 1, order_EP[..., None].expand_as(z_EPD))
+    key_EP = torch.gather(_keys(z_EPD), 1, order_EP)
     free_EP = torch.ones_like(order_EP, dtype=torch.uint8)
     enough_E = torch.ones_like(order_EP[:, 0], dtype=torch.bool)
     picked = []
@@ -101,9 +104,21 @@ def first_distinct(z_EPD: Tensor, order_EP: Tensor, components: int) -> tuple[Te
         position_E1 = free_EP.argmax(dim=1, keepdim=True)  # the first of the largest
         enough_E = enough_E & free_EP.gather(1, position_E1)[:, 0].bool()
         picked.append(order_EP.gather(1, position_E1))
-        point_E1D = ordered_EPD.gather(1, position_E1[..., None].expand(-1, -1, z_EPD.shape[2]))
-        free_EP = free_EP * (ordered_EPD != point_E1D).any(dim=2)
+        free_EP = free_EP * (key_EP != key_EP.gather(1, position_E1))
     return torch.cat(picked, dim=1), enough_E
+
+
+def _keys(z_EPD: Tensor) -> Tensor:
+    """One int64 per point, (E, P): equal for equal points, different for different points (but for chance, 2^-64).
+
+    A sum of the bits of the values with pseudo-random odd factors modulo 2^64, which is exact in any order.
+    """
+    bits_EPD = (z_EPD + 0.0).view(torch.int32 if z_EPD.dtype == torch.float32 else torch.int64).to(torch.int64)
+    # The upper half also goes into the lower half: a change of the sign alone would cancel in an even number of terms.
+    bits_EPD = bits_EPD ^ ((bits_EPD >> 32) & 0xFFFFFFFF)
+    factor_D = (torch.arange(1, z_EPD.shape[2] + 1, device=z_EPD.device) * GOLDEN) ^ GOLDEN
+    factor_D = (factor_D ^ (factor_D >> 29)) * GOLDEN
+    return (bits_EPD * ((factor_D ^ (factor_D >> 32)) | 1)).sum(dim=2)
 
 
 @torch.no_grad()
@@ -264,7 +279,7 @@ def _weighted(logits_EPK: Tensor, log_weight_EK: Tensor | None) -> Tensor:
 
 
 def _log_weights(count_EK: Tensor, prior_count: float) -> Tensor:
-    """Mode of the Dirichlet posterior of the weights, in log; the floor keeps a class without points at a finite log."""
+    """Log of the mode of the Dirichlet posterior of the weights; the floor keeps the log of an empty class finite."""
     weight_EK = (count_EK + prior_count).clamp_min(MIN_COUNT)
     return torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
 
