@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 from metagmvae.configs.credentials import redact
 
 PACKAGES = ("metagmvae", "torch", "torchvision", "numpy", "ray", "mlflow", "webdataset", "pyarrow", "scikit-learn")
+
+COMMAND: ContextVar[Sequence[str] | None] = ContextVar("COMMAND", default=None)
+"""The words of the command that runs, where it was called from Python; None: those of this process."""
 
 _OWN_SPLIT = {"name": "omniglot", "options": {"split": "1200-100-323"}}
 _VINYALS_SPLIT = {"name": "omniglot", "options": {"split": "vinyals"}}
@@ -59,7 +64,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     return {
-        "command": " ".join(["metagmvae", *map(redact, sys.argv[1:])]),
+        "command": shlex.join(["metagmvae", *map(redact, COMMAND.get() or sys.argv[1:])]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -74,7 +79,8 @@ def provenance() -> dict[str, Any]:
 
 def version_line() -> str:
     """Versions of the program, with the commit of a source tree, of Python and of PyTorch."""
-    commit = _commit()
+    whole = _commit() or ""
+    commit = whole[:12] + "+" * whole.endswith("+")
     ours = f"metagmvae {_version('metagmvae') or 'not installed'}" + (f" (commit {commit})" if commit else "")
     return f"{ours}, Python {platform.python_version()}, torch {_version('torch') or 'not installed'}"
 
@@ -106,6 +112,6 @@ def _commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import mlflow_template
@@ -106,6 +107,7 @@ def test_no_pickled_file_is_logged(registered, store):
         "MLmodel",
         "artifacts/package/model.json",
         "artifacts/package/model.safetensors",
+        f"code/metagmvae-{metadata.version('metagmvae')}-py3-none-any.whl",
         "conda.yaml",
         "input_example.json",
         "pyfunc_entry.py",

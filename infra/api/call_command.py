@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any
 
+from metagmvae.evaluation.provenance import COMMAND
 from metagmvae.infra.cli import build_parser, public_word
 from metagmvae.infra.commands.parsing import Answer
 from metagmvae.pipelines.records import DataError
@@ -37,7 +38,11 @@ def call_command(name: str, *values: Any, **options: Any) -> Answer:
     except SystemExit as stop:
         raise DataError(message.getvalue().strip() or f"metagmvae {name}: wrong arguments") from stop
     arguments.json = True
-    answer: Answer = arguments.run(arguments)
+    command = COMMAND.set(words)
+    try:
+        answer: Answer = arguments.run(arguments)
+    finally:
+        COMMAND.reset(command)
     return answer
 
 

@@ -17,16 +17,19 @@ from metagmvae.configs.mlflow_names import check_alias, check_model
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_change import set_alias_if_free
 from metagmvae.infra.registry.alias_history import alias_version
+from metagmvae.infra.registry.own_wheel import write_wheel
 from metagmvae.infra.runs.run_folder import read_record
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.model_scores import log_scores
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect, paginate
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
 
 ENTRY = Path(__file__).with_name("pyfunc_entry.py")
-REQUIREMENTS = ("metagmvae", "torch", "safetensors", "numpy", "mlflow")
+REQUIREMENTS = ("torch", "torchvision", "safetensors", "numpy", "mlflow")
+"""Pinned to the versions that the model was registered with; the wheel of this package names all others."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def register(
     with tracking_errors(store.uri):
         if not version:
             tags = _version_tags(loaded, Path(run_dir), run_id, shot, results or {})
-            version = _create_version(store, name, run_id, loaded, tags)
+            version = _create_version(store, name, run_id, loaded, tags, Path(run_dir))
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
     if alias is None:
@@ -102,9 +105,9 @@ def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str
     return ""
 
 
-def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dict[str, str]) -> str:
+def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dict[str, str], run_dir: Path) -> str:
     """Log the model in the run, and create a version of the registered model from it; return its number."""
-    source, model_id = _log_model(store, run_id, name, loaded, tags)
+    source, model_id = _log_model(store, run_id, name, loaded, tags, run_dir)
     _create_registered_model(store, name)
     # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
     options = {"run_id": run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
@@ -155,7 +158,9 @@ def _version_tags(
     return {key: value for key, value in tags.items() if value and len(value) < 5000}
 
 
-def _log_model(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str]) -> tuple[str, str]:
+def _log_model(
+    store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str], run_dir: Path
+) -> tuple[str, str]:
     """Log the model package as an MLflow model of the run; return its location and its ID.
 
     Code and weights are text and safetensors; nothing is pickled.
@@ -171,6 +176,7 @@ def _log_model(store: Store, run_id: str, name: str, loaded: Any, tags: dict[str
             save_package(package, loaded)
             save_pyfunc(logged, package, loaded, model_id=model.model_id, run_id=run_id)
             client.log_model_artifacts(model.model_id, str(logged))
+        log_scores(store, run_id, model.model_id, loaded, run_dir)
         client.finalize_logged_model(model.model_id, "READY")
     except BaseException:
         client.finalize_logged_model(model.model_id, "FAILED")
@@ -197,14 +203,17 @@ def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
     mlflow = import_mlflow()
     from metagmvae.infra.registry.pyfunc_model import PACKAGE, example_request, model_signature
 
-    with quiet_mlflow():
+    with quiet_mlflow(), tempfile.TemporaryDirectory() as folder:
+        wheel = write_wheel(Path(folder))
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(ENTRY),
             artifacts={PACKAGE: str(package)},
             signature=model_signature(loaded),
             input_example=example_request(loaded),
-            pip_requirements=[_pinned(name) for name in REQUIREMENTS],
+            # pip resolves the path from the folder of the model, where MLflow calls it.
+            pip_requirements=[f"code/{wheel.name}" if wheel else "metagmvae", *map(_pinned, REQUIREMENTS)],
+            code_paths=[str(wheel)] if wheel else None,
             mlflow_model=mlflow.models.Model(**ids),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import RESULTS
+from metagmvae.infra.tracking.convert import MetricPoint
+from metagmvae.infra.tracking.dataset_input import log_model_metrics, logged_model_id
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_results import result_key
 from metagmvae.infra.tracking.store import connect
@@ -43,7 +46,9 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                 for name, value in numbers.items():
                     tag = f"results.{name.replace('/', '.')}"
                     store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
-                    store.client.log_metric(version.run_id, name, value, synchronous=True)
+                now_ms = round(1000 * time.time())
+                points = [MetricPoint(name, value, now_ms, 0) for name, value in numbers.items()]
+                log_model_metrics(store, version.run_id, logged_model_id(version), points, made_with)
                 for field in ("data", "data_fingerprint"):  # with these `metagmvae models` checks the dataset
                     tag = f"results.{key.replace('/', '.')}_{field}"
                     store.client.set_model_version_tag(version.name, version.version, tag, made_with[field])

@@ -107,10 +107,12 @@ def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
 def tags(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
     """Return the other settings and the record of the run: fingerprints, commit, command, versions, machine."""
     flat = flatten(record)
+    commit = flat.get("commit", "")
     mapped = {
         "mlflow.source.name": flat.get("command", ""),
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": flat.get("commit", ""),
+        "mlflow.source.git.commit": commit.removesuffix("+"),
+        "mlflow.source.git.dirty": str(commit.endswith("+")).lower() if commit else "",
         "engine": str(settings.get("run", {}).get("engine", "")),
     }
     rest = flatten({key: settings[key] for key in UNFINGERPRINTED if key in settings})

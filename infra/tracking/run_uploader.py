@@ -28,6 +28,7 @@ from metagmvae.infra.runs.run_folder import (
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import Cursor, upload_lock
+from metagmvae.infra.tracking.dataset_input import DatasetReference
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.store import Store, connect, experiment_id
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
@@ -127,6 +128,7 @@ class RunUploader:
             self.entry |= {"run_id": run.info.run_id, "started_ms": run.info.start_time, "status": "RUNNING"}
             self.cursor.save()
         self._send_parameters_and_tags()
+        self._send_dataset()
         return UploadReport(self.cursor.shown, self.entry["run_id"], self.experiment, self.status)
 
     def send_lines(self, name: str) -> int:
@@ -208,6 +210,15 @@ class RunUploader:
                 self.client.log_batch(run_id, tags=tag_batch, synchronous=True)
             self.entry["tags_sha256"] = digest
             self.cursor.save()
+
+    def _send_dataset(self) -> None:
+        """Send the dataset of the run once, as an input of the MLflow run."""
+        reference = DatasetReference.of(self.record)
+        if reference is None or self.entry.get("dataset_sent") == reference.fingerprint:
+            return
+        self.client.log_inputs(self.entry["run_id"], [reference.training_input()])
+        self.entry["dataset_sent"] = reference.fingerprint
+        self.cursor.save()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """Yield the files to upload; the folders that Ray writes are left out."""

@@ -24,7 +24,7 @@ from metagmvae.configs.load import (
 )
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.figures.gallery import draw_gallery
-from metagmvae.evaluation.provenance import provenance
+from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.runs.checks import check_model, check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.live_line import LiveLine
@@ -291,6 +291,7 @@ def _write_record(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> Non
     settings, dataset = inputs.settings, inputs.dataset
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
     record = provenance() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine, "kind": kind}
+    record["dataset"] = dataset_origin(dataset.manifest, dataset.fingerprint)
     if dataset.preprocessing is not None:
         record["preprocessing"] = dataset.preprocessing.model_dump(mode="json")
     write_json(run_dir / SETTINGS, json.loads(to_json(settings)))
