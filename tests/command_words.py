@@ -19,6 +19,7 @@ TINY = {
     "train.precision": "float32",
     "validation.every": 4,
     "validation.episodes": 5,
+    "validation.calibration_episodes": 2,
     "adapt.samples": 4,
     "tracking.enabled": "false",
 }

@@ -215,7 +215,7 @@ def test_dirichlet_queries_and_changed_adaptation(run, data, tmp_path, capsys):
     words = ["evaluate", run, "--data", data, "--episodes", 4, "--query", 3, "--baselines"]
     record = tmp_path / "r.json"
     answer = run_json(capsys, *words, "--queries", "dirichlet:0.5", "--record", record)
-    assert answer["dirichlet"] == 0.5
+    assert (answer["dirichlet"], answer["capped_episodes"]) == (0.5, 0)
     assert all(row["dirichlet"] == 0.5 for row in answer["baselines"])
     assert "kept" not in answer
     changed = ["--set", "adapt.proportions=estimated", "--set", "adapt.proportions_prior=0"]

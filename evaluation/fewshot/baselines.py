@@ -232,7 +232,7 @@ def evaluate_batches(
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
     result = EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds)
-    return replace(result, unbalanced=unbalanced, dirichlet=dirichlet)
+    return replace(result, unbalanced=unbalanced, dirichlet=dirichlet, capped=sampler.capped)
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {

@@ -61,11 +61,15 @@ class EpisodeResults:
     baselines: Mapping[str, EpisodeResults] = field(default_factory=dict)
     """Results of the baselines on the same features and episodes, by name; empty unless requested."""
     tuning: Tuning | None = None
-    """The settings of a baseline; None for a model."""
+    """The settings of a baseline, or of the head of an encoder; None for a model."""
+    head: str = ""
+    """Classifier on the features of an encoder alone, by its name in `evaluation.encoders.heads`; empty for a model."""
     unbalanced: bool = False
     """Whether only half of the classes have `query` queries, and the others one each."""
     dirichlet: float | None = None
     """Alpha of the Dirichlet distribution of the proportions of the classes; None: not drawn from one."""
+    capped: int = 0
+    """Episodes in which a class had fewer images than the Dirichlet-drawn queries asked for (`QuerySampler`)."""
     temperature: float = 1.0
     """Of the posterior, as in `predict.calibrated`."""
     uncalibrated: Reliability | None = None
@@ -93,8 +97,9 @@ class EpisodeResults:
             "seed": self.seed,
             "mode": self.mode,
             "seconds": round(self.seconds, 3),
+            **({"head": self.head} if self.head else {}),
             **({"unbalanced": True} if self.unbalanced else {}),
-            **({} if self.dirichlet is None else {"dirichlet": self.dirichlet}),
+            **({} if self.dirichlet is None else {"dirichlet": self.dirichlet, "capped_episodes": self.capped}),
             **self._calibration_summary(),
         }
 
@@ -257,6 +262,7 @@ def evaluate_features(
         reliability,
         unbalanced=unbalanced,
         dirichlet=dirichlet,
+        capped=sampler.capped,
         temperature=posterior_temperature,
         uncalibrated=None if posterior_temperature == 1 else uncalibrated,
     )
