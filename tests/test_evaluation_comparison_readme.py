@@ -45,6 +45,15 @@ def test_changed_number_is_restored():
 @pytest.mark.parametrize(
     ("marker", "row"),
     [
+        ("calibration:omniglot-best-5way-calibrated", "| (20,5) | transductive | 99.13 ± 0.07 | 1.15 | 0.10 | 0.71 |"),
+        (
+            "queries:omniglot-best-5way",
+            "| model, class weights estimated (transductive) | 99.51 ± 0.14 | 99.44 ± 0.16 |",
+        ),
+        (
+            "open:omniglot-best-5way",
+            "| (5,1) | Meta-GMVAE (transductive) | 99.13 ± 0.22 | 98.14 | 94.16 ± 0.33 | 1.31 |",
+        ),
         ("summary:omniglot", "| soft k-means (transductive) | 99.73 ± 0.08 |"),
         ("summary:mini-imagenet", "| **`mini-imagenet-cpu`** (transductive) | 43.09 ± 0.72 |"),
         (
