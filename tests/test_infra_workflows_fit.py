@@ -242,6 +242,8 @@ def test_a_flat_folder_with_labelled_pictures(tmp_path):
         (["good", "--out", "few/0.png/x"], "cannot be created"),
         (["good", "--record", "few"], "few"),
         (["mixed"], "both contain images"),
+        (["good", "--out", "good/model"], "lies in the folder of the pictures"),
+        (["good", "--out", "good"], "lies in the folder of the pictures"),
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, words, message):
@@ -267,7 +269,20 @@ def test_too_many_broken_pictures_leave_nothing(tmp_path):
     pictures = write_glyphs(tmp_path / "in", 6, 8)
     for path in sorted(pictures.rglob("*.png"))[::5]:
         path.write_bytes(b"broken")
-    code, _, lines = fit(pictures, "--out", tmp_path / "out")
-    assert code == 2
-    assert "cannot be decoded" in lines[-1]
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("empty", "new/models/out"):
+        code, _, lines = fit(pictures, "--out", tmp_path / out)
+        assert code == 2
+        assert "cannot be decoded" in lines[-1]
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
+    pictures = write_glyphs(tmp_path / "in", 8, 9)
+    before = sorted(tmp_path.rglob("*"))
+    code, answer, _ = fit(pictures, "--out", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert "preset strokes-cpu" in answer["will do"][-1]
+    assert answer["found"][0].startswith("72 images")
+    assert sorted(tmp_path.rglob("*")) == before

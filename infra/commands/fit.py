@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, output_file
+from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, output_file
 
 
 def add(parsers: Parsers) -> None:
@@ -31,13 +31,14 @@ def add(parsers: Parsers) -> None:
     )
     help_text = "also write the result with plan, speed and versions"
     parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     parser.set_defaults(commands=parsers.choices)
 
 
 def fit(arguments: Namespace) -> Answer:
     """Run `metagmvae fit`."""
     from metagmvae.evaluation.provenance import provenance
-    from metagmvae.infra.workflows.fit import FitRequest, run_fit
+    from metagmvae.infra.workflows.fit import FitRequest, plan_fit, run_fit
     from metagmvae.infra.workflows.fit_plan import parse_budget
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.sources.source import check_integer
@@ -45,16 +46,22 @@ def fit(arguments: Namespace) -> Answer:
     def run(words: Sequence[str]) -> Answer:
         name, *options = words
         request = arguments.commands[name].parse_args(options)
-        request.json = arguments.json
+        request.json, request.quiet = arguments.json, arguments.quiet
         answer: Answer = request.run(request)
         return answer
 
     check_integer("--seed", arguments.seed, 0)
     pictures = Path(arguments.pictures)
-    out = Path(arguments.out) if arguments.out else Path("models") / (pictures.absolute().name or "pictures")
+    name = pictures.absolute().stem if pictures.is_file() else pictures.absolute().name
+    out = Path(arguments.out) if arguments.out else Path("models") / (name or "pictures")
     labelled = Path(arguments.labelled) if arguments.labelled else None
     budget_s = parse_budget(arguments.budget)
-    answer = run_fit(FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled), run)
+    request = FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled)
+    if arguments.dry_run:
+        plan, stored = plan_fit(request)
+        begun = {"continues": str(out)} if stored else {}
+        return {"dry run": "nothing was written", "found": plan.found, "will do": plan.will_do, **begun}
+    answer = run_fit(request, run)
     if arguments.record:
         write_json(arguments.record, answer | {"environment": provenance()})
     if arguments.json:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,6 @@ from metagmvae.infra.workflows.fit_state import (
     DATA,
     EXAMPLE,
     LABELLED,
-    LOCK,
     REPORT,
     RESULTS,
     RUN,
@@ -39,10 +37,11 @@ from metagmvae.infra.workflows.fit_state import (
     FitRequest,
     FitState,
     check_same,
+    claimed_folder,
     copy_package,
     read_state,
 )
-from metagmvae.pipelines.files import exclusive_lock, read_json, write_json
+from metagmvae.pipelines.files import read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import load_model
@@ -67,18 +66,10 @@ def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = request.out.absolute()
-    stored = read_state(out)
-    plan = make_plan(request.pictures, request.labelled, request.budget_s, request.seed, unlabelled=request.unlabelled)
-    if stored is not None:
-        check_same(out, stored.plan, plan)
-        if stored.result is not None:
-            return stored.result | {"state": "finished earlier, nothing was done; give another --out for a new model"}
-    is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be created ({error.strerror}); choose another folder") from error
-    with exclusive_lock(out / LOCK, f"{out}: another metagmvae fit writes here; wait for it, or choose another --out"):
+    plan, stored = plan_fit(request)
+    if stored is not None and stored.result is not None:
+        return stored.result | {"state": "finished earlier, nothing was done; give another --out for a new model"}
+    with claimed_folder(out):
         state = stored or FitState(plan=plan)
         fit = _Fit(out, state, run, started - sum(state.seconds.values()))
         try:
@@ -86,12 +77,24 @@ def run_fit(request: FitRequest, run: RunCommand) -> dict[str, Any]:
         except KeyboardInterrupt as stop:
             stop.add_note(f"the same command continues in {out}")
             raise
-        except DataError:
-            if is_new and not (out / DATA / "dataset.json").exists():
-                shutil.rmtree(out, ignore_errors=True)
-            raise
     assert fit.state.result is not None
     return fit.state.result
+
+
+def plan_fit(request: FitRequest) -> tuple[FitPlan, FitState | None]:
+    """Look at the pictures and decide; return the plan and the state of an earlier call. Nothing is written.
+
+    Raises:
+        DataError: as `run_fit`.
+    """
+    out, pictures = request.out.absolute(), request.pictures.absolute()
+    if out.resolve().is_relative_to(pictures.resolve()):
+        raise DataError(f"--out {out}: lies in the folder of the pictures; choose a folder outside of it")
+    stored = read_state(out)
+    plan = make_plan(request.pictures, request.labelled, request.budget_s, request.seed, unlabelled=request.unlabelled)
+    if stored is not None:
+        check_same(out, stored.plan, plan)
+    return plan, stored
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from metagmvae.infra.workflows.fit_plan import FitPlan, format_seconds
 from metagmvae.infra.workflows.fit_schedule import FitSchedule
-from metagmvae.pipelines.files import check_document, read_json
+from metagmvae.pipelines.files import check_document, exclusive_lock, read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD, load_model, save_package
 
@@ -73,6 +75,30 @@ def check_same(out: Path, stored: FitPlan, plan: FitPlan) -> None:
         )
     if plan.budget_s != stored.budget_s:
         LOG.info(f"the steps are already set for {format_seconds(stored.budget_s)}; --budget changes them no more")
+
+
+@contextmanager
+def claimed_folder(out: Path) -> Iterator[None]:
+    """Create and lock the output folder; undo it if the pictures turn out to be no data set.
+
+    Raises:
+        DataError: the folder cannot be created, or another process writes there.
+    """
+    created = next((path for path in reversed([out, *out.parents]) if not path.exists()), None)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be created ({error.strerror}); choose another folder") from error
+    with exclusive_lock(out / LOCK, f"{out}: another metagmvae fit writes here; wait for it, or choose another --out"):
+        try:
+            yield
+        except DataError:
+            if not (out / DATA / "dataset.json").exists():
+                (out / STATE).unlink(missing_ok=True)
+                shutil.rmtree(out / DATA, ignore_errors=True)
+                if created is not None:
+                    shutil.rmtree(created, ignore_errors=True)
+            raise
 
 
 def copy_package(out: Path) -> None:
