@@ -85,6 +85,7 @@ def test_it_says_what_it_finds_and_does(fitted):
     record = json.loads((model.parent / "record.json").read_text())
     assert record["environment"]["versions"]["metagmvae"]
     assert record["accuracy"] == answer["accuracy"]
+    assert record["schedule"] == state["schedule"]
 
 
 def test_the_commands_do_the_same(fitted, tmp_path, capsys):

@@ -40,7 +40,8 @@ def fit(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.provenance import provenance
     from metagmvae.infra.workflows.fit import FitRequest, plan_fit, run_fit
     from metagmvae.infra.workflows.fit_plan import parse_budget
-    from metagmvae.pipelines.files import write_json
+    from metagmvae.infra.workflows.fit_state import STATE
+    from metagmvae.pipelines.files import read_json, write_json
     from metagmvae.pipelines.sources.source import check_integer
 
     def run(words: Sequence[str]) -> Answer:
@@ -63,7 +64,9 @@ def fit(arguments: Namespace) -> Answer:
         return {"dry run": "nothing was written", "found": plan.found, "will do": plan.will_do, **begun}
     answer = run_fit(request, run)
     if arguments.record:
-        write_json(arguments.record, answer | {"environment": provenance()})
+        stored = read_json(out / STATE)
+        speed = {"plan": stored["plan"], "schedule": stored["schedule"]}
+        write_json(arguments.record, answer | speed | {"environment": provenance()})
     if arguments.json:
         return answer
     # The rest was said before, or is in the report.
