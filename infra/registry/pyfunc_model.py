@@ -1,13 +1,14 @@
 """The model that MLflow loads and serves: it takes a few-shot request and returns class probabilities.
 
-A request is one episode: support images with their labels, and query images with label -1, in one array. The logged
+A request is one episode: labelled images, and images without a label (-1 or null) that are classified. The logged
 files are text and safetensors: `pyfunc_entry.py`, which imports this module from the installed package, and the model
 package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,15 @@ ignore_warnings()  # before the imports, which give the warnings
 from mlflow import MlflowException  # noqa: E402
 from mlflow.models import ModelSignature  # noqa: E402
 from mlflow.pyfunc import PythonModel  # noqa: E402
-from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec  # noqa: E402
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec  # noqa: E402
+from mlflow.types.schema import AnyType  # noqa: E402
 
 PACKAGE = "package"
 QUERY = -1
+WITHOUT_RECORD = (
+    "{}, but the model does not record the preprocessing of its training images, because an older version wrote it: "
+    "give arrays that were preprocessed like them, and leave preprocessed true"
+)
 MAX_PARAMETER = 1000
 """Most iterations and samples of a request, so that it ends; the settings of a model are 10 and 32 by default."""
 
@@ -51,34 +57,44 @@ class Predictor:
 
         They are calibrated if the model is (`metagmvae calibrate`).
 
-        Column k belongs to the k-th smallest label among the support images. An encoder-only model returns the
+        Column k belongs to the k-th label of the labelled images in sorted order. An encoder-only model returns the
         features of all images, (n, F) float64.
 
         Args:
             context: not used; `load_context` has loaded the model.
-            model_input: `images` uint8 (n, C, H, W), values 0 to 255; `label` int64 (n,), -1 for a query (not for an
-                encoder-only model). Every image is used. MLflow leaves out other keys, and other parameters, and names
-                them in the log of the server.
+            model_input: `images`, n arrays (C, H, W) of whole numbers from 0 to 255, or n image files (PNG, JPEG, …) as
+                bytes or in base64; `label`, n integers or n words, -1 or None for a query (not for an encoder-only
+                model). Every image is used. MLflow leaves out other keys, and other parameters, and names them in the
+                log of the server.
             params: `preprocessed`, and, not for an encoder-only model, `mode`, `iterations`, `samples`, `seed`, as in
-                the signature. By default the images are taken as preprocessed already, like those of
-                `Dataset.images`; with `preprocessed` false, what `metagmvae prepare` did to the training images is
-                done to them (the inversion; they have the size of the model already).
+                the signature. By default arrays are taken as preprocessed already, like those of `Dataset.images`; with
+                `preprocessed` false, what `metagmvae prepare` did to the training images is done to them (the
+                inversion; they have the size of the model already). It is always done to image files.
 
         Raises:
             MlflowException: the request is invalid; a server answers with status 400 and the reason.
         """
         try:
             params = dict(params or {})
-            images = preprocess(self.loaded, check_images(model_input, self.loaded.image_shape), params)
+            images = self._images(list(model_input["images"]), params)
             if isinstance(self.loaded.model, MetaGMVAE):
-                return self._probabilities(images, model_input["label"], params)
+                if "label" not in model_input:
+                    raise DataError("no label: give one per image, -1 or null for the images to classify")
+                return self._probabilities(images, list(model_input["label"]), params)
             return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
-    def _probabilities(self, images: np.ndarray, labels: Any, params: dict[str, Any]) -> np.ndarray:
+    def _images(self, values: list[Any], params: dict[str, Any]) -> np.ndarray:
+        """The images of a request as the model takes them, uint8 (n, C, H, W)."""
+        if values and all(isinstance(value, str | bytes) for value in values):
+            params.pop("preprocessed", None)
+            return decode_files(self.loaded, values)
+        return preprocess(self.loaded, check_images(values, self.loaded.image_shape), params)
+
+    def _probabilities(self, images: np.ndarray, labels: list[Any], params: dict[str, Any]) -> np.ndarray:
         model = require_meta_gmvae(self.loaded, PACKAGE)
-        support, label_T, query = split_request(images, np.asarray(labels))
+        support, label_T, query = split_request(images, labels)
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapt_settings(self.loaded.settings.adapt, params)
         h_nF = encode_images(model, np.concatenate([support, query]), self.device)
@@ -105,22 +121,43 @@ def _mode(name: str) -> PredictionMode:
     return modes[name]
 
 
-def check_images(inputs: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]) -> np.ndarray:
+def decode_files(loaded: LoadedModel, files: Sequence[str | bytes]) -> np.ndarray:
+    """Decode and preprocess image files, given as bytes or in base64, as `metagmvae classify` does.
+
+    Raises:
+        DataError: one is no image, or the model does not record the preprocessing of its training images.
+    """
+    if loaded.preprocessing is None:
+        raise DataError(WITHOUT_RECORD.format("images are files"))
+    images = []
+    for number, file in enumerate(files):
+        name = f"image {number}"
+        try:
+            # A data URI, data:image/png;base64,…, is what browsers make.
+            content = file if isinstance(file, bytes) else base64.b64decode(file.rpartition(",")[2], validate=True)
+        except ValueError as error:
+            raise DataError(f"{name}: is text that is not base64 ({error}); encode the content of the file") from error
+        images.append(apply_preprocessing(content, name, loaded.preprocessing))
+    return np.stack(images)
+
+
+def check_images(values: Sequence[Any], image_shape: tuple[int, int, int]) -> np.ndarray:
     """Return the images of a request, uint8 (n, C, H, W).
 
     Raises:
         DataError: they have another data type, shape or scale.
     """
-    images = np.asarray(inputs["images"])
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
-        raise DataError(
-            f"images are {images.dtype} {images.shape}; the model takes uint8 (n, "
-            f"{', '.join(map(str, image_shape))}), values 0 to 255"
-        )
-    if images.size and images.max() <= 1:
-        # Values between 0 and 1 in the JSON request became 0 and 1 when they were converted to uint8.
-        raise DataError(f"the largest pixel value is {images.max()}; pixel values must be 0 to 255")
-    return images
+    takes = f"the model takes whole numbers (n, {', '.join(map(str, image_shape))}), values 0 to 255"
+    try:
+        images = np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"images have different shapes; {takes}") from error
+    if images.dtype.kind not in "uif" or images.shape[1:] != tuple(image_shape):
+        raise DataError(f"images are {images.dtype} {images.shape}; {takes}")
+    low, high = images.min(), images.max()
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high <= 1 or high > 255 or (images % 1).any():
+        raise DataError(f"pixel values are from {low:g} to {high:g}; pixel values must be 0 to 255, whole numbers")
+    return images.astype(np.uint8)
 
 
 def preprocess(loaded: LoadedModel, images: np.ndarray, params: dict[str, Any]) -> np.ndarray:
@@ -137,32 +174,41 @@ def preprocess(loaded: LoadedModel, images: np.ndarray, params: dict[str, Any]) 
         return images
     recorded = loaded.preprocessing
     if recorded is None:
-        raise DataError(
-            "preprocessed is false, but the model does not record the preprocessing of its training images, because an "
-            "older version wrote it: preprocess the images, and leave preprocessed true"
-        )
+        raise DataError(WITHOUT_RECORD.format("preprocessed is false"))
     return np.stack([apply_preprocessing(image, f"image {i}", recorded) for i, image in enumerate(images)])
 
 
-def split_request(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_request(images: np.ndarray, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return support images (T, C, H, W), their class numbers (T,), and queries (n, C, H, W).
 
-    Class numbers count the labels from 0 in rising order.
+    Class numbers count the labels from 0 in sorted order.
 
     Raises:
         DataError: the request is invalid; the message says why, with counts.
     """
-    if labels.shape != images.shape[:1]:
-        raise DataError(f"{len(images)} images and {labels.size} labels; give one label per image")
-    if labels.size and labels.min() < QUERY:
-        raise DataError(f"label {labels.min()}: labels must be 0 or larger, and -1 for a query")
-    classes, label_T = np.unique(labels[labels != QUERY], return_inverse=True)
-    if len(classes) < 2 or not (labels == QUERY).any():
+    if len(labels) != len(images):
+        raise DataError(f"{len(images)} images and {len(labels)} labels; give one label per image")
+    # None in a column of pandas is NaN, which differs from itself.
+    is_query = np.array([label is None or label != label or label == QUERY for label in labels])
+    given = [label for label, query in zip(labels, is_query, strict=True) if not query]
+    if not all(isinstance(label, str) for label in given):
+        wrong = [label for label in given if isinstance(label, str | bool) or not _is_count(label)]
+        if wrong:
+            raise DataError(
+                f"label {wrong[0]}: labels must be words, or integers that are 0 or larger; -1 or null for a query"
+            )
+        given = [int(label) for label in given]
+    classes, label_T = np.unique(np.array(given), return_inverse=True)
+    if len(classes) < 2 or not is_query.any():
         raise DataError(
-            f"{len(classes)} classes and {(labels == QUERY).sum()} queries (label -1); the model needs at "
-            "least two classes and one query"
+            f"{len(classes)} classes and {is_query.sum()} queries (label -1 or null); the model needs at least two "
+            "classes and one query"
         )
-    return images[labels != QUERY], label_T, images[labels == QUERY]
+    return images[~is_query], label_T, images[is_query]
+
+
+def _is_count(label: Any) -> bool:
+    return isinstance(label, int | float | np.integer | np.floating) and float(label) >= 0 and float(label) % 1 == 0
 
 
 def adapt_settings(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSettings:
@@ -188,12 +234,13 @@ def example_request(loaded: LoadedModel) -> dict[str, np.ndarray]:
 def model_signature(loaded: LoadedModel) -> ModelSignature:
     """Return the MLflow signature of a model; the defaults of its parameters are the settings of the model."""
     adapt = loaded.settings.adapt
-    inputs = [TensorSpec(np.dtype("uint8"), (-1, *loaded.image_shape), "images")]
+    # Any type: arrays or files, and integers or words.
+    inputs = [ColSpec(AnyType(), "images")]
     preprocessed = ParamSpec("preprocessed", "boolean", True)
     if not isinstance(loaded.model, MetaGMVAE):
         features = Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))])
         return ModelSignature(Schema(inputs), features, ParamSchema([preprocessed]))
-    inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
+    inputs.append(ColSpec(AnyType(), "label", required=False))
     params = [
         preprocessed,
         ParamSpec("mode", "string", "transductive"),
