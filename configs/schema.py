@@ -52,9 +52,9 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """The networks q(z|x, D) and p(x|z): Tables 3, 4 and 6 to 8 of the paper."""
 
-    encoder: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "conv4"
-    """Encoder: `conv4` (Table 3), `conv5` (Table 6), or the name of a classification network of torchvision, which is
-    used without its last layer. If the dataset contains features, the encoder is the one that computed them."""
+    encoder: Annotated[str, Field(pattern=r"^((torchvision|timm):)?[a-z0-9_.]+$")] = "conv4"
+    """Encoder: `conv4` (Table 3), `conv5` (Table 6), `resnet12`, or `torchvision:NAME` or `timm:NAME` without its last
+    layer, newly initialised. If the dataset contains features, the encoder is the one that computed them."""
     image_size: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Image size: side to which images are resized before the encoder, in pixels; 0: as stored."""
     rectified: bool = True
@@ -70,8 +70,8 @@ class ModelSettings(Section):
     """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
     `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, final ReLU of Table 8."""
     normalise: Literal["none", "imagenet"] = "none"
-    """Input normalisation of Conv4 and Conv5 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean colour and
-    divide by its standard deviation. Torchvision's networks always have it."""
+    """Input normalisation of Conv4, Conv5 and ResNet-12 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean
+    colour and divide by its standard deviation. Networks of torchvision and timm have that of their weights."""
     variance: Literal["calibrated", "unit", "half"] = "calibrated"
     """Variance of p(x|z) for features [paper: calibrated, code: half]: the optimum of each episode (Rybkin et al.
     2020), or 1, or 1/2. -log p(x|z) is half the sum of squared errors for `unit`, the whole sum for `half`."""

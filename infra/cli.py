@@ -14,6 +14,7 @@ from metagmvae.infra.commands import (
     check,
     compare,
     data,
+    encoder,
     evaluate,
     features,
     fit,
@@ -117,6 +118,6 @@ def build_parser() -> Parser:
     parser = Parser(prog="metagmvae", description="Unsupervised meta-learning with Meta-GMVAE.")
     parser.add_argument("--version", action=VersionAction, help="print the versions of the program and of its basis")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (fit, data, features, train, tune, calibrate, evaluate, models, compare, registry, check):
+    for group in (fit, data, features, encoder, train, tune, calibrate, evaluate, models, compare, registry, check):
         group.add(parsers)
     return parser

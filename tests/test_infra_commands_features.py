@@ -195,8 +195,11 @@ def test_wrong_request_is_one_error_line_and_writes_nothing(
             "contains features; use the dataset of the images",
             ["features", str(encoder), "--data", str(features), "--out", str(out)],
         ),
-        ("no such encoder", ["features", "torchvision:nothing", "--data", str(data), "--out", str(out)]),
-        ("is an encoder-only model", ["evaluate", str(encoder), "--data", str(data)]),
+        ("no such classification network", ["features", "torchvision:nothing", "--data", str(data), "--out", str(out)]),
+        (
+            "--weights x: only for an encoder by name",
+            ["features", str(encoder), "--data", str(data), "--out", str(out), "--weights", "x"],
+        ),
         ("no such model", ["features", str(tmp_path / "none"), "--data", str(data), "--out", str(out)]),
     ]
     for message, words in cases:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from metagmvae.evaluation.comparison.promotion_rule import MIN_EPISODES
-from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
-from metagmvae.evaluation.fewshot.encoding import encode_split
+from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.evaluation.fewshot.paired import PairedDifference, paired_difference
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.device.default import default_device
 from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel
 
@@ -32,6 +30,8 @@ class EvalPlan:
     tasks: tuple[dict[str, Any], ...]
     """way, shot, query, episodes and seed of each task. The challenger must be better on the first one."""
     mode: PredictionMode = "transductive"
+    head: str | None = None
+    """Of encoders alone, a key of `evaluation.encoders.heads.HEADS`; None: nearest class mean."""
     other_data: bool = False
     """Accept models that were trained on another dataset, with a warning."""
     progress: ProgressBar = no_progress
@@ -69,22 +69,24 @@ def evaluate_head_to_head(
 ) -> HeadToHead:
     """Evaluate the challenger and, if there is one, the champion. The names are for errors and warnings.
 
-    Encoder-only models classify by the nearest class mean, as in validation during training.
+    Encoders alone classify with the head of the plan, in its mode; differences may be between modes then.
 
     Raises:
-        DataError: a model was trained on another dataset or does not fit the images, or only one of the two is
-            encoder-only.
+        DataError: a model was trained on another dataset or does not fit the images, or neither is an encoder alone
+            and a head is given.
     """
     models = [challenger, *([champion] if champion else [])]
     warnings = [SELECTED_ON_TEST] if plan.split == "test" else []
     for name, loaded in models:
         warnings += _check_training_data(plan, name, loaded)
-    if len({isinstance(loaded.model, MetaGMVAE) for _, loaded in models}) == 2:
-        raise DataError(f"{challenger[0]} and {models[-1][0]}: one is an encoder, the other a Meta-GMVAE")
+    encoders = [name for name, loaded in models if not isinstance(loaded.model, MetaGMVAE)]
+    if plan.head is not None and not encoders:
+        raise DataError(f"--head {plan.head}: is for an encoder alone, and none of the models is one; omit it")
     results = [_evaluate(plan, name, loaded) for name, loaded in models]
     if champion is None:
         return HeadToHead(results[0], [], [], warnings)
-    differences = list(map(paired_difference, results[0], results[1]))
+    pair = partial(paired_difference, any_mode=bool(encoders))
+    differences = list(map(pair, results[0], results[1]))
     return HeadToHead(results[0], results[1], differences, warnings)
 
 
@@ -112,11 +114,7 @@ def _check_training_data(plan: EvalPlan, name: str, loaded: LoadedModel) -> list
 
 
 def _evaluate(plan: EvalPlan, name: str, loaded: LoadedModel) -> list[EpisodeResults]:
-    if isinstance(loaded.model, MetaGMVAE):
-        return evaluate_tasks(
-            loaded, plan.dataset, plan.tasks, split=plan.split, mode=plan.mode, name=name, progress=plan.progress
-        )
-    device = default_device()
-    h_nF = encode_split(loaded.model.to(device), plan.dataset, plan.split, device)
-    centred_nF, labels = h_nF - h_nF.mean(dim=0), plan.dataset.labels(plan.split)
-    return [nearest_class_mean(centred_nF, labels, **task) for task in plan.tasks]
+    head = None if isinstance(loaded.model, MetaGMVAE) else plan.head
+    return evaluate_model(
+        loaded, plan.dataset, plan.tasks, split=plan.split, mode=plan.mode, head=head, name=name, progress=plan.progress
+    )

@@ -22,6 +22,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.gallery import episode_figures
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel
 
 COLOURS = [*plots.COLOURS[:6], "#999933", "#882255"]
@@ -78,6 +79,8 @@ def draw_models(models: Sequence[EvaluatedModel], dataset: Dataset, split: str) 
         known = {task: result.reliability for task, result in model.results.items() if result.reliability is not None}
         bins = {task: reliability.summary()["bins"] for task, reliability in known.items()}
         images = [draw_reliability(bins)] if known else []
+        if not isinstance(model.loaded.model, MetaGMVAE):  # an encoder alone has neither latents nor probabilities
+            continue
         unnamed = replace(model.loaded, settings=model.loaded.settings.model_copy(update={"name": "model"}))
         # The latent map fits beside the reliability diagram; the grid of an episode fills a row.
         figures = sorted(episode_figures(unnamed, dataset, split).items(), key=lambda item: _aspect(item[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metagmvae.evaluation.comparison.formatting import Task, task_name
@@ -49,17 +49,26 @@ class PairedComparison:
 def compare_with_first(rows: Sequence[Row]) -> list[PairedComparison]:
     """Compare the rows of each protocol with the first of them, task by task.
 
+    The head of an encoder has its own mode: a row of kind `encoder` is compared with the first row in spite of it.
     A mean over trainings replaces its trainings, unless it would be the only row of the protocol.
     """
     comparisons = []
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        compared = _without_trainings(
-            [row for row in rows if row.protocol == protocol and any(s.by_episode for s in row.scores.values())]
-        )
+    known = [row for row in rows if any(score.by_episode for score in row.scores.values())]
+    groups: dict[EvalProtocol, list[Row]] = {}
+    for row in known:
+        groups.setdefault(_compared_as(row, known[0]), []).append(row)
+    for protocol, group in groups.items():
+        compared = _without_trainings(group)
         for task in dict.fromkeys(task for row in compared[1:] for task in row.scores):
             pairs = (_compare(row, compared[0], task, protocol) for row in compared[1:])
             comparisons += [pair for pair in pairs if pair is not None]
     return comparisons
+
+
+def _compared_as(row: Row, first: Row) -> EvalProtocol:
+    """Return the protocol that a row is grouped by; that of the first row if one of them is the head of an encoder."""
+    same_episodes = replace(row.protocol, mode=first.protocol.mode) == first.protocol
+    return first.protocol if same_episodes and "encoder" in (row.kind, first.kind) else row.protocol
 
 
 def _without_trainings(rows: list[Row]) -> list[Row]:
@@ -84,7 +93,7 @@ def _compare(challenger: Row, champion: Row, task: Task, protocol: EvalProtocol)
         challenger.name,
         champion.name,
         protocol.split or "",
-        paired_difference(first, second),
+        paired_difference(first, second, any_mode="encoder" in (challenger.kind, champion.kind)),
         len(differences) if several else 0,
         across_seeds(differences) if several else None,
     )

@@ -18,7 +18,7 @@ from metagmvae.evaluation.comparison.formatting import Task, short
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import across_seeds
 
-RowKind = Literal["run", "results", "model", "version", "trial", "published", "trainings"]
+RowKind = Literal["run", "results", "model", "encoder", "version", "trial", "published", "trainings"]
 COMPARED = ("model.", "adapt.", "pretrain.", "train.", "trained_on")
 """Prefixes of the settings that affect accuracy. Result files hold only these."""
 IGNORED_SETTINGS = ("train.checkpoint_every", "train.log_every")

@@ -49,8 +49,8 @@ class SplitFeatures:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One baseline on the features `kinds` it may choose from."""
+class TunedBaseline:
+    """One baseline on the features `kinds` it may choose from, with the candidates of its settings."""
 
     name: str
     evaluate: Callable[..., EpisodeResults]
@@ -91,10 +91,7 @@ def evaluate_baselines(
         DataError: the evaluated split has too few classes, or a class too few images, for the task.
     """
     runs = _runs(tuple(evaluated.by_kind))
-    trial_task = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
-    for key in ("unbalanced", "dirichlet"):
-        trial_task.pop(key, None)
-    note = _cannot_tune(validation, trial_task)
+    note = _cannot_tune(validation, _trial_task(task))
     total = sum(1 + (0 if note else len(list(run.candidates()))) for run in runs)
     done = 0
 
@@ -104,30 +101,47 @@ def evaluate_baselines(
         if on_progress is not None:
             on_progress(done, total)
 
-    results = {}
-    for run in runs:
-        if validation is None or note:
-            kind, chosen = next(run.candidates())
-            tuning = Tuning(run.settings(kind, chosen), note=note)
-        else:
-            kind, chosen, tuning = _tune(run, validation, trial_task, advance)
-            if validation.split == evaluated.split:
-                tuning = replace(tuning, note="chosen on the evaluated classes, on other episodes")
-        result = run.evaluate(evaluated.by_kind[kind], evaluated.labels, **chosen, **task)
-        results[run.name] = replace(result, tuning=tuning)
-        advance()
-    return results
+    return {run.name: evaluate_tuned(run, evaluated, validation, task, advance) for run in runs}
 
 
-def _runs(kinds: tuple[str, ...]) -> list[_Run]:
+def evaluate_tuned(
+    run: TunedBaseline,
+    evaluated: SplitFeatures,
+    validation: SplitFeatures | None,
+    task: Mapping[str, int],
+    advance: Callable[[], None] = lambda: None,
+) -> EpisodeResults:
+    """Evaluate one baseline as `evaluate_baselines` does; `advance` is called after each evaluation."""
+    trial_task = _trial_task(task)
+    note = _cannot_tune(validation, trial_task)
+    if validation is None or note:
+        kind, chosen = next(run.candidates())
+        tuning = Tuning(run.settings(kind, chosen), note=note)
+    else:
+        kind, chosen, tuning = _tune(run, validation, trial_task, advance)
+        if validation.split == evaluated.split:
+            tuning = replace(tuning, note="chosen on the evaluated classes, on other episodes")
+    result = run.evaluate(evaluated.by_kind[kind], evaluated.labels, **chosen, **task)
+    advance()
+    return replace(result, tuning=tuning)
+
+
+def _trial_task(task: Mapping[str, int]) -> dict[str, int]:
+    """Return the task of the validation episodes: balanced queries, other episodes than the evaluated ones."""
+    trial = {key: value for key, value in task.items() if key not in ("unbalanced", "dirichlet")}
+    return trial | {"episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
+
+
+def _runs(kinds: tuple[str, ...]) -> list[TunedBaseline]:
     """List the baselines; some of them once more on unscaled features only."""
     runs = [
-        _Run(name, evaluate, kinds if name in GRIDS else kinds[:1], GRIDS.get(name, {}))
+        TunedBaseline(name, evaluate, kinds if name in GRIDS else kinds[:1], GRIDS.get(name, {}))
         for name, evaluate in BASELINES.items()
     ]
     if "unscaled" in kinds:
         runs += [
-            _Run(f"{name}, {UNSCALED}", BASELINES[name], ("unscaled",), GRIDS[name]) for name in UNSCALED_BASELINES
+            TunedBaseline(f"{name}, {UNSCALED}", BASELINES[name], ("unscaled",), GRIDS[name])
+            for name in UNSCALED_BASELINES
         ]
     return runs
 
@@ -144,7 +158,7 @@ def _cannot_tune(validation: SplitFeatures | None, task: Mapping[str, int]) -> s
 
 
 def _tune(
-    run: _Run, validation: SplitFeatures, task: Mapping[str, int], advance: Callable[[], None]
+    run: TunedBaseline, validation: SplitFeatures, task: Mapping[str, int], advance: Callable[[], None]
 ) -> tuple[str, dict[str, Any], Tuning]:
     """Return the kind of features, the settings and the record of the choice."""
     protocol = {"split": validation.split, "episodes": task["episodes"], "seed": task["seed"]}

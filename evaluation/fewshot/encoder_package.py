@@ -54,6 +54,8 @@ def encoder_origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     else:
         info, settings, by = loaded.info, loaded.settings, "the run of the model"
     digest = encoder_digest(loaded.model.encoder)
+    if "weights" in info:
+        return {"sha256": digest, "trained": {"by": "its publisher", "weights": info["weights"]}}
     if not settings.pretrain.steps and settings.model.reconstruct == "features":
         return {"sha256": digest, "trained": None}
     pretrained = {"pretrain": settings.pretrain.model_dump(mode="json")} if settings.pretrain.steps else {}

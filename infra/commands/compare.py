@@ -6,6 +6,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.infra.commands.encoder import add_encoder_options, encoder_options
 from metagmvae.infra.commands.parsing import (
     MODE_HELP,
     Answer,
@@ -32,8 +33,8 @@ def add(parsers: Parsers) -> None:
         "refs",
         metavar="WHAT",
         nargs="+",
-        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], paper:DATASET[/ROW]; the others "
-        "are compared with the first one",
+        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], encoder (timm:NAME, "
+        "torchvision:NAME), paper:DATASET[/ROW]; the others are compared with the first one",
     )
     parser.add_argument("--data", metavar="URI", help="evaluate every model on episodes of this dataset")
     parser.add_argument("--split", default="test", help="with --data: split of the classes (test)")
@@ -43,6 +44,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000, help="with --data: episodes per task (1000)")
     parser.add_argument("--seed", type=int, default=0, help="with --data: seed of the episodes (0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
+    add_encoder_options(parser)
     parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
     parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
     parser.add_argument(
@@ -65,11 +67,14 @@ def compare(arguments: Namespace) -> Answer:
     if arguments.top < 1:
         raise DataError(f"--top {arguments.top}: must be at least 1")
     items = read_items(arguments.refs, arguments.top)
+    _check_encoder_options(arguments)
     evaluated: list[EvaluatedItem] = []
     dataset = None
     if arguments.data:
         dataset, request = _request(arguments)
         items, evaluated = _evaluate(arguments, items, dataset, request)
+        if arguments.head is not None and not any(row.kind == "encoder" for item in items for row in item.rows):
+            raise DataError(f"--head {arguments.head}: no encoder alone is compared; omit it")
     notes = _notes_on_missing(items)
     rows = [row for item in items for row in item.rows]
     if arguments.strict:
@@ -85,6 +90,31 @@ def compare(arguments: Namespace) -> Answer:
     return (comparison.summary() if arguments.json else as_text_tables(comparison)) | _calibration(evaluated) | files
 
 
+def _check_encoder_options(arguments: Namespace) -> None:
+    """Check the options of encoders.
+
+    Raises:
+        DataError: they have no effect, or it is not clear which encoder they are for.
+    """
+    from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
+    from metagmvae.pipelines.records import DataError
+
+    named = [ref for ref in arguments.refs if is_encoder_name(ref)]
+    given = {"--weights": arguments.weights, "--image-size": arguments.image_size, "--head": arguments.head}
+    for option, value in given.items():
+        if value is not None and not arguments.data:
+            raise DataError(f"{option} {value}: only with --data, on whose episodes the encoder is evaluated")
+    if arguments.weights is not None and len(named) != 1:
+        raise DataError(
+            f"--weights {arguments.weights}: is for one encoder by name, and {len(named)} are compared; write the "
+            "others as models first: metagmvae encoder NAME --weights FILE"
+        )
+    if arguments.image_size is not None and not named:
+        raise DataError(f"--image-size {arguments.image_size}: no encoder by name is compared; omit it")
+    if named and not arguments.data:
+        raise DataError(f"{named[0]}: has no stored results; give --data URI to evaluate it")
+
+
 def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
     from metagmvae.infra.workflows.compare_models import EvalRequest
     from metagmvae.pipelines.records import DataError
@@ -94,9 +124,17 @@ def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
         raise DataError(f"--episodes {arguments.episodes}: a confidence interval needs at least 2")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
+    encoder = {key: value for key, value in encoder_options(arguments, None).items() if key != "dataset"}
     tasks = dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot)
     return dataset, EvalRequest(
-        arguments.split, tuple(tasks), arguments.query, arguments.episodes, arguments.seed, arguments.mode
+        arguments.split,
+        tuple(tasks),
+        arguments.query,
+        arguments.episodes,
+        arguments.seed,
+        arguments.mode,
+        arguments.head,
+        **encoder,
     )
 
 

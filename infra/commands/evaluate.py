@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import (
     MODE_HELP,
@@ -29,7 +30,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae evaluate models:/omniglot@champion --data data/omniglot --way 5 --shot 1"
     description = "measure the few-shot accuracy of a model on reproducible random episodes"
     parser = add_command(parsers, "evaluate", evaluate, description, example)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or {ENCODER_HELP} with published weights")
     parser.add_argument("--data", required=True, metavar="URI", help="dataset")
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     parser.add_argument("--way", type=int, default=5, metavar="K", help="classes per episode (default: 5)")
@@ -53,6 +54,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
+    add_encoder_options(parser)
     help_text = "also evaluate baselines on the same features and episodes, with settings chosen on the validation "
     help_text += "classes, and the paired differences of the model to them"
     parser.add_argument("--baselines", action="store_true", help=help_text)
@@ -78,7 +80,7 @@ def evaluate(arguments: Namespace) -> Answer:
     queries = _queries(arguments)
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
-    loaded = _load(arguments)
+    loaded = _load(arguments, dataset)
     about = {
         "split": arguments.split,
         "data": str(arguments.data),
@@ -94,16 +96,18 @@ def evaluate(arguments: Namespace) -> Answer:
     results = _evaluate(arguments, dataset, loaded, queries)
     if arguments.results:
         write_episodes(arguments.results, results)
-    answer, details = _answer(arguments, results, about)
+    answer, details = _answer(arguments, loaded, results, about)
     if arguments.record:
         write_json(arguments.record, answer | details | origin)
     if arguments.html:
         _write_page(arguments, dataset, loaded, results)
         answer["html"] = arguments.html
-    # Stored results are found by way and shot; all of them have balanced queries and the settings of the model.
-    special = arguments.unbalanced or queries["dirichlet"] is not None or arguments.overrides
+    # Stored results are found by way, shot and mode; all of them have balanced queries, the settings of the model and
+    # no head.
+    special = arguments.unbalanced or queries["dirichlet"] is not None or arguments.overrides or results[0].head
     kept = {} if special else _keep(arguments, dataset, results, about | origin)
-    return answer | (details if arguments.json else {"reliability": _diagram(details["reliability"])}) | kept
+    diagram = {"reliability": _diagram(details["reliability"])} if details["reliability"] else {}
+    return answer | (details if arguments.json else diagram) | kept
 
 
 def _queries(arguments: Namespace) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
     return {"unbalanced": False, "dirichlet": alpha}
 
 
-def _load(arguments: Namespace) -> LoadedModel:
+def _load(arguments: Namespace, dataset: Dataset) -> LoadedModel:
     """Load the model, with the settings of the adaptation that `--set` changes.
 
     Raises:
@@ -143,20 +147,24 @@ def _load(arguments: Namespace) -> LoadedModel:
 
     from metagmvae.configs.load import SettingsError, settings_from_json, to_json
     from metagmvae.infra.registry.resolve import resolve_model
+    from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
-    loaded = resolve_model(arguments.model, shot=arguments.shot)
+    loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     for override in arguments.overrides:
         if not override.strip().startswith("adapt."):
             raise SettingsError(f"--set {override}: a trained model only takes other settings of adapt.…")
     if not arguments.overrides:
         return loaded
+    if not isinstance(loaded.model, MetaGMVAE):
+        raise SettingsError(f"--set {arguments.overrides[0]}: {arguments.model} is an encoder alone; choose its --head")
     return replace(loaded, settings=settings_from_json(to_json(loaded.settings), arguments.overrides))
 
 
 def _answer(
-    arguments: Namespace, results: list[EpisodeResults], about: dict[str, Any]
+    arguments: Namespace, loaded: LoadedModel, results: list[EpisodeResults], about: dict[str, Any]
 ) -> tuple[Answer, dict[str, Any]]:
     """The answer, and details that are too long for the text output: reliability diagram, trials of the baselines."""
+    from metagmvae.evaluation.encoders.heads import head_records
     from metagmvae.evaluation.fewshot.baseline_tuning import baseline_trials, baselines_summary
 
     if arguments.ways:
@@ -170,7 +178,8 @@ def _answer(
         for row in result.reliability.summary()["bins"]
     ]
     trials = {"baseline_trials": rows} if (rows := baseline_trials(results)) else {}
-    return answer | baselines_summary(results), {"reliability": bins} | trials
+    answer |= head_records(loaded, results) | baselines_summary(results)
+    return answer, {"reliability": bins} | trials
 
 
 def _diagram(bins: list[dict[str, Any]], width: int = 30) -> list[dict[str, Any]]:
@@ -207,16 +216,17 @@ def _evaluate(
     arguments: Namespace, dataset: Dataset, loaded: LoadedModel, queries: dict[str, Any]
 ) -> list[EpisodeResults]:
     """Return the result for each number of ways."""
-    from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
+    from metagmvae.evaluation.encoders.heads import evaluate_model
 
     common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
     tasks = [{"way": way, **common, **queries} for way in arguments.ways or [arguments.way]]
-    return evaluate_tasks(
+    return evaluate_model(
         loaded,
         dataset,
         tasks,
         split=arguments.split,
         mode=arguments.mode,
+        head=arguments.head,
         baselines=arguments.baselines,
         name=arguments.model,
         progress=partial(progress_bar, quiet=arguments.json),

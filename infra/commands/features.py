@@ -6,17 +6,13 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from metagmvae.infra.commands.data import CONTINUED, add_worker_options, describe_output, open_output, task_mapper
+from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
     from metagmvae.pipelines.shards.feature_source import FeatureSource
-    from metagmvae.training.trainer.package import LoadedModel
-
-
-TORCHVISION = "torchvision:"
-"""Prefix of MODEL for a network of torchvision with its published weights."""
 
 
 def add(parsers: Parsers) -> None:
@@ -24,8 +20,8 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae features runs/simclr --data data/mini-imagenet --out data/mini-imagenet-features"
     description = "encode a dataset of images with a trained encoder and write a dataset of features"
     parser = add_command(parsers, "features", features, description, example, CONTINUED)
-    help_text = f"{MODEL_HELP}, or torchvision:NETWORK for a network of torchvision with its published weights"
-    parser.add_argument("model", metavar="MODEL", help=help_text)
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or {ENCODER_HELP} with published weights")
+    add_encoder_options(parser, head=False)
     parser.add_argument("--data", required=True, metavar="URI", help="dataset of images")
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
     help_text = "number format of the features (default: float16)"
@@ -46,10 +42,7 @@ def features(arguments: Namespace) -> Answer:
     from metagmvae.pipelines.shards.dataset import Dataset
 
     dataset = Dataset.open(arguments.data)
-    if arguments.model.startswith(TORCHVISION):
-        loaded = _torchvision_model(arguments.model, dataset.image_shape)
-    else:
-        loaded = resolve_model(arguments.model, shot=arguments.shot)
+    loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     if arguments.average is not None:
         loaded = with_encoder_average(loaded, arguments.average)
     with (
@@ -77,18 +70,3 @@ def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | No
         "encoder": manifest["encoder"],
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
     }
-
-
-def _torchvision_model(name: str, image_shape: tuple[int, int, int]) -> LoadedModel:
-    """A network of torchvision with its published weights, which are downloaded if they are not in torch's cache.
-
-    Raises:
-        EncoderError: there is no such network, or its weights cannot be downloaded.
-    """
-    from metagmvae.configs.schema import ModelSettings, Settings
-    from metagmvae.training.models.encoders import pretrained_encoder
-    from metagmvae.training.trainer.package import LoadedModel
-
-    network = name.removeprefix(TORCHVISION)
-    settings = Settings(name=name, model=ModelSettings(encoder=network))
-    return LoadedModel(pretrained_encoder(network, image_shape).eval(), settings, image_shape, {"weights": "DEFAULT"})

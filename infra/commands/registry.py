@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import partial
 
+from metagmvae.infra.commands.encoder import add_head
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import (
     MODE_HELP,
@@ -52,7 +53,8 @@ def _add_promote(parsers: Parsers) -> None:
     parser = add_command(parsers, "promote", promote, description, example, interrupted)
     parser.description = RULE
     add_argument = parser.add_argument
-    add_argument("challenger", metavar="CHALLENGER", help="models:/NAME/VERSION, or a run folder")
+    help_text = "models:/NAME/VERSION, a run folder, or a folder of `metagmvae encoder`"
+    add_argument("challenger", metavar="CHALLENGER", help=help_text)
     add_argument("--over", default="", metavar="MODEL", help="model to compare with (default: that of the alias)")
     add_argument("--data", metavar="URI", help="dataset to evaluate on: the one that both were trained on")
     add_argument("--split", default="validation", help="split to evaluate on (default: validation)")
@@ -65,6 +67,7 @@ def _add_promote(parsers: Parsers) -> None:
     add_argument("--episodes", type=int, default=1000, help="episodes per task (default: 1000)")
     add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
     add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
+    add_head(parser)
     add_argument("--allow-equal", action="store_true", help="promote if not worse: interval above -MARGIN")
     help_text = "fraction of accuracy (default: 0.005, half a percentage point)"
     add_argument("--margin", type=float, default=0.005, help=help_text)
@@ -99,7 +102,7 @@ def _promote(arguments: Namespace) -> Answer:
         raise DataError("--data is missing; name the dataset to evaluate on")
     shared = {key: getattr(arguments, key) for key in ("way", "query", "episodes", "seed")}
     tasks = [{**shared, "shot": shot} for shot in arguments.shots or [arguments.shot]]
-    options = {key: getattr(arguments, key) for key in ("mode", "other_data")}
+    options = {key: getattr(arguments, key) for key in ("mode", "head", "other_data")}
     progress = partial(progress_bar, quiet=arguments.json)
     plan = open_plan(arguments.data, arguments.split, tasks, progress=progress, **options)
     keys = ("challenger", "over", "alias", "name", "allow_equal", "margin", "dry_run")

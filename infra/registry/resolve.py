@@ -23,24 +23,38 @@ if TYPE_CHECKING:
     from metagmvae.training.trainer.package import LoadedModel
 
 
-FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a package folder, a checkpoint or a run folder"
+FORMS = (
+    "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a package folder, a checkpoint, a run folder, timm:NAME "
+    "or torchvision:NAME"
+)
 
 
-def resolve_model(ref: str | Path, shot: int | None = None, tracking_uri: str | None = None) -> LoadedModel:
-    """Load a model.
+def resolve_model(
+    ref: str | Path, shot: int | None = None, tracking_uri: str | None = None, **encoder: Any
+) -> LoadedModel:
+    """Load a model, or an encoder by name.
 
     Args:
         ref: `models:/name@alias`, `models:/name/3`, `runs:/id[/path]` (its checkpoint, or a package in it), or the
             path of a package folder, a checkpoint file or a run folder.
         shot: which best model, if a run has one for each shot; a registered version holds one model only.
         tracking_uri: MLflow store; None: MLFLOW_TRACKING_URI, else the default store of the settings.
+        encoder: `weights`, `dataset` and `image_size` of an encoder by name, as in `named_encoder`.
 
     Raises:
+        EncoderError: as in `named_encoder`.
         DataError: there is no such model (the message lists those that exist), or metagmvae did not create it.
         TrackingError: the store cannot be reached.
     """
+    from metagmvae.evaluation.encoders.named_encoder import is_encoder_name, named_encoder
     from metagmvae.training.trainer.package import load_model
 
+    if is_encoder_name(ref):
+        return named_encoder(str(ref), **encoder)
+    for option in ("weights", "image_size"):
+        if encoder.get(option) is not None:
+            given = f"--{option.replace('_', '-')} {encoder[option]}"
+            raise DataError(f"{given}: only for an encoder by name, such as timm:resnet18, and not for {ref}; omit it")
     if str(ref).startswith(("models:", "runs:")):
         return load_from_store(connect(TrackingSettings(uri=tracking_uri or ""), create=False), str(ref), shot)
     if not Path(ref).exists():

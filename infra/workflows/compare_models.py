@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.evaluation.comparison.formatting import Task
+from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, compared_settings
-from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
+from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import RESULTS
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -33,6 +36,12 @@ class EvalRequest:
     episodes: int
     seed: int
     mode: PredictionMode
+    head: str | None = None
+    """Of encoders alone, a key of `evaluation.encoders.heads.HEADS`; None: nearest class mean."""
+    weights: Path | None = None
+    """File of weights of the encoder by name, of which there is one then; None: published ones."""
+    image_size: int | None = None
+    """Side to which images are resized for encoders by name; None: their published input size."""
 
     def protocol(self, dataset: Dataset) -> EvalProtocol:
         """Return the protocol of these episodes on a dataset."""
@@ -80,12 +89,17 @@ def _evaluate(
 ) -> EvaluatedItem:
     protocol = request.protocol(dataset)
     results: dict[Task, EpisodeResults] = {}
-    models = {shot: resolve_model(item.ref, shot=shot) for shot in dict.fromkeys(shot for _, shot in request.tasks)}
+    named = is_encoder_name(item.ref)
+    encoder: dict[str, Any] = {"dataset": dataset, "weights": request.weights, "image_size": request.image_size} if named else {}
+    load = partial(resolve_model, item.ref, **encoder)
+    shots = dict.fromkeys(shot for _, shot in request.tasks)
+    models = dict.fromkeys(shots, load()) if named else {shot: load(shot=shot) for shot in shots}
+    is_encoder = not isinstance(models[request.tasks[0][1]].model, MetaGMVAE)
     # A run may keep another checkpoint for each shot. Tasks of the same one are evaluated together, so that its images
     # are encoded once.
     groups: dict[str, list[Task]] = {}
     for task in request.tasks:
-        stored = _stored(item.ref, models[task[1]], protocol, task) if reuse else None
+        stored = _stored(item.ref, models[task[1]], protocol, task) if reuse and not is_encoder else None
         if stored is not None:
             results[task] = stored
         else:
@@ -93,27 +107,41 @@ def _evaluate(
     for tasks in groups.values():
         common = {"query": request.query, "episodes": request.episodes, "seed": request.seed}
         episodes = [{"way": way, "shot": shot, **common} for way, shot in tasks]
-        for result in evaluate_tasks(
+        for result in evaluate_model(
             models[tasks[0][1]],
             dataset,
             episodes,
             split=request.split,
             mode=request.mode,
+            head=request.head if is_encoder else None,
             name=item.name,
             progress=progress,
         ):
             results[result.way, result.shot] = result
     first = models[request.tasks[0][1]]
     row = _row(item, first, protocol, {task: results[task] for task in request.tasks})
+    if is_encoder:
+        item = replace(item, name=row.name)
     return EvaluatedItem(replace(item, rows=(row,)), first, results)
 
 
 def _row(item: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, results: dict[Task, EpisodeResults]) -> Row:
     kind: RowKind = "version" if item.ref.startswith("models:") else "run" if item.rows or item.lines else "model"
+    name, first = item.name, next(iter(results.values()))
+    if first.head:
+        kind, name, protocol = "encoder", f"{item.name}, {first.head}", replace(protocol, mode=first.mode)
     scores = {task: Score(result.mean, result.ci95, result) for task, result in results.items()}
     info: dict[str, Any] = loaded.info
     settings = compared_settings(loaded.settings, info.get("data_fingerprint"))
-    return Row(item.name, kind, item.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), settings)
+    if first.head:
+        heads = {task: _head(result) for task, result in results.items()}
+        settings |= {f"{task_name(task)} {key}": value for task, head in heads.items() for key, value in head}
+    return Row(name, kind, item.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), settings)
+
+
+def _head(result: EpisodeResults) -> list[tuple[str, Any]]:
+    """Return the settings of the head of an encoder, as they were chosen on the validation classes."""
+    return list(result.tuning.settings.items()) if result.tuning is not None else []
 
 
 def _stored(ref: str, loaded: LoadedModel, protocol: EvalProtocol, task: Task) -> EpisodeResults | None:

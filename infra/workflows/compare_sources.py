@@ -20,6 +20,7 @@ from metagmvae.evaluation.comparison.validation_rows import (
     validation_protocol,
     validation_row,
 )
+from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.evaluation.sweeps.record import SWEEP, read_plan
 from metagmvae.evaluation.sweeps.trials import TRIALS, Trial, read_trials
 from metagmvae.infra.runs.run_folder import METRICS, RESULTS, SETTINGS, read_lines, read_record, read_settings
@@ -29,7 +30,7 @@ from metagmvae.training.trainer.package import CARD
 
 FORMS = (
     "run folders, result files (*.json), sweep folders, models:/NAME, models:/NAME@ALIAS, models:/NAME/VERSION, "
-    "paper:omniglot, paper:mini-imagenet, or paper:DATASET/ROW"
+    "timm:NAME, torchvision:NAME, paper:omniglot, paper:mini-imagenet, or paper:DATASET/ROW"
 )
 
 
@@ -83,6 +84,8 @@ def _read(ref: str, top: int) -> list[ComparedItem]:
         return [_sweep(ref, path, top)]
     if (path / SETTINGS).is_file():
         return [_run(ref, path)]
+    if is_encoder_name(ref):
+        return [ComparedItem(ref, ref, (), is_model=True)]
     if ref.startswith("runs:") or (path / CARD).is_file() or path.suffix == ".pt":
         return [ComparedItem(ref, path.name, (), is_model=True)]
     raise DataError(f"{ref}: not found or cannot be compared; give {FORMS}")

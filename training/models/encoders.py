@@ -1,4 +1,4 @@
-"""Encoders by name (Conv4, Conv5, torchvision's classification networks) and the encoder-only model of SimCLR.
+"""Encoders by name (own ones, those of torchvision, timm and other packages) and the encoder-only model of SimCLR.
 
 Every encoder maps images (n, C, H, W) in [0, 1] to features (n, F), and has F as its attribute `feature_dim`.
 """
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import Average
 from metagmvae.pipelines.extensions import extension_names, load_extension
+from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
+from metagmvae.training.models.library_encoders import LIBRARIES, LibraryEncoder, known_torchvision, remove_head
 from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
 from metagmvae.training.models.normalisation import ImageNetNormalisation
+from metagmvae.training.models.resnet12 import ResNet12
 
-OWN_ENCODERS = ("conv4", "conv5")
-HEADS = ("fc", "classifier", "head", "heads")
-"""Attributes of torchvision's networks that hold their last layers."""
+OWN_ENCODERS = ("conv4", "conv5", "resnet12")
 
 
 class EncoderError(ValueError):
@@ -40,17 +41,18 @@ def build_encoder(
     """A freshly initialised encoder.
 
     Args:
-        name: `conv4` (Table 3), `conv5` (Table 6), an encoder that another package adds (`metagmvae.encoders`), or a
-            classification network of torchvision.
+        name: `conv4` (Table 3), `conv5` (Table 6), `resnet12`, `torchvision:NAME`, `timm:NAME`, an encoder that
+            another package adds (`metagmvae.encoders`), or the plain name of a network of torchvision.
         image_shape: (C, H, W) of the images.
         channels: of each block of `conv4` and `conv5`.
         image_size: side length that images are resized to first; 0: not resized.
         final_relu: whether `conv4` and `conv5` end in a ReLU.
         averaging: multi-crop averaging in evaluation mode, see `MultiCropEncoder`.
-        normalise: input normalisation of `conv4` and `conv5`; networks of torchvision always have ImageNet's.
+        normalise: input normalisation of `conv4`, `conv5` and `resnet12`; the others have that of their weights.
 
     Raises:
         EncoderError: there is no such network, or it does not accept images of this shape.
+        MissingPackageError: timm is not installed.
     """
     input_shape = (image_shape[0], image_size, image_size) if image_size else image_shape
     conv: dict[str, Any] = {"final_relu": final_relu, "normalise": normalise == "imagenet"}
@@ -59,29 +61,39 @@ def build_encoder(
             net: nn.Module = ConvEncoder(input_shape, channels, **conv)
         elif name == "conv5":
             net = ConvEncoder(input_shape, channels, levels=5, round_up=False, **conv)
+        elif name == "resnet12":
+            net = ResNet12(input_shape, normalise == "imagenet")
+        elif name.startswith(LIBRARIES):
+            net = LibraryEncoder(name, input_shape)
+            net.feature_dim = _feature_dim(net, input_shape)  # type: ignore[assignment]
         elif (build := load_extension("metagmvae.encoders", name)) is not None:
             net = AddedEncoder(build, input_shape)
         else:
             net = TorchvisionEncoder(name, input_shape)
+    except MissingPackageError:
+        raise
     except ValueError as error:
         raise EncoderError(f"model.encoder ({name}): {error}") from error
     return MultiCropEncoder(net, input_shape[1:], averaging) if image_size or averaging != "none" else net
 
 
 class TorchvisionEncoder(nn.Module):
-    """A classification network of torchvision without its last layer; grey images are repeated to three channels."""
+    """A classification network of torchvision by its plain name: images as they are, normalised by ImageNet's colours.
+
+    `torchvision:NAME` is the same network with the normalisation of its published weights (`library_encoders`).
+    """
 
     def __init__(self, name: str, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        import torchvision
-        from torchvision.models import get_model, list_models
+        from torchvision.models import get_model
 
-        known = list_models(module=torchvision.models)
+        known = known_torchvision()
         if name not in known:
             added = extension_names("metagmvae.encoders")
-            raise ValueError(f"no such encoder; known: {', '.join([*OWN_ENCODERS, *added, *known])}")
+            names = [*OWN_ENCODERS, *added, *known, "torchvision:NAME", "timm:NAME"]
+            raise ValueError(f"no such encoder; known: {', '.join(names)}")
         self.net = get_model(name, weights=None)
-        self.feature_dim = _remove_head(self.net)
+        self.feature_dim = remove_head(self.net)
         self.normalise = ImageNetNormalisation()
         if _feature_dim(self, image_shape) != self.feature_dim:
             raise ValueError("does not return one feature vector per image; use another network")
@@ -130,22 +142,6 @@ def _feature_dim(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
     return h.shape[1]
 
 
-def _remove_head(net: nn.Module) -> int:
-    """Replace the last linear layer by the identity; return its input size, F."""
-    for name in HEADS:
-        head = getattr(net, name, None)
-        if isinstance(head, nn.Linear):
-            setattr(net, name, nn.Identity())
-            return head.in_features
-        if isinstance(head, nn.Sequential):
-            linear = [key for key, layer in head.named_children() if isinstance(layer, nn.Linear)]
-            if linear:
-                last = getattr(head, linear[-1])
-                setattr(head, linear[-1], nn.Identity())
-                return last.in_features
-    raise ValueError("has no last linear layer that could be removed; use another network")
-
-
 class EncoderModel(nn.Module):
     """An encoder and its image shape (C, H, W): the encoder-only model of SimCLR, and the base class of `MetaGMVAE`."""
 
@@ -167,27 +163,6 @@ class EncoderModel(nn.Module):
     def scale_features(self, h: Tensor) -> Tensor:
         """Raw features of the encoder, (n, F) -> the features that the model works on, (n, F); here the same."""
         return at_least_float32(h)
-
-
-def pretrained_encoder(name: str, image_shape: tuple[int, int, int]) -> EncoderModel:
-    """A network of torchvision with its published weights (supervised training on ImageNet).
-
-    Raises:
-        EncoderError: there is no such network, it does not accept such images, or its weights cannot be loaded.
-    """
-    from torchvision.models import get_model_weights
-
-    if name in OWN_ENCODERS:
-        raise EncoderError(f"{name}: torchvision publishes no weights for it; train it with `metagmvae pretrain`")
-    encoder = build_encoder(name, image_shape, channels=0)
-    assert isinstance(encoder, TorchvisionEncoder)
-    try:
-        weights = get_model_weights(name).DEFAULT.get_state_dict(check_hash=True, weights_only=True, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise EncoderError(f"{name}: weights cannot be loaded ({error}); check TORCH_HOME and the network") from error
-    expected = encoder.net.state_dict()
-    encoder.net.load_state_dict({key: value for key, value in weights.items() if key in expected})
-    return EncoderModel(encoder, image_shape)
 
 
 def build_projector(feature_dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
@@ -213,6 +188,8 @@ def encoder_digest(encoder: nn.Module) -> str:
         digest.update(b"normalised by ImageNet;")
     if isinstance(encoder, MultiCropEncoder) and encoder.averaging != "none":
         digest.update(f"average {encoder.averaging};".encode())
+    if isinstance(encoder, MultiCropEncoder) and isinstance(encoder.net, LibraryEncoder):
+        digest.update(f"size {encoder.size};".encode())  # older digests, of other encoders, are without it
     wrapper = INNER if isinstance(encoder, MultiCropEncoder) else ""  # as older versions named the weights
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()

@@ -1,0 +1,1 @@
+"""Encoders by name, and classifiers on the features of an encoder alone."""

@@ -1,0 +1,160 @@
+"""Few-shot classifiers on the features of an encoder alone: its heads. They are baselines of `evaluation.fewshot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metagmvae.evaluation.fewshot.baseline_tuning import (
+    EM_TEMPERATURES,
+    GRIDS,
+    SplitFeatures,
+    TunedBaseline,
+    evaluate_baselines,
+    evaluate_tuned,
+)
+from metagmvae.evaluation.fewshot.baselines import em_on_features, logistic_regression, nearest_class_mean, soft_k_means
+from metagmvae.evaluation.fewshot.encoding import encode_split
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.fewshot.evaluate_tasks import TASK_DEFAULTS, check_task, evaluate_tasks
+from metagmvae.evaluation.fewshot.predict import PredictionMode
+from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.device.default import default_device
+from metagmvae.training.models.encoders import EncoderModel
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.trainer.package import LoadedModel
+
+DEFAULT_HEAD = "nearest-mean"
+
+
+def _em(x_nF: Tensor, labels: np.ndarray, *, e_step: Literal["identity", "diagonal"], **task: Any) -> EpisodeResults:
+    return em_on_features(e_step, x_nF, labels, **task)
+
+
+_KINDS = ("scaled",)
+HEADS: dict[str, TunedBaseline] = {
+    "nearest-mean": TunedBaseline("nearest class mean", nearest_class_mean, _KINDS, GRIDS["nearest class mean"]),
+    "logistic-regression": TunedBaseline(
+        "logistic regression", logistic_regression, _KINDS, GRIDS["logistic regression"]
+    ),
+    "soft-k-means": TunedBaseline("soft k-means", soft_k_means, _KINDS, GRIDS["soft k-means"]),
+    "em": TunedBaseline(
+        "EM on features", _em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
+    ),
+}
+"""Heads by the value of `--head`. Their settings are chosen on validation classes, by the rule of the baselines."""
+MODES: dict[str, PredictionMode] = {
+    "nearest-mean": "inductive",
+    "logistic-regression": "inductive",
+    "soft-k-means": "transductive",
+    "em": "transductive",
+}
+"""Whether a head classifies each query alone."""
+
+
+def evaluate_model(
+    loaded: LoadedModel,
+    dataset: Dataset,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    split: str = "test",
+    mode: PredictionMode = "transductive",
+    head: str | None = None,
+    baselines: bool = False,
+    name: str | None = None,
+    progress: ProgressBar = no_progress,
+) -> list[EpisodeResults]:
+    """Evaluate a Meta-GMVAE (`evaluate_tasks`), or an encoder alone with a head, on the same episodes.
+
+    Args:
+        loaded: the model.
+        dataset: images, or features made by its encoder.
+        tasks: as in `evaluate_tasks`.
+        split: whose classes the episodes are drawn from.
+        mode: of a Meta-GMVAE. A head has its own, `MODES`; one that classifies queries together refuses `inductive`.
+        head: a key of `HEADS`, for an encoder alone; None: `nearest-mean`.
+        baselines: as in `evaluate_tasks`.
+        name: of the model in error messages; None: its name in the settings.
+        progress: opens a progress bar for each task.
+
+    Returns:
+        The result of each task. That of an encoder names its head, and the settings of the head in `tuning`.
+
+    Raises:
+        DataError: as in `evaluate_tasks`, `head` is given for a Meta-GMVAE, or does not suit the mode.
+    """
+    name = loaded.settings.name if name is None else name
+    if isinstance(loaded.model, MetaGMVAE):
+        if head is not None:
+            raise DataError(f"--head {head}: is for an encoder alone, and {name} is a Meta-GMVAE; omit it")
+        return evaluate_tasks(
+            loaded, dataset, tasks, split=split, mode=mode, baselines=baselines, name=name, progress=progress
+        )
+    head = check_head(head or DEFAULT_HEAD, mode)
+    labels = dataset.labels(split)
+    full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
+    for task in full_tasks:  # before the images are encoded, which takes long
+        check_task(labels, task)
+    features = _features(loaded.model, dataset, split, name)
+    validation = None
+    validation_split = loaded.settings.data.validation_split
+    if validation_split in dataset.splits and (HEADS[head].grid or baselines):
+        validation = features if validation_split == split else _features(loaded.model, dataset, validation_split, name)
+    results = []
+    for task in full_tasks:
+        title = f"{task['way']}-way {task['shot']}-shot"
+        result = replace(evaluate_tuned(HEADS[head], features, validation, task), head=head)
+        if baselines:
+            with progress(f"{title} baselines") as on_progress:
+                result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))
+        results.append(result)
+    return results
+
+
+def check_head(head: str, mode: PredictionMode) -> str:
+    """Return the head if it can answer in this mode; an inductive head gives the same answers in both.
+
+    Raises:
+        DataError: it classifies the queries together.
+    """
+    if mode == "inductive" and MODES[head] != mode:
+        raise DataError(
+            f"--mode inductive: the head {head} classifies queries together; give --head nearest-mean or "
+            "logistic-regression"
+        )
+    return head
+
+
+def _features(model: EncoderModel, dataset: Dataset, split: str, name: str) -> SplitFeatures:
+    """Encode a split.
+
+    Raises:
+        DataError: another encoder made the features of the dataset, or they are not finite.
+    """
+    device = default_device()
+    h_nF = encode_split(model.to(device), dataset, split, device)
+    if not torch.isfinite(h_nF).all():
+        raise DataError(f"{name}: its encoder gives features that are not finite; use other weights")
+    return SplitFeatures(split, dataset.labels(split), {"scaled": h_nF})
+
+
+def head_records(loaded: LoadedModel, results: Sequence[EpisodeResults]) -> dict[str, Any]:
+    """Return `heads`: encoder, head and its settings for each task, and how they were chosen.
+
+    Empty for a Meta-GMVAE.
+    """
+    rows = []
+    for result in results:
+        if result.head and result.tuning is not None:
+            chosen = {"validation_accuracy": result.tuning.accuracy, "note": result.tuning.note}
+            known = {key: value for key, value in chosen.items() if value not in (None, "")}
+            task = {"way": result.way, "shot": result.shot}
+            names = {"encoder": loaded.settings.model.encoder, "head": result.head}
+            rows.append({**names, **task, "settings": dict(result.tuning.settings), **known})
+    return {"heads": rows} if rows else {}
