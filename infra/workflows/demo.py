@@ -81,8 +81,7 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
         "picture": answer["figure"],
         "figures": str(run_dir / FIGURES),
         "look": f"mlflow ui --backend-store-uri {store}",
-        "next": "metagmvae prepare folder --source IMAGES --fractions 0.6 0.2 0.2 --out data/mine, then "
-        "metagmvae train omniglot-cpu --set data.uri=data/mine",
+        "next": "metagmvae fit IMAGES --budget 20m --out models/mine",
         "out": str(out),
     }
     write_json(out / "demo.json", results)
