@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 import metagmvae
+from metagmvae.infra.api import functions
 from metagmvae.infra.api.results import PreparedData
 
 FUNCTIONS_AND_CLASSES = [name for name in metagmvae.__all__ if name != "__version__"]
@@ -161,3 +163,27 @@ def test_wrong_arguments_are_one_line(
     assert len(str(caught.value).splitlines()) == 1
     assert capsys.readouterr() == ("", "")
     assert not (workspace / "x").exists()
+
+
+def test_result_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded answer of a real fit, which takes minutes; the words are those of the command line."""
+    recorded = json.loads(
+        (Path(metagmvae.__file__).parent / "evaluation" / "results" / "fit-omniglot.json").read_text()
+    )
+    called: list[Sequence[object]] = []
+
+    def answer(name: str, *values: object, **options: object) -> dict[str, object]:
+        called.append([name, *values, options])
+        return recorded
+
+    monkeypatch.setattr(functions, "call_command", answer)
+    result = metagmvae.fit("pictures", out="models/birds", budget="30m", labelled="some")
+    assert called == [["fit", "pictures", {"out": "models/birds", "budget": "30m", "labelled": "some"}]]
+    assert Path(result) == result.model == Path(recorded["model"])
+    assert result.report == Path(recorded["report"])
+    assert list(result.accuracy) == recorded["accuracy"]
+    html = ElementTree.fromstring(f"<div>{result._repr_html_()}</div>")
+    cells = ["".join(cell.itertext()) for cell in html.iter("td")]
+    first = recorded["accuracy"][0]
+    assert f"{100 * first['accuracy']:.2f} ± {100 * first['ci95']:.2f} %" in cells
+    assert recorded["baselines"][0]["baseline"] in cells

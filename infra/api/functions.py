@@ -99,6 +99,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure the few-shot accuracy of a model on seeded episodes, as `metagmvae evaluate` does.
 
+    The result is stored with the run folder or the registered version, as by the command.
+
     >>> import metagmvae
     >>> result = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=3, episodes=20)
     >>> print(f"{result.way}-way {result.shot}-shot: {100 * result.accuracy:.1f} ± {100 * result.ci95:.1f} %")
