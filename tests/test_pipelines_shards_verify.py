@@ -128,7 +128,7 @@ def test_an_unfinished_dataset(data):
         ),
         (lambda m: m["splits"]["train"]["shards"][0].update(name="../../secret"), r'shards.0.name = "../../secret"'),
         (lambda m: m["splits"]["train"]["shards"][0].update(name="/etc/passwd"), 'shards.0.name = "/etc/passwd"'),
-        (lambda m: m["splits"]["train"]["shards"].append(7), "= 7: input should be"),
+        (lambda m: m["splits"]["train"]["shards"].append(7), "= 7: a table of keys and values is needed"),
         (lambda m: m["splits"]["train"]["shards"][0].update(sha256="x"), 'shards.0.sha256 = "x"'),
         (lambda m: m["splits"]["train"]["shards"][0].pop("bytes"), "shards.0.bytes is missing"),
     ],

@@ -107,7 +107,7 @@ class MetaStep(nn.Module):
         metrics = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale, settings.beta)
         # A loss that is not finite stops the training without an update; `explain_failure` then tells the reason.
-        self.too_few = ~enough_B.all()
+        self.too_few = ~enough_B.all() & z_BPD.sum().isfinite()
         loss = loss.masked_fill(self.too_few, float("nan"))
         return loss, {**metrics, "elbo": terms.elbo.detach().mean()}
 
