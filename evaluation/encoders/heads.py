@@ -15,12 +15,13 @@ from metagmvae.evaluation.fewshot.baseline_tuning import (
     GRIDS,
     SplitFeatures,
     TunedBaseline,
+    choose_settings,
     evaluate_baselines,
     evaluate_tuned,
 )
 from metagmvae.evaluation.fewshot.baselines import em_on_features, logistic_regression, nearest_class_mean, soft_k_means
 from metagmvae.evaluation.fewshot.encoding import encode_split
-from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, Tuning
 from metagmvae.evaluation.fewshot.evaluate_tasks import TASK_DEFAULTS, check_task, evaluate_tasks
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
@@ -109,12 +110,44 @@ def evaluate_model(
     results = []
     for task in full_tasks:
         title = f"{task['way']}-way {task['shot']}-shot"
-        result = replace(evaluate_tuned(HEADS[head], features, validation, task), head=head)
+        result = evaluate_tuned(HEADS[head], features, validation, task)
+        if not HEADS[head].grid:
+            result = replace(result, tuning=Tuning({}))
+        result = replace(result, head=head)
         if baselines:
             with progress(f"{title} baselines") as on_progress:
                 result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))
         results.append(result)
     return results
+
+
+def choose_head(
+    loaded: LoadedModel, head: str | None, mode: PredictionMode, dataset: Dataset | None, way: int, shot: int
+) -> tuple[str, Tuning]:
+    """Return the head for a task and its settings, chosen on the validation classes of a dataset if there is one.
+
+    Args:
+        loaded: an encoder alone.
+        head: a key of `HEADS`; None: `nearest-mean`.
+        mode: as in `evaluate_model`.
+        dataset: of images that the encoder takes, or of its features; None: the settings are the defaults.
+        way: classes of the task.
+        shot: labelled images per class.
+
+    Raises:
+        DataError: as in `evaluate_model`.
+    """
+    head = check_head(head or DEFAULT_HEAD, mode)
+    if not HEADS[head].grid:
+        return head, Tuning({})
+    split = loaded.settings.data.validation_split
+    validation = None
+    if dataset is not None and split in dataset.splits:
+        validation = _features(loaded.model, dataset, split, loaded.settings.name)
+    task = {**TASK_DEFAULTS, "way": way, "shot": shot}
+    _, settings, tuning = choose_settings(HEADS[head], validation, task)
+    note = tuning.note if dataset is not None else "defaults: no dataset (--data) to choose them on"
+    return head, replace(tuning, settings=settings, note=note)
 
 
 def check_head(head: str, mode: PredictionMode) -> str:

@@ -112,18 +112,31 @@ def evaluate_tuned(
     advance: Callable[[], None] = lambda: None,
 ) -> EpisodeResults:
     """Evaluate one baseline as `evaluate_baselines` does; `advance` is called after each evaluation."""
+    kind, chosen, tuning = choose_settings(run, validation, task, advance)
+    if validation is not None and validation.split == evaluated.split and tuning.trials:
+        tuning = replace(tuning, note="chosen on the evaluated classes, on other episodes")
+    result = run.evaluate(evaluated.by_kind[kind], evaluated.labels, **chosen, **task)
+    advance()
+    return replace(result, tuning=tuning)
+
+
+def choose_settings(
+    run: TunedBaseline,
+    validation: SplitFeatures | None,
+    task: Mapping[str, int],
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[str, dict[str, Any], Tuning]:
+    """Choose the settings of a baseline for a task by the rule of `evaluate_baselines`.
+
+    Returns:
+        The kind of features, the settings, and the record of the choice.
+    """
     trial_task = _trial_task(task)
     note = _cannot_tune(validation, trial_task)
     if validation is None or note:
         kind, chosen = next(run.candidates())
-        tuning = Tuning(run.settings(kind, chosen), note=note)
-    else:
-        kind, chosen, tuning = _tune(run, validation, trial_task, advance)
-        if validation.split == evaluated.split:
-            tuning = replace(tuning, note="chosen on the evaluated classes, on other episodes")
-    result = run.evaluate(evaluated.by_kind[kind], evaluated.labels, **chosen, **task)
-    advance()
-    return replace(result, tuning=tuning)
+        return kind, chosen, Tuning(run.settings(kind, chosen), note=note)
+    return _tune(run, validation, trial_task, advance)
 
 
 def _trial_task(task: Mapping[str, int]) -> dict[str, int]:

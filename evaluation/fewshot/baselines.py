@@ -92,23 +92,30 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
     """
 
     def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        model = fit_logistic_regression(support_KSF, strength)
+        K, S, _ = support_KSF.shape
+        model = fit_logistic_regression(support_KSF.flatten(0, 1), np.repeat(np.arange(K), S), strength)
         return torch.as_tensor(model.predict(F.normalize(query_PF, dim=1).numpy()))
 
     return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
 
 
-def fit_logistic_regression(support_KSF: Tensor, strength: float) -> LogisticRegression:
-    """Fit scikit-learn's logistic regression to the normalised support of one episode; see `logistic_regression`."""
+def fit_logistic_regression(h_TF: Tensor, label_T: np.ndarray, strength: float) -> LogisticRegression:
+    """Fit scikit-learn's logistic regression to the normalised support of one episode; see `logistic_regression`.
+
+    Args:
+        h_TF: vectors of the T labelled images, on the CPU.
+        label_T: their classes.
+        strength: as in `logistic_regression`.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    K, S, _ = support_KSF.shape
-    model = LogisticRegression(C=strength, max_iter=1000)
+    # Classes of equal weight: with unequal shots the larger ones would win by their number.
+    model = LogisticRegression(C=strength, max_iter=1000, class_weight="balanced")
     with warnings.catch_warnings():
         # An unfinished fit would be a weaker baseline than the one that is named.
         warnings.simplefilter("error", ConvergenceWarning)
-        return model.fit(F.normalize(support_KSF.flatten(0, 1), dim=1).numpy(), np.repeat(np.arange(K), S))
+        return model.fit(F.normalize(h_TF, dim=1).numpy(), label_T)
 
 
 def em_on_features(
@@ -154,20 +161,31 @@ def soft_k_means_posterior(support_EKSF: Tensor, query_EPF: Tensor, temperature:
     return torch.softmax(temperature * soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations), dim=2)
 
 
-def soft_k_means_cosines(support_EKSF: Tensor, query_EPF: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Return the cosines of the queries to the refined class means, (E, P, K); see `soft_k_means_posterior`."""
-    centre_E1F = torch.cat([support_EKSF.flatten(1, 2), query_EPF], dim=1).mean(dim=1, keepdim=True)
-    support_EKSF = F.normalize(support_EKSF - centre_E1F[:, None], dim=-1)
+def soft_k_means_cosines(
+    support_EKSF: Tensor,
+    query_EPF: Tensor,
+    temperature: float,
+    iterations: int,
+    mask_EKS: Tensor | None = None,
+) -> Tensor:
+    """Return the cosines of the queries to the refined class means, (E, P, K); see `soft_k_means_posterior`.
+
+    `mask_EKS` is 0 where the support is padded with zeros, because classes have different shots, and else 1.
+    """
+    mask_EKS = support_EKSF.new_ones(support_EKSF.shape[:3]) if mask_EKS is None else mask_EKS
+    count_EK1, points_E11 = mask_EKS.sum(dim=2)[..., None], mask_EKS.sum(dim=(1, 2))[:, None, None] + query_EPF.shape[1]
+    centre_E1F = torch.cat([support_EKSF.flatten(1, 2), query_EPF], dim=1).sum(dim=1, keepdim=True) / points_E11
+    support_EKSF = F.normalize(support_EKSF - centre_E1F[:, None], dim=-1) * mask_EKS[..., None]
     query_EPF = F.normalize(query_EPF - centre_E1F, dim=-1)
 
     def cosines(mean_EKF: Tensor) -> Tensor:
         return query_EPF @ F.normalize(mean_EKF, dim=2).transpose(1, 2)
 
-    mean_EKF = support_EKSF.mean(dim=2)
+    mean_EKF = support_EKSF.sum(dim=2) / count_EK1
     for _ in range(iterations):
         soft_EPK = torch.softmax(temperature * cosines(mean_EKF), dim=2)
         total_EKF = support_EKSF.sum(dim=2) + soft_EPK.transpose(1, 2) @ query_EPF
-        mean_EKF = total_EKF / (support_EKSF.shape[2] + soft_EPK.sum(dim=1)[..., None])
+        mean_EKF = total_EKF / (count_EK1 + soft_EPK.sum(dim=1)[..., None])
     return cosines(mean_EKF)
 
 

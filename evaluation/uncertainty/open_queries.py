@@ -145,9 +145,10 @@ def nearest_class_mean_scores(support_EKSF: Tensor, query_EPF: Tensor) -> tuple[
 
 def logistic_regression_scores(support_EKSF: Tensor, query_EPF: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Score a query by the log-probability of its most probable class."""
-    pairs = zip(support_EKSF.cpu(), query_EPF.cpu(), strict=True)
+    pairs = zip(support_EKSF.flatten(1, 2).cpu(), query_EPF.cpu(), strict=True)
+    label_T = np.repeat(np.arange(support_EKSF.shape[1]), support_EKSF.shape[2])
     log_p = [
-        fit_logistic_regression(support, strength).predict_log_proba(F.normalize(query, dim=1).numpy())
+        fit_logistic_regression(support, label_T, strength).predict_log_proba(F.normalize(query, dim=1).numpy())
         for support, query in pairs
     ]
     return _best(torch.as_tensor(np.stack(log_p)).to(query_EPF.device))

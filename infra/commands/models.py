@@ -7,6 +7,7 @@ from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
 
+from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file, progress_bar
 
 LOG = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
     description = "classify image files from a few labelled ones"
     parser = add_command(parsers, "classify", classify, description, example)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or {ENCODER_HELP} with published weights")
     help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png"
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
     parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
@@ -38,6 +39,9 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--figure", metavar="FILE.png", type=output_file, help=help_text)
     help_text = "invert the images (255 - value), as `prepare omniglot` does, or not (default: as the training images)"
     parser.add_argument("--invert", action=BooleanOptionalAction, help=help_text)
+    add_encoder_options(parser)
+    help_text = "dataset whose validation classes choose the settings of --head (default: none, default settings)"
+    parser.add_argument("--data", metavar="URI", help=help_text)
     add_tracking(parser)
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
@@ -65,9 +69,11 @@ def classify(arguments: Namespace) -> Answer:
     from metagmvae.infra.classification.classified_rows import FIELDS, check_table_name
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.infra.workflows.classify import ClassifyOptions, classify_folders
+    from metagmvae.pipelines.shards.dataset import Dataset
 
     if arguments.table:
         check_table_name(arguments.table)
+    dataset = Dataset.open(arguments.data) if arguments.data else None
     options = ClassifyOptions(
         arguments.mode,
         arguments.recursive,
@@ -77,8 +83,10 @@ def classify(arguments: Namespace) -> Answer:
         arguments.invert,
         Path(arguments.table) if arguments.table else None,
         Path(arguments.figure) if arguments.figure else None,
+        arguments.head,
+        dataset,
     )
-    loaded = resolve_model(arguments.model)
+    loaded = resolve_model(arguments.model, **encoder_options(arguments, dataset))
     if loaded.preprocessing is None and arguments.invert is None:
         LOG.warning(
             "metagmvae classify: %s does not record whether its training images were inverted; these images are not: "

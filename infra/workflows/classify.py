@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metagmvae.evaluation.encoders.head_predictions import predict_with_head
+from metagmvae.evaluation.encoders.heads import MODES, choose_head
+from metagmvae.evaluation.fewshot.evaluate_episodes import Tuning
 from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.evaluation.uncertainty.evaluate_open_task import require_background
 from metagmvae.infra.classification.classified_rows import UNKNOWN, Row, RowFormat, open_table
+from metagmvae.infra.classification.encoder_head import check_head_options, head_record
 from metagmvae.infra.classification.labelled_files import labelled_files, path_of, query_files
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
+from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
 
 FILES_PER_BATCH = 256
@@ -57,6 +63,11 @@ class ClassifyOptions:
     """File for the rows, `.csv`, `.parquet` or `.jsonl`; the answer then has only counts."""
     figure: Path | None = None
     """PNG file to draw labelled images and the most certain predictions of each class into."""
+    head: str | None = None
+    """Classifier on the features of an encoder alone, a key of `evaluation.encoders.heads.HEADS`; None: nearest mean.
+    It has its own mode."""
+    head_data: Dataset | None = None
+    """Data set whose validation classes choose the settings of the head; None: the defaults."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -81,9 +92,14 @@ class _Task:
     h_TF: Tensor
     label_T: np.ndarray
     options: ClassifyOptions
+    head: tuple[str, Tuning] | None
+    """Head and its settings of an encoder alone."""
 
     def probabilities(self, h_PF: Tensor) -> np.ndarray:
         """Return the calibrated probabilities of some queries, (P, K), or (P, K + 1) with `unknown`."""
+        if self.head is not None:
+            head, tuning = self.head
+            return predict_with_head(head, tuning.settings, self.h_TF, self.label_T, h_PF)
         model, adapt = require_meta_gmvae(self.loaded, self.loaded.settings.name), self.loaded.settings.adapt
         mode, way = self.options.mode, len(self.names)
         shot, background = len(self.label_T) / way, None
@@ -125,14 +141,16 @@ def classify_folders(
         queries; `predicted`: their number by class; `below_threshold`: those without a class; `sets`: sets that were
         classified together, if more than one; `queries`: the rows of `classified_rows.RowFormat`, or `table`: the file
         that holds them; `left_out`: files that were not classified, with reasons; `blank`: images of one single value;
-        `figure`: the path of the figure, if drawn.
+        `figure`: the path of the figure, if drawn; `head`: of an encoder alone, its name, settings and how they were
+        chosen.
 
     Raises:
-        DataError: a folder is missing or holds no images, a labelled image cannot be read, the model is encoder-only,
-            or has no background level that is asked for.
+        DataError: a folder is missing or holds no images, a labelled image cannot be read, the model has no background
+            level that is asked for, or an option is not for such a model.
     """
     options = options or ClassifyOptions(figure=figure, invert=invert)
-    model = require_meta_gmvae(loaded, loaded.settings.name)
+    model = loaded.model
+    check_head_options(loaded, options.head, options.head_data is not None, options.unknown)
     names, support_files, label_T, left_out = labelled_files(support)
     files, queries_left_out = query_files(query, recursive=options.recursive)
     if options.unknown and UNKNOWN in names:
@@ -141,7 +159,12 @@ def classify_folders(
     blank: list[str] = []
     images = np.stack([_read(support, file, preprocessing, blank) for file in support_files])
     h_TF = encode_images(model.to(device), images, device)
-    task = _Task(loaded, preprocessing, device, names, h_TF, label_T, options)
+    head = None
+    if not isinstance(model, MetaGMVAE):
+        shot = max(1, round(len(label_T) / len(names)))
+        head = choose_head(loaded, options.head, options.mode, options.head_data, len(names), shot)
+        options = replace(options, mode=MODES[head[0]])
+    task = _Task(loaded, preprocessing, device, names, h_TF, label_T, options, head)
     answers = [*names, UNKNOWN] if options.unknown else names
     row_format = RowFormat(names, options.unknown, options.top_k, options.threshold)
     rows: list[Row] = []
@@ -164,6 +187,7 @@ def classify_folders(
         "shots": np.bincount(label_T).tolist(),
         "preprocessing": preprocessing.model_dump(mode="json") | {"recorded": loaded.preprocessing is not None},
         "calibrated": loaded.calibration is not None,
+        **head_record(loaded, head),
         "mode": options.mode,
         "images": classified,
         "predicted": {name: counts[name] for name in answers},

@@ -190,8 +190,8 @@ def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
     """
     if not isinstance(loaded.model, MetaGMVAE):
         raise DataError(
-            f"{name}: is an encoder-only model and cannot classify; write features with it (metagmvae features), and "
-            "meta-train on them"
+            f"{name}: is an encoder alone, and this needs a Meta-GMVAE; write features with it (metagmvae features) "
+            "and meta-train on them, or give --head to evaluate or classify"
         )
     return loaded.model
 

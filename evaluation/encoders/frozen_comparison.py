@@ -1,0 +1,60 @@
+"""Whether meta-training beats the frozen encoder alone: paired differences on the same episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD, evaluate_model
+from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
+from metagmvae.evaluation.fewshot.paired import paired_difference
+from metagmvae.evaluation.fewshot.predict import PredictionMode
+from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.package import LoadedModel
+
+
+def compare_with_frozen(
+    trained: LoadedModel,
+    dataset: Dataset,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    frozen: LoadedModel | None = None,
+    heads: Sequence[str] = (DEFAULT_HEAD,),
+    split: str = "test",
+    mode: PredictionMode = "transductive",
+    progress: ProgressBar = no_progress,
+) -> list[dict[str, Any]]:
+    """Return one row for each task and head: the trained model minus the frozen encoder with this head.
+
+    Args:
+        trained: a Meta-GMVAE.
+        dataset: images, or features made by the encoder of the trained model.
+        tasks: as in `evaluate_tasks`, with at least 2 episodes.
+        frozen: an encoder alone, for example by `named_encoder`; None: the one that made the features of the dataset.
+        heads: keys of `evaluation.encoders.heads.HEADS`; settings are chosen on the validation classes.
+        split: whose classes the episodes are drawn from.
+        mode: of the trained model.
+        progress: opens a progress bar for each task.
+
+    Returns:
+        `encoder`, `head`, `head_mode`, `head_settings`, and the keys of `PairedDifference.summary`: `challenger` is the
+        accuracy of the trained model, `champion` that of the encoder; `verdict` is about the trained model.
+
+    Raises:
+        DataError: `frozen` is None and the dataset holds images; or as in `evaluate_model`.
+    """
+    if frozen is None:
+        if dataset.kind != "features":
+            raise DataError(f"{dataset.uri}: holds images; name the encoder to compare with")
+        frozen = load_dataset_encoder(dataset)
+    ours = evaluate_model(trained, dataset, tasks, split=split, mode=mode, progress=progress)
+    rows = []
+    for head in heads:
+        theirs = evaluate_model(frozen, dataset, tasks, split=split, head=head, progress=progress)
+        for our, their in zip(ours, theirs, strict=True):
+            names = {"encoder": frozen.settings.model.encoder, "head": head, "head_mode": their.mode}
+            settings = dict(their.tuning.settings) if their.tuning is not None else {}
+            difference = paired_difference(our, their, any_mode=True).summary()
+            rows.append(names | {"head_settings": settings} | difference)
+    return rows

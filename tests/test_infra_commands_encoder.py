@@ -1,0 +1,155 @@
+"""Encoders alone on the command line: `encoder`, `features`, `evaluate`, `classify`, `compare`, wrong requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.fewshot.paired import paired_difference
+from metagmvae.infra.cli import main
+from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.pipelines.shards.dataset import Dataset
+
+timm = pytest.importorskip("timm")
+NAME = "timm:test_resnet"
+TASK = ["--way", "4", "--shot", "2", "--query", "5", "--episodes", "12"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def package(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "encoder"
+    words = ["encoder", NAME, "--weights", str(weights), "--image-size", "32", "--data", str(data), "--out", str(out)]
+    assert main(words) == 0
+    return out
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    code = main([*map(str, words), "--json"])
+    streams = capsys.readouterr()
+    assert code == 0, streams.err
+    return json.loads(streams.out)
+
+
+def test_evaluate_by_name_or_package_names_encoder_head_and_settings(
+    data: Path, weights: Path, package: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    by_package = run(capsys, "evaluate", package, "--data", data, "--head", "em", *TASK)
+    options = ["--weights", weights, "--image-size", "32", "--record", tmp_path / "record.json"]
+    by_name = run(capsys, "evaluate", NAME, "--data", data, "--head", "em", *TASK, *options)
+    assert by_name["accuracy"] == by_package["accuracy"]
+    assert (by_name["head"], by_name["mode"]) == ("em", "transductive")
+    (row,) = by_name["heads"]
+    assert (row["encoder"], row["head"], set(row["settings"])) == (NAME, "em", {"e_step", "temperature"})
+    assert "kept" not in by_package
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["encoder"]["trained"]["weights"]["file"] == weights.name
+
+
+def test_the_settings_of_a_head_are_the_best_on_validation_episodes(data: Path, package: Path) -> None:
+    loaded, dataset = resolve_model(package), Dataset.open(data)
+    task = {"way": 3, "shot": 1, "query": 5, "episodes": 20}
+    (result,) = evaluate_model(loaded, dataset, [task], head="soft-k-means")
+    assert result.tuning is not None
+    best = max(result.tuning.trials, key=lambda trial: trial["accuracy"])
+    assert result.tuning.settings == best["settings"]
+    assert result.tuning.protocol["split"] == "validation"
+
+
+def test_features_of_an_encoder_by_name(
+    data: Path, weights: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its features are a data set that the package is evaluated on too, with the same accuracy as on images."""
+    out = tmp_path / "features"
+    words = ["--data", data, "--out", out, "--weights", weights, "--image-size", "32", "--dtype", "float32"]
+    made = run(capsys, "features", NAME, *words)
+    assert (made["encoder"]["encoder"], made["feature_size"]) == (NAME, resolve_model(package).model.feature_dim)
+    on_features, on_images = (
+        run(capsys, "evaluate", package, "--data", uri, "--head", "nearest-mean", *TASK) for uri in (out, data)
+    )
+    assert on_features["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("head", ["nearest-mean", "logistic-regression", "soft-k-means", "em"])
+def test_classify_with_a_head(
+    head: str, data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = Dataset.open(data)
+    labels, images = dataset.labels("test"), dataset.images("test", "auto", 4096)
+    for k, label in enumerate(np.unique(labels)[:3]):
+        for j, row in enumerate(np.flatnonzero(labels == label)[: 5 + k]):
+            folder = tmp_path / ("query" if j < 3 else f"support/class{k}")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(images[np.array([row])])[0, 0]).save(folder / f"class{k}_{j}.png")
+    folders = ["--support", tmp_path / "support", "--query", tmp_path / "query"]
+    answer = run(capsys, "classify", package, *folders, "--head", head, "--data", data)
+    assert answer["shots"] == [2, 3, 4]
+    assert (answer["head"]["name"], answer["head"]["encoder"]) == (head, NAME)
+    assert ("chosen_on" in answer["head"]) == (head != "nearest-mean")
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in answer["queries"])
+    right = sum(row["query"].startswith(row["class"]) for row in answer["queries"])
+    assert right >= 5  # of 9, by chance 3: glyphs differ enough for random weights
+
+
+def test_compare_shows_the_paired_difference_across_modes(
+    data: Path, package: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["--weights", weights, "--image-size", "48"]
+    answer = run(capsys, "compare", package, NAME, "--data", data, "--head", "em", *other, *TASK)
+    first, second = answer["rows"]
+    assert (first["name"], second["name"]) == (f"{package.name}, em", f"{NAME}, em")
+    (pair,) = answer["paired"]
+    loaded = [resolve_model(package), resolve_model(NAME, weights=weights, image_size=48, dataset=Dataset.open(data))]
+    task = {"way": 4, "shot": 2, "query": 5, "episodes": 12}
+    ours, theirs = (evaluate_model(each, Dataset.open(data), [task], head="em")[0] for each in loaded)
+    assert pair["difference"] == pytest.approx(paired_difference(theirs, ours).difference)
+
+
+def test_wrong_requests_are_one_line_and_leave_nothing(
+    data: Path, weights: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    written = ["--data", str(data), "--out", str(out)]
+    on_data, folders = ["--data", str(data)], ["--support", str(tmp_path), "--query", str(tmp_path)]
+    for text, words in [
+        ("nothing: not the name of an encoder", ["encoder", "nothing", *written]),
+        ("has no published weights", ["encoder", "conv4", *written]),
+        ("no such file", ["encoder", NAME, "--weights", "none.pth", *written]),
+        ("does not fit the network", ["encoder", "resnet18", "--weights", str(weights), *written]),
+        ("--image-size -1", ["features", NAME, "--weights", str(weights), "--image-size", "-1", *written]),
+        ("already exists", ["encoder", NAME, "--weights", str(weights), *on_data, "--out", str(package)]),
+        ("--weights x: only for an encoder by name", ["evaluate", str(package), "--weights", "x", *on_data]),
+        ("--image-size 32: only for", ["classify", str(package), "--image-size", "32", *folders]),
+        ("--set adapt.iterations=3", ["evaluate", str(package), "--set", "adapt.iterations=3", *on_data]),
+        ("--mode inductive: the head em", ["evaluate", str(package), "--head", "em", "--mode", "inductive", *on_data]),
+        ("did you mean 'em'", ["evaluate", str(package), "--head", "emm", *on_data]),
+        ("--unknown: timm:test_resnet is an encoder", ["classify", str(package), "--unknown", *folders]),
+        ("give --data URI to evaluate it", ["compare", NAME, str(package)]),
+        ("--head em: only with --data", ["compare", str(package), "--head", "em"]),
+        ("--weights x: is for one encoder by name, and 0", ["compare", str(package), "--weights", "x", *on_data]),
+        ("--image-size 3: no encoder by name", ["compare", str(package), "--image-size", "3", *on_data]),
+    ]:
+        capsys.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        lines = [line for line in capsys.readouterr().err.strip().splitlines() if "does not record" not in line]
+        assert (code, len(lines)) == (2, 1), (words, lines)
+        assert text in lines[0]
+        assert not list(tmp_path.iterdir()), words
