@@ -15,8 +15,12 @@ from command_words import TINY, set_words
 from folder_contents import contents
 from PIL import Image
 
+from metagmvae.evaluation.encoders.frozen_comparison import compare_with_frozen
+from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.encoder_package import feature_source, load_dataset_encoder
+from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
+from metagmvae.evaluation.fewshot.paired import paired_difference
 from metagmvae.infra.cli import main
 from metagmvae.infra.cluster.tasks import ray_map
 from metagmvae.infra.runs.run_folder import METRICS
@@ -60,6 +64,31 @@ def model(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "model"
     assert main(on_features(features, out)) == 0
     return out
+
+
+def test_the_trained_model_is_compared_with_its_frozen_encoder_on_the_same_episodes(
+    data: Path, features: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `compare_with_frozen`, and by `compare` with the package of the encoder inside the dataset of features."""
+    dataset, trained, task = (
+        Dataset.open(features),
+        load_model(model),
+        {"way": 3, "shot": 1, "query": 5, "episodes": 10},
+    )
+    rows = compare_with_frozen(trained, dataset, [task], heads=("nearest-mean", "em"))
+    (ours,) = evaluate_tasks(trained, dataset, [task])
+    for row, head in zip(rows, ("nearest-mean", "em"), strict=True):
+        (theirs,) = evaluate_model(load_dataset_encoder(dataset), dataset, [task], head=head)
+        expected = paired_difference(ours, theirs, any_mode=True)
+        assert (row["head"], row["difference"], row["ci95"]) == (head, expected.difference, expected.ci95)
+        assert row["head_mode"] == theirs.mode
+    with pytest.raises(DataError, match="holds images; name the encoder"):
+        compare_with_frozen(trained, Dataset.open(data), [task])
+    capsys.readouterr()
+    words = ["--way", "3", "--query", "5", "--episodes", "10", "--data", str(features), "--json"]
+    assert main(["compare", str(features / "encoder"), str(model), *words]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)["paired"]
+    assert (pair["against"], pair["difference"]) == ("encoder, nearest-mean", rows[0]["difference"])
 
 
 def test_pretraining_validates_the_encoder_by_episodes_and_probes(encoder: Path) -> None:

@@ -8,6 +8,8 @@ import mlflow_template
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torchvision
 from mlflow_template import untrained_run
 
 from metagmvae.configs.schema import TrackingSettings
@@ -290,7 +292,7 @@ def test_splits_that_should_not_select_models_give_a_warning(store, run_promote)
     assert all("was trained on the split 'train'" in warning for warning in both)
 
 
-def test_encoders_are_evaluated_by_class_means_and_only_against_encoders(store, run_promote, data, tmp_path):
+def test_encoders_are_evaluated_with_a_head_also_against_other_models(store, run_promote, data, tmp_path):
     runs = []
     for name, factor in (("features", 1.0), ("constant", 0.0)):
         runs.append(untrained_run(tmp_path / name, data))
@@ -303,5 +305,24 @@ def test_encoders_are_evaluated_by_class_means_and_only_against_encoders(store, 
     won = run_promote(features, "--name", "eyes")
     assert (won["decision"], won["tasks"][0]["verdict"]) == ("promoted", "better")
     assert store.client.get_model_version("eyes", "2").tags["kind"] == "encoder"
-    error = run_promote(features, "--name", "glyphs", code=2)["error"]
-    assert f"{features} and models:/glyphs/1: one is an encoder, the other a Meta-GMVAE" in error
+    answer = run_promote(features, "--name", "glyphs", "--head", "logistic-regression", "--dry-run")
+    assert (answer["decision"], answer["tasks"][0]["verdict"]) == ("would be promoted", "better")
+    assert (
+        f"models:/glyphs/1 is evaluated in transductive mode and {features} in inductive mode" in answer["warnings"][0]
+    )
+
+
+def test_an_encoder_by_name_is_registered_and_promoted(store, run_promote, data, tmp_path, capsys):
+    """Its folder, which `metagmvae encoder` writes, has no training data, so it always counts as of other data."""
+    weights, folder = tmp_path / "net.pth", tmp_path / "encoder"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    options = ["--weights", str(weights), "--image-size", "32", "--data", str(data), "--out", str(folder)]
+    assert main(["encoder", "resnet18", *options]) == 0
+    assert "--other-data" in run_promote(str(folder), "--name", "published", code=2)["error"]
+    answer = run_promote(str(folder), "--name", "published", "--other-data", "--head", "em")
+    assert (answer["decision"], answer["mode"]) == ("promoted", "transductive")
+    loaded = resolve_model("models:/published@champion")
+    assert loaded.info["weights"]["file"] == "net.pth"
+    assert loaded.settings.model.encoder == "torchvision:resnet18"
+    error = run_promote("models:/glyphs/2", "--head", "em", code=2)["error"]
+    assert "--head em: is for an encoder alone" in error

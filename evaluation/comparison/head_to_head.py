@@ -85,6 +85,9 @@ def evaluate_head_to_head(
     results = [_evaluate(plan, name, loaded) for name, loaded in models]
     if champion is None:
         return HeadToHead(results[0], [], [], warnings)
+    ours, theirs = results[0][0].mode, results[1][0].mode
+    if ours != theirs:
+        warnings.append(f"{models[1][0]} is evaluated in {theirs} mode and {challenger[0]} in {ours} mode")
     pair = partial(paired_difference, any_mode=bool(encoders))
     differences = list(map(pair, results[0], results[1]))
     return HeadToHead(results[0], results[1], differences, warnings)
