@@ -16,12 +16,12 @@ from metagmvae.evaluation.uncertainty.temperature import RANGE, fit_temperature,
 def drawn(n: int, K: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities, and labels drawn from them at a temperature: the right answer of the fit."""
     rng = np.random.default_rng(seed)
-    log_p = log_softmax(4 * rng.normal(size=(n, K)), axis=1)
+    log_p = log_softmax(4 * max(1.0, temperature / 8) * rng.normal(size=(n, K)), axis=1)
     p = softmax(log_p / temperature, axis=1)
     return log_p, (rng.random((n, 1)) < p.cumsum(axis=1)).argmax(axis=1)
 
 
-@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5, 8.0, 60.0])
 def test_the_temperature_that_the_labels_were_drawn_at_is_found(temperature):
     log_p, labels = drawn(20_000, 5, temperature)
     assert fit_temperature(log_p, labels) == pytest.approx(temperature, rel=0.05)

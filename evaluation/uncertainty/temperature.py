@@ -5,11 +5,13 @@ Notation: n queries, K classes.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-RANGE = (0.05, 20.0)
+RANGE = (0.05, 1000.0)
 """Temperatures that are considered. Without the lower end, queries that are all classified correctly would give 0."""
 
 
@@ -29,16 +31,16 @@ def fit_temperature(log_p_nK: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature in `RANGE` of the smallest negative log-likelihood (Guo et al., ICML 2017).
 
     The likelihood is a convex function of 1/temperature (that of a multinomial logit model with one coefficient), so
-    the bounded search of Brent finds its only minimum.
+    the bounded search of Brent, in the logarithm of the temperature, finds its only minimum.
 
     Args:
         log_p_nK: log-probabilities.
         labels: the true classes, (n,).
     """
-    inverse = minimize_scalar(
-        lambda precision: negative_log_likelihood(log_p_nK, labels, 1 / precision),
-        bounds=(1 / RANGE[1], 1 / RANGE[0]),
+    log_temperature = minimize_scalar(
+        lambda value: negative_log_likelihood(log_p_nK, labels, math.exp(value)),
+        bounds=np.log(RANGE),
         method="bounded",
         options={"xatol": 1e-5},
     ).x
-    return float(1 / inverse)
+    return math.exp(log_temperature)
