@@ -19,7 +19,7 @@ from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import FIGURES
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
-from metagmvae.infra.workflows.classify import classify_folders
+from metagmvae.infra.workflows.classify import ClassifyOptions, classify_folders
 from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.optional_packages import optional_package
@@ -73,7 +73,9 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
         reference = f"models:/{version.name}@{version.alias}"
         loaded = resolve_model(reference, tracking_uri=store)
         folders = (out / "images" / "support", out / "images" / "query")
-        answer = classify_folders(loaded, *folders, out / "recognised.png")
+        # Transductive temperatures are fitted with 15 queries per class; with 3 the model is more certain than that.
+        options = ClassifyOptions(mode="inductive", figure=out / "recognised.png")
+        answer = classify_folders(loaded, *folders, options=options)
     correct = sum(class_of_file[row["query"]] == row["class"] for row in answer["queries"])
     results = {
         "accuracy on 5-way episodes": rows,
