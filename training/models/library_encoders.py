@@ -5,6 +5,7 @@ Input size and normalisation come from the metadata that the library has about i
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,6 +158,15 @@ def _timm(name: str) -> LibraryNetwork:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"cannot take images of {input_size} ({reason}); set the image size to {size}") from error
 
+    def download(input_size: tuple[int, int]) -> dict[str, Tensor]:
+        hub = logging.getLogger("huggingface_hub")
+        level = hub.level
+        hub.setLevel(logging.CRITICAL)  # it logs each attempt; the error at the end says it all
+        try:
+            return create(input_size, num_classes=0, pretrained=True).state_dict()
+        finally:
+            hub.setLevel(level)
+
     return LibraryNetwork(
         f"{TIMM}{name}",
         size,
@@ -164,7 +174,7 @@ def _timm(name: str) -> LibraryNetwork:
         std,
         lambda input_size: create(input_size, num_classes=0),
         lambda: create(size),
-        lambda input_size: create(input_size, num_classes=0, pretrained=True).state_dict(),
+        download,
         _timm_weights,
     )
 
