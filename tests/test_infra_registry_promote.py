@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torchvision
 from mlflow_template import untrained_run
 
 from metagmvae.configs.schema import TrackingSettings
@@ -315,14 +314,19 @@ def test_encoders_are_evaluated_with_a_head_also_against_other_models(store, run
 def test_an_encoder_by_name_is_registered_and_promoted(store, run_promote, data, tmp_path, capsys):
     """Its folder, which `metagmvae encoder` writes, has no training data, so it always counts as of other data."""
     weights, folder = tmp_path / "net.pth", tmp_path / "encoder"
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), weights)
     options = ["--weights", str(weights), "--image-size", "32", "--data", str(data), "--out", str(folder)]
-    assert main(["encoder", "resnet18", *options]) == 0
+    assert main(["encoder", "timm:test_resnet", *options]) == 0
     assert "--other-data" in run_promote(str(folder), "--name", "published", code=2)["error"]
     answer = run_promote(str(folder), "--name", "published", "--other-data", "--head", "em")
     assert (answer["decision"], answer["mode"]) == ("promoted", "transductive")
     loaded = resolve_model("models:/published@champion")
     assert loaded.info["weights"]["file"] == "net.pth"
-    assert loaded.settings.model.encoder == "torchvision:resnet18"
+    assert loaded.settings.model.encoder == "timm:test_resnet"
+    version = store.client.get_model_version_by_alias("published", "champion")
+    root = store.client.get_model_version_download_uri("published", version.version)
+    listed = import_mlflow().artifacts.load_text(f"{root}/requirements.txt")
+    assert any(line.startswith("timm==") for line in listed.splitlines())
     error = run_promote("models:/glyphs/2", "--head", "em", code=2)["error"]
     assert "--head em: is for an encoder alone" in error

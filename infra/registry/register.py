@@ -185,6 +185,11 @@ def _log_model(
     return model.artifact_location, model.model_id
 
 
+def _requirements(loaded: Any) -> tuple[str, ...]:
+    """Return the packages that the model needs: also timm if it has the encoder."""
+    return (*REQUIREMENTS, "timm") if loaded.settings.model.encoder.startswith("timm:") else REQUIREMENTS
+
+
 def _model_type(loaded: Any) -> str:
     from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
@@ -212,7 +217,7 @@ def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
             signature=model_signature(loaded),
             input_example=example_request(loaded),
             # pip resolves the path from the folder of the model, where MLflow calls it.
-            pip_requirements=[f"code/{wheel.name}" if wheel else "metagmvae", *map(_pinned, REQUIREMENTS)],
+            pip_requirements=[f"code/{wheel.name}" if wheel else "metagmvae", *map(_pinned, _requirements(loaded))],
             code_paths=[str(wheel)] if wheel else None,
             mlflow_model=mlflow.models.Model(**ids),
         )
