@@ -32,4 +32,5 @@ def head_record(loaded: LoadedModel, head: tuple[str, Tuning] | None) -> dict[st
     name, tuning = head
     chosen = {"chosen_on": dict(tuning.protocol)} if tuning.trials else {"note": tuning.note} if tuning.note else {}
     encoder = loaded.settings.model.encoder
-    return {"head": {"encoder": encoder, "name": name, "settings": dict(tuning.settings), **chosen}}
+    settings = {"settings": dict(tuning.settings)} if tuning.settings else {}
+    return {"head": {"encoder": encoder, "name": name, **settings, **chosen}}
