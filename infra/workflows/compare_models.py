@@ -90,7 +90,9 @@ def _evaluate(
     protocol = request.protocol(dataset)
     results: dict[Task, EpisodeResults] = {}
     named = is_encoder_name(item.ref)
-    encoder: dict[str, Any] = {"dataset": dataset, "weights": request.weights, "image_size": request.image_size} if named else {}
+    encoder: dict[str, Any] = (
+        {"dataset": dataset, "weights": request.weights, "image_size": request.image_size} if named else {}
+    )
     load = partial(resolve_model, item.ref, **encoder)
     shots = dict.fromkeys(shot for _, shot in request.tasks)
     models = dict.fromkeys(shots, load()) if named else {shot: load(shot=shot) for shot in shots}
