@@ -58,6 +58,7 @@ def test_parts_of_the_package_are_short() -> None:
     assert len(block("toml", "entry-points").splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_source_and_encoder_of_another_package(
     site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def uninterrupted(request: pytest.FixtureRequest, data: Path, tmp_path_factory: 
     return request.param, content(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     uninterrupted: Any, data: Path, tmp_path: Path, number: int, code: int, name: str

@@ -211,6 +211,7 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch):
     assert all(f"metagmvae {name}" in shown for name in ("prepare", "train", "evaluate", "classify"))
 
 
+@pytest.mark.slow
 def test_a_flat_folder_with_labelled_pictures(tmp_path):
     pictures = write_glyphs(tmp_path / "flat", 6, 8, flat=True)
     code, answer, lines = fit(pictures, "--out", tmp_path / "plain")
