@@ -97,9 +97,7 @@ def test_mistakes_give_one_error_line(tmp_path, text, reason):
 
 
 def test_unknown_space():
-    with pytest.raises(
-        SettingsError, match="corr: no such TOML file and no bundled space of that name; did you mean"
-    ):
+    with pytest.raises(SettingsError, match="corr: no such TOML file and no bundled space of that name; did you mean"):
         load_space("corr")
 
 

@@ -20,12 +20,12 @@ from metagmvae.training.objectives.mixture import (
     Mixture,
     MixtureError,
     class_log_posterior,
+    first_distinct,
     fit_mixture,
     fit_semi_supervised,
-    first_distinct,
     init_indices,
-    random_order,
     mixture_log_prob,
+    random_order,
 )
 
 
