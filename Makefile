@@ -21,8 +21,9 @@ types:
 test:
 	$(PYTHON) -m pytest -q -n auto -m 'not (ray or mlflow or browser or s3 or slow or real_data)'
 
-test-all:
-	$(PYTHON) -m pytest -q
+# The others start servers and clusters, so they run one by one.
+test-all: test
+	$(PYTHON) -m pytest -q -m 'ray or mlflow or browser or s3 or slow or real_data'
 
 # Do the tests notice wrong formulas and wrong data? Takes 10 to 20 minutes.
 mutation:

@@ -60,6 +60,8 @@ def run_with(extras: Collection[str], commands: Sequence[Sequence[str]], folder:
         `code`, `out` and `err` of each command.
     """
     installed = installed_with(extras)
+    # Ray brings some packages along and puts them on the path of a process that imports it.
+    installed |= {canonicalize_name(d.name) for d in metadata.distributions() if "/ray/" in str(d.locate_file(""))}
     blocked = [
         module
         for module, owners in metadata.packages_distributions().items()
