@@ -37,6 +37,8 @@ from metagmvae.training.trainer.update import NonFiniteLossError
 
 GRACE_S = 20.0
 """Longest wait for the workers' checkpoint after a signal; Kubernetes and Slurm kill a process after 30 s."""
+SETTLE_S = 15.0
+"""Longest wait for the end of Ray's training after that checkpoint."""
 GROUP_TIMEOUT_S = 600
 """For collective operations of torch.distributed."""
 
@@ -202,6 +204,8 @@ def _fit_until_signal(trainer: TorchTrainer, stop_flag: Any, stopped: Path) -> N
             if ray.get(stop_flag.request.remote(), timeout=GRACE_S):
                 while thread.is_alive() and not stopped.exists() and time.monotonic() < deadline:
                     thread.join(0.1)
+                # `ray.shutdown` while the thread asks Ray for the result can end this process with exit code 1.
+                thread.join(min(SETTLE_S, max(0.0, deadline - time.monotonic())))
     if errors:
         raise errors[0]
 
