@@ -142,6 +142,20 @@ def test_requirements_can_be_installed_where_the_model_is_served(tmp_path: Path,
     assert json.loads(child.stdout.splitlines()[-1]) == [1.0, 1.0]
 
 
+def test_wheel_has_its_metadata_beside_a_build_in_the_source_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    egg_info = tmp_path / "metagmvae.egg-info"
+    egg_info.mkdir()
+    text = "Metadata-Version: 2.4\nName: metagmvae\nVersion: 7.1\n"
+    (egg_info / "PKG-INFO").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    wheel = write_wheel(tmp_path)
+    assert wheel is not None
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("metagmvae-7.1.dist-info/METADATA").decode() == text
+
+
 def test_wheels_of_equal_files_are_equal(tmp_path: Path) -> None:
     wheels = []
     for name in ("a", "b"):

@@ -25,7 +25,10 @@ def write_wheel(folder: Path) -> Path | None:
         return None
     information = f"{PACKAGE}-{installed.version}.dist-info"
     contents = {f"{PACKAGE}/{path}": (_root() / path).read_bytes() for path in _files()}
-    contents[f"{information}/METADATA"] = (installed.read_text("METADATA") or "").encode()
+    # A build in the source tree leaves a `metagmvae.egg-info` there, which is found first from that folder.
+    contents[f"{information}/METADATA"] = (
+        installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    ).encode()
     contents[f"{information}/WHEEL"] = FORMAT
     contents[f"{information}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
     record = f"{information}/RECORD"
