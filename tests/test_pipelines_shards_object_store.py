@@ -194,7 +194,9 @@ def test_a_store_that_stops_during_a_download_is_the_reported_cause(local, tmp_p
         monkeypatch.setattr(remote, "open", open_until_stopped)
         monkeypatch.setattr(object_store, "CHUNK", 1024)
         target = tmp_path / "target" / shard.name
-        with pytest.raises(DataError, match=rf"^s3://data/stopping \({shard.name}\): .*; check region, endpoint and credentials") as error:
+        with pytest.raises(
+            DataError, match=rf"^s3://data/stopping \({shard.name}\): .*; check region, endpoint and credentials"
+        ) as error:
             remote.fetch(shard.name, target)
     assert "cannot be written" not in str(error.value)
     assert list(target.parent.iterdir()) == []
