@@ -48,7 +48,7 @@ class Update:
 
     def __call__(self, batch: Any, step: int) -> Tensor:
         """Train on one batch; return loss, terms and gradient norm before clipping, (metrics,) without gradient."""
-        values = self._gradients(*batch) if isinstance(batch, tuple) else self._gradients(batch)
+        values = self._gradients(batch)
         self._raise_if_failed(step, values)
         self.optimizer.step()
         return values
@@ -60,9 +60,9 @@ class Update:
             NonFiniteLossError: the loss or a gradient was not finite.
         """
 
-    def _gradients(self, *inputs: Any) -> Tensor:
+    def _gradients(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        return self._backward(*self.module(*inputs))
+        return self._backward(*self.module(*_arguments(batch)))
 
     def _backward(self, loss: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """Clipped gradients in the parameters; returns the values of the step."""
@@ -119,7 +119,7 @@ class DeviceUpdate(Update):
         self.succeeded.zero_()
 
     def _train(self, batch: Any) -> Tensor:
-        return self._step(self._gradients(*batch) if isinstance(batch, tuple) else self._gradients(batch))
+        return self._step(self._gradients(batch))
 
     def _step(self, values: Tensor) -> Tensor:
         """Update the parameters, if this step and all before it are finite."""
@@ -157,7 +157,7 @@ class GraphedUpdate(DeviceUpdate):
         self.values = torch.empty(0)
 
     def _train(self, batch: Any) -> Tensor:
-        inputs = self.module.prepare(*batch) if isinstance(batch, tuple) else self.module.prepare(batch)  # type: ignore[operator]
+        inputs = self.module.prepare(*_arguments(batch))  # type: ignore[operator]
         if self.graph is None and self.eager_steps > 0:
             self.eager_steps -= 1
             return self._on_side_stream(inputs)
@@ -195,6 +195,11 @@ class GraphedUpdate(DeviceUpdate):
             self.eager_steps = float("inf")
             return
         self.graph = graph
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    """Arguments of the step module: a tuple is unpacked."""
+    return batch if isinstance(batch, tuple) else (batch,)
 
 
 def build_update(
