@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import http.client
 import json
 import os
 import shutil
@@ -156,3 +157,13 @@ def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # the group of the server includes its workers
         server.wait()
+
+
+def post(port: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and answer of a request to a served model."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/invocations", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer

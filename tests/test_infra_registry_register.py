@@ -1,7 +1,6 @@
 """A run is registered as an MLflow model without pickled code, which MLflow loads and serves."""
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -245,10 +244,10 @@ def test_server_answers_over_http(registered, run, tmp_path):
     try:
         _wait_for(port, server, tmp_path / "log")
         body = {"inputs": lists(request_arrays()), "params": {"mode": "inductive"}}
-        status, answer = _post(port, body)
+        status, answer = mlflow_template.post(port, body)
         assert status == 200
         np.testing.assert_allclose(answer["predictions"], expected(run, {"mode": "inductive"}), rtol=1e-5, atol=1e-7)
-        status, answer = _post(port, {"inputs": {**body["inputs"], "label": [-1, 0, 0, -1, 0, 0, -1]}})
+        status, answer = mlflow_template.post(port, {"inputs": {**body["inputs"], "label": [-1, 0, 0, -1, 0, 0, -1]}})
         assert status == 400
         assert "1 classes and 3 queries" in answer["message"]
     finally:
@@ -264,12 +263,3 @@ def _wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
                 return
         time.sleep(0.2)
     raise AssertionError(log.read_text())
-
-
-def _post(port: int, body: dict) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/invocations", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    connection.close()
-    return response.status, answer

@@ -1,6 +1,5 @@
 """`metagmvae serve`: real requests to a server of a registered version and of a run folder, and its end."""
 
-import http.client
 import json
 import os
 import signal
@@ -18,15 +17,6 @@ from metagmvae.infra.registry.serve import listen
 from metagmvae.pipelines.records import DataError
 
 pytestmark = pytest.mark.mlflow
-
-
-def post(port: int, body: object) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/invocations", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    connection.close()
-    return response.status, answer
 
 
 @pytest.mark.slow
@@ -51,11 +41,11 @@ def test_server_answers_and_ends_cleanly(tmp_path, form, number):
             assert lines[-1], "".join(lines)
         port = int(lines[-1].partition("http://127.0.0.1:")[2].partition("/")[0])
         images = np.random.default_rng(0).integers(0, 256, (3, 1, 28, 28)).tolist()
-        status, answer = post(port, {"inputs": {"images": images, "label": [3, 7, -1]}})
+        status, answer = mlflow_template.post(port, {"inputs": {"images": images, "label": [3, 7, -1]}})
         assert status == 200
         ((first, second),) = answer["predictions"]
         assert first + second == pytest.approx(1, abs=1e-6)
-        status, answer = post(port, {"inputs": {"images": images, "label": [3, 3, -1]}})
+        status, answer = mlflow_template.post(port, {"inputs": {"images": images, "label": [3, 3, -1]}})
         assert status == 400
         assert "1 classes and 1 queries" in answer["message"]
         server.send_signal(number)
