@@ -9,7 +9,7 @@ Notation: E episodes, K ways, S shots, P queries of an episode, F features, n qu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -256,8 +256,3 @@ def _answered(predicted: np.ndarray, score: np.ndarray, truth: np.ndarray, thres
 def _best(score_EPK: Tensor) -> tuple[Tensor, Tensor]:
     best = score_EPK.max(dim=2)
     return best.indices, best.values
-
-
-def open_summary(results: Sequence[OpenResults]) -> list[dict[str, Any]]:
-    """Return one row for each result, as plain values."""
-    return [result.summary() for result in results]
