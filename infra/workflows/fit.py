@@ -124,9 +124,9 @@ class _Fit:
         self._schedule(dataset, shots)
         self._train(dataset)
         copy_package(self.out)
-        judged = self._judge(dataset)
+        evaluated = self._evaluate_all(dataset)
         example = self._classify_example(dataset)
-        self._report(dataset, judged, example)
+        self._report(dataset, evaluated, example)
 
     def _command(self, *words: str) -> Mapping[str, Any]:
         """Print and run a command, and record it."""
@@ -191,20 +191,20 @@ class _Fit:
         overrides += [f"name={json.dumps(self.out.name)}", f"tracking.register_as={json.dumps(registered)}"]
         overrides += ["tracking.enabled=false", "run.figures=false"]
         words = ["train", self.plan.preset, *(word for o in overrides for word in ("--set", o))]
-        begun = (self.out / RUN / SETTINGS).exists()
+        resumed = (self.out / RUN / SETTINGS).exists()
         with self._timed("train"):
-            self._command(*words, *(["--resume"] if begun else []))
+            self._command(*words, *(["--resume"] if resumed else []))
 
     def _tasks(self, dataset: Dataset, split: str) -> tuple[int, list[int], int]:
         """Way, shots and queries per class of a split."""
         labels = dataset.labels(split)
         return episode_sizes([int((labels == label).sum()) for label in set(labels.tolist())])
 
-    def _judge(self, dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
+    def _evaluate_all(self, dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
         """Evaluate on the test classes and on the labelled pictures; return the records of each, by where."""
-        judged = {}
+        evaluated = {}
         if _labelled(dataset, "test"):
-            judged["test classes"] = self._evaluate(dataset, "test", "test")
+            evaluated["test classes"] = self._evaluate(dataset, "test", "test")
         if self.plan.labelled is not None:
             folder = self.out / LABELLED
             if not (folder / "dataset.json").exists():
@@ -212,8 +212,8 @@ class _Fit:
                 words = ["prepare", "folder", "--source", self.plan.labelled, "--out", str(folder), "--size", size]
                 words += ["--channels", channels, *(["--invert"] if self.plan.invert else [])]
                 self._command(*words, "--validation-classes", "0", "--test-classes", "0")
-            judged["labelled pictures"] = self._evaluate(Dataset.open(folder), "train", LABELLED)
-        return judged or {"augmented views of training images, no classes": self._evaluate_views(dataset)}
+            evaluated["labelled pictures"] = self._evaluate(Dataset.open(folder), "train", LABELLED)
+        return evaluated or {"augmented views of training images, no classes": self._evaluate_views(dataset)}
 
     def _evaluate_views(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Evaluate on pseudo-episodes; there is no command for it."""
@@ -263,9 +263,9 @@ class _Fit:
         return {"figure": figure, "right": right, "queries": len(answer["queries"])}
 
     def _report(
-        self, dataset: Dataset, judged: Mapping[str, list[dict[str, Any]]], example: dict[str, Any] | None
+        self, dataset: Dataset, evaluated: Mapping[str, list[dict[str, Any]]], example: dict[str, Any] | None
     ) -> None:
-        records = [record | {"on": where} for where, rows in judged.items() for record in rows]
+        records = [record | {"on": where} for where, rows in evaluated.items() for record in rows]
         self.state.result = fit_result(self.state, self.out, dataset, records, example)
         write_fit_report(self.out / REPORT, self.state, records, example, provenance())
         self._save()

@@ -92,7 +92,7 @@ class FitPlan(BaseModel):
             )
         else:
             held_out = (
-                "no classes are held out; the model is judged on episodes of augmented views instead, in which every "
+                "no classes are held out; the model is evaluated on episodes of augmented views instead, in which every "
                 "image is a class of its own"
             )
         return [
