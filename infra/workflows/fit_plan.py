@@ -92,8 +92,8 @@ class FitPlan(BaseModel):
             )
         else:
             held_out = (
-                "no classes are held out; the model is evaluated on episodes of augmented views instead, in which every "
-                "image is a class of its own"
+                "no classes are held out; the model is evaluated on episodes of augmented views instead, in which "
+                "every image is a class of its own"
             )
         return [
             f"images of {self.size} x {self.size} pixels, {kind}{inverted}",

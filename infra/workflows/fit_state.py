@@ -71,7 +71,7 @@ def check_same(out: Path, stored: FitPlan, plan: FitPlan) -> None:
     changed = [key for key in ours if ours[key] != theirs[key]]
     if changed:
         raise DataError(
-            f"--out {out}: was started with other pictures or options ({', '.join(changed)} differ); choose another --out"
+            f"--out {out}: has other pictures or options ({', '.join(changed)} differ); choose another --out"
         )
     if plan.budget_s != stored.budget_s:
         LOG.info(f"the steps are already set for {format_seconds(stored.budget_s)}; --budget changes them no more")
