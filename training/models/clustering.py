@@ -1,0 +1,81 @@
+"""K-means, for the pseudo-labels of DeepCluster and the partitions of CACTUs.
+
+Notation: n points, F feature size, k clusters.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning
+
+
+def k_means(
+    features_nF: np.ndarray, k: int, seed: int, *, restarts: int = 1, iterations: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster by Lloyd's algorithm from initial centroids of k-means++ (Arthur and Vassilvitskii, 2007).
+
+    The result is a function of the arguments. Where faiss is installed and finds a GPU, it runs the iterations there,
+    from the same initial centroids. A cluster that becomes empty gets a centroid elsewhere; clusters stay empty only if
+    fewer than k of the points differ.
+
+    Args:
+        features_nF: points, (n, F); computed in float32.
+        k: clusters, at most n.
+        seed: of the initial centroids.
+        restarts: initialisations; the clustering with the smallest sum of squared distances is returned.
+        iterations: most iterations of each restart.
+
+    Returns:
+        labels_n: cluster of each point, int64 in 0 to k - 1, (n,).
+        centroids_kF: float32, (k, F).
+
+    Raises:
+        ValueError: k is not in 1 to n, or a feature is not finite.
+    """
+    x_nF = np.ascontiguousarray(features_nF, dtype=np.float32)
+    if not 1 <= k <= len(x_nF):
+        raise ValueError(f"k-means with {k} clusters needs at least as many points, not {len(x_nF)}; change one")
+    if not np.isfinite(x_nF).all():
+        raise ValueError("k-means: a feature is not finite; train the encoder again with a lower learning rate")
+    lloyd = _lloyd_faiss if _faiss_has_gpu() else _lloyd
+    random = np.random.RandomState(seed)
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    for _ in range(restarts):
+        init_kF, _indices = kmeans_plusplus(x_nF, k, random_state=random)
+        labels_n, centroids_kF = lloyd(x_nF, init_kF, iterations)
+        inertia = float(np.square(x_nF - centroids_kF[labels_n]).sum(dtype=np.float64))
+        if best is None or inertia < best[0]:
+            best = inertia, labels_n, centroids_kF
+    assert best is not None
+    return best[1], best[2]
+
+
+def _lloyd(x_nF: np.ndarray, init_kF: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and centroids from initial centroids, by scikit-learn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer than k different points: documented
+        result = KMeans(len(init_kF), init=init_kF, n_init=1, max_iter=iterations).fit(x_nF)
+    return result.labels_.astype(np.int64), result.cluster_centers_
+
+
+def _lloyd_faiss(x_nF: np.ndarray, init_kF: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same by faiss, on all GPUs if its build has any."""
+    import faiss
+
+    n, k = len(x_nF), len(init_kF)
+    limits = {"min_points_per_centroid": 1, "max_points_per_centroid": n}  # all points, without a warning
+    result = faiss.Kmeans(x_nF.shape[1], k, niter=iterations, gpu=_faiss_has_gpu(), **limits)
+    result.train(x_nF, init_centroids=init_kF)
+    _, labels_n1 = result.index.search(x_nF, 1)
+    return labels_n1[:, 0].astype(np.int64), result.centroids
+
+
+def _faiss_has_gpu() -> bool:
+    try:
+        import faiss
+    except ImportError:
+        return False
+    return faiss.get_num_gpus() > 0
