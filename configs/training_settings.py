@@ -57,7 +57,7 @@ class TrainSettings(Section):
     `pretrain.views`), and the original image is reconstructed, so latents become invariant to the views."""
     start: Literal["random", "components"] = "random"
     """Initialisation of posterior and decoder in meta-training on features: `random`, or `components`: PCA of the
-    features, which is the optimum of a linear VAE (`training.models.pca_init`)."""
+    features, which is the optimum of a linear VAE (`training.methods.pca_init`)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate schedule."""
     clip_norm: NonNegativeFloat = 0.0

@@ -9,7 +9,7 @@ import torch
 
 from metagmvae.configs.schema import TrainSettings
 from metagmvae.pipelines.records import SetBatch
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 
 B, M, SHAPE = 2, 6, (1, 6, 6)
 

@@ -6,11 +6,11 @@ import torch
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from metagmvae.evaluation.bench import reference
-from metagmvae.evaluation.fewshot.predict import latent_noise, predict_episodes
+from metagmvae.evaluation.fewshot.predict import predict_episodes
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.methods.meta_gmvae import latent_noise, sample_latents
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import sample_latents
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.steps import MetaStep

@@ -7,7 +7,7 @@ import reference
 import torch
 
 from metagmvae.configs.schema import AdaptSettings
-from metagmvae.evaluation.fewshot.predict import fit_and_classify
+from metagmvae.training.objectives.class_posterior import fit_and_classify
 
 K, S, P, N, D = 3, 2, 4, 5, 2
 ADAPT = AdaptSettings(iterations=4, samples=N)

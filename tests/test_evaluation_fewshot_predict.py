@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, Settings
-from metagmvae.evaluation.fewshot import evaluate_episodes
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features, evaluate_images
 from metagmvae.evaluation.fewshot.predict import predict_episodes
@@ -135,7 +134,7 @@ def test_episodes_and_single_tasks_agree(sharp, features, mode):
 def test_accuracies_do_not_depend_on_the_batching_of_episodes(model, features, data, mode, monkeypatch):
     task = {**TASK, "episodes": 7, "seed": 2, "mode": mode}
     batched = evaluate_features(model, ADAPT, features, data[1], **task)
-    monkeypatch.setattr(evaluate_episodes, "episodes_per_batch", lambda *_: 1)
+    monkeypatch.setattr(type(model), "episodes_per_batch", lambda *_: 1)
     one_by_one = evaluate_features(model, ADAPT, features, data[1], **task)
     assert np.array_equal(batched.accuracies, one_by_one.accuracies)
     assert np.array_equal(evaluate_images(model, ADAPT, *data, **task).accuracies, one_by_one.accuracies)

@@ -30,7 +30,7 @@ def arguments_of_train(settings: Settings, dataset: Dataset, monkeypatch: pytest
     """The positional arguments that `train_in_process` passes to `train`."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "train", lambda *args, **_: calls.append(args))
-    module.train_in_process(load_inputs(settings, dataset), Context(), "meta-gmvae")  # type: ignore[arg-type]
+    module.train_in_process(load_inputs(settings, dataset), Context(), "learner")  # type: ignore[arg-type]
     (call,) = calls
     return call
 

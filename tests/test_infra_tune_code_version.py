@@ -21,7 +21,7 @@ def test_files_that_decide_a_result_are_in_the_fingerprint_with_their_hash():
         "configs/schema.py",
         "pipelines/sampling/indexed.py",
         "pipelines/shards/dataset.py",
-        "training/models/meta_gmvae.py",
+        "training/methods/meta_gmvae.py",
         "training/objectives/elbo.py",
         "training/objectives/mixture.py",
         "training/trainer/stages.py",

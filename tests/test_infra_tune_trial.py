@@ -77,7 +77,7 @@ def test_a_trial_is_bit_identical_to_train(data, tmp_path, reports):
     alone = tmp_path / "alone"
     alone.mkdir()
     context = LocalContext(alone, torch.device("cpu"), resume=False)
-    train_in_process(load_inputs(settings, Dataset.open(data)), context, "meta-gmvae")
+    train_in_process(load_inputs(settings, Dataset.open(data)), context, "learner")
     assert_same_lines(tmp_path / "trial", alone)
     ours, theirs = (load_state(folder / "checkpoint.pt") for folder in (tmp_path / "trial", alone))
     for key, value in theirs["model"].items():

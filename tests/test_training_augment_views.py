@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings
 from metagmvae.pipelines.records import SetBatch
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.augment.build_view import build_view
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.nt_xent import nt_xent
-from metagmvae.training.trainer.builders import build_view
 from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
 
 

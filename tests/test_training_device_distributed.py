@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import PretrainSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device import distributed
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.trainer.builders import build_schedule
 from metagmvae.training.trainer.context import RunContext

@@ -10,7 +10,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
-from metagmvae.training.models.meta_gmvae import sample_latents
+from metagmvae.training.methods.meta_gmvae import sample_latents
 from metagmvae.training.objectives.elbo import (
     ElboTerms,
     Likelihood,

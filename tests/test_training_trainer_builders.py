@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
+from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.photos import photo_view
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
 from metagmvae.training.models.feature_scaling import FeatureWhitening
@@ -19,7 +20,6 @@ from metagmvae.training.trainer.builders import (
     build_optimizer,
     build_pretrain_optimizer,
     build_schedule,
-    build_view,
 )
 from metagmvae.training.trainer.lars import Lars
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import ModelSettings
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer import frozen_features
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.frozen_features import ScaledRows, fit_feature_scaling

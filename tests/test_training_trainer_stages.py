@@ -16,8 +16,8 @@ import torch
 from rank_processes import process_context
 
 from metagmvae.configs.schema import Settings
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rank_processes import run_on_two_ranks
 
 from metagmvae.configs.schema import Settings
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import RunContext
 from metagmvae.training.trainer.stages import train

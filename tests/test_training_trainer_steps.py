@@ -15,7 +15,7 @@ import metagmvae.training.device.precision
 import metagmvae.training.trainer.steps
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.mixture import MixtureError, fit_mixture, init_indices
 from metagmvae.training.trainer.steps import MetaStep
 

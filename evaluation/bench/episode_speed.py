@@ -16,9 +16,8 @@ import torch
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.bench.reference import predict_episode
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_images
-from metagmvae.evaluation.fewshot.predict import latent_noise
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE, latent_noise
 
 WAY, SHOT, QUERY = 20, 5, 15
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from metagmvae.evaluation.bench.reference import step_loss
 from metagmvae.pipelines.records import SetBatch, WorkError
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.default import default_device
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model, build_optimizer
 from metagmvae.training.trainer.steps import MetaStep

@@ -11,11 +11,10 @@ from metagmvae.evaluation.comparison.promotion_rule import MIN_EPISODES
 from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import PairedDifference, paired_difference
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.trainer.package import LoadedModel
 
 SELECTED_ON_TEST = "selecting models on test classes biases their test accuracy; use --split validation"
@@ -79,7 +78,7 @@ def evaluate_head_to_head(
     warnings = [SELECTED_ON_TEST] if plan.split == "test" else []
     for name, loaded in models:
         warnings += _check_training_data(plan, name, loaded)
-    encoders = [name for name, loaded in models if not isinstance(loaded.model, MetaGMVAE)]
+    encoders = [name for name, loaded in models if not isinstance(loaded.model, MetaLearner)]
     if plan.head is not None and not encoders:
         raise DataError(f"--head {plan.head}: is for an encoder alone, and none of the models is one; omit it")
     results = [_evaluate(plan, name, loaded) for name, loaded in models]
@@ -117,7 +116,7 @@ def _check_training_data(plan: EvalPlan, name: str, loaded: LoadedModel) -> list
 
 
 def _evaluate(plan: EvalPlan, name: str, loaded: LoadedModel) -> list[EpisodeResults]:
-    head = None if isinstance(loaded.model, MetaGMVAE) else plan.head
+    head = None if isinstance(loaded.model, MetaLearner) else plan.head
     return evaluate_model(
         loaded, plan.dataset, plan.tasks, split=plan.split, mode=plan.mode, head=head, name=name, progress=plan.progress
     )

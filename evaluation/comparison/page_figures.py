@@ -22,7 +22,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.gallery import episode_figures
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel
 
 COLOURS = [*plots.COLOURS[:6], "#999933", "#882255"]

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
-from metagmvae.evaluation.fewshot.predict import PredictionMode, calibrated, episodes_per_batch, log_posteriors
+from metagmvae.evaluation.fewshot.predict import calibrated, log_posteriors
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import ProgressCallback, Rows
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def write_episodes(path: str | Path, results: Sequence[EpisodeResults]) -> None:
 
 
 def evaluate_images(
-    model: MetaGMVAE, adapt: AdaptSettings, images: Rows, labels: np.ndarray, **task: Any
+    model: MetaLearner, adapt: AdaptSettings, images: Rows, labels: np.ndarray, **task: Any
 ) -> EpisodeResults:
     """Evaluate a model on the images of a split, uint8 (n, C, H, W); see `evaluate_features` for the task."""
     h_nF = encode_images(model, images, next(model.parameters()).device)
@@ -153,7 +153,7 @@ def evaluate_images(
 
 @torch.inference_mode()
 def posterior_batches(
-    model: MetaGMVAE,
+    model: MetaLearner,
     adapt: AdaptSettings,
     h_nF: Tensor,
     sampler: QuerySampler,
@@ -179,7 +179,7 @@ def posterior_batches(
         log-probabilities of the queries, float64, (E, P, K) or (E, P, K + 1), and their classes, (E, P).
     """
     points = sampler.episodes.way * sampler.episodes.shot + sampler.queries
-    per_batch = episodes_per_batch(points, adapt, model.latent, h_nF.device)
+    per_batch = model.episodes_per_batch(adapt, points, h_nF.device)
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
         support_EKS, query_EP, truth_EP = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
@@ -199,7 +199,7 @@ def posterior_batches(
 
 @torch.inference_mode()
 def evaluate_features(
-    model: MetaGMVAE,
+    model: MetaLearner,
     adapt: AdaptSettings,
     h_nF: Tensor,
     labels: np.ndarray,

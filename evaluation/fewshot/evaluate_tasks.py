@@ -12,14 +12,13 @@ import torch
 from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
 from metagmvae.evaluation.fewshot.encoding import encode_split, scale_features
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 MAX_EPISODES = 10**7
 TASK_DEFAULTS = {"query": 15, "episodes": 1000, "seed": 0}
@@ -71,7 +70,7 @@ def evaluate_tasks(
     """
     name = loaded.settings.name if name is None else name
     device = default_device()
-    model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    model, labels = require_learner(loaded, name).to(device), dataset.labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
         check_task(labels, task)
@@ -108,7 +107,7 @@ def check_task(labels: np.ndarray, task: Mapping[str, Any]) -> None:
 
 
 def split_features(
-    model: MetaGMVAE, dataset: Dataset, split: str, device: torch.device, name: object = "the model"
+    model: MetaLearner, dataset: Dataset, split: str, device: torch.device, name: object = "the model"
 ) -> SplitFeatures:
     """Encode a split once; the raw features are kept too if the model scales its features.
 

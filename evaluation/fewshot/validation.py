@@ -13,7 +13,7 @@ from metagmvae.evaluation.fewshot.baselines import evaluate_encoder
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features
 from metagmvae.evaluation.fewshot.probes import knn_probe, linear_probe
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner
 
 
 def validate(
@@ -40,14 +40,14 @@ def validate(
             "episodes": validation.episodes,
             "seed": validation.seed,
         }
-        if isinstance(model, MetaGMVAE):
+        if isinstance(model, MetaLearner):
             result = evaluate_features(model, settings.adapt, h_nF, labels, **task)
         else:
             result = evaluate_encoder(h_nF, labels, **task)
         scores[f"{validation.way}w{shot}s"] = {"accuracy": result.mean} | (
             {} if result.ci95 is None else {"ci95": result.ci95}
         )
-    if validation.probes and not isinstance(model, MetaGMVAE):
+    if validation.probes and not isinstance(model, MetaLearner):
         scores["neighbours"] = {"accuracy": knn_probe(h_nF, labels)}
         scores["linear"] = {"accuracy": linear_probe(h_nF, labels)}
     return scores

@@ -18,8 +18,8 @@ from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.trainer.package import LoadedModel
 
 POOL_SIZE = 4096
 """Images among which the nearest one to a generated feature vector is searched."""
@@ -70,9 +70,10 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
     """Return figures of one episode by caption: its mixture modes (for images only) and its latent map.
 
     Raises:
-        DataError: as in `draw_gallery`, or the model is encoder-only.
+        DataError: as in `draw_gallery`.
     """
-    model = require_meta_gmvae(loaded, dataset.uri)
+    model = loaded.model
+    assert isinstance(model, MetaGMVAE)  # which the caller has checked
     labels, figures = dataset.labels(split), {}
     if dataset.kind == "images":
         images = dataset.images(split)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings, TrainSettings
-from metagmvae.evaluation.fewshot.predict import fit_and_classify
 from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
+from metagmvae.training.objectives.class_posterior import fit_and_classify
 from metagmvae.training.objectives.mixture import fit_mixture, init_indices
 
 Array = np.ndarray

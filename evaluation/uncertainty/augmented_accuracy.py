@@ -13,7 +13,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evalu
 from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 SEED = 1_000
 """Added to the seed of the episodes, so that the temperature is fitted on other images and views."""
@@ -50,7 +50,7 @@ def evaluate_augmented(
         DataError: the dataset contains features, or too few images.
     """
     device = default_device()
-    model, adapt = require_meta_gmvae(loaded, loaded.settings.name).to(device), loaded.settings.adapt
+    model, adapt = require_learner(loaded, loaded.settings.name).to(device), loaded.settings.adapt
     views = max(shots) + query
     h_nF, labels = augmented_features(loaded, dataset, split, views=views, seed=seed + SEED, device=device)
     features, results = SplitFeatures(split, labels, {"scaled": h_nF}), []

@@ -9,9 +9,9 @@ from torch import Tensor
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device.seeding import keyed_generator, to_device
 from metagmvae.training.models.encode_images import SMALLEST_BATCH
-from metagmvae.training.trainer.builders import build_view
 from metagmvae.training.trainer.package import LoadedModel
 
 CLASSES = 200

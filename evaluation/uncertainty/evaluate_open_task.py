@@ -12,7 +12,7 @@ from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.posterior_calibration import FittedBackground
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 
 def evaluate_open_task(
@@ -46,7 +46,7 @@ def evaluate_open_task(
     """
     name = loaded.settings.name if name is None else name
     device, adapt = default_device(), loaded.settings.adapt
-    model, labels = require_meta_gmvae(loaded, name).to(device), dataset.labels(split)
+    model, labels = require_learner(loaded, name).to(device), dataset.labels(split)
     check_task(labels, task)
     backgrounds = {mode: require_background(loaded, mode, task["way"], task["shot"], name) for mode in MODES}
     validation_split = loaded.settings.data.validation_split

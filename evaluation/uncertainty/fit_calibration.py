@@ -20,16 +20,15 @@ from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
 from metagmvae.evaluation.uncertainty.background import search_background
 from metagmvae.evaluation.uncertainty.temperature import fit_temperature, negative_log_likelihood
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import FittedBackground, FittedTemperature, PosteriorCalibration
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 LOG = logging.getLogger(__name__)
 MODES: tuple[PredictionMode, ...] = get_args(PredictionMode)
@@ -85,7 +84,7 @@ def fit_calibration(
         DataError: the model is encoder-only, the split does not exist, or holds features where images must be
             augmented.
     """
-    model, adapt = require_meta_gmvae(loaded, loaded.settings.name).to(device), loaded.settings.adapt
+    model, adapt = require_learner(loaded, loaded.settings.name).to(device), loaded.settings.adapt
     data = _data(loaded, dataset, plan, split, device)
     tasks = _possible_tasks(data.labels, plan)
     temperatures, backgrounds = [], []
@@ -164,7 +163,7 @@ def _queries(labels: np.ndarray, shot: int, plan: CalibrationPlan) -> int:
 
 
 def _fit(
-    model: MetaGMVAE,
+    model: MetaLearner,
     adapt: AdaptSettings,
     data: _Data,
     task: dict[str, Any],
@@ -177,7 +176,7 @@ def _fit(
 
 
 def _fit_background(
-    model: MetaGMVAE,
+    model: MetaLearner,
     adapt: AdaptSettings,
     data: _Data,
     task: dict[str, Any],

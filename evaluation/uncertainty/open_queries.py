@@ -23,14 +23,15 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, TUNING_EPISODES, SplitFeatures
-from metagmvae.evaluation.fewshot.baselines import VALUES_PER_BATCH, fit_logistic_regression, soft_k_means_cosines
+from metagmvae.evaluation.fewshot.baselines import VALUES_PER_BATCH, fit_logistic_regression
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
-from metagmvae.evaluation.fewshot.predict import PredictionMode, calibrated
+from metagmvae.evaluation.fewshot.predict import calibrated
+from metagmvae.evaluation.fewshot.query_assignments import soft_k_means_cosines
 from metagmvae.evaluation.uncertainty.background import known_score
 from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import FittedBackground
 from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
 
@@ -78,7 +79,7 @@ class OpenResults:
 
 
 def evaluate_open(
-    model: MetaGMVAE,
+    model: MetaLearner,
     adapt: AdaptSettings,
     h_nF: Tensor,
     labels: np.ndarray,
@@ -239,6 +240,7 @@ def _answers(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted class, score and true class of each query, (E, P) each."""
     sampler = QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"})
+    x_nF = x_nF.flatten(1)
     values = (task["way"] * task["shot"] + sampler.queries) * x_nF.shape[1]
     per_batch, parts = max(1, VALUES_PER_BATCH // values), []
     for first in range(0, task["episodes"], per_batch):

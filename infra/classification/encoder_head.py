@@ -6,7 +6,7 @@ from typing import Any
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import Tuning
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.trainer.package import LoadedModel
 
 
@@ -16,7 +16,7 @@ def check_head_options(loaded: LoadedModel, head: str | None, has_data: bool, un
     Raises:
         DataError: the model is of the other kind.
     """
-    name, is_encoder = loaded.settings.name, not isinstance(loaded.model, MetaGMVAE)
+    name, is_encoder = loaded.settings.name, not isinstance(loaded.model, MetaLearner)
     if head is not None and not is_encoder:
         raise DataError(f"--head {head}: is for an encoder alone, and {name} is a Meta-GMVAE; omit it")
     if has_data and not is_encoder:

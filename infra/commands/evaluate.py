@@ -147,7 +147,7 @@ def _load(arguments: Namespace, dataset: Dataset) -> LoadedModel:
 
     from metagmvae.configs.load import SettingsError, settings_from_json, to_json
     from metagmvae.infra.registry.resolve import resolve_model
-    from metagmvae.training.models.meta_gmvae import MetaGMVAE
+    from metagmvae.training.models.meta_learner import MetaLearner
 
     loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     for override in arguments.overrides:
@@ -155,7 +155,7 @@ def _load(arguments: Namespace, dataset: Dataset) -> LoadedModel:
             raise SettingsError(f"--set {override}: a trained model only takes other settings of adapt.…")
     if not arguments.overrides:
         return loaded
-    if not isinstance(loaded.model, MetaGMVAE):
+    if not isinstance(loaded.model, MetaLearner):
         raise SettingsError(f"--set {arguments.overrides[0]}: {arguments.model} is an encoder alone; choose its --head")
     return replace(loaded, settings=settings_from_json(to_json(loaded.settings), arguments.overrides))
 

@@ -15,15 +15,14 @@ import numpy as np
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.pixel_arrays import warn_of_polarity
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.tracking.mlflow_environment import ignore_warnings
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, load_package, require_meta_gmvae
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.trainer.package import LoadedModel, load_package, require_learner
 
 ignore_warnings()  # before the imports, which give the warnings
 from mlflow import MlflowException  # noqa: E402
@@ -77,7 +76,7 @@ class Predictor:
         try:
             params = dict(params or {})
             images = self._images(list(model_input["images"]), params)
-            if isinstance(self.loaded.model, MetaGMVAE):
+            if isinstance(self.loaded.model, MetaLearner):
                 if "label" not in model_input:
                     raise DataError("no label: give one per image, -1 or null for the images to classify")
                 return self._probabilities(images, list(model_input["label"]), params)
@@ -93,7 +92,7 @@ class Predictor:
         return preprocess(self.loaded, check_images(values, self.loaded.image_shape), params)
 
     def _probabilities(self, images: np.ndarray, labels: list[Any], params: dict[str, Any]) -> np.ndarray:
-        model = require_meta_gmvae(self.loaded, PACKAGE)
+        model = require_learner(self.loaded, PACKAGE)
         support, label_T, query = split_request(images, labels)
         mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
         adapt = adapt_settings(self.loaded.settings.adapt, params)
@@ -227,7 +226,7 @@ def adapt_settings(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSett
 def example_request(loaded: LoadedModel) -> dict[str, np.ndarray]:
     """Return a valid request: two classes with one image each, and one query. The images are noise."""
     images = np.random.default_rng(0).integers(0, 256, (3, *loaded.image_shape), dtype=np.uint8)
-    labels = {"label": np.array([0, 1, QUERY])} if isinstance(loaded.model, MetaGMVAE) else {}
+    labels = {"label": np.array([0, 1, QUERY])} if isinstance(loaded.model, MetaLearner) else {}
     return {"images": images, **labels}
 
 
@@ -237,7 +236,7 @@ def model_signature(loaded: LoadedModel) -> ModelSignature:
     # Any type: arrays or files, and integers or words.
     inputs = [ColSpec(AnyType(), "images")]
     preprocessed = ParamSpec("preprocessed", "boolean", True)
-    if not isinstance(loaded.model, MetaGMVAE):
+    if not isinstance(loaded.model, MetaLearner):
         features = Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))])
         return ModelSignature(Schema(inputs), features, ParamSchema([preprocessed]))
     inputs.append(ColSpec(AnyType(), "label", required=False))

@@ -191,9 +191,9 @@ def _requirements(loaded: Any) -> tuple[str, ...]:
 
 
 def _model_type(loaded: Any) -> str:
-    from metagmvae.training.models.meta_gmvae import MetaGMVAE
+    from metagmvae.training.models.meta_learner import MetaLearner
 
-    return "few-shot classifier" if isinstance(loaded.model, MetaGMVAE) else "encoder"
+    return "few-shot classifier" if isinstance(loaded.model, MetaLearner) else "encoder"
 
 
 def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:

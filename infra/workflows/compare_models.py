@@ -16,13 +16,13 @@ from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import RESULTS
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-    from metagmvae.evaluation.fewshot.predict import PredictionMode
     from metagmvae.pipelines.records import ProgressBar
     from metagmvae.pipelines.shards.dataset import Dataset
+    from metagmvae.training.models.meta_learner import PredictionMode
     from metagmvae.training.trainer.package import LoadedModel
 
 
@@ -96,7 +96,7 @@ def _evaluate(
     load = partial(resolve_model, item.ref, **encoder)
     shots = dict.fromkeys(shot for _, shot in request.tasks)
     models = dict.fromkeys(shots, load()) if named else {shot: load(shot=shot) for shot in shots}
-    is_encoder = not isinstance(models[request.tasks[0][1]].model, MetaGMVAE)
+    is_encoder = not isinstance(models[request.tasks[0][1]].model, MetaLearner)
     # A run may keep another checkpoint for each shot. Tasks of the same one are evaluated together, so that its images
     # are encoded once.
     groups: dict[str, list[Task]] = {}

@@ -30,7 +30,7 @@ from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.package import LoadedModel, load_model, require_meta_gmvae
+from metagmvae.training.trainer.package import LoadedModel, load_model, require_learner
 
 LOG = logging.getLogger(__name__)
 EPISODES = 300
@@ -104,7 +104,7 @@ def _evaluate(loaded: LoadedModel, settings: Settings, dataset: Dataset) -> list
     device = torch.device("cpu")
     images, labels = dataset.images("test"), dataset.labels("test")
     untrained = build_model(settings.model, dataset.image_shape, settings.train.seed)
-    model = require_meta_gmvae(loaded, settings.name)
+    model = require_learner(loaded, settings.name)
     trained_nF = encode_images(model, images, device)
     untrained_nF = encode_images(untrained, images, device)
     pixels = torch.as_tensor(images[:]).flatten(1)

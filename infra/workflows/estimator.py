@@ -14,17 +14,17 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot import pixel_arrays
-from metagmvae.evaluation.fewshot.predict import PredictionMode
-from metagmvae.evaluation.fewshot.predict_queries import classify_latents, predict_queries
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import PosteriorCalibration
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.objectives.class_posterior import classify_latents
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 WITHOUT_MODEL = AdaptSettings(e_step="identity", final_covariance="identity", samples=1)
 """Settings of EM on features without a model: each feature vector is its own only latent."""
@@ -157,11 +157,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     pixel_arrays.check_whole(X)
         queries = self._features(X, shape, decoded is not None)
         if self._network is None:
-            support_T1D, queries_P1D = self._support[:, None], queries[:, None]
-            transductive = self.mode == "transductive"
-            probabilities = classify_latents(
-                self._adapt, support_T1D, self._label_T, queries_P1D, fit_on_queries=transductive
-            ).exp()
+            support_1T1D, queries_1P1D = self._support[None, :, None], queries[None, :, None]
+            label_T, transductive = torch.as_tensor(self._label_T), self.mode == "transductive"
+            log_p_1PK = classify_latents(self._adapt, support_1T1D, label_T, queries_1P1D, fit_on_queries=transductive)
+            probabilities = log_p_1PK[0].exp()
         else:
             probabilities = predict_queries(
                 self._network,
@@ -190,7 +189,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self.mode not in ("inductive", "transductive"):
             raise DataError(f"mode is {self.mode!r}; it must be inductive or transductive")
 
-    def _load(self) -> tuple[MetaGMVAE | None, AdaptSettings]:
+    def _load(self) -> tuple[MetaLearner | None, AdaptSettings]:
         self._preprocessing: Preprocessing | None = None
         self._calibration: PosteriorCalibration | None = None
         if self.model is None:
@@ -205,7 +204,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 f"{name}: does not record the preprocessing of its training images, because an older version wrote it: "
                 "preprocess the images as they were for the training, and pass preprocessed=True"
             )
-        network = require_meta_gmvae(loaded, name).to(default_device())
+        network = require_learner(loaded, name).to(default_device())
         self._preprocessing, self._calibration = loaded.preprocessing, loaded.calibration
         return network, loaded.settings.adapt
 

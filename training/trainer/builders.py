@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
-from metagmvae.training.augment.photos import photo_view
-from metagmvae.training.augment.strokes import stroke_view
-from metagmvae.training.augment.view import View
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encoders import EncoderModel, build_encoder
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.models.multi_crop import MultiCropEncoder
 from metagmvae.training.trainer.lars import Lars
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -66,15 +61,6 @@ def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, in
             settings.normalise,
         )
         return EncoderModel(encoder, image_shape)
-
-
-def build_view(settings: PretrainSettings, model: EncoderModel) -> View:
-    """The random augmentation of the settings, at the input size of the model's encoder."""
-    on_strokes = model.image_shape[0] == 1 if settings.views == "auto" else settings.views == "strokes"
-    if on_strokes:
-        return partial(stroke_view, elastic=settings.elastic)
-    size = model.encoder.size[-1] if isinstance(model.encoder, MultiCropEncoder) else model.image_shape[-1]
-    return partial(photo_view, size=size, min_area=settings.crop_area, crops=settings.crops)
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.pipelines.records import Rows
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.pca_init import init_from_pca
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.models.pca_init import init_from_pca
 
 CHUNK = 1024
 """Rows processed at a time."""

@@ -19,8 +19,9 @@ from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.models.posterior_calibration import PosteriorCalibration, read_calibration
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.checkpoint import CHECKPOINT, load_state
@@ -182,16 +183,16 @@ def load_model(path: str | Path, shot: int | None = None) -> LoadedModel:
     return replace(loaded, calibration=read_calibration(path if path.is_dir() else path.parent, loaded.model))
 
 
-def require_meta_gmvae(loaded: LoadedModel, name: object) -> MetaGMVAE:
-    """The loaded model, which must be a complete one; `name` is used in the error message.
+def require_learner(loaded: LoadedModel, name: object) -> MetaLearner:
+    """The loaded model, which must be one that classifies; `name` is used in the error message.
 
     Raises:
         DataError: it is an encoder-only model.
     """
-    if not isinstance(loaded.model, MetaGMVAE):
+    if not isinstance(loaded.model, MetaLearner):
         raise DataError(
-            f"{name}: is an encoder alone, and this needs a Meta-GMVAE; write features with it (metagmvae features) "
-            "and meta-train on them, or give --head to evaluate or classify"
+            f"{name}: is an encoder alone, and this needs a Meta-GMVAE or another method; write features with it "
+            "(metagmvae features) and meta-train on them, or give --head to evaluate or classify"
         )
     return loaded.model
 

@@ -14,17 +14,17 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.factory import image_batches, unlabelled_sets
 from metagmvae.pipelines.sampling.sequential import StreamedImages
+from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, build_projector
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import (
     build_encoder_model,
     build_model,
     build_optimizer,
     build_pretrain_optimizer,
     build_schedule,
-    build_view,
 )
 from metagmvae.training.trainer.checkpoint import random_state, restore_random_state
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState, Validate

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
+from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.view import View
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import episode_generators, keyed_generator, to_device
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective
 from metagmvae.training.objectives.mixture import (
     MixtureError,
@@ -36,7 +37,6 @@ from metagmvae.training.objectives.mixture import (
 )
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.objectives.prototypes import prototype_loss
-from metagmvae.training.trainer.builders import build_view
 
 StepMetrics = dict[str, Tensor]
 """Scalars without gradient, for the metric lines."""

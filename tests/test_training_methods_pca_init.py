@@ -8,8 +8,8 @@ import torch
 from sklearn.decomposition import PCA
 
 from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.feature_scaling import FLOOR
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.builders import build_model
 from metagmvae.training.trainer.frozen_features import ScaledRows, fit_feature_scaling, init_from_features
 

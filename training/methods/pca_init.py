@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.conv import FeatureDecoder
 from metagmvae.training.models.feature_scaling import FLOOR
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
 
 
 @torch.no_grad()

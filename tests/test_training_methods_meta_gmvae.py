@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from metagmvae.training.models.meta_gmvae import MetaGMVAE, sample_latents
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 
 
 def tiny(**settings: Any) -> MetaGMVAE:

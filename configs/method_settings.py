@@ -1,0 +1,48 @@
+"""Settings of the method that is meta-trained: Meta-GMVAE, or one of those that the paper compares with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from metagmvae.configs.limits import MAX_SIZE, PositiveFloat, Section, Size
+
+MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,60}$")]
+
+
+class MethodSettings(Section):
+    """The method, and for the methods that learn from tasks where the classes of its training tasks come from.
+
+    `train.steps`, `train.batch` (tasks per step) and `train.learning_rate` are those of the outer loop.
+    """
+
+    name: MethodName = "meta-gmvae"
+    """Method: `meta-gmvae`; `maml` (Finn et al. 2017); `protonets` (Snell et al. 2017); `scratch`: a new network trained
+    on the labelled images alone; or a method that another package adds."""
+    tasks: Literal["labels", "clusters", "images"] = "clusters"
+    """Classes of the training tasks. `labels`: those of the dataset (supervised oracle); `clusters`: clusters of the
+    encoder's features (CACTUs, Hsu et al. 2019); `images`: each image is a class, and augmented views of it are its
+    queries (UMTRA, Khodadadeh et al. 2019)."""
+    network: Literal["encoder", "mlp"] = "encoder"
+    """What is meta-trained: a network of its own on images, like `model.encoder`, or a perceptron with one hidden layer
+    on the features of the frozen encoder."""
+    way: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 5
+    """Classes of a training task; for `maml` and `scratch` a model classifies tasks of any number of classes."""
+    shot: Size = 1
+    """Labelled images of each class of a training task."""
+    query: Size = 5
+    """Queries of each class of a training task."""
+    inner_steps: Size = 5
+    """Gradient steps on the labelled images of a training task (`maml`)."""
+    inner_rate: PositiveFloat = 0.05
+    """Learning rate of the gradient steps on labelled images (`maml`, `scratch`)."""
+    first_order: bool = False
+    """Whether `maml` ignores second derivatives (first-order MAML)."""
+    test_steps: Size = 50
+    """Gradient steps on the labelled images of a test task (`maml`, `scratch`)."""
+    clusters: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 500
+    """Clusters of each partition for `tasks = "clusters"`."""
+    partitions: Size = 50
+    """Partitions for `tasks = "clusters"`: k-means on the features, each with other random scales of the dimensions;
+    with one partition the dimensions are not scaled."""

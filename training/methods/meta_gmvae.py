@@ -1,0 +1,184 @@
+"""Meta-GMVAE: set-conditioned posterior q(z | x, D), decoder p(x | z), and adaptation (Lee et al., ICLR 2021).
+
+Adaptation (section 3.3) takes the support and the queries of an episode as the set D, draws latents of each image, and
+fits the classes to them by semi-supervised EM (`training.objectives.class_posterior`, Eq. 10 and 11).
+
+Notation: B sets, M data points per set, N Monte Carlo samples, n images, C x H x W image shape, F feature size,
+D latent size; in q(z | x, D), D is the set. E episodes, K classes, T labelled images, P queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metagmvae.configs.schema import AdaptSettings, Average
+from metagmvae.training.device.precision import at_least_float32
+from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
+from metagmvae.training.models.encoders import build_encoder
+from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.models.set_attention import SetAttention
+from metagmvae.training.objectives.class_posterior import classify_latents
+
+MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
+"""Maximum number of latent values (points x samples x D) in a batch, by device type; about four such arrays exist.
+On a CPU small batches are the fast ones, because they fit its caches (a quarter faster than 2^25, measured)."""
+
+
+class MetaGMVAE(MetaLearner):
+    """Variational autoencoder whose posterior depends on the whole set (Tables 3, 4, 7 and 8).
+
+    The prior is no part of it: `training.objectives.mixture` fits the mixture to each episode. Names of submodules are
+    keys of stored checkpoints. The settings are described in `configs.schema.ModelSettings`.
+    """
+
+    has_background = True
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        *,
+        encoder: str = "conv4",
+        image_size: int = 0,
+        final_relu: bool = True,
+        averaging: Average = "none",
+        normalise: Literal["none", "imagenet"] = "none",
+        reconstruct: Literal["pixels", "features"] = "pixels",
+        scaling: Literal["standard", "whitened", "raw"] = "standard",
+        variance: Literal["calibrated", "unit", "half"] = "calibrated",
+        latent: int = 64,
+        channels: int = 64,
+        width: int = 256,
+        heads: int = 4,
+        layers: int = 2,
+        attention_scale: Literal["head", "model"] = "head",
+        attention_block: Literal["transformer", "set-attention"] = "transformer",
+        attention_activation: Literal["elu", "relu"] = "elu",
+        posterior: Literal["isotropic", "diagonal"] = "diagonal",
+    ) -> None:
+        net = build_encoder(encoder, image_shape, channels, image_size, final_relu, averaging, normalise)
+        super().__init__(net, image_shape)
+        self.latent = latent
+        # Conv4 on 28x28 images has F = 256, the width of the set encoder in Table 3; other sizes need a projection.
+        self.inlet = nn.Identity() if self.feature_dim == width else nn.Linear(self.feature_dim, width)
+        self.attention = SetAttention(width, heads, layers, attention_scale, attention_block, attention_activation)
+        self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
+        self.reconstruct = reconstruct
+        self.variance = variance
+        scales = {"standard": FeatureScale, "whitened": FeatureWhitening}
+        scaled = reconstruct == "features" and scaling in scales
+        self.scale: nn.Module = scales[scaling](self.feature_dim) if scaled else nn.Identity()
+        self.decoder: nn.Module = (
+            FeatureDecoder(self.feature_dim, latent, final_relu=final_relu and scaling == "raw")
+            if reconstruct == "features"
+            else ConvDecoder(image_shape, channels, latent, width)
+        )
+
+    def scale_features(self, h: Tensor) -> Tensor:
+        """Raw features of the encoder, f(x) of Eq. 5, (n, F) -> the features that the model works on, (n, F).
+
+        The same, except that features to be reconstructed are scaled (`training.models.feature_scaling`).
+        """
+        return self.scale(h)
+
+    def posterior(self, h_BMF: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5: features of whole sets, (B, M, F) -> mean and log variance of q(z_j | x_j, D), (B, M, D) each.
+
+        The variance is diagonal as in Eq. 5 and Tables 3 and 7, or isotropic as the paper's text says (`posterior`).
+        """
+        hidden = at_least_float32(self.head(self.attention(self.inlet(h_BMF))))
+        mean_BMD, log_variance = hidden[..., : self.latent], hidden[..., self.latent :]
+        return mean_BMD, log_variance.expand_as(mean_BMD)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """p(x | z): latents (n, D) -> logits of Bernoulli means (n, C, H, W), or means of the features (n, F)."""
+        return self.decoder(z)
+
+    def log_posteriors(
+        self,
+        adapt: AdaptSettings,
+        support_ET: Tensor,
+        label_T: Tensor,
+        query_EP: Tensor,
+        *,
+        mode: PredictionMode,
+        seed_by_episode: Sequence[int],
+        background: float | None = None,
+    ) -> Tensor:
+        """Return log p(y | x, D) of every query (Eq. 10 and 11), as `MetaLearner.log_posteriors`, from features.
+
+        Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode.
+        Inductive: each query is classified alone, in a set of the support and this query; the class means and variances
+        come from the support latents only. The probabilities of a query depend neither on other queries, nor on its
+        position among them, nor on the order of the classes and of the support images.
+        """
+        if mode == "inductive":
+            episodes = zip(support_ET, query_EP, seed_by_episode, strict=True)
+            return torch.stack([self._classify_alone(adapt, *item, label_T, background) for item in episodes])
+        points, device = support_ET.shape[1] + query_EP.shape[1], query_EP.device
+        noise = torch.stack([latent_noise(self, adapt, points, seed, device) for seed in seed_by_episode])
+        h_EMF = torch.cat([support_ET, query_EP], dim=1)
+        return self._classify_sets(adapt, h_EMF, label_T, noise, background, fit_on_queries=True)
+
+    def _classify_alone(
+        self, adapt: AdaptSettings, h_TF: Tensor, h_PF: Tensor, seed: int, label_T: Tensor, background: float | None
+    ) -> Tensor:
+        """Classify each query separately, in a set of the support and this query; several sets at a time: (P, K)."""
+        T = len(h_TF)
+        noise_MND = inductive_noise(self, adapt, T, seed, h_PF.device)
+        values_per_set = (T + 1) * adapt.samples * self.latent
+        sets_per_batch = max(1, MAX_LATENT_VALUES[h_PF.device.type] // (4 * values_per_set))
+        log_p = []
+        for query in h_PF[:, None].split(sets_per_batch):
+            h_EMF = torch.cat([h_TF.expand(len(query), -1, -1), query], dim=1)
+            noise_EMND = noise_MND.expand(len(query), -1, -1, -1)
+            answer_EPK = self._classify_sets(adapt, h_EMF, label_T, noise_EMND, background, fit_on_queries=False)
+            log_p.append(answer_EPK[:, 0])
+        return torch.cat(log_p)
+
+    def _classify_sets(
+        self,
+        adapt: AdaptSettings,
+        h_EMF: Tensor,
+        label_T: Tensor,
+        noise_EMND: Tensor,
+        background: float | None,
+        *,
+        fit_on_queries: bool,
+    ) -> Tensor:
+        """Classify the last P of the M = T + P points of each set; the others are the support: (E, P, K)."""
+        z_EMND = sample_latents(*self.posterior(h_EMF), noise_EMND)
+        support, queries = z_EMND.split([len(label_T), z_EMND.shape[1] - len(label_T)], dim=1)
+        return classify_latents(adapt, support, label_T, queries, fit_on_queries=fit_on_queries, background=background)
+
+    def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
+        """Return how many episodes of this many points (support and queries) fit one batch; at least 1."""
+        return max(1, MAX_LATENT_VALUES[device.type] // (8 * points * adapt.samples * self.latent))
+
+
+def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """Reparameterised samples mean + exp(log_variance / 2) * noise: (..., D), (..., D), (..., N, D) -> (..., N, D)."""
+    return mean.unsqueeze(-2) + torch.exp(0.5 * log_variance).unsqueeze(-2) * noise
+
+
+def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:
+    """Draw the standard normal noise of the latents of one episode, (points, N, D)."""
+    generator = keyed_generator(device, "predict", int(seed))
+    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
+
+
+def inductive_noise(
+    model: MetaGMVAE, adapt: AdaptSettings, support_images: int, seed: int, device: torch.device
+) -> Tensor:
+    """Draw the noise of the support and one query, (support_images + 1, N, D).
+
+    All queries share one draw: with noise by position, the answer for a query would depend on its place among the
+    others. All support images share another draw, so it does not depend on their order and on the names of the classes.
+    """
+    noise_MND = latent_noise(model, adapt, support_images + 1, seed, device)
+    return torch.cat([noise_MND[:1].expand(support_images, -1, -1), noise_MND[-1:]])
