@@ -78,6 +78,8 @@ def test_evaluate_several_ways_with_baselines(run, data, capsys):
             "nearest class mean",
             "logistic regression",
             "soft k-means",
+            "optimal transport",
+            "Laplacian",
             "EM on features, identity",
             "EM on features, diagonal",
             "nearest class mean, features unscaled",

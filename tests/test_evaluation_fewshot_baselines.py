@@ -14,7 +14,6 @@ from metagmvae.evaluation.fewshot.baselines import (
     logistic_regression,
     nearest_class_mean,
     soft_k_means,
-    soft_k_means_posterior,
 )
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
@@ -31,33 +30,6 @@ def features(noise: float = 1.0) -> torch.Tensor:
 
 def unit(v: np.ndarray) -> np.ndarray:
     return v / math.sqrt(sum(float(a) ** 2 for a in v))
-
-
-def test_soft_k_means_against_loops():
-    rng = np.random.default_rng(1)
-    support, query = rng.normal(0, 1, (3, 2, 4)), rng.normal(0, 1, (5, 4))
-    centre = sum([*support.reshape(-1, 4), *query]) / 11
-    s = [[unit(x - centre) for x in rows] for rows in support]
-    q = [unit(x - centre) for x in query]
-    means = [(rows[0] + rows[1]) / 2 for rows in s]
-
-    def soft(means: list) -> list:
-        rows = []
-        for x in q:
-            weights = [math.exp(7.0 * float(x @ unit(mean))) for mean in means]
-            rows.append([w / sum(weights) for w in weights])
-        return rows
-
-    for _ in range(3):
-        weights = soft(means)
-        for k in range(3):
-            total, count = s[k][0] + s[k][1], 2.0
-            for p in range(5):
-                total = total + weights[p][k] * q[p]
-                count += weights[p][k]
-            means[k] = total / count
-    actual = soft_k_means_posterior(torch.as_tensor(support)[None], torch.as_tensor(query)[None], 7.0, 3)
-    np.testing.assert_allclose(actual[0], soft(means), rtol=1e-10)
 
 
 def test_nearest_class_mean_against_loops():
@@ -117,3 +89,13 @@ def test_baselines_are_at_chance_on_noise_and_perfect_on_separated_classes(name)
     task = TASK | {"episodes": 100}
     assert abs(BASELINES[name](noise, LABELS, **task).mean - 0.25) < 0.05
     assert BASELINES[name](features(noise=0.01), LABELS, **task).mean == 1
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_images_are_classified_by_their_pixels(name):
+    """Models that adapt on images give images instead of features."""
+    vectors = features()
+    images = vectors.view(-1, 1, 2, 3)
+    np.testing.assert_array_equal(
+        BASELINES[name](images, LABELS, **TASK).accuracies, BASELINES[name](vectors, LABELS, **TASK).accuracies
+    )

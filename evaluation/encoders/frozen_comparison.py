@@ -8,9 +8,9 @@ from typing import Any
 from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD, evaluate_model
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.evaluation.fewshot.paired import paired_difference
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.trainer.package import LoadedModel
 
 

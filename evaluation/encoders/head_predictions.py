@@ -1,4 +1,4 @@
-"""Class probabilities by the head of an encoder, in one task whose classes may have different numbers of images.
+"""Answers of the head of an encoder, in one task whose classes may have different numbers of images.
 
 Notation: T labelled images, P queries, K classes, S shots of the class that has most, F features.
 """
@@ -13,46 +13,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metagmvae.evaluation.fewshot.baselines import fit_logistic_regression, soft_k_means_cosines
-from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
+from metagmvae.evaluation.fewshot.baselines import fit_logistic_regression
+from metagmvae.evaluation.fewshot.query_assignments import (
+    laplacian_logits,
+    optimal_transport_posterior,
+    soft_k_means_cosines,
+)
+from metagmvae.pipelines.records import DataError
+from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
 
 COSINE_TEMPERATURE = 20.0
 """Multiplies the cosines of `nearest-mean` in its softmax; the predicted classes do not depend on it."""
+SMALLEST = 1e-300
+"""Probabilities below this are taken for it, so that they have a logarithm."""
 
 
 @torch.inference_mode()
-def predict_with_head(
-    head: str, settings: Mapping[str, Any], h_TF: Tensor, label_T: np.ndarray, h_PF: Tensor
-) -> np.ndarray:
-    """Return the probabilities of the queries, (P, K). They are not calibrated.
+def head_logits(
+    head: str,
+    settings: Mapping[str, Any],
+    h_TF: Tensor,
+    label_T: np.ndarray,
+    h_PF: Tensor,
+    background: float | None = None,
+) -> Tensor:
+    """Return the logits of the classes of the queries, float64, (P, K); their softmax are the probabilities.
 
     For equal shots the predicted classes are those of the baseline that `evaluation.encoders.heads.HEADS` names.
 
     Args:
         head: a key of `HEADS`.
         settings: of the head, as they were chosen; missing ones are the defaults.
-        h_TF: features of the labelled images.
+        h_TF: features of the labelled images; other arrays than (T, F) become vectors.
         label_T: their classes, 0 to K - 1; each class occurs at least once.
         h_PF: features of the queries.
+        background: logit of a query of no labelled class, which EM takes into account in its E-steps. None: no such
+            component. The caller adds it as a column.
+
+    Raises:
+        DataError: `optimal-transport` has fewer queries than classes, which it gives the same number of queries each.
     """
-    h_TF, h_PF = h_TF.float(), h_PF.float()
+    h_TF, h_PF = h_TF.flatten(1).float(), h_PF.flatten(1).float()
     if head == "logistic-regression":
         model = fit_logistic_regression(h_TF.cpu(), label_T, settings.get("strength", 1.0))
-        return model.predict_proba(F.normalize(h_PF, dim=1).cpu().numpy())
+        return torch.as_tensor(model.predict_log_proba(F.normalize(h_PF, dim=1).cpu().numpy()), device=h_PF.device)
     support_1KSF, mask_1KS = _padded(h_TF, label_T)
+    query_1PF = h_PF[None]
     if head == "nearest-mean":
         mean_KF = F.normalize((F.normalize(support_1KSF, dim=3) * mask_1KS[..., None]).sum(dim=2)[0], dim=1)
-        logits_PK = COSINE_TEMPERATURE * F.normalize(h_PF, dim=1) @ mean_KF.T
-    elif head == "soft-k-means":
+        return (COSINE_TEMPERATURE * F.normalize(h_PF, dim=1) @ mean_KF.T).double()
+    if head == "soft-k-means":
         temperature = settings.get("temperature", COSINE_TEMPERATURE)
-        cosines_1PK = soft_k_means_cosines(support_1KSF, h_PF[None], temperature, iterations=10, mask_EKS=mask_1KS)
-        logits_PK = temperature * cosines_1PK[0]
-    else:
-        e_step, temperature = settings.get("e_step", "identity"), settings.get("temperature", 1.0)
-        options: dict[str, Any] = {"iterations": 10, "e_step": e_step, "temperature": temperature}
-        mixture = fit_semi_supervised(support_1KSF, h_PF[None], mask_EKT=mask_1KS, **options)
-        logits_PK = class_log_posterior(mixture, h_PF[None], e_step, temperature)[0]
-    return torch.softmax(logits_PK.double(), dim=1).cpu().numpy()
+        cosines_1PK = soft_k_means_cosines(support_1KSF, query_1PF, temperature, iterations=10, mask_EKS=mask_1KS)
+        return (temperature * cosines_1PK[0]).double()
+    if head == "optimal-transport":
+        P, K = len(h_PF), support_1KSF.shape[1]
+        if P < K:
+            raise DataError(
+                f"--head optimal-transport: gives each class as many queries, and {P} are fewer than the {K} classes; "
+                "give more queries or another --head"
+            )
+        plan_1PK = optimal_transport_posterior(support_1KSF, query_1PF, settings.get("sharpness", 10.0), mask_1KS)
+        return plan_1PK[0].clamp_min(SMALLEST).log()
+    if head == "laplacian":
+        weight, neighbours = settings.get("weight", 0.7), settings.get("neighbours", 3)
+        return laplacian_logits(support_1KSF, query_1PF, weight, neighbours, mask_1KS)[0].double()
+    e_step, temperature = settings.get("e_step", "identity"), settings.get("temperature", 1.0)
+    options: dict[str, Any] = {"iterations": 10, "e_step": e_step, "temperature": temperature, "background": background}
+    mixture = fit_semi_supervised(support_1KSF, query_1PF, mask_EKT=mask_1KS, **options)
+    return class_logits(mixture, query_1PF, e_step, temperature)[0].double()
+
+
+def predict_with_head(
+    head: str, settings: Mapping[str, Any], h_TF: Tensor, label_T: np.ndarray, h_PF: Tensor
+) -> np.ndarray:
+    """Return the probabilities of the queries, (P, K), not calibrated. Arguments and errors as in `head_logits`."""
+    return torch.softmax(head_logits(head, settings, h_TF, label_T, h_PF), dim=1).cpu().numpy()
 
 
 def _padded(h_TF: Tensor, label_T: np.ndarray) -> tuple[Tensor, Tensor]:

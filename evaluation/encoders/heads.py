@@ -19,16 +19,15 @@ from metagmvae.evaluation.fewshot.baseline_tuning import (
     evaluate_baselines,
     evaluate_tuned,
 )
-from metagmvae.evaluation.fewshot.baselines import em_on_features, logistic_regression, nearest_class_mean, soft_k_means
+from metagmvae.evaluation.fewshot.baselines import BASELINES, em_on_features
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, Tuning
 from metagmvae.evaluation.fewshot.evaluate_tasks import TASK_DEFAULTS, check_task, evaluate_tasks
-from metagmvae.evaluation.fewshot.predict import PredictionMode
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.trainer.package import LoadedModel
 
 DEFAULT_HEAD = "nearest-mean"
@@ -40,11 +39,16 @@ def _em(x_nF: Tensor, labels: np.ndarray, *, e_step: Literal["identity", "diagon
 
 _KINDS = ("scaled",)
 HEADS: dict[str, TunedBaseline] = {
-    "nearest-mean": TunedBaseline("nearest class mean", nearest_class_mean, _KINDS, GRIDS["nearest class mean"]),
-    "logistic-regression": TunedBaseline(
-        "logistic regression", logistic_regression, _KINDS, GRIDS["logistic regression"]
-    ),
-    "soft-k-means": TunedBaseline("soft k-means", soft_k_means, _KINDS, GRIDS["soft k-means"]),
+    **{
+        head: TunedBaseline(baseline, BASELINES[baseline], _KINDS, GRIDS[baseline])
+        for head, baseline in {
+            "nearest-mean": "nearest class mean",
+            "logistic-regression": "logistic regression",
+            "soft-k-means": "soft k-means",
+            "optimal-transport": "optimal transport",
+            "laplacian": "Laplacian",
+        }.items()
+    },
     "em": TunedBaseline(
         "EM on features", _em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
     ),
@@ -54,6 +58,8 @@ MODES: dict[str, PredictionMode] = {
     "nearest-mean": "inductive",
     "logistic-regression": "inductive",
     "soft-k-means": "transductive",
+    "optimal-transport": "transductive",
+    "laplacian": "transductive",
     "em": "transductive",
 }
 """Whether a head classifies each query alone."""
@@ -91,7 +97,7 @@ def evaluate_model(
         DataError: as in `evaluate_tasks`, `head` is given for a Meta-GMVAE, or does not suit the mode.
     """
     name = loaded.settings.name if name is None else name
-    if isinstance(loaded.model, MetaGMVAE):
+    if isinstance(loaded.model, MetaLearner):
         if head is not None:
             raise DataError(f"--head {head}: is for an encoder alone, and {name} is a Meta-GMVAE; omit it")
         return evaluate_tasks(

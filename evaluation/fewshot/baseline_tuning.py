@@ -24,6 +24,8 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "nearest class mean": {},
     "logistic regression": {"strength": (1.0, 0.1, 10.0, 100.0)},
     "soft k-means": {"temperature": (20.0, 5.0, 10.0, 40.0, 80.0)},
+    "optimal transport": {"sharpness": (10.0, 5.0, 20.0, 40.0)},
+    "Laplacian": {"weight": (0.7, 0.1, 0.3, 1.0, 1.5), "neighbours": (3, 10)},
     "EM on features, identity": {"temperature": EM_TEMPERATURES},
     "EM on features, diagonal": {"temperature": EM_TEMPERATURES},
 }

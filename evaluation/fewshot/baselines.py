@@ -18,8 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-from metagmvae.evaluation.fewshot.predict import PredictionMode
+from metagmvae.evaluation.fewshot.query_assignments import (
+    laplacian_logits,
+    optimal_transport_posterior,
+    soft_k_means_cosines,
+)
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
+from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 if TYPE_CHECKING:
@@ -68,11 +73,37 @@ def soft_k_means(
 ) -> EpisodeResults:
     """Evaluate class means that are refined by soft assignments of all queries (Ren et al., ICLR 2018).
 
-    Arguments and errors are those of `nearest_class_mean`, and two of `soft_k_means_posterior`. Transductive.
+    Arguments and errors are those of `nearest_class_mean`, and two of `soft_k_means_cosines`. Transductive.
     """
 
     def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        return soft_k_means_posterior(support_EKSF, query_EPF, temperature, iterations).argmax(dim=2)
+        return soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations).argmax(dim=2)
+
+    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
+
+
+def optimal_transport(x_nF: Tensor, labels: np.ndarray, *, sharpness: float = 10.0, **task: Any) -> EpisodeResults:
+    """Evaluate the assignment of all queries to moving prototypes with as many queries in each class. Transductive.
+
+    Arguments and errors are those of `nearest_class_mean`, and one of `optimal_transport_posterior`.
+    """
+
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        return optimal_transport_posterior(support_EKSF, query_EPF, sharpness).argmax(dim=2)
+
+    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
+
+
+def laplacian(
+    x_nF: Tensor, labels: np.ndarray, *, weight: float = 0.7, neighbours: int = 3, **task: Any
+) -> EpisodeResults:
+    """Evaluate the nearest class mean, made consistent among neighbouring queries (LaplacianShot). Transductive.
+
+    Arguments and errors are those of `nearest_class_mean`, and two of `laplacian_logits`.
+    """
+
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        return laplacian_logits(support_EKSF, query_EPF, weight, neighbours).argmax(dim=2)
 
     return evaluate_batches(classify, "transductive", x_nF, labels, **task)
 
@@ -147,48 +178,6 @@ def em_on_features(
     return evaluate_batches(classify, "transductive", x_nF, labels, **task)
 
 
-def soft_k_means_posterior(support_EKSF: Tensor, query_EPF: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Return the soft assignments of the queries after the class means were refined: (E, P, K).
-
-    Features are centred on the mean of the episode and normalised.
-
-    Args:
-        support_EKSF: labelled vectors by class.
-        query_EPF: vectors of the queries.
-        temperature: assignments are the softmax of `temperature` times the cosine to each class mean.
-        iterations: number of refinements.
-    """
-    return torch.softmax(temperature * soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations), dim=2)
-
-
-def soft_k_means_cosines(
-    support_EKSF: Tensor,
-    query_EPF: Tensor,
-    temperature: float,
-    iterations: int,
-    mask_EKS: Tensor | None = None,
-) -> Tensor:
-    """Return the cosines of the queries to the refined class means, (E, P, K); see `soft_k_means_posterior`.
-
-    `mask_EKS` is 0 where the support is padded with zeros, because classes have different shots, and else 1.
-    """
-    mask_EKS = support_EKSF.new_ones(support_EKSF.shape[:3]) if mask_EKS is None else mask_EKS
-    count_EK1, points_E11 = mask_EKS.sum(dim=2)[..., None], mask_EKS.sum(dim=(1, 2))[:, None, None] + query_EPF.shape[1]
-    centre_E1F = torch.cat([support_EKSF.flatten(1, 2), query_EPF], dim=1).sum(dim=1, keepdim=True) / points_E11
-    support_EKSF = F.normalize(support_EKSF - centre_E1F[:, None], dim=-1) * mask_EKS[..., None]
-    query_EPF = F.normalize(query_EPF - centre_E1F, dim=-1)
-
-    def cosines(mean_EKF: Tensor) -> Tensor:
-        return query_EPF @ F.normalize(mean_EKF, dim=2).transpose(1, 2)
-
-    mean_EKF = support_EKSF.sum(dim=2) / count_EK1
-    for _ in range(iterations):
-        soft_EPK = torch.softmax(temperature * cosines(mean_EKF), dim=2)
-        total_EKF = support_EKSF.sum(dim=2) + soft_EPK.transpose(1, 2) @ query_EPF
-        mean_EKF = total_EKF / (count_EK1 + soft_EPK.sum(dim=1)[..., None])
-    return cosines(mean_EKF)
-
-
 def evaluate_classifier(
     classify: Classifier, mode: PredictionMode, x_nF: Tensor, labels: np.ndarray, **task: Any
 ) -> EpisodeResults:
@@ -223,7 +212,7 @@ def evaluate_batches(
     Args:
         classify: predicts the queries of each episode; its classes are the rows of the support.
         mode: what the classifier is: `inductive` if it classifies each query alone, else `transductive`.
-        x_nF: one vector per image, on any device.
+        x_nF: one vector per image, on any device; images, (n, C, H, W), become vectors of pixels.
         labels: their classes, (n,).
         way: classes per episode.
         shot: labelled images per class.
@@ -238,7 +227,7 @@ def evaluate_batches(
     """
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
     sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
-    x_nF = x_nF.float()
+    x_nF = x_nF.flatten(1).float()
     per_batch = max(1, VALUES_PER_BATCH // (way * (shot + query) * x_nF.shape[1]))
     accuracies = []
     start = time.perf_counter()
@@ -257,6 +246,8 @@ BASELINES: dict[str, Callable[..., EpisodeResults]] = {
     "nearest class mean": nearest_class_mean,
     "logistic regression": logistic_regression,
     "soft k-means": soft_k_means,
+    "optimal transport": optimal_transport,
+    "Laplacian": laplacian,
     "EM on features, identity": partial(em_on_features, "identity"),
     "EM on features, diagonal": partial(em_on_features, "diagonal"),
 }

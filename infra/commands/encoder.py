@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from metagmvae.pipelines.shards.dataset import Dataset
     from metagmvae.training.trainer.package import LoadedModel
 
-HEADS = ("nearest-mean", "logistic-regression", "soft-k-means", "em")
+HEADS = ("nearest-mean", "logistic-regression", "soft-k-means", "optimal-transport", "laplacian", "em")
 """The keys of `evaluation.encoders.heads.HEADS`, which `--help` does not import."""
 ENCODER_HELP = "timm:NAME or torchvision:NAME"
 
