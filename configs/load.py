@@ -26,6 +26,12 @@ LATER_KEYS = (
     ("adapt", "proportions", "equal"),
     ("adapt", "proportions_prior", 1.0),
     ("validation", "calibration_episodes", 100),
+    ("train", "prior", "mixture"),
+    ("pretrain", "clusters", 500),
+    ("pretrain", "shots", 4),
+    ("pretrain", "queue", 16_384),
+    ("pretrain", "momentum", 0.99),
+    ("pretrain", "beta1", 0.9),
 )
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""
@@ -112,6 +118,8 @@ def fingerprint(settings: Settings) -> str:
     for section, key, default in LATER_KEYS:
         if tree[section][key] == default:
             del tree[section][key]
+    if tree["method"]["name"] == "meta-gmvae":  # which reads no other setting of the method
+        del tree["method"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,8 +18,8 @@ class MethodSettings(Section):
     """
 
     name: MethodName = "meta-gmvae"
-    """Method: `meta-gmvae`; `maml` (Finn et al. 2017); `protonets` (Snell et al. 2017); `scratch`: a new network trained
-    on the labelled images alone; or a method that another package adds."""
+    """Method: `meta-gmvae`; `maml` (Finn et al. 2017); `protonets` (Snell et al. 2017); `scratch`: a new network
+    trained on the labelled images alone; or a method that another package adds."""
     tasks: Literal["labels", "clusters", "images"] = "clusters"
     """Classes of the training tasks. `labels`: those of the dataset (supervised oracle); `clusters`: clusters of the
     encoder's features (CACTUs, Hsu et al. 2019); `images`: each image is a class, and augmented views of it are its

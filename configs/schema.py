@@ -23,6 +23,7 @@ from metagmvae.configs.limits import (
     Size,
     Temperature,
 )
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.mlflow_names import Alias, ExperimentName, ModelName, TrackingUri, default_experiment
 from metagmvae.configs.training_settings import PretrainSettings, TrainSettings, ValidationSettings
 
@@ -171,6 +172,7 @@ class Settings(Section):
     name: str = "run"
     """Name of the settings, shown in tables and figures."""
     data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
     model: ModelSettings = ModelSettings()
     adapt: AdaptSettings = AdaptSettings()
     pretrain: PretrainSettings = PretrainSettings()
@@ -190,6 +192,21 @@ class Settings(Section):
             )
         if self.train.denoise and self.model.reconstruct == "features":
             raise ValueError('train.denoise (true) augments images, but model.reconstruct is "features": change one')
+        return self
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> Self:
+        pretrain = self.pretrain
+        if pretrain.objective == "deepcluster" and self.data.reader == "stream":
+            raise ValueError(
+                'data.reader ("stream") reads images sequentially, but pretrain.objective ("deepcluster") clusters all of '
+                "them; set data.reader to mmap"
+            )
+        if pretrain.objective == "bigan" and self.model.rectified and not pretrain.projector:
+            raise ValueError(
+                "model.rectified (true) gives features above 0, but pretrain.objective (bigan) compares them with "
+                "latents in [-1, 1]; set model.rectified to false, or pretrain.projector to the size of the latent"
+            )
         return self
 
     @model_validator(mode="after")

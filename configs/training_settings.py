@@ -39,6 +39,9 @@ class TrainSettings(Section):
     decode_samples: Repetitions = 1
     """Decoded samples R <= N per data point. The expected objective does not depend on R, except through the batch
     statistics of the decoder and the calibrated variance."""
+    prior: Literal["mixture", "normal"] = "mixture"
+    """Prior of the latents: the mixture that EM fits to each episode (Eq. 7), or N(0, I), which is a VAE without
+    episodic training (ablation "Ep" in Table 2, left)."""
     components: Size = 5
     """Mixture components K."""
     em_iterations: Repetitions = 10
@@ -87,15 +90,26 @@ class TrainSettings(Section):
 
 
 class PretrainSettings(Section):
-    """Contrastive pre-training of the encoder, encoder-only or before meta-training."""
+    """Pre-training of the encoder without labels, encoder-only or before meta-training."""
 
     steps: Count = 0
     """Training steps; 0: no pre-training."""
-    objective: Literal["nt-xent", "prototypes"] = "nt-xent"
+    objective: Literal["nt-xent", "prototypes", "acai", "bigan", "deepcluster", "psco"] = "nt-xent"
     """Objective. `nt-xent`: two views of each image attract each other (SimCLR, Chen et al. 2020); `prototypes`: views
-    are classified by the nearest image, in squared Euclidean distance (ProtoCLR, Medina et al. 2020)."""
+    are classified by the nearest image, in squared Euclidean distance (ProtoCLR, Medina et al. 2020); `acai`: an
+    autoencoder whose interpolations look real (Berthelot et al. 2019); `bigan`: a generator and an encoder that invert
+    each other (Donahue et al. 2017); `deepcluster`: views are classified by the cluster of their image (Caron et al.
+    2018); `psco`: contrast with pseudo-labelled tasks from a queue (Jang et al. 2023)."""
     query_views: Size = 3
     """Views Q of each image for `prototypes`; `nt-xent` has two."""
+    clusters: Size = 500
+    """Clusters of `deepcluster`, about ten times the number of classes; 10,000 for ImageNet in the source."""
+    shots: Size = 4
+    """Pseudo-labelled images per class of `psco`; in the source 1 for Omniglot and 4 for Mini-ImageNet."""
+    queue: Size = 16_384
+    """Features of earlier batches that `psco` remembers; 16,384 in the source."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Momentum of the networks that give the features of the queue of `psco`; 0.99 in the source."""
     batch: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 256
     """Batch size: images per step over all workers, each with all its views."""
     views: Literal["auto", "strokes", "photographs"] = "auto"
@@ -109,7 +123,8 @@ class PretrainSettings(Section):
     """Largest elastic displacement of strokes, in units of half the image width. Weak distortion trains faster, strong
     distortion reaches a higher accuracy."""
     projector: tuple[Size, ...] = ()
-    """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none."""
+    """Projection head: layer sizes of the MLP between features and loss, (256, 128) in the paper; empty: none. For
+    `acai` and `bigan` its output is the latent; `psco` has (4096, 256), with batch normalisation."""
     temperature: Temperature = 0.2
     """Temperature of the objective. For `prototypes` it divides the mean squared difference of two features; ProtoCLR
     has 1 / (number of features)."""
@@ -119,8 +134,22 @@ class PretrainSettings(Section):
     """Learning rate; the peak for `one-cycle`."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay: decoupled for AdamW, coupled for Adam and LARS."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean gradient in AdamW and Adam; 0.5 for `bigan` in the source."""
     schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
     """Learning rate schedule [paper: constant, code: published-code, from epoch 10 a cosine, 75 epochs down, 75 up]."""
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.optimizer == "lars" and self.beta1 != 0.9:
+            raise ValueError(f"beta1 ({self.beta1}) is a setting of Adam, but optimizer is lars; leave it out")
+        if self.objective == "psco":
+            if not self.projector:
+                raise ValueError("projector (none) must have at least one size for psco, such as [4096, 256]")
+            for key, value in (("batch", self.batch), ("shots", self.shots)):
+                if value > self.queue:
+                    raise ValueError(f"{key} ({value}) exceeds queue ({self.queue}); raise queue")
+        return self
 
 
 class ValidationSettings(Section):

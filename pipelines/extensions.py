@@ -1,4 +1,4 @@
-"""Data sources and encoders that other installed packages add, by entry points of their pyproject.toml.
+"""Data sources, encoders and methods that other installed packages add, by entry points of their pyproject.toml.
 
 The guide infra/api/README.md shows such a package.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from metagmvae.pipelines.records import DataError
 
-Group = Literal["metagmvae.sources", "metagmvae.encoders"]
+Group = Literal["metagmvae.sources", "metagmvae.encoders", "metagmvae.methods"]
 
 
 def extension_names(group: Group) -> list[str]:

@@ -68,6 +68,17 @@ class SetBatch:
 
 
 @dataclass(frozen=True)
+class TaskBatch:
+    """Few-shot tasks of one training step on one rank."""
+
+    images: Any
+    """uint8 images, (b, K, n, C, H, W), or float features, (b, K, n, F), of b tasks with K classes of n images."""
+    tasks: np.ndarray
+    """int64, (b,): global task indices, from which all random numbers of the step are derived."""
+    step: int
+
+
+@dataclass(frozen=True)
 class Episode:
     """Row indices of one labelled K-way S-shot episode in a split."""
 

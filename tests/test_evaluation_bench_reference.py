@@ -10,10 +10,10 @@ from metagmvae.evaluation.fewshot.predict import predict_episodes
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import latent_noise, sample_latents
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.steps import MetaStep
 
 SHAPE = (1, 28, 28)
 SMALL = ModelSettings(channels=8, width=32, latent=6)

@@ -16,11 +16,11 @@ from metagmvae.evaluation.fewshot.baselines import BASELINES
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.methods.frozen_features import fit_feature_scaling
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import fit_feature_scaling
 from metagmvae.training.trainer.package import LoadedModel
 
 CPU = torch.device("cpu")

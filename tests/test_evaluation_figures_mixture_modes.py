@@ -8,8 +8,8 @@ from PIL import Image
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.mixture_modes import MixtureMode, ModeFinder
+from metagmvae.training.methods.frozen_features import fit_feature_scaling
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import fit_feature_scaling
 
 SHAPE = (1, 28, 28)
 PIXELS = ModelSettings(channels=8, width=32, latent=6)

@@ -143,7 +143,7 @@ def test_figure_writes_png_files(data, tmp_path, capsys):
     run = mlflow_template.new_run(tmp_path / "run")
     answer = answer_of(capsys, "figure", str(run), "--data", str(data), "--out", str(tmp_path / "figures"))
     names = {Path(file).name for file in answer["figures"]}
-    assert names == {"reconstructions.png", "modes-meta-training.png", "modes-meta-test.png", "latent-map.png"}
+    assert names == {"reconstructions.png", "modes.png", "latents.png"}
     for file in answer["figures"]:
         with Image.open(file) as image:
             assert image.width > 300

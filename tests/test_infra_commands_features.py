@@ -176,7 +176,7 @@ def test_model_trained_on_features_evaluates_images_with_its_encoder(
     answer = json.loads(capsys.readouterr().out)
     assert [sum(row[name] for name in answer["classes"]) for row in answer["queries"]] == pytest.approx([1.0] * 3)
     figures = {path.name for path in (model / "figures").glob("*.png")}
-    assert figures == {"curves.png", "latent-map.png"}
+    assert figures == {"curves.png", "latents.png"}
 
 
 def test_record_names_the_dataset_and_the_training_of_the_encoder(

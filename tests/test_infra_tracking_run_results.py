@@ -47,7 +47,7 @@ def test_results_and_figures_are_artifacts_and_accuracies_are_metrics(data, tmp_
         return {item.path for item in client.list_artifacts(tracked.info.run_id, folder)}
 
     assert artifact_names("results") == {f"results/test-5way-1shot-transductive.{kind}" for kind in ("json", "parquet")}
-    stems = ("curves", "latent-map", "modes-meta-test", "modes-meta-training", "reconstructions")
+    stems = ("curves", "latents", "modes", "reconstructions")
     assert artifact_names("figures") == {"figures/curves.json", *(f"figures/{stem}.png" for stem in stems)}
     curve = json.loads((run / "figures" / "curves.json").read_text())["validation"]
     assert [point["global_step"] for point in curve] == [2]

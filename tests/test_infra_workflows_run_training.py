@@ -217,4 +217,4 @@ def test_dataset_encoder_and_device_are_opened_once(features, tmp_path, monkeypa
     changes = {"validation.every": 1, "run.figures": "true"}
     out = run_training(settings(features, tmp_path / "run", "omniglot-cpu", **changes))
     assert calls == {"__init__": 1, "load_package": 1, "select_device": 1}
-    assert (out / FIGURES / "latent-map.png").is_file()
+    assert (out / FIGURES / "latents.png").is_file()

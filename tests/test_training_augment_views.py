@@ -13,8 +13,9 @@ from metagmvae.configs.schema import PretrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.objectives.nt_xent import nt_xent
-from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
+from metagmvae.training.pretraining.contrastive import ContrastiveStep
 
 
 def record_encoder_inputs(net: MetaGMVAE) -> list[Tensor]:

@@ -22,11 +22,12 @@ from metagmvae.configs.schema import PretrainSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device import distributed
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.objectives.nt_xent import nt_xent
+from metagmvae.training.pretraining.contrastive import ContrastiveStep
 from metagmvae.training.trainer.builders import build_schedule
 from metagmvae.training.trainer.context import RunContext
 from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
-from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
 from metagmvae.training.trainer.update import NonFiniteLossError
 
 M, SHAPE, EPISODES, CPU = 6, (1, 6, 6), 4, torch.device("cpu")

@@ -8,10 +8,10 @@ import torch
 from sklearn.decomposition import PCA
 
 from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.training.methods.frozen_features import ScaledRows, fit_feature_scaling, init_from_features
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.feature_scaling import FLOOR
 from metagmvae.training.trainer.builders import build_model
-from metagmvae.training.trainer.frozen_features import ScaledRows, fit_feature_scaling, init_from_features
 
 ROWS, SIZE, LATENT = 300, 32, 6
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from metagmvae.configs.schema import PretrainSettings
 from metagmvae.training.objectives.prototypes import prototype_loss
-from metagmvae.training.trainer.steps import ContrastiveStep
+from metagmvae.training.pretraining.contrastive import ContrastiveStep
 
 N, Q, F = 5, 3, 4
 

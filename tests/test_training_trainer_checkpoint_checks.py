@@ -71,7 +71,7 @@ def test_lists_that_contain_each_other_are_refused(tmp_path):
         ({"model": []}, "model = "),
         ({"best": {"worst": {}}}, "best.worst"),
         ({"best": {"5w1s": {"accuracy": float("nan"), "step": 1, "model": {}}}}, "best.5w1s.accuracy"),
-        ({"kind": "other"}, 'kind = "other"'),
+        ({"kind": "An other"}, 'kind = "An other"'),
         ({"settings": 7}, "settings = 7"),
     ],
 )

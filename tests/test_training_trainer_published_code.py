@@ -15,11 +15,11 @@ from metagmvae.configs.schema import Settings
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.package import LoadedModel, load_package, save_package
-from metagmvae.training.trainer.steps import MetaStep
 
 SHAPE = (3, 32, 32)
 SMALL = ["model.channels=4", "model.width=8", "model.latent=3", "train.samples=4", "train.decode_samples=4"]

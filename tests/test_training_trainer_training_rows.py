@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import Settings
+from metagmvae.training.methods.frozen_features import ScaledRows
 from metagmvae.training.trainer import stages
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
-from metagmvae.training.trainer.frozen_features import ScaledRows
 from metagmvae.training.trainer.stages import train
 
 COUNT, SHAPE = 40, (1, 8, 8)

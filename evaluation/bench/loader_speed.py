@@ -21,8 +21,9 @@ from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.indexed import SetStream
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.trainer.builders import build_model, build_optimizer
-from metagmvae.training.trainer.steps import MetaStep
 
 BATCH, SET_SIZE = 4, 200
 STEPS = 50
@@ -145,6 +146,7 @@ def waiting_fraction(dataset: Dataset, split: str, reader: Any) -> float:
     """Fraction of the wall time of training that it waits for the next batch, without the first batch."""
     settings = TrainSettings(batch=BATCH, set_size=SET_SIZE, precision="auto")
     model = build_model(ModelSettings(), dataset.image_shape, 0).to(memory_format=torch.channels_last)
+    assert isinstance(model, MetaGMVAE)
     module, optimizer = MetaStep(model, settings), build_optimizer(model, settings)
     images = dataset.images(split, reader)
     stream = SetStream(images, batch=BATCH, set_size=SET_SIZE, seed=0, split=split, steps=TRAINED_STEPS + 1)

@@ -29,9 +29,9 @@ from metagmvae.pipelines.records import SetBatch, WorkError
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.default import default_device
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.objectives.mixture import init_indices
 from metagmvae.training.trainer.builders import build_model, build_optimizer
-from metagmvae.training.trainer.steps import MetaStep
 from metagmvae.training.trainer.update import build_update
 
 SHAPE = (1, 28, 28)
@@ -171,6 +171,7 @@ def _make_step(name: str) -> tuple[Step, Step]:
     settings = TrainSettings.model_validate(VARIANTS[name])
     device = default_device()
     model = build_model(ModelSettings(), SHAPE, 0).to(device)
+    assert isinstance(model, MetaGMVAE)
     optimizer = build_optimizer(model, settings)
     shape = (settings.batch, settings.set_size, *SHAPE)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 2, shape, dtype=np.uint8) * 255).to(device)

@@ -42,7 +42,7 @@ def prepare(kind: str, source: Reference | None = None, *, out: Reference, **opt
 
 
 def train(
-    config: Reference, overrides: Mapping[str, Any] | None = None, *, resume: bool = False, kind: str = "meta-gmvae"
+    config: Reference, overrides: Mapping[str, Any] | None = None, *, resume: bool = False, kind: str = "learner"
 ) -> TrainedRun:
     """Train a model, as `metagmvae train` does; the result stands for the run folder.
 
@@ -78,7 +78,7 @@ def train(
     """
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
     settings = {key: json.dumps(value, default=reference) for key, value in (overrides or {}).items()}
-    command = {"meta-gmvae": "train", "encoder": "pretrain"}.get(kind, kind)
+    command = {"learner": "train", "encoder": "pretrain"}.get(kind, kind)
     answer = call_command(command, config, set=settings, resume=resume)
     return TrainedRun.from_answer(answer, path=Path(answer["run"]))
 

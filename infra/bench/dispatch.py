@@ -42,11 +42,13 @@ def _episodes(request: Namespace) -> dict[str, Any]:
     from metagmvae.configs.schema import AdaptSettings, ModelSettings
     from metagmvae.evaluation.bench.episode_speed import bench_episodes
     from metagmvae.training.device.default import default_device
+    from metagmvae.training.methods.meta_gmvae import MetaGMVAE
     from metagmvae.training.trainer.builders import build_model
 
     dataset, header = _open_data(request)
     # Speed does not depend on the values of the weights, so the paper's model is used as initialised.
     model = build_model(ModelSettings(), dataset.image_shape, 0).to(default_device())
+    assert isinstance(model, MetaGMVAE)
     model = model.to(memory_format=torch.channels_last)
     images, labels = dataset.images(request.split), dataset.labels(request.split)
     literal = max(2, min(request.literal_episodes, request.episodes))

@@ -53,7 +53,7 @@ def _add_run(parsers: Parsers, name: str, run: Callable[[Namespace], Answer], de
 
 def train(arguments: Namespace) -> Answer:
     """Run `metagmvae train`."""
-    return _run(arguments, "meta-gmvae")
+    return _run(arguments, "learner")
 
 
 def pretrain(arguments: Namespace) -> Answer:

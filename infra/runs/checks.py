@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.stages import ModelKind
 
@@ -19,8 +22,8 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
         DataError: a split is missing, a shard is damaged, or a class has too few images.
     """
     dataset.split(settings.data.train_split)
-    if kind == "meta-gmvae" and not settings.train.steps:
-        raise SettingsError("train.steps is 0: set it to the number of meta-training steps, or use metagmvae pretrain")
+    if kind == "learner":
+        _check_method(settings, dataset)
     check_encoder_settings(settings, dataset, kind)
     if settings.data.reader != "stream":
         dataset.rows(settings.data.train_split, "mmap", check=False)
@@ -37,8 +40,11 @@ def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
     Raises:
         EncoderError: there is no such encoder, or it does not accept such images.
     """
-    build = build_model if kind == "meta-gmvae" else build_encoder_model
-    build(inputs.settings.model, inputs.image_shape, seed=0)
+    settings = inputs.settings
+    if kind == "encoder":
+        build_encoder_model(settings.model, inputs.image_shape, seed=0)
+    else:
+        build_model(settings.model, inputs.image_shape, 0, settings.method)
 
 
 def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> None:
@@ -49,18 +55,44 @@ def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind
     """
     if kind == "encoder":
         _check_encoder_training(settings, dataset)
-    elif dataset.kind == "features" and settings.model.reconstruct != "features":
-        raise SettingsError(f'model.reconstruct is "pixels", but {dataset.uri} holds features: set it to "features"')
-    elif dataset.kind == "features" and settings.pretrain.steps:
+        return
+    method = find_method(settings.method.name)
+    needed = 'model.reconstruct = "features"' if settings.method.name == "meta-gmvae" else _reason(settings)
+    if dataset.kind == "features" and not method.on_features(settings):
+        remedy = needed if settings.method.name == "meta-gmvae" else 'method.network = "mlp"'
+        raise SettingsError(f"data.uri: {dataset.uri} holds features, and the method learns from images: set {remedy}")
+    if dataset.kind == "features" and settings.pretrain.steps:
         raise SettingsError(
             f"pretrain.steps is {settings.pretrain.steps}, but {dataset.uri} holds features of a trained encoder: set "
             "it to 0"
         )
-    elif dataset.kind == "images" and settings.model.reconstruct == "features" and not settings.pretrain.steps:
+    if dataset.kind == "images" and method.needs_encoder(settings) and not settings.pretrain.steps:
         raise SettingsError(
-            f'model.reconstruct = "features" needs a trained encoder, but {dataset.uri} holds images: set '
-            "pretrain.steps above 0, or train on the output of `metagmvae features`"
+            f"{needed} needs a trained encoder, but {dataset.uri} holds images: set pretrain.steps above 0, or train "
+            "on the output of `metagmvae features`"
         )
+
+
+def _reason(settings: Settings) -> str:
+    """The setting because of which a method that learns from tasks needs a trained encoder."""
+    return 'method.network = "mlp"' if settings.method.network == "mlp" else 'method.tasks = "clusters"'
+
+
+def _check_method(settings: Settings, dataset: Dataset) -> None:
+    """Check what the method reads.
+
+    Raises:
+        SettingsError: naming the key.
+    """
+    method, name = find_method(settings.method.name), settings.method.name
+    if method.needs_steps(settings) and not settings.train.steps:
+        raise SettingsError("train.steps is 0: set it to the number of meta-training steps, or use metagmvae pretrain")
+    if settings.train.steps and not method.needs_steps(settings):
+        raise SettingsError(f"train.steps is {settings.train.steps}, but {name} is not meta-trained: set it to 0")
+    if settings.data.reader == "stream" and name != "meta-gmvae":
+        raise SettingsError(f'data.reader ("stream") reads images sequentially, and {name} draws tasks: set it to mmap')
+    if method.needs_labels(settings) and len(np.unique(dataset.labels(settings.data.train_split))) < 2:
+        raise SettingsError(f'method.tasks is "labels", but the images of {dataset.uri} have no classes')
 
 
 def _check_encoder_training(settings: Settings, dataset: Dataset) -> None:

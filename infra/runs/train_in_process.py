@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from metagmvae.configs.schema import Settings
@@ -14,6 +15,7 @@ from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Reader
 from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.trainer.context import RunContext, Validate
 from metagmvae.training.trainer.stages import ModelKind, train
@@ -46,6 +48,7 @@ def train_in_process(inputs: TrainingInputs, context: RunContext, kind: ModelKin
         validator,
         kind=kind,
         encoder=encoder.model.encoder.state_dict() if encoder else None,
+        labels=_training_labels(inputs, kind),
         preprocessing=dataset.preprocessing,
     )
 
@@ -55,6 +58,14 @@ def _training_rows(inputs: TrainingInputs) -> Rows | StreamedImages:
     if data.reader == "stream":
         return StreamedImages(inputs.dataset, data.train_split, data.shuffle_buffer)
     return inputs.dataset.rows(data.train_split, _random_access_reader(inputs.settings), data.memory_limit_mb)
+
+
+def _training_labels(inputs: TrainingInputs, kind: ModelKind) -> np.ndarray | None:
+    """The classes of the training images, for a method that needs them."""
+    settings = inputs.settings
+    if kind == "encoder" or not find_method(settings.method.name).needs_labels(settings):
+        return None
+    return inputs.dataset.labels(settings.data.train_split)
 
 
 def _random_access_reader(settings: Settings) -> Reader:

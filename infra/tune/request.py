@@ -178,8 +178,8 @@ def _make_plan(request: SweepRequest, dataset: Dataset) -> SweepPlan:
                 )
     if "train.steps" not in space:
         check_validation_interval(base)
-    check_settings(base, dataset, "meta-gmvae")
-    check_model(inputs, "meta-gmvae")
+    check_settings(base, dataset, "learner")
+    check_model(inputs, "learner")
     tasks = [f"{base.validation.way}w{shot}s" for shot in base.validation.shots]
     task = request.task or tasks[0]
     if task not in tasks:

@@ -164,7 +164,7 @@ class SweepState:
         """
         settings = with_values(self.plan.base, values)
         check_validation_interval(settings)
-        check_encoder_settings(settings, self.dataset, "meta-gmvae")
+        check_encoder_settings(settings, self.dataset, "learner")
         run = settings.run.model_copy(update={"out": str(self.folder.trial_folder(number)), "figures": False})
         name = f"{self.plan.name}-{number:05d}"
         return settings.model_copy(update={"name": name, "run": run, "tracking": TrackingSettings(enabled=False)})

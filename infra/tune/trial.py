@@ -150,12 +150,12 @@ def _train(settings: Settings, data: str, folder: Path, task: str) -> None:
 
         replay_reports(folder, task)
         callbacks = [ValidationReports(task)]
-        train_on_ray(settings, dataset.uri, folder, kind="meta-gmvae", resume=True, callbacks=callbacks)
+        train_on_ray(settings, dataset.uri, folder, kind="learner", resume=True, callbacks=callbacks)
         return
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
     context = TrialContext(folder, select_device(settings), task)
-    train_in_process(load_inputs(settings, dataset), context, "meta-gmvae")
+    train_in_process(load_inputs(settings, dataset), context, "learner")
 
 
 def one_line(error: BaseException) -> str:

@@ -55,7 +55,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import load_model
-from metagmvae.training.trainer.resume import check_same_run
+from metagmvae.training.trainer.resume import check_same_run, stored_kind
 from metagmvae.training.trainer.stages import STAGES, ModelKind
 
 LOG = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ class TrainingPlan:
     def total_steps(self) -> int:
         """Steps of all stages."""
         settings = self.inputs.settings
-        return settings.pretrain.steps + (settings.train.steps if self.kind == "meta-gmvae" else 0)
+        return settings.pretrain.steps + (settings.train.steps if self.kind == "learner" else 0)
 
     @property
     def resume_command(self) -> str:
         """The command that continues the training."""
-        command = "train" if self.kind == "meta-gmvae" else "pretrain"
+        command = "train" if self.kind == "learner" else "pretrain"
         return f"metagmvae {command} {shlex.quote(str(self.run_dir))} --resume"
 
 
@@ -99,9 +99,7 @@ def load_run_settings(config: str | Path, overrides: Sequence[str] = ()) -> Sett
     return settings_from_json(read_text(folder / SETTINGS), [*own, *overrides])
 
 
-def run_training(
-    settings: Settings, *, kind: ModelKind = "meta-gmvae", resume: bool = False, quiet: bool = False
-) -> Path:
+def run_training(settings: Settings, *, kind: ModelKind = "learner", resume: bool = False, quiet: bool = False) -> Path:
     """Train in the run folder `settings.run.out`, tracked in MLflow if `tracking.enabled`; return the folder.
 
     The dataset, the encoder of a dataset of features, and the device are opened once here. Ray workers are other
@@ -233,7 +231,7 @@ def _train(plan: TrainingPlan) -> None:
 def _calibrate(plan: TrainingPlan) -> None:
     """Fit the temperatures of the probabilities; log a line where the data do not allow it."""
     settings = plan.inputs.settings
-    if plan.kind != "meta-gmvae" or not settings.validation.calibration_episodes:
+    if plan.kind == "encoder" or not settings.validation.calibration_episodes:
         return
     try:
         calibrate_run(plan.run_dir, settings, plan.inputs.dataset)
@@ -272,7 +270,8 @@ def _check_same_run(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> N
         CheckpointError: the checkpoint is of another run.
     """
     recorded = read_record(run_dir)
-    if recorded.get("kind", kind) != kind:
+    expected = stored_kind(inputs.settings, kind)
+    if recorded.get("kind", expected) != expected:
         command = "pretrain" if recorded["kind"] == "encoder" else "train"
         raise DataError(f"{run_dir}: is a run of metagmvae {command}; resume it with that command")
     changed = differences(inputs.settings, read_settings(run_dir))
@@ -290,7 +289,8 @@ def _write_record(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> Non
     """Write the settings, and the record of data, code version and machine."""
     settings, dataset = inputs.settings, inputs.dataset
     fingerprints = {"settings_fingerprint": fingerprint(settings), "data_fingerprint": dataset.fingerprint}
-    record = provenance() | fingerprints | {"data": dataset.uri, "engine": settings.run.engine, "kind": kind}
+    about = {"data": dataset.uri, "engine": settings.run.engine, "kind": stored_kind(settings, kind)}
+    record = provenance() | fingerprints | about
     record["dataset"] = dataset_origin(dataset.manifest, dataset.fingerprint)
     if dataset.preprocessing is not None:
         record["preprocessing"] = dataset.preprocessing.model_dump(mode="json")

@@ -42,25 +42,36 @@ class SetStream(Stream):
 
 
 class ImageBatchStream(Stream):
-    """Batches of single images for contrastive pre-training: a new seeded permutation each epoch.
+    """Batches of single images for pre-training: a new seeded permutation each epoch.
 
-    The last, incomplete batch of an epoch is dropped. Yields (images of this rank, step).
+    The last, incomplete batch of an epoch is dropped. Yields (images of this rank, step), and with `with_rows`
+    (images, step, row indices).
     """
 
     images: Rows
 
-    def __init__(self, images: Rows, *, batch: int, **position: Any) -> None:
+    def __init__(self, images: Rows, *, batch: int, with_rows: bool = False, **position: Any) -> None:
         super().__init__(images, batch=batch, **position)
-        self.per_epoch = len(images) // batch
-        if not self.per_epoch:
-            raise DataError(f"pretrain.batch ({batch}) exceeds the {len(images)} images of the split; lower it")
+        self.with_rows = with_rows
+        self.per_epoch = batches_per_epoch(len(images), batch)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    def at(self, step: int) -> tuple[np.ndarray, int]:
+    def at(self, step: int) -> tuple[Any, ...]:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._order = keyed_rng("epoch", self.seed, self.split, epoch).permutation(len(self.images))
             self._epoch = epoch
-        rows = self._order[position * self.batch : (position + 1) * self.batch]
-        return self.images[rows[self.rank :: self.world]], step
+        rows = self._order[position * self.batch : (position + 1) * self.batch][self.rank :: self.world]
+        return (self.images[rows], step, rows) if self.with_rows else (self.images[rows], step)
+
+
+def batches_per_epoch(images: int, batch: int) -> int:
+    """Complete batches of an epoch of `ImageBatchStream`.
+
+    Raises:
+        DataError: a batch has more images than there are.
+    """
+    if batch > images:
+        raise DataError(f"pretrain.batch ({batch}) exceeds the {images} images of the split; lower it")
+    return images // batch

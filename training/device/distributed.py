@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -48,6 +49,16 @@ def broadcast_buffers(module: nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def from_rank_0(values: np.ndarray) -> np.ndarray:
+    """The array of rank 0, on every rank; all ranks give one of the same shape and type."""
+    if world_size() == 1:
+        return values
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    tensor = torch.as_tensor(values).to(device)
+    dist.broadcast(tensor, src=0)
+    return tensor.cpu().numpy()
 
 
 def barrier() -> None:

@@ -72,7 +72,7 @@ class MetaGMVAE(MetaLearner):
         self.variance = variance
         scales = {"standard": FeatureScale, "whitened": FeatureWhitening}
         scaled = reconstruct == "features" and scaling in scales
-        self.scale: nn.Module = scales[scaling](self.feature_dim) if scaled else nn.Identity()
+        self.scale = scales[scaling](self.feature_dim) if scaled else nn.Identity()
         self.decoder: nn.Module = (
             FeatureDecoder(self.feature_dim, latent, final_relu=final_relu and scaling == "raw")
             if reconstruct == "features"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import Average
+from metagmvae.configs.schema import Average, ModelSettings
 from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.training.device.precision import at_least_float32
@@ -75,6 +75,19 @@ def build_encoder(
     except ValueError as error:
         raise EncoderError(f"model.encoder ({name}): {error}") from error
     return MultiCropEncoder(net, input_shape[1:], averaging) if image_size or averaging != "none" else net
+
+
+def configured_encoder(settings: ModelSettings, image_shape: tuple[int, int, int]) -> nn.Module:
+    """A freshly initialised encoder of the settings. Errors are those of `build_encoder`."""
+    return build_encoder(
+        settings.encoder,
+        image_shape,
+        settings.channels,
+        settings.image_size,
+        settings.rectified,
+        settings.average,
+        settings.normalise,
+    )
 
 
 class TorchvisionEncoder(nn.Module):
@@ -150,6 +163,12 @@ class EncoderModel(nn.Module):
         self.encoder = encoder
         self.feature_dim: int = encoder.feature_dim  # type: ignore[assignment]
         self.image_shape = image_shape
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the encoder sees, resized to `model.image_size` if that is set."""
+        size = self.encoder.size if isinstance(self.encoder, MultiCropEncoder) else self.image_shape[1:]
+        return (self.image_shape[0], *size)
 
     @staticmethod
     def scale_images(images: Tensor) -> Tensor:

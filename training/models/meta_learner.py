@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.training.models.encoders import EncoderModel
@@ -27,8 +27,12 @@ class MetaLearner(EncoderModel, ABC):
     returns the images themselves from `encode_images`.
     """
 
+    scale: nn.Module
+    """Scaling of the encoder's features before the method sees them; the identity where it reads images."""
     has_background = False
     """Whether `log_posteriors` has a component for queries of no labelled class."""
+    modes: tuple[PredictionMode, ...] = ("transductive", "inductive")
+    """Modes that it can answer in."""
 
     @abstractmethod
     def log_posteriors(

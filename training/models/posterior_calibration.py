@@ -57,7 +57,36 @@ class FittedBackground(FittedTemperature):
     """Of these queries, where a query of no labelled class is right if it is assigned to the background."""
 
 
+class HeadSettings(BaseModel):
+    """The settings of the head of an encoder alone for one kind of episodes, chosen on them by accuracy."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    way: PositiveInt
+    shot: PositiveInt
+    settings: dict[str, float | int | str]
+
+
+class FittedHead(BaseModel):
+    """The head of an encoder alone that the temperatures hold for."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str
+    """Key of `evaluation.encoders.heads.HEADS`."""
+    tasks: Annotated[tuple[HeadSettings, ...], Strict(False)] = ()
+
+    def settings(self, way: int, shot: float) -> dict[str, float | int | str]:
+        """Return the settings for the nearest task, as `PosteriorCalibration.temperature`; empty: the defaults."""
+        nearest = min(self.tasks, key=lambda task: _distance(task, way, shot), default=None)
+        return {} if nearest is None else nearest.settings
+
+
 Fit = TypeVar("Fit", bound=FittedTemperature)
+
+
+def _distance(fit: FittedTemperature | HeadSettings, way: int, shot: float) -> float:
+    return abs(math.log(shot / fit.shot)) + abs(math.log(way / fit.way))
 
 
 class PosteriorCalibration(BaseModel):
@@ -74,6 +103,8 @@ class PosteriorCalibration(BaseModel):
     """The settings of EM that the temperatures hold for."""
     temperatures: Annotated[tuple[FittedTemperature, ...], Strict(False)]
     backgrounds: Annotated[tuple[FittedBackground, ...], Strict(False)] = ()
+    head: FittedHead | None = None
+    """Of an encoder alone; None for a model that classifies."""
 
     def temperature(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> float:
         """Return the temperature of the fit nearest to a task; 1 for other settings of EM or another mode.
@@ -98,7 +129,7 @@ class PosteriorCalibration(BaseModel):
         if adapt.model_dump(exclude=free) != self.adapt.model_dump(exclude=free):
             return None
         usable = [fit for fit in fits if fit.mode == mode]
-        return min(usable, key=lambda f: abs(math.log(shot / f.shot)) + abs(math.log(way / f.way)), default=None)
+        return min(usable, key=lambda fit: _distance(fit, way, shot), default=None)
 
 
 class _RunCalibration(BaseModel):

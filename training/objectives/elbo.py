@@ -41,6 +41,11 @@ class ElboTerms(NamedTuple):
         return self.reconstruction + self.prior + self.entropy
 
 
+def standard_normal(z_EPD: Tensor) -> Mixture:
+    """N(0, I) for each episode, as a mixture of one component: the prior of a VAE (Kingma and Welling, 2014)."""
+    return Mixture(z_EPD.new_zeros(len(z_EPD), 1, z_EPD.shape[2]), z_EPD.new_zeros(len(z_EPD), 1))
+
+
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x | z) = sum of x log p + (1 - x) log(1 - p) over pixels, p = sigmoid(logits): (n, ...) twice -> (n,)."""
     loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), x, reduction="none")

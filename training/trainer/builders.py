@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
-from metagmvae.training.methods.meta_gmvae import MetaGMVAE
-from metagmvae.training.models.encoders import EncoderModel, build_encoder
+from metagmvae.training.methods.methods_by_name import find_method
+from metagmvae.training.models.encoders import EncoderModel, configured_encoder
+from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.trainer.lars import Lars
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -21,46 +23,31 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def build_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> MetaGMVAE:
-    """A newly initialised model; a function of the settings and the seed, not of the global random state."""
+def build_model(
+    settings: ModelSettings, image_shape: tuple[int, int, int], seed: int, method: MethodSettings | None = None
+) -> MetaLearner:
+    """A newly initialised model; a function of the settings and the seed, not of the global random state.
+
+    Args:
+        settings: of the networks.
+        image_shape: (C, H, W) of the images.
+        seed: of the initialisation.
+        method: of the method; None: Meta-GMVAE.
+
+    Raises:
+        DataError: there is no such method.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MetaGMVAE(
-            image_shape,
-            encoder=settings.encoder,
-            image_size=settings.image_size,
-            final_relu=settings.rectified,
-            averaging=settings.average,
-            normalise=settings.normalise,
-            reconstruct=settings.reconstruct,
-            scaling=settings.features,
-            variance=settings.variance,
-            latent=settings.latent,
-            channels=settings.channels,
-            width=settings.width,
-            heads=settings.heads,
-            layers=settings.layers,
-            attention_scale=settings.attention_scale,
-            attention_block=settings.attention_block,
-            attention_activation=settings.attention_activation,
-            posterior=settings.posterior,
-        )
+        method = method or MethodSettings()
+        return find_method(method.name).build(settings, method, image_shape)
 
 
 def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> EncoderModel:
     """A newly initialised encoder without the rest of the model; the same weights as the encoder of `build_model`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(
-            settings.encoder,
-            image_shape,
-            settings.channels,
-            settings.image_size,
-            settings.rectified,
-            settings.average,
-            settings.normalise,
-        )
-        return EncoderModel(encoder, image_shape)
+        return EncoderModel(configured_encoder(settings, image_shape), image_shape)
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
+from metagmvae.configs.method_settings import MethodName
 from metagmvae.pipelines.files import open_file
 
 MAX_OBJECTS = 2**20
@@ -44,7 +45,7 @@ class CheckpointSchema(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    kind: Literal["meta-gmvae", "encoder"]
+    kind: MethodName
     settings: Annotated[str, Field(max_length=2**20)]
     image_shape: ImageShape
     data_fingerprint: str

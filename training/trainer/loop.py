@@ -23,7 +23,7 @@ class Stage:
     name: str
     steps: int
     module: nn.Module
-    """A step module: batch -> (loss, terms), already wrapped for data parallelism (`training.trainer.steps`)."""
+    """A step module: batch -> (loss, terms), already wrapped for data parallelism (`training.methods.meta_step`)."""
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     stream: Iterator[Any]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from metagmvae.configs.load import mistake_text
+from metagmvae.configs.method_settings import MethodName
 from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.models.posterior_calibration import PosteriorCalibration, read_calibration
@@ -38,7 +40,7 @@ class _Card(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    kind: Literal["meta-gmvae", "encoder"]
+    kind: MethodName
     settings: dict[str, Any]
     image_shape: ImageShape
     weights_sha256: str
@@ -50,7 +52,7 @@ class LoadedModel:
     """A trained model in evaluation mode, its settings, and where it comes from."""
 
     model: EncoderModel
-    """A `MetaGMVAE`, or an encoder-only model."""
+    """The model of a method (`MetaLearner`), or an encoder-only model."""
     settings: Settings
     image_shape: tuple[int, int, int]
     info: dict[str, Any]
@@ -85,7 +87,7 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
         save_file(weights, str(folder / WEIGHTS))
         card = {
             "version": VERSION,
-            "kind": "meta-gmvae" if isinstance(loaded.model, MetaGMVAE) else "encoder",
+            "kind": loaded.settings.method.name if isinstance(loaded.model, MetaLearner) else "encoder",
             "settings": json.loads(loaded.settings.model_dump_json()),
             "image_shape": list(loaded.image_shape),
             "weights_sha256": sha256_file(folder / WEIGHTS),
@@ -216,10 +218,14 @@ def _assemble(
     """Build the model; `record` is the card of a package or the state of a checkpoint."""
     try:
         parsed = Settings.model_validate_json(settings)
+        if record["kind"] not in ("encoder", parsed.method.name):
+            raise ValueError(f"kind is {record['kind']!r} and method.name {parsed.method.name!r}")
         channels, height, width = (int(size) for size in record["image_shape"])
-        build = build_encoder_model if record["kind"] == "encoder" else build_model
+        build: Callable[..., EncoderModel] = build_encoder_model
+        if record["kind"] != "encoder":
+            build = partial(build_model, method=parsed.method)
         check_sizes(build, parsed.model, (channels, height, width), weights)
-        model: EncoderModel = build(parsed.model, (channels, height, width), seed=0)
+        model = build(parsed.model, (channels, height, width), seed=0)
         model.load_state_dict(weights)
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]

@@ -15,6 +15,11 @@ from metagmvae.training.trainer.context import TrainState
 REMEDY = "start a new run in another folder (run.out), or restore the checkpoint"
 
 
+def stored_kind(settings: Settings, kind: str) -> str:
+    """What a checkpoint and the record of a run call it: the method, or `encoder`."""
+    return "encoder" if kind == "encoder" else settings.method.name
+
+
 def check_same_run(
     state: TrainState, settings: Settings, data_fingerprint: str, kind: str, path: str | Path = "checkpoint"
 ) -> None:
@@ -31,8 +36,9 @@ def check_same_run(
         raise CheckpointError(f"{path}: written by a run with other settings ({'; '.join(changed)}); {REMEDY}")
     if state["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(f"{path}: written by a run on other data ({state['data_fingerprint'][:12]}…); {REMEDY}")
-    if state["kind"] != kind or (kind == "encoder" and state["stage"] != "pretrain"):
-        raise CheckpointError(f"{path}: is of {state['kind']}, stage {state['stage']}, not of {kind}; {REMEDY}")
+    expected = stored_kind(settings, kind)
+    if state["kind"] != expected or (kind == "encoder" and state["stage"] != "pretrain"):
+        raise CheckpointError(f"{path}: is of {state['kind']}, stage {state['stage']}, not of {expected}; {REMEDY}")
     steps = settings.pretrain.steps if state["stage"] == "pretrain" else settings.train.steps
     if state["step"] > steps:
         raise CheckpointError(f"{path}: is of step {state['step']:,}, but {state['stage']} has {steps:,}; {REMEDY}")

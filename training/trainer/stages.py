@@ -6,19 +6,24 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from metagmvae.configs.schema import Settings
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import Rows
-from metagmvae.pipelines.sampling.factory import image_batches, unlabelled_sets
+from metagmvae.pipelines.sampling.factory import image_batches
 from metagmvae.pipelines.sampling.sequential import StreamedImages
-from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
+from metagmvae.training.methods.frozen_features import CHUNK, ScaledRows, fit_feature_scaling
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.method import MethodData
+from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, build_projector
+from metagmvae.training.models.meta_learner import MetaLearner
+from metagmvae.training.pretraining.contrastive import ContrastiveStep
 from metagmvae.training.trainer.builders import (
     build_encoder_model,
     build_model,
@@ -29,15 +34,13 @@ from metagmvae.training.trainer.builders import (
 from metagmvae.training.trainer.checkpoint import random_state, restore_random_state
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState, Validate
 from metagmvae.training.trainer.device_rows import DeviceRows
-from metagmvae.training.trainer.frozen_features import CHUNK, ScaledRows, fit_feature_scaling, init_from_features
 from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
-from metagmvae.training.trainer.resume import check_same_run, restoring
-from metagmvae.training.trainer.steps import ContrastiveStep, MetaStep
+from metagmvae.training.trainer.resume import check_same_run, restoring, stored_kind
 
-ModelKind = Literal["meta-gmvae", "encoder"]
-"""What a run trains: the complete model, or an encoder only."""
+ModelKind = Literal["learner", "encoder"]
+"""What a run trains: the model of a method, or an encoder only."""
 
-STAGES: dict[ModelKind, tuple[str, ...]] = {"meta-gmvae": ("pretrain", "meta"), "encoder": ("pretrain",)}
+STAGES: dict[ModelKind, tuple[str, ...]] = {"learner": ("pretrain", "meta"), "encoder": ("pretrain",)}
 
 
 def train(
@@ -48,8 +51,9 @@ def train(
     context: RunContext,
     validate: Validate | None = None,
     *,
-    kind: ModelKind = "meta-gmvae",
+    kind: ModelKind = "learner",
     encoder: TrainState | None = None,
+    labels: np.ndarray | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> TrainState:
     """Train all stages from the newest checkpoint, or from the start, to the end; return the final state.
@@ -64,13 +68,14 @@ def train(
         validate: evaluates the model on validation episodes; given on every rank, called on rank 0.
         kind: what is trained.
         encoder: state dict of the encoder that made the features; the model includes it. None: the data are images.
+        labels: classes of the training images, int64 (n,); only for a method that needs them.
         preprocessing: of the images, stored in every checkpoint; None: unknown.
 
     Raises:
         NonFiniteLossError: the loss or a gradient is not finite; the last checkpoint stays.
     """
     return _Trainer(
-        settings, data, image_shape, data_fingerprint, context, validate, kind, encoder, preprocessing
+        settings, data, image_shape, data_fingerprint, context, validate, kind, encoder, labels, preprocessing
     ).fit()
 
 
@@ -86,6 +91,7 @@ class _Trainer:
     validate: Validate | None
     kind: ModelKind
     encoder: TrainState | None
+    labels: np.ndarray | None
     preprocessing: Preprocessing | None
 
     def __post_init__(self) -> None:
@@ -96,8 +102,12 @@ class _Trainer:
             assert not isinstance(self.data, StreamedImages)  # which data.reader = "stream" gives
             self.data = DeviceRows(self.data, device)
         self.stages = STAGES[self.kind]
-        build = build_model if self.kind == "meta-gmvae" else build_encoder_model
-        model: EncoderModel = build(settings.model, self.image_shape, settings.train.seed)
+        self.method = find_method(settings.method.name)
+        model: EncoderModel
+        if self.kind == "learner":
+            model = build_model(settings.model, self.image_shape, settings.train.seed, settings.method)
+        else:
+            model = build_encoder_model(settings.model, self.image_shape, settings.train.seed)
         if self.encoder is not None:
             model.encoder.load_state_dict(self.encoder)
         self.model = self._prepare(model)
@@ -172,7 +182,7 @@ class _Trainer:
         # A checkpoint contains no functions, so not those of the schedule.
         schedule = stage.schedule.state_dict() | {"lr_lambdas": [None]}
         return {
-            "kind": self.kind,
+            "kind": stored_kind(self.settings, self.kind),
             "settings": self.settings.model_dump_json(),
             "image_shape": list(self.image_shape),
             "data_fingerprint": self.data_fingerprint,
@@ -200,14 +210,12 @@ class _Trainer:
             stream: Any = image_batches(self.data, batch=pretrain.batch, **common, **position)
             schedule, images_per_step = pretrain.schedule, pretrain.batch
         else:
-            assert isinstance(self.model, MetaGMVAE)
-            view = build_view(settings.pretrain, self.model) if settings.train.denoise else None
-            step = MetaStep(self.model, settings.train, view)
+            step = self.method.step(self.model, settings)
             optimizer = build_optimizer(self.model, settings.train)
-            set_size = settings.train.set_size
-            data = self._scaled_features(start) if self.model.reconstruct == "features" else self.data
-            stream = unlabelled_sets(data, batch=settings.train.batch, set_size=set_size, **common, **position)
-            schedule, images_per_step = settings.train.schedule, settings.train.batch * set_size
+            rows = self._scaled_features(start) if self.method.on_features(settings) else self.data
+            data = MethodData(rows, self.labels, lambda: np.asarray(self._raw_features()[np.arange(len(self.data))]))
+            stream = self.method.stream(data, settings, **common, **position)
+            schedule, images_per_step = settings.train.schedule, self.method.images_per_step(settings)
         return Stage(
             name=name,
             steps=steps,
@@ -220,23 +228,27 @@ class _Trainer:
         )
 
     def _scaled_features(self, start: int) -> ScaledRows | DeviceRows:
-        """Training features, scaled. Step 0 fits the scaling, and initialises the model by PCA if the settings say so.
+        """Training features, scaled. Step 0 fits the scaling, and initialises the model by them.
 
         Every rank encodes all images with equal weights and buffers, so the result is the same on all ranks.
         """
-        assert isinstance(self.model, MetaGMVAE)
-        assert not isinstance(self.data, StreamedImages)  # refused by the settings
-        raw: Rows = self.data
-        if self.encoder is None:
-            device, channels_last = self.context.device, self.settings.train.channels_last
-            cpu = torch.device("cpu")
-            raw = encode_images(self.model, raw, device, CHUNK, raw=True, channels_last=channels_last, to=cpu).numpy()
+        assert isinstance(self.model, MetaLearner)
+        raw = self._raw_features()
         if start == 0:
             fit_feature_scaling(self.model, raw)
         scaled = ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
-        if start == 0 and self.settings.train.start == "components":
-            init_from_features(self.model, scaled)
+        if start == 0:
+            self.method.start(self.model, self.settings, scaled)
         return DeviceRows(scaled, self.context.device) if self.keep_on_device else scaled
+
+    def _raw_features(self) -> Rows:
+        """Features of the frozen encoder for the training images, float32 (n, F)."""
+        assert not isinstance(self.data, StreamedImages)  # refused by the settings
+        if self.encoder is not None:
+            return self.data
+        device, channels_last, cpu = self.context.device, self.settings.train.channels_last, torch.device("cpu")
+        features = encode_images(self.model, self.data, device, CHUNK, raw=True, channels_last=channels_last, to=cpu)
+        return features.numpy()
 
     def _after_step(self, name: str, step: int) -> MetricLine:
         """The global step, and the validation results where validation is due."""

@@ -32,7 +32,7 @@ class Update:
 
     Args:
         name: of the stage, for error messages.
-        module: a step module, batch -> (loss, terms), maybe wrapped for data parallelism (`training.trainer.steps`).
+        module: a step module, batch -> (loss, terms), maybe wrapped for data parallelism.
         optimizer: updates the parameters.
         clip_norm: largest gradient norm; 0: no clipping.
     """

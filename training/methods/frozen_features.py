@@ -15,6 +15,7 @@ from metagmvae.pipelines.records import Rows
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.pca_init import init_from_pca
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
+from metagmvae.training.models.meta_learner import MetaLearner
 
 CHUNK = 1024
 """Rows processed at a time."""
@@ -38,7 +39,7 @@ class ScaledRows:
         return self._scale(torch.from_numpy(np.asarray(self.raw[rows], dtype=np.float32))).numpy()
 
 
-def fit_feature_scaling(model: MetaGMVAE, raw: Rows) -> None:
+def fit_feature_scaling(model: MetaLearner, raw: Rows) -> None:
     """Set the statistics of the model's feature scaling to those of the raw training features, (n, F)."""
     scale = model.scale
     if isinstance(scale, FeatureWhitening):

@@ -1,11 +1,9 @@
-"""Step modules, batch -> (loss, terms): the loss that the training loop minimises in each stage.
+"""Meta-training of Meta-GMVAE: the loss of a step, and the method as a whole.
 
-Each has two parts. `prepare` copies the batch to the device and draws all random numbers; `compute` is a function of
-these tensors with fixed shapes that reads no value of the device back, so it can be captured as a CUDA graph.
-
-Random numbers of a step come from generators keyed by (seed, purpose, episode), never from the global state: a step is
-the same after a resume, and an episode is the same on any rank and with any number of ranks. The views of contrastive
-pre-training are keyed by (seed, step, rank), so they change with the number of ranks.
+A step module, batch -> (loss, metrics), has two parts. `prepare` copies the batch to the device and draws all random
+numbers; `compute` is a function of these tensors with fixed shapes that reads no value of the device back, so it can be
+captured as a CUDA graph. Random numbers come from generators keyed by (seed, purpose, episode), never from the global
+state: a step is the same after a resume, and an episode is the same on any rank and with any number of ranks.
 
 Notation: b = B / number of ranks episodes, M data points per episode, N Monte Carlo samples, P = M * N points, D latent
 size, F feature size, n images.
@@ -13,30 +11,33 @@ size, F feature size, n images.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings, TrainSettings
-from metagmvae.pipelines.records import SetBatch
+from metagmvae.configs.method_settings import MethodSettings
+from metagmvae.configs.schema import ModelSettings, Settings, TrainSettings
+from metagmvae.pipelines.records import Rows, SetBatch
+from metagmvae.pipelines.sampling.factory import unlabelled_sets
+from metagmvae.pipelines.sampling.stream import Stream
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.view import View
-from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
-from metagmvae.training.device.seeding import episode_generators, keyed_generator, to_device
+from metagmvae.training.device.seeding import episode_generators, to_device
+from metagmvae.training.methods.frozen_features import init_from_features
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
-from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective
+from metagmvae.training.methods.method import Method, MethodData
+from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective, standard_normal
 from metagmvae.training.objectives.mixture import (
+    Mixture,
     MixtureError,
     first_distinct,
     fit_mixture,
     random_order,
     too_few_points,
 )
-from metagmvae.training.objectives.nt_xent import nt_xent
-from metagmvae.training.objectives.prototypes import prototype_loss
 
 StepMetrics = dict[str, Tensor]
 """Scalars without gradient, for the metric lines."""
@@ -96,10 +97,7 @@ class MetaStep(nn.Module):
         with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)
         z_BMND = sample_latents(mean_BMD, log_variance_BMD, noise_BMND)
-        # EM in the step (Eq. 7): psi* is a constant of the objective.
-        z_BPD = z_BMND.detach().flatten(1, 2)
-        init_BK, enough_B = first_distinct(z_BPD, order_BP, settings.components)
-        mixture = fit_mixture(z_BPD, init_BK, settings.em_iterations)
+        mixture, too_few = self._prior(z_BMND.detach().flatten(1, 2), order_BP)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
         likelihood: Likelihood = model.variance if self.on_features else "bernoulli"
@@ -107,9 +105,21 @@ class MetaStep(nn.Module):
         metrics = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale, settings.beta)
         # A loss that is not finite stops the training without an update; `explain_failure` then tells the reason.
-        self.too_few = ~enough_B.all() & z_BPD.sum().isfinite()
-        loss = loss.masked_fill(self.too_few, float("nan"))
+        self.too_few = too_few
+        loss = loss.masked_fill(too_few, float("nan"))
         return loss, {**metrics, "elbo": terms.elbo.detach().mean()}
+
+    def _prior(self, z_BPD: Tensor, order_BP: Tensor) -> tuple[Mixture, Tensor]:
+        """The prior of each episode, a constant of the objective, and whether an episode has too few distinct points.
+
+        EM fits the mixture psi* to the samples (Eq. 7). Without episodic training it is N(0, I) (`train.prior`).
+        """
+        settings = self.settings
+        if settings.prior == "normal":
+            return standard_normal(z_BPD), torch.zeros((), dtype=torch.bool, device=z_BPD.device)
+        init_BK, enough_B = first_distinct(z_BPD, order_BP, settings.components)
+        mixture = fit_mixture(z_BPD, init_BK, settings.em_iterations)
+        return mixture, ~enough_B.all() & z_BPD.sum().isfinite()
 
     def explain_failure(self) -> None:
         """Raise the reason of a loss that is not finite, if the last step had fewer distinct points than components.
@@ -141,56 +151,51 @@ class MetaStep(nn.Module):
         return autocast(device, self.settings.precision)
 
 
-class ContrastiveStep(nn.Module):
-    """Contrastive pre-training on views of the images of this rank, with negatives from all ranks.
+class MetaGMVAEMethod(Method):
+    """Meta-GMVAE on images, or on the features of a frozen encoder."""
 
-    `nt-xent`: two views of each image (SimCLR). `prototypes`: the image itself and Q views of it (ProtoCLR).
+    def build(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> MetaGMVAE:
+        """A new model; the method has no settings of its own."""
+        return MetaGMVAE(
+            image_shape,
+            encoder=model.encoder,
+            image_size=model.image_size,
+            final_relu=model.rectified,
+            averaging=model.average,
+            normalise=model.normalise,
+            reconstruct=model.reconstruct,
+            scaling=model.features,
+            variance=model.variance,
+            latent=model.latent,
+            channels=model.channels,
+            width=model.width,
+            heads=model.heads,
+            layers=model.layers,
+            attention_scale=model.attention_scale,
+            attention_block=model.attention_block,
+            attention_activation=model.attention_activation,
+            posterior=model.posterior,
+        )
 
-    Batch normalisation sees this rank's views only, as in SimCLR without "global BN". Otherwise loss and gradient equal
-    those of one process.
+    def step(self, model: MetaGMVAE, settings: Settings) -> nn.Module:
+        """The step module."""
+        view = build_view(settings.pretrain, model) if settings.train.denoise else None
+        return MetaStep(model, settings.train, view)
 
-    Args:
-        model: the model whose encoder is trained.
-        projector: projection head between features and loss; the identity for none.
-        settings: seed, precision and memory format.
-        pretrain: objective, temperature and views.
-    """
+    def stream(self, data: MethodData, settings: Settings, **position: Any) -> Stream:
+        """Unlabelled sets."""
+        train = settings.train
+        return unlabelled_sets(data.rows, batch=train.batch, set_size=train.set_size, **position)
 
-    def __init__(
-        self, model: EncoderModel, projector: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
-    ) -> None:
-        super().__init__()
-        self.encoder = model.encoder
-        self.projector = projector
-        self.settings = settings
-        self.pretrain = pretrain
-        self.view = build_view(pretrain, model)
+    def images_per_step(self, settings: Settings) -> int:
+        """Images of all episodes."""
+        return settings.train.batch * settings.train.set_size
 
-    def forward(self, images: object, step: int) -> tuple[Tensor, StepMetrics]:
-        """uint8 images (n, C, H, W) and the number of the step -> loss and no further metrics."""
-        return self.compute(*self.prepare(images, step))
+    def on_features(self, settings: Settings) -> bool:
+        """Whether features are reconstructed."""
+        return settings.model.reconstruct == "features"
 
-    def prepare(self, images: object, step: int) -> tuple[Tensor, ...]:
-        """All that is encoded, (v * n, C, H, W): two views of each image, or the images and Q views of each."""
-        device = next(self.encoder.parameters()).device
-        x = EncoderModel.scale_images(to_device(images, device))
-        generator = keyed_generator(device, self.settings.seed, "views", step, distributed.rank())
-        prototypes = self.pretrain.objective == "prototypes"
-        views = [self.view(x, generator) for _ in range(self.pretrain.query_views if prototypes else 2)]
-        if prototypes:
-            size = views[0].shape[-2:]
-            same_size = x.shape[-2:] == size
-            views.insert(0, x if same_size else F.interpolate(x, size, mode="bilinear", antialias=True))
-        inputs = torch.cat(views)
-        return (inputs.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else inputs,)
-
-    def compute(self, inputs: Tensor) -> tuple[Tensor, StepMetrics]:
-        """Loss from the result of `prepare`."""
-        with autocast(inputs.device, self.settings.precision):
-            h = self.projector(self.encoder(inputs))
-        ranks = (self.pretrain.temperature, distributed.all_gather, distributed.rank())
-        if self.pretrain.objective == "prototypes":
-            n = len(h) // (1 + self.pretrain.query_views)
-            return prototype_loss(h[:n], h[n:], *ranks), {}
-        first, second = h.chunk(2)
-        return nt_xent(first, second, *ranks), {}
+    def start(self, model: MetaGMVAE, settings: Settings, rows: Rows) -> None:
+        """PCA initialisation, if the settings ask for it."""
+        if settings.train.start == "components":
+            init_from_features(model, rows)

@@ -12,12 +12,12 @@ from small_model import B, M, batch, model, settings
 from torch import Tensor
 
 import metagmvae.training.device.precision
-import metagmvae.training.trainer.steps
+import metagmvae.training.methods.meta_step
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
+from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.objectives.mixture import MixtureError, fit_mixture, init_indices
-from metagmvae.training.trainer.steps import MetaStep
 
 
 def gradients(net: torch.nn.Module) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def test_gradient_of_a_step_equals_finite_differences_with_psi_fixed(
     def fit_once(z: Tensor, rows: Tensor, iterations: int) -> Any:
         return fitted.setdefault("psi", fit_mixture(z, rows, iterations))
 
-    monkeypatch.setattr(metagmvae.training.trainer.steps, "fit_mixture", fit_once)
+    monkeypatch.setattr(metagmvae.training.methods.meta_step, "fit_mixture", fit_once)
     step(sets)[0].backward()
     gradient = gradients(net)
     assert set(gradient) == {name for name, _ in net.named_parameters()}
@@ -131,7 +131,7 @@ def test_em_and_densities_are_float32_under_bfloat16_autocast(monkeypatch: pytes
         calls.append((z.dtype, torch.is_autocast_enabled("cpu")))
         return fit_mixture(z, rows, iterations)
 
-    monkeypatch.setattr(metagmvae.training.trainer.steps, "fit_mixture", spy)
+    monkeypatch.setattr(metagmvae.training.methods.meta_step, "fit_mixture", spy)
     net = model(torch.float32)
     loss, terms = MetaStep(net, settings(precision="bfloat16")).eval()(batch())
     assert calls == [(torch.float32, False)]

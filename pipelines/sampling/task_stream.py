@@ -1,0 +1,72 @@
+"""Training tasks of methods that learn from few-shot tasks, read by index: task e depends on (seed, split, e) alone.
+
+Notation: B tasks per step over all W ranks, b = B / W tasks of this rank, K ways, n images per class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from metagmvae.pipelines.records import DataError, Rows, TaskBatch
+from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.sampling.stream import Stream
+
+
+class TaskStream(Stream):
+    """Tasks of K classes with n different images each; rank r takes tasks r, r + W, ... of each step."""
+
+    images: Rows
+
+    def __init__(
+        self, images: Rows, partitions: Sequence[np.ndarray], *, batch: int, way: int, per_class: int, **position: Any
+    ) -> None:
+        """Group the rows by class; classes with fewer than n images are left out.
+
+        Args:
+            images: images or features, by row index.
+            partitions: classes of the rows, int64 (rows,), -1 for none. Each task is drawn from one of the partitions.
+                Empty: every row is a class of its own, and `per_class` is 1.
+            batch: tasks per step over all ranks.
+            way: K.
+            per_class: n.
+            position: of the stream, as in `Stream`.
+
+        Raises:
+            DataError: a partition has fewer than K classes of n images.
+        """
+        super().__init__(images, batch=batch, **position)
+        self.way, self.per_class = way, per_class
+        self.classes = [_large_classes(labels, per_class) for labels in partitions]
+        fewest = min(map(len, self.classes), default=len(images))
+        if fewest < way:
+            raise DataError(
+                f"method.way is {way}, but only {fewest} classes of split {self.split!r} have {per_class} images "
+                "(method.shot + method.query); lower one of these settings"
+            )
+
+    def at(self, step: int) -> TaskBatch:
+        """The tasks of one step on this rank."""
+        tasks = np.arange(self.rank, self.batch, self.world, dtype=np.int64) + step * self.batch
+        rows = np.concatenate([self.rows(int(task)).reshape(-1) for task in tasks])
+        images = self.images[rows]
+        return TaskBatch(images.reshape(len(tasks), self.way, self.per_class, *images.shape[1:]), tasks, step)
+
+    def rows(self, task: int) -> np.ndarray:
+        """Row indices of one task, int64, (K, n)."""
+        rng = keyed_rng("task", self.seed, self.split, task)
+        if not self.classes:
+            return rng.choice(len(self.images), size=(self.way, 1), replace=False)
+        classes = self.classes[rng.integers(len(self.classes))]
+        chosen = rng.choice(len(classes), size=self.way, replace=False)
+        return np.stack([rng.choice(classes[k], size=self.per_class, replace=False) for k in chosen])
+
+
+def _large_classes(labels: np.ndarray, per_class: int) -> list[np.ndarray]:
+    """Rows of each class that has at least `per_class` of them."""
+    order = np.argsort(labels, kind="stable")
+    ids, starts = np.unique(labels[order], return_index=True)
+    members = np.split(order, starts[1:])
+    return [rows for name, rows in zip(ids, members, strict=False) if name >= 0 and len(rows) >= per_class]

@@ -1,0 +1,51 @@
+"""CACTUs: tasks whose classes are clusters of an embedding (Hsu, Levine and Finn, ICLR 2019, Algorithm 1).
+
+Each of P partitions is a k-means clustering of the embedding with its dimensions scaled by random factors, which gives
+diverse partitions (section 2.3 of the paper).
+
+Notation: n images, F feature size, P partitions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metagmvae.configs.method_settings import MethodSettings
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.training.device import distributed
+from metagmvae.training.models.clustering import k_means
+
+
+def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: int) -> list[np.ndarray]:
+    """Cluster the embedding P times; return the clusters of all images in each partition, int64 (n,).
+
+    All ranks return the partitions of rank 0.
+
+    Args:
+        features_nF: embedding of the training images.
+        settings: `clusters` and `partitions`. With one partition the dimensions are not scaled.
+        seed: of the scales and of k-means.
+
+    Raises:
+        DataError: there are fewer images than clusters.
+    """
+    n, F = features_nF.shape
+    if n < settings.clusters:
+        raise DataError(f"method.clusters is {settings.clusters}, but there are only {n} training images; lower it")
+    partitions = []
+    for partition in range(settings.partitions):
+        if distributed.rank() == 0:
+            scale_F = partition_scale(F, settings.partitions, seed, partition)
+            labels_n, _ = k_means(features_nF * scale_F, settings.clusters, seed=partition)
+        else:
+            labels_n = np.zeros(n, dtype=np.int64)
+        partitions.append(distributed.from_rank_0(labels_n))
+    return partitions
+
+
+def partition_scale(F: int, partitions: int, seed: int, partition: int) -> np.ndarray:
+    """Random factors of the dimensions, uniform in [0, 1], (F,); ones for a single partition."""
+    if partitions == 1:
+        return np.ones(F, dtype=np.float32)
+    return keyed_rng("partition", seed, partition).uniform(size=F).astype(np.float32)

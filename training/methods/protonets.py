@@ -1,0 +1,71 @@
+"""Prototypical networks (Snell, Swersky and Zemel, NeurIPS 2017): classes as means of embeddings.
+
+    p(y = k | x) = softmax_k(-||f(x) - c_k||^2),    c_k = mean of f over the labelled images of class k    (Eq. 1 and 2)
+
+Notation: n images, b tasks or E episodes, K ways, S labelled images and Q queries per class, T labelled images,
+P queries, F embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metagmvae.configs.schema import AdaptSettings
+from metagmvae.training.device.precision import at_least_float32
+from metagmvae.training.methods.task_learner import TaskLearner
+from metagmvae.training.models.meta_learner import PredictionMode
+
+MAX_EMBEDDING_VALUES = 2**26
+"""Maximum number of embedding values in a batch of episodes."""
+
+
+class ProtoNets(TaskLearner):
+    """The body embeds images; each query is classified alone, so both modes give the same answer."""
+
+    def encode_images(self, x: Tensor) -> Tensor:
+        """Embeddings of images in [0, 1], (n, C, H, W) -> (n, F)."""
+        return at_least_float32(self.body(super().encode_images(x)))
+
+    def scale_features(self, h: Tensor) -> Tensor:
+        """Raw features of the encoder, (n, F) -> embeddings, (n, F)."""
+        return at_least_float32(self.body(super().scale_features(h))) if self.on_features else at_least_float32(h)
+
+    def task_loss(self, support_bKS: Tensor, query_bKQ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative log-likelihood of the queries, and their accuracy."""
+        b, K, S = support_bKS.shape[:3]
+        images = torch.cat([support_bKS, query_bKQ], dim=2)
+        embedded = at_least_float32(self.body(images.flatten(0, 2))).unflatten(0, images.shape[:3])
+        prototypes_bKF = embedded[:, :, :S].mean(dim=2)
+        logits_bPK = prototype_logits(prototypes_bKF, embedded[:, :, S:].flatten(1, 2))
+        target_bP = torch.arange(K, device=logits_bPK.device).repeat_interleave(query_bKQ.shape[2]).expand(b, -1)
+        accuracy = (logits_bPK.argmax(dim=2) == target_bP).float().mean()
+        return F.cross_entropy(logits_bPK.flatten(0, 1), target_bP.flatten()), {"accuracy": accuracy}
+
+    def log_posteriors(
+        self,
+        adapt: AdaptSettings,
+        support_ET: Tensor,
+        label_T: Tensor,
+        query_EP: Tensor,
+        *,
+        mode: PredictionMode,
+        seed_by_episode: Sequence[int],
+        background: float | None = None,
+    ) -> Tensor:
+        """Log-probabilities of the queries, as `MetaLearner.log_posteriors`, from embeddings."""
+        one_hot_TK = F.one_hot(label_T).to(support_ET)
+        prototypes_EKF = one_hot_TK.T @ support_ET / one_hot_TK.sum(dim=0)[:, None]
+        return torch.log_softmax(prototype_logits(prototypes_EKF, query_EP).double(), dim=2)
+
+    def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
+        """Return how many episodes of this many points fit one call; at least 1."""
+        return max(1, MAX_EMBEDDING_VALUES // (points * self.body_dim))
+
+
+def prototype_logits(prototypes_EKF: Tensor, query_EPF: Tensor) -> Tensor:
+    """Negative squared Euclidean distances, (E, K, F) and (E, P, F) -> (E, P, K)."""
+    return -(query_EPF[:, :, None] - prototypes_EKF[:, None]).square().sum(dim=3)

@@ -1,0 +1,126 @@
+"""Training of the methods that learn from few-shot tasks: one step module, and the classes of the tasks.
+
+Notation: b tasks of this rank, K ways, S labelled images and Q queries per class, n = S + Q.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from metagmvae.configs.method_settings import MethodSettings
+from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.pipelines.records import TaskBatch
+from metagmvae.pipelines.sampling.sequential import StreamedImages
+from metagmvae.pipelines.sampling.task_stream import TaskStream
+from metagmvae.training.augment.build_view import build_view
+from metagmvae.training.augment.view import View
+from metagmvae.training.device.precision import autocast
+from metagmvae.training.device.seeding import episode_generators, to_device
+from metagmvae.training.methods.cactus import feature_partitions
+from metagmvae.training.methods.method import Method, MethodData
+from metagmvae.training.methods.task_learner import TaskLearner
+from metagmvae.training.methods.umtra import augmented_queries
+from metagmvae.training.models.encoders import EncoderModel
+
+
+class TaskStep(nn.Module):
+    """The loss of b training tasks.
+
+    Args:
+        model: the model to train.
+        settings: of the run.
+        view: makes the queries from the labelled images (`method.tasks = "images"`). None: the batch has them.
+    """
+
+    def __init__(self, model: TaskLearner, settings: Settings, view: View | None) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.view = view
+        model.freeze()
+
+    def train(self, mode: bool = True) -> TaskStep:
+        """Set the mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        self.model.encoder.train(mode and self.model.own_body is None)
+        return self
+
+    def forward(self, batch: TaskBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of the tasks of a batch."""
+        return self.compute(*self.prepare(batch))
+
+    def prepare(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Labelled images, (b, K, S, ...), and queries, (b, K, Q, ...), in [0, 1] or as scaled features."""
+        method = self.settings.method
+        data = to_device(batch.images, next(self.model.parameters()).device)
+        x = data if self.model.on_features else EncoderModel.scale_images(data)
+        if self.view is None:
+            support, query = x.split([method.shot, method.query], dim=2)
+            return support, query
+        generators = episode_generators(x.device, self.settings.train.seed, "tasks", batch.tasks)
+        return x, augmented_queries(x, self.view, generators, method.query)
+
+    def compute(self, support: Tensor, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics from the results of `prepare`."""
+        with autocast(support.device, self.settings.train.precision):
+            return self.model.task_loss(support, query)
+
+
+class TaskMethod(Method):
+    """A method whose model is a `TaskLearner`.
+
+    Args:
+        model: its class.
+        trains: whether it is meta-trained at all.
+    """
+
+    def __init__(self, model: type[TaskLearner], *, trains: bool = True) -> None:
+        self.model = model
+        self.trains = trains
+
+    def build(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> TaskLearner:
+        """A new model."""
+        return self.model(model, method, image_shape)
+
+    def step(self, model: TaskLearner, settings: Settings) -> nn.Module:
+        """The step module."""
+        view = build_view(settings.pretrain, model) if settings.method.tasks == "images" else None
+        return TaskStep(model, settings, view)
+
+    def stream(self, data: MethodData, settings: Settings, **position: Any) -> TaskStream:
+        """Tasks whose classes are labels, clusters or single images (`method.tasks`)."""
+        assert not isinstance(data.rows, StreamedImages)  # refused by the settings
+        method = settings.method
+        partitions: list[np.ndarray] = []
+        if method.tasks == "labels":
+            assert data.labels is not None
+            partitions = [data.labels]
+        elif method.tasks == "clusters":
+            partitions = feature_partitions(data.embedding(), method, settings.train.seed)
+        per_class = method.shot + method.query if partitions else 1
+        options = {"batch": settings.train.batch, "way": method.way, "per_class": per_class}
+        return TaskStream(data.rows, partitions, **options, **position)
+
+    def images_per_step(self, settings: Settings) -> int:
+        """Images of a step, queries included."""
+        method = settings.method
+        return settings.train.batch * method.way * (method.shot + method.query)
+
+    def on_features(self, settings: Settings) -> bool:
+        """Whether a perceptron on features is trained."""
+        return settings.method.network == "mlp"
+
+    def needs_encoder(self, settings: Settings) -> bool:
+        """Features and clusters come from a trained encoder."""
+        return self.trains and (self.on_features(settings) or settings.method.tasks == "clusters")
+
+    def needs_labels(self, settings: Settings) -> bool:
+        """Whether the classes of the tasks are labels."""
+        return self.trains and settings.method.tasks == "labels"
+
+    def needs_steps(self, settings: Settings) -> bool:
+        """Whether the method is meta-trained."""
+        return self.trains
