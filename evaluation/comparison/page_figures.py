@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.figures import plots
-from metagmvae.evaluation.figures.gallery import episode_figures
+from metagmvae.evaluation.figures.paper_figures import episode_figures
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel

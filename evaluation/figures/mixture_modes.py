@@ -31,17 +31,31 @@ class MixtureMode:
     obtained: Array
     """Unlabelled images that EM assigns to the mode, the most probable first, uint8 (n, C, H, W)."""
     generated: Array
-    """Decoded samples of the mode: float images in [0, 1], or uint8 images of the pool where features are decoded."""
+    """Decoded samples of the mode, float images in [0, 1]; or, where features are decoded, the uint8 images of the pool
+    that are nearest to the decoded mean of the mode, the nearest first."""
+
+
+@dataclass(frozen=True)
+class FittedSet:
+    """The mixture that EM fits to the latents of a set."""
+
+    latent_TD: Tensor
+    """Posterior means of the images; in an episode the support comes first."""
+    mean_KD: Tensor
+    variance_KD: Tensor
+    resp_PK: Tensor
+    """Posterior of the mode for each unlabelled image."""
 
 
 class ModeFinder:
     """Fits the mixture of a set with a trained model and generates images from its modes.
 
-    A model that reconstructs features generates features; each is shown by the nearest image of a pool (cosine).
+    A model that reconstructs features generates no images: a mode is shown by the images of a pool whose features are
+    nearest (cosine) to the decoded mean of the mode.
 
     Args:
         model: a trained model.
-        pool: uint8 (n, C, H, W); not used by models that reconstruct pixels.
+        pool: uint8 (n, C, H, W), other images than those of the sets; not used by models that reconstruct pixels.
         shown: most images of each kind in a mode.
         seed: of all random numbers.
     """
@@ -53,25 +67,15 @@ class ModeFinder:
         self.shown = shown
         self.seed = seed
         self.pool_nF = encode_images(model, pool, self.device) if model.reconstruct == "features" else None
-        self.generated_title = "generated" if self.pool_nF is None else "nearest to decoded features"
+        self.generated_title = "generated" if self.pool_nF is None else "real images nearest to the decoded mean"
 
-    @torch.inference_mode()
     def training_modes(self, images: Array, train: TrainSettings) -> list[MixtureMode]:
-        """Return the modes of an unlabelled set as in meta-training (Eq. 7), those with most images first."""
-        generator = self._generator("training modes")
-        z_1MND = self._latents(images, train.samples, generator)
-        points_1PD = z_1MND.flatten(1, 2)
-        rows = init_indices(points_1PD, train.components, [generator])
-        mixture = fit_mixture(points_1PD, rows, train.em_iterations)
-        squared_1PK = torch.cdist(points_1PD, mixture.mean_EKD).square()
-        resp_1PK = torch.softmax(mixture.log_weight_EK[:, None] - 0.5 * squared_1PK, dim=2)
-        resp_MK = resp_1PK.view(len(images), -1, train.components).mean(dim=1)
-        modes = self._modes(images, resp_MK, mixture.mean_EKD[0], torch.ones_like(mixture.mean_EKD[0]), [])
-        return sorted(modes, key=lambda mode: -len(mode.obtained))
+        """Return the modes of an unlabelled set as in meta-training, those with most images first."""
+        fitted = fit_training_set(self.model, encode_images(self.model, images, self.device), train, self.seed)
+        return sorted(self._modes(images, fitted, []), key=lambda mode: -len(mode.obtained))
 
-    @torch.inference_mode()
     def test_modes(self, support: Array, query: Array, adapt: AdaptSettings) -> list[MixtureMode]:
-        """Return the modes of a labelled episode after semi-supervised EM (Eq. 10), one per class.
+        """Return the modes of a labelled episode after semi-supervised EM, one per class.
 
         Args:
             support: uint8, (K, S, C, H, W).
@@ -80,43 +84,71 @@ class ModeFinder:
         """
         K, S = support.shape[:2]
         images = np.concatenate([support.reshape(K * S, *support.shape[2:]), query])
-        z_1MND = self._latents(images, adapt.samples, self._generator("test modes"))
-        support_1KTD = z_1MND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-        mixture, resp_1PK = fit_and_classify(adapt, support_1KTD, z_1MND[:, K * S :])
-        return self._modes(query, resp_1PK[0], mixture.mean_EKD[0], mixture.variance_EKD[0], list(support))
+        h_TF = encode_images(self.model, images, self.device)
+        fitted = fit_episode(self.model, h_TF[: K * S].unflatten(0, (K, S)), h_TF[K * S :], adapt, self.seed)
+        return self._modes(query, fitted, list(support))
 
     @torch.inference_mode()
     def reconstruct(self, images: Array) -> Array:
         """Decode the posterior means of the images, which form one set: uint8 (n, C, H, W) -> (n, C, H, W)."""
         h_1MF = encode_images(self.model, images, self.device)[None]
-        return self._decode(self.model.posterior(h_1MF)[0][0])
+        decoded = self.model.decode(self.model.posterior(h_1MF)[0][0])
+        return self._nearest(decoded, 1)[:, 0] if self.pool_nF is not None else torch.sigmoid(decoded).cpu().numpy()
 
-    def _latents(self, images: Array, samples: int, generator: torch.Generator) -> Tensor:
-        mean, log_variance = self.model.posterior(encode_images(self.model, images, self.device)[None])
-        noise = torch.randn(1, len(images), samples, self.model.latent, generator=generator, device=self.device)
-        return sample_latents(mean, log_variance, noise)
-
-    def _modes(
-        self, images: Array, resp_MK: Tensor, mean_KD: Tensor, variance_KD: Tensor, support: list[Array]
-    ) -> list[MixtureMode]:
-        mode_M = resp_MK.argmax(dim=1).cpu().numpy()
-        probability_M = resp_MK.max(dim=1).values.cpu().numpy()
-        generator = self._generator("generated")
+    @torch.inference_mode()
+    def _modes(self, images: Array, fitted: FittedSet, support: list[Array]) -> list[MixtureMode]:
+        mode_M = fitted.resp_PK.argmax(dim=1).cpu().numpy()
+        probability_M = fitted.resp_PK.max(dim=1).values.cpu().numpy()
+        generator = keyed_generator(self.device, "generated", self.seed)
         modes = []
-        for k, (mean, variance) in enumerate(zip(mean_KD, variance_KD, strict=True)):
+        for k, (mean, variance) in enumerate(zip(fitted.mean_KD, fitted.variance_KD, strict=True)):
             rows = np.flatnonzero(mode_M == k)
             rows = rows[np.argsort(-probability_M[rows], kind="stable")][: self.shown]
-            noise = torch.randn(self.shown, len(mean), generator=generator, device=self.device)
-            generated = self._decode(mean + variance.sqrt() * noise)
+            if self.pool_nF is None:
+                noise = torch.randn(self.shown, len(mean), generator=generator, device=self.device)
+                generated = torch.sigmoid(self.model.decode(mean + variance.sqrt() * noise)).cpu().numpy()
+            else:
+                generated = self._nearest(self.model.decode(mean[None]), self.shown)[0]
             modes.append(MixtureMode(support[k] if support else images[:0], images[rows], generated))
         return modes
 
-    def _decode(self, z_nD: Tensor) -> Array:
-        decoded = self.model.decode(z_nD)
-        if self.pool_nF is None:
-            return torch.sigmoid(decoded).cpu().numpy()
-        nearest = (F.normalize(decoded, dim=1) @ F.normalize(self.pool_nF, dim=1).T).argmax(dim=1)
-        return self.pool[nearest.cpu().numpy()]
+    def _nearest(self, decoded_nF: Tensor, count: int) -> Array:
+        """Return the images of the pool that are nearest to each feature vector, uint8 (n, count, C, H, W)."""
+        assert self.pool_nF is not None
+        cosine = F.normalize(decoded_nF, dim=1) @ F.normalize(self.pool_nF, dim=1).T
+        return self.pool[cosine.topk(min(count, len(self.pool)), dim=1).indices.cpu().numpy()]
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return keyed_generator(self.device, purpose, self.seed)
+
+@torch.inference_mode()
+def fit_training_set(model: MetaGMVAE, h_MF: Tensor, train: TrainSettings, seed: int = 0) -> FittedSet:
+    """Fit the mixture of an unlabelled set as in meta-training (Eq. 7), with unit variances."""
+    generator = keyed_generator(h_MF.device, "training modes", seed)
+    mean_MD, z_1MND = _latents(model, h_MF, train.samples, generator)
+    points_1PD = z_1MND.flatten(1, 2)
+    rows = init_indices(points_1PD, train.components, [generator])
+    mixture = fit_mixture(points_1PD, rows, train.em_iterations)
+    squared_1PK = torch.cdist(points_1PD, mixture.mean_EKD).square()
+    resp_1PK = torch.softmax(mixture.log_weight_EK[:, None] - 0.5 * squared_1PK, dim=2)
+    resp_MK = resp_1PK.view(len(h_MF), -1, train.components).mean(dim=1)
+    return FittedSet(mean_MD, mixture.mean_EKD[0], torch.ones_like(mixture.mean_EKD[0]), resp_MK)
+
+
+@torch.inference_mode()
+def fit_episode(
+    model: MetaGMVAE, support_KSF: Tensor, query_PF: Tensor, adapt: AdaptSettings, seed: int = 0
+) -> FittedSet:
+    """Fit the mixture of a labelled episode by semi-supervised EM (Eq. 10), one component per class."""
+    K, S = support_KSF.shape[:2]
+    generator = keyed_generator(query_PF.device, "test modes", seed)
+    h_TF = torch.cat([support_KSF.flatten(0, 1), query_PF])
+    mean_TD, z_1TND = _latents(model, h_TF, adapt.samples, generator)
+    support_1KTD = z_1TND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
+    mixture, resp_1PK = fit_and_classify(adapt, support_1KTD, z_1TND[:, K * S :])
+    return FittedSet(mean_TD, mixture.mean_EKD[0], mixture.variance_EKD[0], resp_1PK[0])
+
+
+def _latents(model: MetaGMVAE, h_MF: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the posterior means (M, D) of the points of a set, and samples (1, M, N, D)."""
+    mean, log_variance = model.posterior(h_MF[None])
+    noise = torch.randn(1, len(h_MF), samples, model.latent, generator=generator, device=h_MF.device)
+    return mean[0], sample_latents(mean, log_variance, noise)

@@ -6,12 +6,15 @@ Each function takes arrays and returns a new matplotlib Figure; pyplot and its g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from metagmvae.evaluation.figures.mixture_modes import MixtureMode
@@ -77,49 +80,79 @@ def reconstructions(images: Array, decoded: Array, label: str) -> Figure:
 
 
 def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str) -> Figure:
-    """Draw Fig. 3, one row per mode: labelled images, images that EM assigns to it, images generated from it.
+    """Draw the modes of one set, one row per mode: labelled images, images that EM assigns to it, generated images.
 
     Args:
         modes: the rows.
         title: of the figure.
         generated: title of the column of generated images.
     """
-    panels: list[tuple[str, list[list[Array]]]] = [
-        ("support", [list(mode.support) for mode in modes]),
-        ("obtained by EM", [list(mode.obtained) for mode in modes]),
-        (generated, [list(mode.generated) for mode in modes]),
-    ]
-    panels = [(name, rows) for name, rows in panels if any(rows)]
-    widths = [max(1, max(len(row) for row in rows)) for _, rows in panels]
-    figure = Figure(figsize=(0.55 * sum(widths) + 0.4, 0.6 * len(modes) + 0.7), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    columns = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
-    for axes, (name, rows) in zip(columns, panels, strict=True):
-        _mosaic(axes, rows)
-        axes.set_title(name, fontsize=9, color=GREY)
+    return mode_grids([(title, modes)], generated)
+
+
+def mode_grids(grids: Sequence[tuple[str, Sequence[MixtureMode]]], generated: str) -> Figure:
+    """Draw Fig. 3: the grids of several sets below each other, each with its title; see `mode_grid`."""
+    widest = max(sum(_panel_widths(modes)) for _, modes in grids)
+    heights = [0.6 * len(modes) + 0.7 for _, modes in grids]
+    figure = Figure(figsize=(0.55 * widest + 0.8, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (title, modes) in zip(parts, grids, strict=True):
+        part.suptitle(title, fontsize=10)
+        columns = {"support": "support", "obtained": "obtained by EM", "generated": generated}
+        shown = {key: [list(getattr(mode, key)) for mode in modes] for key in columns}
+        shown = {key: rows for key, rows in shown.items() if any(rows)}
+        axes_by_key = part.subplots(1, len(shown), width_ratios=_panel_widths(modes), squeeze=False)[0]
+        for axes, (key, rows) in zip(axes_by_key, shown.items(), strict=True):
+            _mosaic(axes, rows)
+            axes.set_title(columns[key], fontsize=9, color=GREY)
+        height = next(image.shape[-2] for rows in shown.values() for row in rows for image in row)
+        _row_labels(axes_by_key[0], [str(number) for number in range(1, len(modes) + 1)], height)
     return figure
 
 
-def latent_map(panels: Sequence[tuple[str, Array, Array, Array]], title: str) -> Figure:
-    """Draw Fig. 4, latents of episodes in two dimensions, one panel per episode.
+def _panel_widths(modes: Sequence[MixtureMode]) -> list[int]:
+    """Images in the longest row of each panel that has any."""
+    counts = ([len(getattr(mode, key)) for mode in modes] for key in ("support", "obtained", "generated"))
+    return [max(numbers) for numbers in counts if any(numbers)]
 
-    Args:
-        panels: of each episode its name, and of its T points the positions (T, 2), the labels (T,), and whether they
-            are support (T,).
-        title: of the figure.
-    """
-    figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
+
+@dataclass(frozen=True)
+class LatentPanel:
+    """Latents of one set in two dimensions."""
+
+    title: str
+    xy: Array
+    """(T, 2)."""
+    label: Array
+    """Class or mode of each point, (T,)."""
+    is_support: Array
+    """Whether a point is labelled, (T,)."""
+    centre_xy: Array
+    """Means of the mixture, (K, 2)."""
+
+
+def latent_map(panels: Sequence[LatentPanel], title: str) -> Figure:
+    """Draw Fig. 4, latents of sets in two dimensions, one panel per set; the colour is the class or mode."""
+    figure = Figure(figsize=(3.6 * len(panels), 4.0), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    for axes, (name, xy, label, is_support) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        for k in np.unique(label):
-            colour = COLOURS[int(k) % len(COLOURS)]
-            query, support = xy[(label == k) & ~is_support], xy[(label == k) & is_support]
-            axes.scatter(*query.T, s=14, color=colour, alpha=0.7, linewidths=0)
-            axes.scatter(*support.T, s=90, color=colour, marker="*", edgecolors="black", linewidths=0.6)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        labels = np.unique(panel.label)
+        colours = COLOURS if len(labels) <= len(COLOURS) else colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for number, k in enumerate(labels):
+            colour = colours[number % len(colours)]
+            is_k = panel.label == k
+            axes.scatter(*panel.xy[is_k & ~panel.is_support].T, s=14, color=colour, alpha=0.7, linewidths=0)
+            axes.scatter(
+                *panel.xy[is_k & panel.is_support].T, s=90, color=colour, marker="*", edgecolors="black", linewidths=0.6
+            )
+        axes.scatter(*panel.centre_xy.T, s=28, color="black", marker="x", linewidths=1.2)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name, fontsize=9, color=GREY)
+        axes.set_title(panel.title, fontsize=9, color=GREY)
+    marks = {"o": "image", "x": "mean of a mode"} | (
+        {"*": "labelled image"} if any(p.is_support.any() for p in panels) else {}
+    )
+    handles = [Line2D([], [], color=GREY, marker=mark, linestyle="", label=name) for mark, name in marks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=8)
     return figure
 
 

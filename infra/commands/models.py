@@ -45,8 +45,11 @@ def add(parsers: Parsers) -> None:
     add_tracking(parser)
 
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
-    description = "plot learning curves, reconstructions, mixture modes of episodes and a map of latents; or a sweep"
+    description = "plot learning curves, reconstructions, and figures 3 and 4 of the paper; or a sweep"
     parser = add_command(parsers, "figure", figure, description, example)
+    help_text = "only this figure of the paper: 3, real and generated samples by mixture mode; 4, latents by t-SNE "
+    help_text += "(default: all figures)"
+    parser.add_argument("number", nargs="?", type=int, metavar="3|4", help=help_text)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or folder of a sweep")
     parser.add_argument("--data", metavar="URI", help="dataset whose images are shown (not needed for a sweep)")
     parser.add_argument("--split", default="validation", help="split whose classes are shown (default: validation)")
@@ -106,22 +109,30 @@ def classify(arguments: Namespace) -> Answer:
 def figure(arguments: Namespace) -> Answer:
     """Run `metagmvae figure`."""
     from metagmvae.evaluation.figures.gallery import draw_gallery
+    from metagmvae.evaluation.figures.paper_figures import FIGURES, draw_paper_figure
     from metagmvae.evaluation.sweeps.record import is_sweep
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.infra.runs.run_folder import METRICS, read_lines
     from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
+    out = Path(arguments.out)
+    if arguments.number not in (None, *FIGURES):
+        raise DataError(f"figure {arguments.number}: the figures of the paper with results are 3 and 4")
     if is_sweep(Path(arguments.model)):
-        return _sweep_figures(Path(arguments.model), Path(arguments.out))
+        if arguments.number:
+            raise DataError(f"figure {arguments.number}: shows a model, and {arguments.model} is a sweep; name a run")
+        return _sweep_figures(Path(arguments.model), out)
     if not arguments.data:
         raise DataError(f"figures of {arguments.model} show images of a dataset: name it with --data")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     loaded = resolve_model(arguments.model)
+    if arguments.number:
+        return {"figures": [str(draw_paper_figure(arguments.number, loaded, dataset, arguments.split, out))]}
     # Learning curves are drawn only if MODEL is a run folder.
     lines = read_lines(Path(arguments.model) / METRICS)
-    files = draw_gallery(loaded, dataset, arguments.split, Path(arguments.out), lines)
+    files = draw_gallery(loaded, dataset, arguments.split, out, lines)
     return {"figures": [str(file) for file in files]}
 
 
