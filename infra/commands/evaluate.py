@@ -73,6 +73,7 @@ def add(parsers: Parsers) -> None:
 
 def evaluate(arguments: Namespace) -> Answer:
     """Run `metagmvae evaluate`."""
+    from metagmvae.evaluation.encoders.result_record import result_origin
     from metagmvae.evaluation.fewshot.evaluate_episodes import write_episodes
     from metagmvae.pipelines.files import write_json
     from metagmvae.pipelines.shards.dataset import Dataset
@@ -87,7 +88,7 @@ def evaluate(arguments: Namespace) -> Answer:
         "data_fingerprint": dataset.fingerprint,
         "model": str(arguments.model),
     }
-    origin = _origin(loaded, dataset)
+    origin = result_origin(loaded, dataset)
     if arguments.open_classes:
         answer = _evaluate_open(arguments, dataset, loaded, queries) | about
         if arguments.record:
@@ -276,22 +277,3 @@ def _write_page(arguments: Namespace, dataset: Dataset, loaded: LoadedModel, res
     models = [EvaluatedModel(loaded.settings.name, loaded, by_task)]
     page = draw_models(models, dataset, arguments.split)
     write_report(arguments.html, compare([row], []), [], page, provenance())
-
-
-def _origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
-    """Dataset, settings, fingerprints, versions and training of the encoder that a result was produced with."""
-    from metagmvae.configs.load import fingerprint
-    from metagmvae.evaluation.fewshot.encoder_package import encoder_origin
-    from metagmvae.evaluation.provenance import dataset_origin, provenance
-
-    selected_by = loaded.info.get("selected_by")
-    return {
-        "dataset": dataset_origin(dataset.manifest, dataset.fingerprint),
-        "settings": loaded.settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
-        "settings_fingerprint": fingerprint(loaded.settings),
-        "trained": loaded.info,
-        "checkpoint": {"chosen_by": selected_by or "the last step", "validation_labels": bool(selected_by)},
-        "encoder": encoder_origin(loaded, dataset),
-        "source_fingerprint": dataset.manifest["source_fingerprint"],
-        "environment": provenance(),
-    }
