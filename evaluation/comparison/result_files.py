@@ -95,6 +95,10 @@ class RecordedResult(RecordedAccuracy):
     settings: dict[str, Any] = {}
     settings_fingerprint: str = ""
     trained: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
+    """How the encoder was trained; empty in older files."""
+    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that the training was planned for (`metagmvae table --run`); None: not planned."""
     environment: dict[str, Any] = {}
 
     @property

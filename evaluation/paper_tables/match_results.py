@@ -1,0 +1,174 @@
+"""Finds the recorded results of a row of the paper's tables by the settings in the result files, not by file names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from metagmvae.configs.load import SettingsError, flatten, load_settings
+from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.comparison.result_files import (
+    RecordedAccuracy,
+    RecordedDataset,
+    RecordedResult,
+    read_results,
+)
+from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe
+from metagmvae.pipelines.files import read_json
+from metagmvae.pipelines.records import DataError
+
+NOT_COMPARED = ("name", "data", "validation", "run", "tracking")
+"""Sections that do not change the trained model of a row."""
+FREE_SETTINGS = (
+    "pretrain.steps",
+    "train.steps",
+    "train.seed",
+    "train.precision",
+    "train.channels_last",
+    "train.compile",
+    "train.checkpoint_every",
+    "train.log_every",
+)
+"""Settings that may differ between a result and its row: the length of the training, its seed and its speed."""
+SPLIT, QUERY = "test", 15
+"""Classes and queries per class of the paper's evaluation."""
+
+
+@dataclass(frozen=True)
+class FoundResult:
+    """A recorded result of one task."""
+
+    file: str
+    result: RecordedResult
+    flat: dict[str, Any] = field(repr=False)
+    """Its compared settings, as `compared_settings`."""
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """The results in a folder of JSON files."""
+
+    results: tuple[FoundResult, ...]
+    other_files: tuple[str, ...]
+    """Files that hold no few-shot accuracy of a model, such as those of `metagmvae bench`."""
+
+
+def read_result_folder(folder: Path) -> ResultFolder:
+    """Read the result files of a folder.
+
+    Raises:
+        DataError: there is no such folder, or a file is no JSON or a damaged result.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--results {folder}: no such folder; give the folder of the files of evaluate --record")
+    found, others = [], []
+    for path in sorted(folder.glob("*.json")):
+        if not _is_result(read_json(path)):
+            others.append(path.name)
+            continue
+        for result in read_results(path):
+            tree = result.settings
+            if not (tree.get("pretrain") or {}).get("steps") and (pretrain := _pretrained(result)):
+                tree = tree | {"pretrain": pretrain}
+            found.append(FoundResult(path.name, result, compared_settings(tree)))
+    return ResultFolder(tuple(found), tuple(others))
+
+
+def _is_result(content: Any) -> bool:
+    """Whether a file holds accuracies of a model with its settings; those of `--open` are of other tasks."""
+    if not isinstance(content, dict) or not {"split", "settings", "data_fingerprint"} <= content.keys():
+        return False
+    rows = content.get("rows") or [content]
+    return all(isinstance(row, dict) and "accuracy" in row and "open_classes" not in row for row in rows)
+
+
+def _pretrained(result: RecordedResult) -> dict[str, Any] | None:
+    """The settings of the pre-training of a model that was trained on stored features, if they are recorded."""
+    trained = result.encoder.get("trained") or {}
+    pretrain = trained.get("pretrain")
+    return pretrain if isinstance(pretrain, dict) else None
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    return dict(flatten(json.loads(Settings().model_dump_json())))
+
+
+def compared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten settings, fill in the keys that an older file does not have, and leave out those that may differ.
+
+    Without pre-training its settings are left out.
+    """
+    flat = _defaults() | dict(flatten(dict(tree)))
+    pretrained = bool(flat["pretrain.steps"])
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if key.partition(".")[0] not in NOT_COMPARED
+        and key not in FREE_SETTINGS
+        and (pretrained or not key.startswith("pretrain."))
+    }
+    return kept | {"pretrained": pretrained}
+
+
+@lru_cache(maxsize=256)
+def recipe_settings(recipe: Recipe) -> Settings | None:
+    """Return the settings of a recipe at evaluation; None if there is no such preset or setting (yet)."""
+    try:
+        return load_settings(recipe.preset, [*recipe.overrides, *recipe.adapt])
+    except SettingsError:
+        return None
+
+
+def differing_keys(recipe: Recipe, flat: Mapping[str, Any]) -> list[str] | None:
+    """Return the compared settings in which a model differs from a recipe; None if there is no such preset.
+
+    A recipe without pre-training is of features, whose encoder may be trained in any way.
+    """
+    settings = recipe_settings(recipe)
+    if settings is None:
+        return None
+    wanted = compared_settings(json.loads(settings.model_dump_json()))
+    keys = wanted.keys() | flat.keys()
+    if not wanted["pretrained"]:
+        keys = {key for key in keys if not key.startswith("pretrain")}
+    return sorted(key for key in keys if wanted.get(key) != flat.get(key))
+
+
+def results_of(
+    folder: ResultFolder,
+    recipe: Recipe,
+    column: Column,
+    mode: str,
+    data: Sequence[RecordedDataset] = (),
+    budget_s: float | None = None,
+) -> list[tuple[FoundResult, RecordedAccuracy]]:
+    """Return the results of a cell, each with the accuracy that counts: that of the model or of a baseline on it.
+
+    Args:
+        folder: recorded results.
+        recipe: settings of the row.
+        column: dataset and task.
+        mode: transductive or inductive.
+        data: the only datasets (name and options, such as the split of the classes); empty: all of that name.
+        budget_s: only results with this budget; None: all.
+    """
+    found = []
+    for item in folder.results:
+        result = item.result
+        task = (result.images.name, result.way, result.shot)
+        special = result.unbalanced or result.dirichlet is not None or result.query != QUERY
+        if task != column or result.split != SPLIT or special:
+            continue
+        if (data and result.images not in data) or (budget_s is not None and result.budget_s != budget_s):
+            continue
+        rows: list[RecordedAccuracy] = [result]
+        if recipe.baseline:
+            rows = [row for row in result.baselines if row.baseline == recipe.baseline]
+        if differing_keys(recipe, item.flat) == []:
+            found += [(item, row) for row in rows if row.mode == mode]
+    return found

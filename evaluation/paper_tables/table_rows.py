@@ -1,0 +1,219 @@
+"""The rows of Tables 1, 2 and 10 of the paper: its numbers, and the settings with which each row is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from metagmvae.evaluation.comparison.paper import BY_REF, CROSS_WAYS, TASKS, DatasetName
+from metagmvae.evaluation.comparison.result_files import EvalMode
+from metagmvae.pipelines.records import DataError
+
+
+class Column(NamedTuple):
+    """A cell of a table is the accuracy of a row on the tasks of a column."""
+
+    dataset: str
+    way: int
+    shot: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training, and what of it is evaluated."""
+
+    preset: str
+    overrides: tuple[str, ...] = ()
+    """Changes of the preset for the training, as for `--set`."""
+    adapt: tuple[str, ...] = ()
+    """Changes of `adapt` for the evaluation; models that differ only in these are trained once."""
+    baseline: str = ""
+    """Name of the baseline on the features of this model that the row reports; empty: the model itself."""
+
+    @property
+    def label(self) -> str:
+        """The preset and its changes, in one line."""
+        name = " ".join([self.preset, *self.overrides, *self.adapt])
+        return f"{self.baseline} on the features of {name}" if self.baseline else name
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One system."""
+
+    key: str
+    name: str
+    mode: EvalMode
+    """How it is evaluated here: each query alone (inductive), or the queries of an episode together."""
+    paper: Mapping[Column, float]
+    """Accuracies of the paper in percent; a column without one is missing."""
+    paper_ci95: Mapping[Column, float]
+    """Half widths of its 95% intervals in percent, where the paper prints them."""
+    recipes: Mapping[Column, Recipe]
+    """How it is trained for each column; a column without a recipe has no such system."""
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """Rows with the same columns."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+
+
+NO_VARIANCE = ("adapt.e_step=identity", "adapt.final_covariance=identity")
+"""EM with identity covariance, also in the final posterior: without the component sigma^2 of Table 2."""
+NO_SET = ("model.layers=0",)
+"""The posterior of a point does not depend on its set: without the component Set of Table 2."""
+NORMAL_PRIOR = ("train.prior=normal",)
+"""Without episodes: the component Ep of Table 2."""
+LOGISTIC_REGRESSION = "logistic regression, features unscaled"
+EMBEDDING: dict[DatasetName, str] = {"omniglot": "acai", "mini-imagenet": "deepcluster"}
+"""The second embedding of CACTUs, beside BiGAN."""
+BEST: dict[DatasetName, tuple[str, str]] = {
+    "omniglot": ("omniglot-best-5way", "omniglot-best-20way"),
+    "mini-imagenet": ("mini-imagenet-cpu", "mini-imagenet-cpu"),
+}
+"""Our best settings of Meta-GMVAE for 5 and for 20 ways."""
+PAPER: dict[DatasetName, tuple[str, str]] = {
+    "omniglot": ("omniglot-5way-paper", "omniglot-20way-paper"),
+    "mini-imagenet": ("mini-imagenet-paper", "mini-imagenet-paper"),
+}
+"""The paper's settings of Meta-GMVAE for 5 and for 20 ways."""
+
+
+def paper_tables() -> dict[int, tuple[TablePart, ...]]:
+    """Return the parts of each table by its number in the paper."""
+    return {1: (_table_1("omniglot"), _table_1("mini-imagenet")), 2: (_ablations(), _cross_way()), 10: (_table_10(),)}
+
+
+def table_parts(number: int) -> tuple[TablePart, ...]:
+    """Return the parts of a table.
+
+    Raises:
+        DataError: no table of this number has results.
+    """
+    tables = paper_tables()
+    if number not in tables:
+        raise DataError(f"table {number}: the tables of the paper with results are {', '.join(map(str, tables))}")
+    return tables[number]
+
+
+def _table_1(dataset: DatasetName) -> TablePart:
+    columns = tuple(Column(dataset, *task) for task in TASKS[dataset])
+    deep = EMBEDDING[dataset]
+
+    def row(key: str, preset: str, *, by_way: bool = False) -> TableRow:
+        return _row(key, columns, {dataset: Recipe(f"{dataset}-{preset}")}, by_way=by_way)
+
+    rows = (
+        row("scratch", "scratch"),
+        row("cactus-maml-bigan", "cactus-bigan-maml", by_way=True),
+        row("cactus-protonets-bigan", "cactus-bigan-protonets"),
+        row("cactus-maml", f"cactus-{deep}-maml", by_way=True),
+        row("cactus-protonets", f"cactus-{deep}-protonets"),
+        row("umtra", "umtra", by_way=True),
+        _meta_gmvae(columns, PAPER),
+        replace(_meta_gmvae(columns, BEST), key="meta-gmvae-best", name="Meta-GMVAE, our best settings"),
+        row("maml", "maml-oracle", by_way=True),
+        row("protonets", "protonets-oracle"),
+    )
+    return TablePart({"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}[dataset], columns, rows)
+
+
+def _ablations() -> TablePart:
+    columns = (Column("omniglot", 20, 1), Column("mini-imagenet", 5, 1))
+    paper = {dataset: Recipe(presets[1]) for dataset, presets in PAPER.items()}
+
+    def changed(key: str, overrides: tuple[str, ...], adapt: tuple[str, ...] = ()) -> TableRow:
+        recipes = {name: replace(recipe, overrides=overrides, adapt=adapt) for name, recipe in paper.items()}
+        return _row(key, columns, recipes)
+
+    def both(key: str, preset: str, *, by_way: bool = False) -> TableRow:
+        return _row(key, columns, {name: Recipe(f"{name}-{preset}") for name in paper}, by_way=by_way)
+
+    features = "mini-imagenet-paper"
+    rows = (
+        both("scratch", "scratch"),
+        _row("lr-simclr", columns, {"mini-imagenet": Recipe(features, baseline=LOGISTIC_REGRESSION)}),
+        _row("vae", columns, {"omniglot": Recipe("omniglot-vae")}),
+        _row("vae-simclr", columns, {"mini-imagenet": _vae_on_features()}),
+        changed("meta-gmvae-ep", NO_SET, NO_VARIANCE),
+        changed("meta-gmvae-ep-set", (), NO_VARIANCE),
+        changed("meta-gmvae-ep-variance", NO_SET),
+        replace(changed("meta-gmvae", ()), name="Meta-GMVAE: Ep, Set, \N{GREEK SMALL LETTER SIGMA}\N{SUPERSCRIPT TWO}"),
+        both("maml", "maml-oracle", by_way=True),
+        both("protonets", "protonets-oracle"),
+    )
+    return TablePart("Ablation study", columns, rows)
+
+
+def _cross_way() -> TablePart:
+    """Our models are trained for a number of ways only; so the rows for 1 and for 5 shots are one training."""
+    columns = tuple(Column("omniglot", way, 1) for way in CROSS_WAYS)
+    trained = {"5way": PAPER["omniglot"][0], "20way": PAPER["omniglot"][1]}
+    rows = tuple(
+        _row(f"meta-gmvae-{way}-{shot}", columns, {"omniglot": Recipe(preset)})
+        for way, preset in trained.items()
+        for shot in ("1shot", "5shot")
+    )
+    return TablePart("Cross-way 1-shot classification on Omniglot", columns, rows)
+
+
+def _table_10() -> TablePart:
+    columns = tuple(Column("mini-imagenet", *task) for task in TASKS["mini-imagenet"])
+    recipes = {
+        "lr-simclr": Recipe("mini-imagenet-paper", baseline=LOGISTIC_REGRESSION),
+        "vae-simclr": _vae_on_features(),
+        "cactus-maml-simclr": Recipe("mini-imagenet-simclr-cactus-maml"),
+        "umtra-simclr": Recipe("mini-imagenet-simclr-umtra"),
+        "meta-gmvae": Recipe("mini-imagenet-paper"),
+    }
+    rows = tuple(_row(key, columns, {"mini-imagenet": recipe}) for key, recipe in recipes.items())
+    return TablePart("Mini-ImageNet, on SimCLR's features", columns, rows)
+
+
+def _vae_on_features() -> Recipe:
+    return Recipe("mini-imagenet-paper", NORMAL_PRIOR + NO_SET, NO_VARIANCE)
+
+
+def _meta_gmvae(columns: Sequence[Column], presets: Mapping[DatasetName, tuple[str, str]]) -> TableRow:
+    chosen = {name: Recipe(five) for name, (five, _) in presets.items()}
+    twenty = {name: Recipe(twenty) for name, (_, twenty) in presets.items()}
+    row = _row("meta-gmvae", columns, chosen)
+    return replace(row, recipes={c: (twenty if c.way == 20 else chosen)[_name(c)] for c in columns})
+
+
+def _row(
+    key: str, columns: Iterable[Column], recipes: Mapping[DatasetName, Recipe], *, by_way: bool = False
+) -> TableRow:
+    """Return a row with the numbers of the paper's row of this key.
+
+    Args:
+        key: of the row in `comparison.paper`.
+        columns: of the table.
+        recipes: by dataset.
+        by_way: for tasks of 20 ways, the training tasks have 20 ways too.
+    """
+    used = {column: recipes[_name(column)] for column in columns if column.dataset in recipes}
+    if by_way:
+        twenty = ("method.way=20",)
+        used = {c: replace(recipe, overrides=twenty) if c.way == 20 else recipe for c, recipe in used.items()}
+    published = [row for row in BY_REF.values() if row.key == key]
+
+    def printed(numbers: str) -> dict[Column, float]:
+        return {
+            column: getattr(row, numbers)[column.way, column.shot]
+            for column in columns
+            for row in published
+            if row.dataset == column.dataset and (column.way, column.shot) in getattr(row, numbers)
+        }
+
+    mode: EvalMode = "transductive" if key.startswith(("meta-gmvae", "vae")) else "inductive"
+    return TableRow(key, published[0].name, mode, printed("percent"), printed("ci95"), used)
+
+
+def _name(column: Column) -> DatasetName:
+    return "omniglot" if column.dataset == "omniglot" else "mini-imagenet"
