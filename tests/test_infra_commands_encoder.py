@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from PIL import Image
 from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.fewshot.paired import paired_difference
 from metagmvae.infra.cli import main
+from metagmvae.infra.registry.pyfunc_model import Predictor
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.workflows.estimator import FewShotClassifier
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 
 timm = pytest.importorskip("timm")
@@ -85,25 +90,85 @@ def test_features_of_an_encoder_by_name(
     assert on_features["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
 
 
-@pytest.mark.parametrize("head", ["nearest-mean", "logistic-regression", "soft-k-means", "em"])
-def test_classify_with_a_head(
-    head: str, data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def write_images(data: Path, folder: Path) -> list[str | Path]:
+    """2, 3 and 4 labelled images of three classes, and three queries of each."""
     dataset = Dataset.open(data)
     labels, images = dataset.labels("test"), dataset.images("test", "auto", 4096)
     for k, label in enumerate(np.unique(labels)[:3]):
         for j, row in enumerate(np.flatnonzero(labels == label)[: 5 + k]):
-            folder = tmp_path / ("query" if j < 3 else f"support/class{k}")
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(images[np.array([row])])[0, 0]).save(folder / f"class{k}_{j}.png")
-    folders = ["--support", tmp_path / "support", "--query", tmp_path / "query"]
+            part = folder / ("query" if j < 3 else f"support/class{k}")
+            part.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(images[np.array([row])])[0, 0]).save(part / f"class{k}_{j}.png")
+    return ["--support", folder / "support", "--query", folder / "query"]
+
+
+@pytest.mark.parametrize("head", ["nearest-mean", "soft-k-means", "em"])
+def test_classify_with_a_head(
+    head: str, data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = write_images(data, tmp_path)
     answer = run(capsys, "classify", package, *folders, "--head", head, "--data", data)
     assert answer["shots"] == [2, 3, 4]
+    assert answer["calibrated"]
     assert (answer["head"]["name"], answer["head"]["encoder"]) == (head, NAME)
-    assert ("chosen_on" in answer["head"]) == (head != "nearest-mean")
+    assert answer["head"]["chosen_on"]["split"] == "validation"
+    assert ("settings" in answer["head"]) == (head != "nearest-mean")
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in answer["queries"])
     right = sum(row["query"].startswith(row["class"]) for row in answer["queries"])
     assert right >= 5  # of 9, by chance 3: glyphs differ enough for random weights
+
+
+def test_a_calibrated_encoder_is_used_by_classify_estimator_and_server(
+    data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(package, calibrated)
+    folders = write_images(data, tmp_path)
+    plain = run(capsys, "classify", package, *folders, "--head", "em")
+    assert not plain["calibrated"]
+    assert plain["head"]["note"].startswith("defaults: no dataset")
+    size = ["--way", "3", "--shot", "3", "--query", "5", "--episodes", "30"]
+    fitted = run(capsys, "calibrate", calibrated, "--data", data, "--head", "em", *size)
+    assert fitted["head"]["name"] == "em"
+    (temperature,) = fitted["temperatures"]
+    assert temperature["nll"] < temperature["nll_uncalibrated"]
+    answer = run(capsys, "classify", calibrated, *folders)
+    assert (answer["calibrated"], answer["head"]["name"], answer["mode"]) == (True, "em", "transductive")
+    assert answer["head"]["settings"] == fitted["head"]["tasks"][0]["settings"]
+    p_PK = np.array([list(row["probabilities"].values()) for row in answer["queries"]])
+
+    support = sorted((tmp_path / "support").rglob("*.png"))
+    queries = sorted((tmp_path / "query").iterdir())
+    y = [path.parent.name for path in support]
+    classifier = FewShotClassifier(calibrated, mode="transductive").fit(support, y)
+    np.testing.assert_allclose(classifier.predict_proba(queries), p_PK, atol=1e-6)
+    other = FewShotClassifier(calibrated, head="nearest-mean").fit(support, y)
+    assert not np.allclose(other.predict_proba(queries), p_PK, atol=1e-3)
+
+    predictor = Predictor()
+    predictor.load_context(SimpleNamespace(artifacts={"package": str(calibrated)}))
+    request = {"images": [path.read_bytes() for path in support + queries], "label": y + [None] * 9}
+    np.testing.assert_allclose(predictor.predict(None, request), p_PK, atol=1e-6)
+    del request["label"]
+    assert predictor.predict(None, request).shape == (18, resolve_model(package).model.feature_dim)
+
+    unknown = run(capsys, "classify", calibrated, *folders, "--unknown")
+    assert set(unknown["predicted"]) == {"class0", "class1", "class2", "unknown"}
+    assert all(len(row["probabilities"]) == 4 for row in unknown["queries"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "inductive", "head": "em"}, "the head em classifies queries together"),
+        ({"head": "emm"}, "head 'emm': there is none of this name"),
+        ({"samples": 3}, "samples: not for an encoder alone"),
+    ],
+)
+def test_wrong_arguments_of_the_estimator(data: Path, package: Path, options: dict[str, Any], message: str) -> None:
+    images = Dataset.open(data).images("test")[:4]
+    with pytest.raises(DataError, match=message):
+        FewShotClassifier(package, **options).fit(images, [0, 0, 1, 1])
 
 
 def test_compare_shows_the_paired_difference_across_modes(
@@ -121,11 +186,17 @@ def test_compare_shows_the_paired_difference_across_modes(
 
 
 def test_wrong_requests_are_one_line_and_leave_nothing(
-    data: Path, weights: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    weights: Path,
+    package: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     written = ["--data", str(data), "--out", str(out)]
     on_data, folders = ["--data", str(data)], ["--support", str(tmp_path), "--query", str(tmp_path)]
+    classify = ["classify", str(package), *map(str, write_images(data, tmp_path_factory.mktemp("images")))]
     for text, words in [
         ("nothing: not the name of an encoder", ["encoder", "nothing", *written]),
         ("has no published weights", ["encoder", "conv4", *written]),
@@ -138,7 +209,9 @@ def test_wrong_requests_are_one_line_and_leave_nothing(
         ("--set adapt.iterations=3", ["evaluate", str(package), "--set", "adapt.iterations=3", *on_data]),
         ("--mode inductive: the head em", ["evaluate", str(package), "--head", "em", "--mode", "inductive", *on_data]),
         ("did you mean 'em'", ["evaluate", str(package), "--head", "emm", *on_data]),
-        ("--unknown: timm:test_resnet is an encoder", ["classify", str(package), "--unknown", *folders]),
+        ("--unknown: timm:test_resnet has no level", [*classify, "--unknown"]),
+        ("--unknown: the head optimal-transport gives", [*classify, "--unknown", "--head", "optimal-transport"]),
+        ("did you mean 'em'", ["serve", str(package), "--head", "emm"]),
         ("give --data URI to evaluate it", ["compare", NAME, str(package)]),
         ("--head em: only with --data", ["compare", str(package), "--head", "em"]),
         ("--weights x: is for one encoder by name, and 0", ["compare", str(package), "--weights", "x", *on_data]),

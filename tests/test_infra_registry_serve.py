@@ -10,11 +10,17 @@ import sys
 import mlflow_template
 import numpy as np
 import pytest
+import torch
 
+from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.evaluation.encoders.head_model import with_head, with_named_head
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.cli import main
-from metagmvae.infra.registry.register import register
+from metagmvae.infra.registry.register import register, save_pyfunc
 from metagmvae.infra.registry.serve import listen
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.trainer.builders import build_encoder_model
+from metagmvae.training.trainer.package import LoadedModel, save_package
 
 pytestmark = pytest.mark.mlflow
 
@@ -57,6 +63,34 @@ def test_server_answers_and_ends_cleanly(tmp_path, form, number):
     assert "Traceback" not in err
     ended_by = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
     assert json.loads(out) == {"served": form, "url": f"http://127.0.0.1:{port}", "ended_by": ended_by}
+
+
+@pytest.mark.slow
+def test_a_served_encoder_classifies_by_the_head_that_is_asked_for(tmp_path):
+    """Through MLflow's own loading, as the server does; without labels it gives features."""
+    import mlflow
+
+    settings = Settings(name="conv4", model=ModelSettings(encoder="conv4", channels=4))
+    net = build_encoder_model(settings.model, (1, 28, 28), seed=0)
+    loaded = LoadedModel(net.eval(), settings, (1, 28, 28), {})
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 28, 28), dtype=np.uint8)
+    answers = {}
+    for head in ("nearest-mean", "laplacian"):
+        named = with_named_head(loaded, head, "conv4")
+        save_package(tmp_path / head / "package", named)
+        save_pyfunc(tmp_path / head / "model", tmp_path / head / "package", named)
+        served = mlflow.pyfunc.load_model(str(tmp_path / head / "model"))
+        answers[head] = served.predict({"images": list(images), "label": [0, 1, 1, None, None, None]})
+        features = served.predict({"images": list(images)})
+    expected = predict_queries(
+        with_head(loaded, "laplacian").model,
+        loaded.settings.adapt,
+        torch.as_tensor(features[:3]),
+        np.array([0, 1, 1]),
+        torch.as_tensor(features[3:]),
+    )
+    np.testing.assert_allclose(answers["laplacian"], expected, atol=1e-6)
+    assert not np.allclose(answers["nearest-mean"], answers["laplacian"], atol=1e-3)
 
 
 @pytest.mark.parametrize(

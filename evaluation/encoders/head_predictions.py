@@ -56,7 +56,10 @@ def head_logits(
     h_TF, h_PF = h_TF.flatten(1).float(), h_PF.flatten(1).float()
     if head == "logistic-regression":
         model = fit_logistic_regression(h_TF.cpu(), label_T, settings.get("strength", 1.0))
-        return torch.as_tensor(model.predict_log_proba(F.normalize(h_PF, dim=1).cpu().numpy()), device=h_PF.device)
+        decision = model.decision_function(F.normalize(h_PF, dim=1).cpu().numpy())
+        # Of two classes it is one number, the log-odds of the second.
+        logits_PK = np.stack([-decision / 2, decision / 2], axis=1) if decision.ndim == 1 else decision
+        return torch.as_tensor(logits_PK, device=h_PF.device).double()
     support_1KSF, mask_1KS = _padded(h_TF, label_T)
     query_1PF = h_PF[None]
     if head == "nearest-mean":

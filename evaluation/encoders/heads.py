@@ -15,7 +15,6 @@ from metagmvae.evaluation.fewshot.baseline_tuning import (
     GRIDS,
     SplitFeatures,
     TunedBaseline,
-    choose_settings,
     evaluate_baselines,
     evaluate_tuned,
 )
@@ -125,35 +124,6 @@ def evaluate_model(
                 result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))
         results.append(result)
     return results
-
-
-def choose_head(
-    loaded: LoadedModel, head: str | None, mode: PredictionMode, dataset: Dataset | None, way: int, shot: int
-) -> tuple[str, Tuning]:
-    """Return the head for a task and its settings, chosen on the validation classes of a dataset if there is one.
-
-    Args:
-        loaded: an encoder alone.
-        head: a key of `HEADS`; None: `nearest-mean`.
-        mode: as in `evaluate_model`.
-        dataset: of images that the encoder takes, or of its features; None: the settings are the defaults.
-        way: classes of the task.
-        shot: labelled images per class.
-
-    Raises:
-        DataError: as in `evaluate_model`.
-    """
-    head = check_head(head or DEFAULT_HEAD, mode)
-    if not HEADS[head].grid:
-        return head, Tuning({})
-    split = loaded.settings.data.validation_split
-    validation = None
-    if dataset is not None and split in dataset.splits:
-        validation = _features(loaded.model, dataset, split, loaded.settings.name)
-    task = {**TASK_DEFAULTS, "way": way, "shot": shot}
-    _, settings, tuning = choose_settings(HEADS[head], validation, task)
-    note = tuning.note if dataset is not None else "defaults: no dataset (--data) to choose them on"
-    return head, replace(tuning, settings=settings, note=note)
 
 
 def check_head(head: str, mode: PredictionMode) -> str:

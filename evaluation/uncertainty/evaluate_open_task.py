@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from metagmvae.evaluation.fewshot.evaluate_tasks import check_task, split_features
-from metagmvae.evaluation.uncertainty.fit_calibration import MODES
 from metagmvae.evaluation.uncertainty.open_queries import OpenResults, evaluate_open, evaluate_open_baselines
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -48,7 +47,7 @@ def evaluate_open_task(
     device, adapt = default_device(), loaded.settings.adapt
     model, labels = require_learner(loaded, name).to(device), dataset.labels(split)
     check_task(labels, task)
-    backgrounds = {mode: require_background(loaded, mode, task["way"], task["shot"], name) for mode in MODES}
+    backgrounds = {mode: require_background(loaded, mode, task["way"], task["shot"], name) for mode in model.modes}
     validation_split = loaded.settings.data.validation_split
     if baselines and validation_split not in dataset.splits:
         raise DataError(f"{dataset.uri}: has no split {validation_split!r} to choose the thresholds of baselines on")

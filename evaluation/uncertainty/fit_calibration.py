@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.encoders.head_model import HeadModel, fit_head
+from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability
@@ -31,7 +33,6 @@ from metagmvae.training.models.posterior_calibration import FittedBackground, Fi
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 LOG = logging.getLogger(__name__)
-MODES: tuple[PredictionMode, ...] = get_args(PredictionMode)
 MOST_OPEN_EPISODES = 30
 """Episodes of the search for a background level: it evaluates them many times."""
 
@@ -71,8 +72,10 @@ def fit_calibration(
 ) -> PosteriorCalibration:
     """Fit the temperature of each way, shot and mode, and the level of the background component.
 
+    The settings of the head of an encoder alone are chosen first, on the same classes.
+
     Args:
-        loaded: a Meta-GMVAE; it is moved to the device.
+        loaded: a model that classifies, or an encoder alone with a head (`with_head`); it is moved to the device.
         dataset: its data.
         plan: what is fitted. Ways and shots that the split cannot provide are lowered to what it can.
         device: where the model runs.
@@ -81,14 +84,20 @@ def fit_calibration(
         progress: opens a progress bar.
 
     Raises:
-        DataError: the model is encoder-only, the split does not exist, or holds features where images must be
+        DataError: the model does not classify, the split does not exist, or holds features where images must be
             augmented.
     """
     model, adapt = require_learner(loaded, loaded.settings.name).to(device), loaded.settings.adapt
     data = _data(loaded, dataset, plan, split, device)
     tasks = _possible_tasks(data.labels, plan)
+    head = None
+    if isinstance(model, HeadModel):
+        features = SplitFeatures(data.split, data.labels, {"scaled": data.h_nF})
+        sizes = [(way, shot, _queries(data.labels, shot, plan)) for way, shot in tasks]
+        head = fit_head(model, features, sizes, plan.seed)
+        model = HeadModel(model, head)
     temperatures, backgrounds = [], []
-    steps = [(way, shot, mode) for way, shot in tasks for mode in MODES]
+    steps = [(way, shot, mode) for way, shot in tasks for mode in model.modes]
     with progress("calibration") as on_progress:
         for done, (way, shot, mode) in enumerate(steps, start=1):
             task: dict[str, Any] = {
@@ -98,7 +107,8 @@ def fit_calibration(
                 "seed": plan.seed,
             }
             temperatures.append(_fit(model, adapt, data, task, mode, plan.episodes))
-            if plan.background and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
+            may_be_open = plan.background and model.has_background
+            if may_be_open and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
                 backgrounds.append(fit)
             if on_progress is not None:
                 on_progress(done, len(steps))
@@ -109,6 +119,7 @@ def fit_calibration(
         adapt=adapt,
         temperatures=tuple(temperatures),
         backgrounds=tuple(backgrounds),
+        head=head,
     )
 
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+from metagmvae.infra.commands.encoder import add_head
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
 
@@ -32,6 +33,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of the episodes (default: 1)")
     help_text = "only temperatures: `classify --unknown` and `evaluate --open` then have no level to use"
     parser.add_argument("--no-unknown", action="store_true", help=help_text)
+    add_head(parser)
     help_text = "new folder for a model package with the calibration (default: store it in MODEL; a registered model "
     help_text += "cannot change, so it needs --out)"
     parser.add_argument("--out", metavar="DIR", help=help_text)
@@ -58,7 +60,11 @@ def calibrate(arguments: Namespace) -> Answer:
         arguments.seed,
         background=not arguments.no_unknown,
     )
-    options = {"split": arguments.split, "progress": partial(progress_bar, quiet=arguments.json)}
+    options = {
+        "split": arguments.split,
+        "head": arguments.head,
+        "progress": partial(progress_bar, quiet=arguments.json),
+    }
     if arguments.out:
         return calibrate_to_package(resolve_model(arguments.model), dataset, plan, Path(arguments.out), **options)
     if not Path(arguments.model).exists():

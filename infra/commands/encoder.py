@@ -27,10 +27,10 @@ def add_encoder_options(parser: ArgumentParser, *, head: bool = True) -> None:
         add_head(parser)
 
 
-def add_head(parser: ArgumentParser) -> None:
+def add_head(parser: ArgumentParser, default: str = "nearest-mean") -> None:
     """Add `--head` to a command."""
-    help_text = "classifier on the features of an encoder alone, with settings chosen on the validation classes "
-    help_text += "(default: nearest-mean)"
+    help_text = "classifier on the features of an encoder alone, with settings chosen on validation classes "
+    help_text += f"(default: {default})"
     parser.add_argument("--head", choices=HEADS, help=help_text)
 
 

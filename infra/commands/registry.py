@@ -43,6 +43,7 @@ def add(parsers: Parsers) -> None:
     help_text = "address to listen on; 0.0.0.0: all addresses of this machine (default: 127.0.0.1)"
     parser.add_argument("--host", default="127.0.0.1", help=help_text)
     parser.add_argument("--port", type=int, default=5001, help="port; 0: any free one (default: 5001)")
+    add_head(parser, "the one that it was calibrated with, or nearest-mean")
     add_tracking(parser)
 
 
@@ -129,4 +130,4 @@ def serve(arguments: Namespace) -> Answer:
     from metagmvae.infra.registry.serve import serve as serve_model
 
     with listen(arguments.host, arguments.port) as listener:
-        return serve_model(resolve_model(arguments.model), listener, arguments.model)
+        return serve_model(resolve_model(arguments.model), listener, arguments.model, arguments.head)

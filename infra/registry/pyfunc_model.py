@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.encoders.head_model import HeadModel, answer_mode, with_head
 from metagmvae.evaluation.fewshot.pixel_arrays import warn_of_polarity
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.tracking.mlflow_environment import ignore_warnings
@@ -46,7 +47,7 @@ class Predictor:
 
     def load_context(self, context: Any) -> None:
         """Load the model package that was logged, on the GPU if there is one."""
-        self.loaded = load_package(context.artifacts[PACKAGE])
+        self.loaded = with_head(load_package(context.artifacts[PACKAGE]))
         self.device = default_device()
         self.loaded.model.to(self.device).eval()
 
@@ -56,17 +57,17 @@ class Predictor:
 
         They are calibrated if the model is (`metagmvae calibrate`).
 
-        Column k belongs to the k-th label of the labelled images in sorted order. An encoder-only model returns the
-        features of all images, (n, F) float64.
+        Column k belongs to the k-th label of the labelled images in sorted order. An encoder alone classifies by its
+        head; without labels it returns the features of all images, (n, F) float64.
 
         Args:
             context: not used; `load_context` has loaded the model.
             model_input: `images`, n arrays (C, H, W) of whole numbers from 0 to 255, or n image files (PNG, JPEG, …) as
-                bytes or in base64; `label`, n integers or n words, -1 or None for a query (not for an encoder-only
-                model). Every image is used. MLflow leaves out other keys, and other parameters, and names them in the
+                bytes or in base64; `label`, n integers or n words, -1 or None for a query (an encoder alone needs no
+                labels). Every image is used. MLflow leaves out other keys, and other parameters, and names them in the
                 log of the server.
-            params: `preprocessed`, and, not for an encoder-only model, `mode`, `iterations`, `samples`, `seed`, as in
-                the signature. By default arrays are taken as preprocessed already, like those of `Dataset.images`; with
+            params: `preprocessed`, `mode`, and, not for an encoder alone, `iterations`, `samples`, `seed`, as in the
+                signature. By default arrays are taken as preprocessed already, like those of `Dataset.images`; with
                 `preprocessed` false, what `metagmvae prepare` did to the training images is done to them (the
                 inversion; they have the size of the model already). It is always done to image files.
 
@@ -76,11 +77,11 @@ class Predictor:
         try:
             params = dict(params or {})
             images = self._images(list(model_input["images"]), params)
-            if isinstance(self.loaded.model, MetaLearner):
-                if "label" not in model_input:
-                    raise DataError("no label: give one per image, -1 or null for the images to classify")
+            if "label" in model_input:
                 return self._probabilities(images, list(model_input["label"]), params)
-            return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
+            if isinstance(self.loaded.model, HeadModel):
+                return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
+            raise DataError("no label: give one per image, -1 or null for the images to classify")
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
@@ -94,7 +95,8 @@ class Predictor:
     def _probabilities(self, images: np.ndarray, labels: list[Any], params: dict[str, Any]) -> np.ndarray:
         model = require_learner(self.loaded, PACKAGE)
         support, label_T, query = split_request(images, labels)
-        mode, seed = _mode(params.pop("mode", "transductive")), int(params.pop("seed", 0))
+        mode = answer_mode(model, _mode(params.pop("mode", "transductive")))
+        seed = int(params.pop("seed", 0))
         adapt = adapt_settings(self.loaded.settings.adapt, params)
         h_nF = encode_images(model, np.concatenate([support, query]), self.device)
         h_TF, h_PF = h_nF[: len(support)], h_nF[len(support) :]
@@ -235,17 +237,13 @@ def model_signature(loaded: LoadedModel) -> ModelSignature:
     adapt = loaded.settings.adapt
     # Any type: arrays or files, and integers or words.
     inputs = [ColSpec(AnyType(), "images")]
-    preprocessed = ParamSpec("preprocessed", "boolean", True)
-    if not isinstance(loaded.model, MetaLearner):
-        features = Schema([TensorSpec(np.dtype("float64"), (-1, loaded.model.feature_dim))])
-        return ModelSignature(Schema(inputs), features, ParamSchema([preprocessed]))
     inputs.append(ColSpec(AnyType(), "label", required=False))
-    params = [
-        preprocessed,
-        ParamSpec("mode", "string", "transductive"),
-        ParamSpec("iterations", "long", adapt.iterations),
-        ParamSpec("samples", "long", adapt.samples),
-        ParamSpec("seed", "long", 0),
-    ]
+    params = [ParamSpec("preprocessed", "boolean", True), ParamSpec("mode", "string", "transductive")]
+    if isinstance(loaded.model, MetaLearner):
+        params += [
+            ParamSpec("iterations", "long", adapt.iterations),
+            ParamSpec("samples", "long", adapt.samples),
+            ParamSpec("seed", "long", 0),
+        ]
     outputs = Schema([TensorSpec(np.dtype("float64"), (-1, -1))])
     return ModelSignature(Schema(inputs), outputs, ParamSchema(params))

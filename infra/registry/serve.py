@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.evaluation.encoders.head_model import with_named_head
 from metagmvae.infra.registry.register import quiet_mlflow, save_pyfunc
 from metagmvae.infra.runs.stop_signals import Terminated, deferred_signals
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
@@ -43,17 +44,22 @@ def listen(host: str, port: int) -> socket.socket:
         raise DataError(f"--host {host} --port {port}: {reason}; choose another --port (0: any free one)") from error
 
 
-def serve(loaded: LoadedModel, listener: socket.socket, name: str) -> dict[str, Any]:
+def serve(loaded: LoadedModel, listener: socket.socket, name: str, head: str | None = None) -> dict[str, Any]:
     """Answer requests until Ctrl-C or SIGTERM.
 
     Args:
         loaded: the model.
         listener: a listening socket, which is closed at the end.
         name: of the model, for the log.
+        head: of an encoder alone, as in `with_head`.
 
     Returns:
         `url` and the signal that ended the server.
+
+    Raises:
+        DataError: `head` is given for a model that is no encoder alone.
     """
+    loaded = with_named_head(loaded, head, name)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     signal_name = ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.encoders.head_model import with_head
 from metagmvae.evaluation.uncertainty.fit_calibration import CalibrationPlan, fit_calibration
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -23,11 +24,13 @@ def calibrate_path(
     plan: CalibrationPlan,
     *,
     split: str | None = None,
+    head: str | None = None,
     progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
     """Fit the calibration of a run, checkpoint or model package, and store it there.
 
-    A run that keeps another best model for each number of shots has each of them calibrated.
+    A run that keeps another best model for each number of shots has each of them calibrated. For an encoder alone, the
+    settings of `head` (`with_head`) are chosen too.
 
     Returns:
         `calibration`: the file that was written, and the keys of `calibration_summary`.
@@ -37,7 +40,8 @@ def calibrate_path(
     """
     models = list(_models(path, plan))
     records = [
-        fit_calibration(m, dataset, plan, device=default_device(), split=split, progress=progress) for m in models
+        fit_calibration(with_head(m, head), dataset, plan, device=default_device(), split=split, progress=progress)
+        for m in models
     ]
     if (path / CARD).is_file():
         calibrate_package(path, records[0])
@@ -56,12 +60,14 @@ def calibrate_to_package(
     out: Path,
     *,
     split: str | None = None,
+    head: str | None = None,
     progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
     """Fit the calibration of a model, and write the model with it as a new package; see `calibrate_path`."""
     if out.exists():
         raise DataError(f"{out}: already exists; choose a new folder for the model package")
-    record = fit_calibration(loaded, dataset, plan, device=default_device(), split=split, progress=progress)
+    options: dict[str, Any] = {"device": default_device(), "split": split, "progress": progress}
+    record = fit_calibration(with_head(loaded, head), dataset, plan, **options)
     save_package(out, replace(loaded, calibration=record))
     return {"calibration": str(out / CARD)} | calibration_summary([record])
 
@@ -107,5 +113,8 @@ def calibration_summary(records: list[PosteriorCalibration]) -> dict[str, Any]:
             for fit in getattr(record, fits)
         ]
 
-    answer = {"fitted_on": first.fitted_on, "split": first.split, "temperatures": rows("temperatures")}
+    answer: dict[str, Any] = {"fitted_on": first.fitted_on, "split": first.split}
+    if first.head is not None:
+        answer["head"] = first.head.model_dump(mode="json")
+    answer["temperatures"] = rows("temperatures")
     return answer | ({"backgrounds": rows("backgrounds")} if first.backgrounds else {})

@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metagmvae.evaluation.encoders.head_predictions import predict_with_head
-from metagmvae.evaluation.encoders.heads import MODES, choose_head
-from metagmvae.evaluation.fewshot.evaluate_episodes import Tuning
-from metagmvae.evaluation.fewshot.predict import PredictionMode
+from metagmvae.evaluation.encoders.head_model import answer_mode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.evaluation.uncertainty.evaluate_open_task import require_background
 from metagmvae.infra.classification.classified_rows import UNKNOWN, Row, RowFormat, open_table
-from metagmvae.infra.classification.encoder_head import check_head_options, head_record
+from metagmvae.infra.classification.encoder_head import head_record, loaded_with_head
 from metagmvae.infra.classification.labelled_files import labelled_files, path_of, query_files
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
@@ -30,8 +27,8 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel, require_meta_gmvae
+from metagmvae.training.models.meta_learner import PredictionMode
+from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 FILES_PER_BATCH = 256
 """Image files that are decoded and encoded at a time: what bounds the memory."""
@@ -67,7 +64,8 @@ class ClassifyOptions:
     """Classifier on the features of an encoder alone, a key of `evaluation.encoders.heads.HEADS`; None: nearest mean.
     It has its own mode."""
     head_data: Dataset | None = None
-    """Data set whose validation classes choose the settings of the head; None: the defaults."""
+    """Data set whose validation classes choose the settings of the head and calibrate it; None: those that the encoder
+    was calibrated with, or the defaults."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -92,15 +90,10 @@ class _Task:
     h_TF: Tensor
     label_T: np.ndarray
     options: ClassifyOptions
-    head: tuple[str, Tuning] | None
-    """Head and its settings of an encoder alone."""
 
     def probabilities(self, h_PF: Tensor) -> np.ndarray:
         """Return the calibrated probabilities of some queries, (P, K), or (P, K + 1) with `unknown`."""
-        if self.head is not None:
-            head, tuning = self.head
-            return predict_with_head(head, tuning.settings, self.h_TF, self.label_T, h_PF)
-        model, adapt = require_meta_gmvae(self.loaded, self.loaded.settings.name), self.loaded.settings.adapt
+        model, adapt = require_learner(self.loaded, self.loaded.settings.name), self.loaded.settings.adapt
         mode, way = self.options.mode, len(self.names)
         shot, background = len(self.label_T) / way, None
         temperature = self.loaded.posterior_temperature(adapt, mode, way, shot)
@@ -149,26 +142,25 @@ def classify_folders(
             level that is asked for, or an option is not for such a model.
     """
     options = options or ClassifyOptions(figure=figure, invert=invert)
-    model = loaded.model
-    check_head_options(loaded, options.head, options.head_data is not None, options.unknown)
     names, support_files, label_T, left_out = labelled_files(support)
     files, queries_left_out = query_files(query, recursive=options.recursive)
     if options.unknown and UNKNOWN in names:
         raise DataError(f"{support}: class folder {UNKNOWN!r} has the name of the answer of --unknown; rename it")
+    way = len(names)
+    sizes = (way, max(1, round(len(label_T) / way)))
+    head_options: Any = (options.head, options.head_data, options.mode, sizes)
+    loaded = loaded_with_head(loaded, *head_options, unknown=options.unknown)
+    model = require_learner(loaded, loaded.settings.name)
+    options = replace(options, mode=answer_mode(model, options.mode))
     preprocessing, device = image_preprocessing(loaded, options.invert), default_device()
     blank: list[str] = []
     images = np.stack([_read(support, file, preprocessing, blank) for file in support_files])
     h_TF = encode_images(model.to(device), images, device)
-    head = None
-    if not isinstance(model, MetaGMVAE):
-        shot = max(1, round(len(label_T) / len(names)))
-        head = choose_head(loaded, options.head, options.mode, options.head_data, len(names), shot)
-        options = replace(options, mode=MODES[head[0]])
-    task = _Task(loaded, preprocessing, device, names, h_TF, label_T, options, head)
+    task = _Task(loaded, preprocessing, device, names, h_TF, label_T, options)
     answers = [*names, UNKNOWN] if options.unknown else names
     row_format = RowFormat(names, options.unknown, options.top_k, options.threshold)
     rows: list[Row] = []
-    counts, best = Counter[str | None](), _MostCertain(len(names))
+    counts, best = Counter[str | None](), _MostCertain(way)
     with ExitStack() as stack:
         write = stack.enter_context(open_table(options.table, row_format)) if options.table else rows.extend
         on_progress = stack.enter_context(progress("images"))
@@ -187,7 +179,7 @@ def classify_folders(
         "shots": np.bincount(label_T).tolist(),
         "preprocessing": preprocessing.model_dump(mode="json") | {"recorded": loaded.preprocessing is not None},
         "calibrated": loaded.calibration is not None,
-        **head_record(loaded, head),
+        **head_record(loaded, way, len(label_T) / way),
         "mode": options.mode,
         "images": classified,
         "predicted": {name: counts[name] for name in answers},

@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.encoders.head_model import HeadModel, answer_mode, with_head
 from metagmvae.evaluation.fewshot import pixel_arrays
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.registry.resolve import resolve_model
@@ -67,6 +68,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         preprocessed: True: arrays have the shape and the polarity of the training data, like those of
             `Dataset.images`. False: arrays hold images as they were before `metagmvae prepare`, of any size; what it
             did to the training images (see `LoadedModel.preprocessing`) is done to them.
+        head: classifier on the features of an encoder alone, as `--head` of `metagmvae evaluate`; None: the one that
+            the encoder was calibrated with (`metagmvae calibrate --head`), or `nearest-mean`. An encoder alone takes
+            none of the arguments from `iterations` to `proportions_prior`.
 
     Attributes:
         classes_: labels in sorted order.
@@ -89,6 +93,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: int = 0,
         pixel_range: tuple[float, float] | None = None,
         preprocessed: bool = True,
+        head: str | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -102,6 +107,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.pixel_range = pixel_range
         self.preprocessed = preprocessed
+        self.head = head
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
         """Store the support: images or features X, and their labels y (n,). Shots may differ between classes.
@@ -110,8 +116,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             DataError: X does not hold images of the model's shape or of a known scale, or a file that cannot be read;
-                `mode` is unknown; or the model is encoder-only, does not exist, or does not record the preprocessing
-                that is asked for.
+                `mode` is unknown or not that of the head; or the model does not exist, or does not record the
+                preprocessing that is asked for.
             ValueError: scikit-learn does not accept X or y, for example because of NaN.
         """
         self._check_mode()
@@ -123,9 +129,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, self._label_T = np.unique(y, return_inverse=True)
         requested = {name: getattr(self, name) for name in AdaptSettings.model_fields}
         changes = {name: value for name, value in requested.items() if value is not None}
+        if changes and isinstance(self._network, HeadModel):
+            raise DataError(f"{', '.join(changes)}: not for an encoder alone; choose its head")
         self._adapt = AdaptSettings(**settings.model_dump() | changes)
         self._mean, self._std = X.mean(axis=0), float(X.std()) or 1.0
         if self._network is not None:
+            answer_mode(self._network, self.mode)
             self._check_row(X, shape)
             if decoded is None:
                 self._fit_pixel_range(X)
@@ -168,9 +177,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 self._support,
                 self._label_T,
                 queries,
-                mode=self.mode,
+                mode=answer_mode(self._network, self.mode),
                 seed=self.random_state,
-                posterior_temperature=self._posterior_temperature(),
+                posterior_temperature=self._posterior_temperature(self._network),
             )
         return probabilities.cpu().numpy()
 
@@ -179,11 +188,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
 
-    def _posterior_temperature(self) -> float:
+    def _posterior_temperature(self, network: MetaLearner) -> float:
         if self._calibration is None:
             return 1.0
-        way = len(self.classes_)
-        return self._calibration.temperature(self._adapt, self.mode, way, len(self._label_T) / way)
+        way, mode = len(self.classes_), answer_mode(network, self.mode)
+        return self._calibration.temperature(self._adapt, mode, way, len(self._label_T) / way)
 
     def _check_mode(self) -> None:
         if self.mode not in ("inductive", "transductive"):
@@ -193,6 +202,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self._preprocessing: Preprocessing | None = None
         self._calibration: PosteriorCalibration | None = None
         if self.model is None:
+            if self.head is not None:
+                raise DataError(f"head {self.head}: is for an encoder alone, and there is no model; omit it")
             return None, WITHOUT_MODEL
         if isinstance(self.model, str | os.PathLike):
             name = os.fspath(self.model)
@@ -204,6 +215,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 f"{name}: does not record the preprocessing of its training images, because an older version wrote it: "
                 "preprocess the images as they were for the training, and pass preprocessed=True"
             )
+        loaded = with_head(loaded, self.head, name)
         network = require_learner(loaded, name).to(default_device())
         self._preprocessing, self._calibration = loaded.preprocessing, loaded.calibration
         return network, loaded.settings.adapt
