@@ -199,8 +199,8 @@ class Settings(Section):
         pretrain = self.pretrain
         if pretrain.objective == "deepcluster" and self.data.reader == "stream":
             raise ValueError(
-                'data.reader ("stream") reads images sequentially, but pretrain.objective ("deepcluster") clusters all of '
-                "them; set data.reader to mmap"
+                'data.reader ("stream") reads images sequentially, but pretrain.objective ("deepcluster") clusters all '
+                "of them; set data.reader to mmap"
             )
         if pretrain.objective == "bigan" and self.model.rectified and not pretrain.projector:
             raise ValueError(

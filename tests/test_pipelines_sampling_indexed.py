@@ -7,7 +7,7 @@ import pytest
 
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
-from metagmvae.pipelines.sampling.indexed import ImageBatchStream, SetStream
+from metagmvae.pipelines.sampling.indexed import ImageBatchStream, SetStream, batches_per_epoch
 
 IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
 
@@ -46,6 +46,19 @@ def test_image_batches_contain_every_image_once_per_epoch():
     assert not np.array_equal(batches[0][0], batches[5][0])
     half = next(iter(ImageBatchStream(IMAGES, **position, rank=1, world=2)))[0]
     assert np.array_equal(half, batches[0][0][1::2])
+
+
+def test_image_batches_with_row_indices():
+    position = {"batch": 8, "seed": 0, "split": "train", "steps": 7, "with_rows": True}
+    whole = list(ImageBatchStream(IMAGES, **position))
+    halves = [list(ImageBatchStream(IMAGES, **position, rank=rank, world=2)) for rank in range(2)]
+    plain = list(ImageBatchStream(IMAGES, **position | {"with_rows": False}))
+    for (images, step, rows), (same, _), *parts in zip(whole, plain, *halves, strict=True):
+        assert np.array_equal(images, same)
+        assert images.ravel().tolist() == rows.tolist()  # the value of an image is its row
+        assert {(part[1], len(part[2])) for part in parts} == {(step, 4)}
+        assert sorted(np.concatenate([part[2] for part in parts])) == sorted(rows)
+    assert batches_per_epoch(40, 8) == 5 == batches_per_epoch(47, 8)
 
 
 def test_close_stops_the_thread_and_errors_reach_the_consumer():

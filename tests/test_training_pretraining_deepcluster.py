@@ -120,5 +120,5 @@ def test_loss_equals_its_formula() -> None:
 
 
 def test_more_clusters_than_images() -> None:
-    with pytest.raises(DataError, match=r"pretrain.clusters \(41\) exceeds the 40 training images"):
+    with pytest.raises(DataError, match=r"pretrain.clusters \(41\) exceeds the 40 images of the split"):
         cluster_step(clusters=41)

@@ -70,7 +70,7 @@ def _lloyd_faiss(x_nF: np.ndarray, init_kF: np.ndarray, iterations: int) -> tupl
     result = faiss.Kmeans(x_nF.shape[1], k, niter=iterations, gpu=_faiss_has_gpu(), **limits)
     result.train(x_nF, init_centroids=init_kF)
     _, labels_n1 = result.index.search(x_nF, 1)
-    return labels_n1[:, 0].astype(np.int64), result.centroids
+    return labels_n1[:, 0].astype(np.int64), np.asarray(result.centroids)
 
 
 def _faiss_has_gpu() -> bool:

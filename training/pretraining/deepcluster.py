@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
 from metagmvae.pipelines.records import DataError, Rows
 from metagmvae.pipelines.sampling.indexed import batches_per_epoch
+from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import at_least_float32
@@ -90,8 +91,9 @@ class DeepClusterStep(PretrainStep):
         """Classifier and assignments."""
         return DeepClusterModules(model.feature_dim, settings.pretrain.clusters, images)
 
-    def start_step(self, step: int, images: Rows) -> Iterable[nn.Parameter]:
+    def start_step(self, step: int, images: Rows | StreamedImages) -> Iterable[nn.Parameter]:
         """Cluster all training images at the start of an epoch; returns the parameters of the new classifier."""
+        assert not isinstance(images, StreamedImages)  # refused by the settings
         epoch, position = divmod(step - 1, batches_per_epoch(len(images), self.pretrain.batch))
         if position:
             return ()

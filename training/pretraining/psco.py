@@ -115,8 +115,8 @@ def update_momentum(copied: nn.Module, original: nn.Module, momentum: float) -> 
     """Move the weights of the copy towards those of the original by 1 - momentum; copy its buffers."""
     for ours, theirs in zip(copied.parameters(), original.parameters(), strict=True):
         ours.lerp_(theirs, 1 - momentum)
-    for ours, theirs in zip(copied.buffers(), original.buffers(), strict=True):
-        ours.copy_(theirs)
+    for buffer, source in zip(copied.buffers(), original.buffers(), strict=True):
+        buffer.copy_(source)
 
 
 def sinkhorn(similarity_NQ: Tensor, iterations: int = SINKHORN_ITERATIONS) -> Tensor:

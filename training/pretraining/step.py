@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
 from metagmvae.pipelines.records import Rows
+from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import keyed_generator, to_device
@@ -68,15 +69,16 @@ class PretrainStep(nn.Module):
         """Loss and metrics of a batch: uint8 images (n, C, H, W), the number of the step, and rows if needed."""
         return self.compute(*self.prepare(*batch))
 
-    def prepare(self, images: object, step: int) -> tuple[Tensor, ...]:
-        """The inputs of `compute`."""
+    # Any arguments: each objective states its own.
+    def prepare(self, *batch: Any, **named: Any) -> tuple[Tensor, ...]:
+        """The inputs of `compute`, from a batch."""
         raise NotImplementedError
 
-    def compute(self, *inputs: Tensor) -> tuple[Tensor, PretrainMetrics]:
+    def compute(self, *inputs: Any, **named: Any) -> tuple[Tensor, PretrainMetrics]:
         """Loss and metrics from the results of `prepare`."""
         raise NotImplementedError
 
-    def start_step(self, step: int, images: Rows) -> Iterable[nn.Parameter]:
+    def start_step(self, step: int, images: Rows | StreamedImages) -> Iterable[nn.Parameter]:
         """Work before step number `step`, counted from 1, on all ranks, such as clustering all training images.
 
         Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,9 +58,12 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Op
 
 
 def build_pretrain_optimizer(modules: Sequence[nn.Module], settings: PretrainSettings) -> torch.optim.Optimizer:
-    """Optimiser of encoder and projector: AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches)."""
-    parameters = [p for module in modules for p in module.parameters()]
-    return OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
+    """Optimiser of encoder and auxiliary module: AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches)."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    options: dict[str, Any] = {} if settings.optimizer == "lars" else {"betas": (settings.beta1, 0.999)}
+    return OPTIMIZERS[settings.optimizer](  # type: ignore[call-arg]
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options
+    )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, steps_per_epoch: int = 1) -> LambdaLR:
