@@ -32,6 +32,8 @@ class Stage:
     """Over all ranks, for the reported throughput."""
     clip_norm: float = 0.0
     """Largest gradient norm; 0: no clipping."""
+    start_step: Callable[[int], None] | None = None
+    """Called before each step, on all ranks, with its number, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def fit_stage(
             if sums.steps:  # stopped before the metric line of the last step was due
                 _record(stage, hooks, context, sums, start)
             for step in range(start + 1, stage.steps + 1):
+                if stage.start_step is not None:
+                    stage.start_step(step)
                 sums.add(update(next(stage.stream), step))
                 stage.schedule.step()
                 if step < stage.steps and stop(step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +22,10 @@ from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.method import MethodData
 from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.encoders import EncoderModel, build_projector
+from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
-from metagmvae.training.pretraining.contrastive import ContrastiveStep
+from metagmvae.training.pretraining.objectives_by_name import build_auxiliary, build_pretrain_step
+from metagmvae.training.pretraining.step import PretrainStep
 from metagmvae.training.trainer.builders import (
     build_encoder_model,
     build_model,
@@ -111,9 +113,7 @@ class _Trainer:
         if self.encoder is not None:
             model.encoder.load_state_dict(self.encoder)
         self.model = self._prepare(model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.train.seed)
-            self.projector = build_projector(model.feature_dim, settings.pretrain.projector).to(device)
+        self.projector = build_auxiliary(self.model, settings, len(self.data)).to(device)
         self.best: dict[str, dict[str, Any]] = {}
         self.elapsed = 0.0
 
@@ -205,9 +205,10 @@ class _Trainer:
         position = {"rank": context.rank, "world": context.world, "start_step": start, "steps": steps}
         if name == "pretrain":
             pretrain = settings.pretrain
-            step: nn.Module = ContrastiveStep(self.model, self.projector, settings.train, pretrain)
+            step: nn.Module = build_pretrain_step(self.model, self.projector, settings)
             optimizer = build_pretrain_optimizer([self.model.encoder, self.projector], pretrain)
-            stream: Any = image_batches(self.data, batch=pretrain.batch, **common, **position)
+            rows_too = {"with_rows": True} if step.needs_rows else {}
+            stream: Any = image_batches(self.data, batch=pretrain.batch, **rows_too, **common, **position)
             schedule, images_per_step = pretrain.schedule, pretrain.batch
         else:
             step = self.method.step(self.model, settings)
@@ -225,7 +226,14 @@ class _Trainer:
             stream=iter(stream),
             images_per_step=images_per_step,
             clip_norm=settings.train.clip_norm if name == "meta" else 0.0,
+            start_step=partial(self._start_step, step, optimizer) if isinstance(step, PretrainStep) else None,
         )
+
+    def _start_step(self, module: PretrainStep, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Let the objective work before a step; what it initialises again also starts anew in the optimiser."""
+        for parameter in module.start_step(step, self.data):
+            for value in optimizer.state.get(parameter, {}).values():
+                value.zero_()
 
     def _scaled_features(self, start: int) -> ScaledRows | DeviceRows:
         """Training features, scaled. Step 0 fits the scaling, and initialises the model by them.
