@@ -372,3 +372,24 @@ def test_dry_run_checks_everything_and_writes_nothing(data, tmp_path, capsys):
     assert not out.exists()
     out.write_text("a file")
     assert main(["features", str(run), "--data", str(data), "--out", str(out), "--dry-run"]) == 2
+
+
+def test_ceiling(data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = tmp_path / "ceiling.json"
+    words = ["ceiling", encoder, "--data", data, "--ways", 3, 5, "--shots", 1, 2, "--query", 3, "--episodes", 20]
+    capsys.readouterr()
+    assert main([*map(str, words), "--json", "--record", str(record)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [(row["way"], row["shot"]) for row in answer["rows"]] == [(3, 1), (3, 2), (5, 1), (5, 2)]
+    assert answer["classes"] == 6
+    assert answer["rotation_pairs"] == 0  # glyphs are not rotated
+    assert answer["alike_classes"] == sum(map(len, answer["groups"]))
+    for row in answer["rows"]:
+        assert 0 <= row["all_images_labelled"] <= 1
+        assert row["oracle"] == pytest.approx(row["expected"], abs=0.2)
+    recorded = json.loads(record.read_text())
+    assert recorded["rows"] == answer["rows"]
+    assert recorded["environment"]["command"]
+    assert recorded["data_fingerprint"] == Dataset.open(data).fingerprint
+    assert main([*map(str, [*words[:4], "--ways", 7, "--json"])]) == 2
+    assert "way 7 exceeds the 6 classes" in capsys.readouterr().err

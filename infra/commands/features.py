@@ -1,14 +1,14 @@
-"""`features` encodes a dataset of images into a dataset of features."""
+"""`features` encodes a dataset of images; `ceiling` finds classes that its features do not separate."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metagmvae.infra.commands.data import CONTINUED, add_worker_options, describe_output, open_output, task_mapper
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, progress_bar
+from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file, progress_bar
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
@@ -33,6 +33,30 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--shot", type=int, metavar="S", help=help_text)
     add_tracking(parser)
     add_worker_options(parser)
+    _add_ceiling(parsers)
+
+
+def _add_ceiling(parsers: Parsers) -> None:
+    example = "metagmvae ceiling runs/omniglot --data data/omniglot --ways 5 20 --shots 1 5 --record ceiling.json"
+    description = (
+        "find classes whose images cannot be told apart, such as symmetric characters and their rotations, and "
+    )
+    description += "the highest accuracy that they leave possible"
+    parser = add_command(parsers, "ceiling", ceiling, description, example)
+    help_text = f"{MODEL_HELP}, or {ENCODER_HELP}: its features tell the classes apart"
+    parser.add_argument("model", metavar="MODEL", help=help_text)
+    add_encoder_options(parser, head=False)
+    parser.add_argument("--data", required=True, metavar="URI", help="dataset")
+    parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
+    help_text = "classes per episode, one result row each (default: 5)"
+    parser.add_argument("--ways", type=int, nargs="+", default=[5], metavar="K", help=help_text)
+    help_text = "labelled images per class, which decide what episodes are drawn (default: 1)"
+    parser.add_argument("--shots", type=int, nargs="+", default=[1], metavar="S", help=help_text)
+    parser.add_argument("--query", type=int, default=15, metavar="Q", help="images to classify per class (default: 15)")
+    parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
+    help_text = "write the result with criterion, fingerprints and versions"
+    parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
 
 
 def features(arguments: Namespace) -> Answer:
@@ -70,3 +94,28 @@ def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | No
         "encoder": manifest["encoder"],
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
     }
+
+
+def ceiling(arguments: Namespace) -> Answer:
+    """Run `metagmvae ceiling`."""
+    from metagmvae.evaluation.provenance import dataset_origin, provenance
+    from metagmvae.evaluation.uncertainty.split_ceiling import split_ceiling
+    from metagmvae.infra.registry.resolve import resolve_model
+    from metagmvae.pipelines.files import write_json
+    from metagmvae.pipelines.shards.dataset import Dataset
+
+    dataset = Dataset.open(arguments.data)
+    loaded = resolve_model(arguments.model, **encoder_options(arguments, dataset))
+    common: dict[str, Any] = {key: getattr(arguments, key) for key in ("query", "episodes", "seed")}
+    tasks = [{"way": way, "shot": shot, **common} for way in arguments.ways for shot in arguments.shots]
+    found = split_ceiling(loaded.model, dataset, tasks, arguments.split)
+    about = {"split": arguments.split, "data": str(arguments.data), "model": str(arguments.model)}
+    if arguments.record:
+        origin: dict[str, Any] = {
+            "dataset": dataset_origin(dataset.manifest, dataset.fingerprint),
+            "trained": loaded.info,
+        }
+        origin |= {"data_fingerprint": dataset.fingerprint, "environment": provenance()}
+        write_json(arguments.record, found | about | origin)
+    lines = [{"alike classes": ", ".join(names)} for names in found["groups"]]
+    return found | about | ({} if arguments.json else {"groups": lines})
