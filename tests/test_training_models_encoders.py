@@ -57,7 +57,10 @@ def test_torchvision_networks_return_the_input_of_their_last_layer(name: str, fe
 
 def test_unusable_encoders_give_a_one_line_error() -> None:
     for name, shape, text in [
-        ("resnet81", (3, 84, 84), "no such encoder; known: conv4, conv5, resnet12, alexnet"),
+        ("resnet99", (3, 84, 84), "no such encoder; did you mean resnet50 or resnet34 or resnet18? encoders by name:"),
+        ("con5", (3, 84, 84), "no such encoder; did you mean conv5? encoders by name: training/README.md"),
+        ("zzz", (3, 84, 84), "no such encoder; encoders by name: training/README.md"),
+        ("torchvision:resnet99", (3, 84, 84), "no such classification network; did you mean resnet50 or"),
         ("alexnet", (3, 28, 28), "does not accept images of (3, 28, 28)"),
         ("conv5", (3, 28, 28), "too small for 5 poolings"),
         ("squeezenet1_0", (3, 84, 84), "has no last linear layer"),
@@ -67,6 +70,7 @@ def test_unusable_encoders_give_a_one_line_error() -> None:
         assert text in str(caught.value)
         assert str(caught.value).startswith(f"model.encoder ({name})")
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 200
 
 
 def test_digest_depends_on_weights_statistics_and_final_relu() -> None:

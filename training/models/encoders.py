@@ -17,7 +17,13 @@ from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
-from metagmvae.training.models.library_encoders import LIBRARIES, LibraryEncoder, known_torchvision, remove_head
+from metagmvae.training.models.library_encoders import (
+    LIBRARIES,
+    LibraryEncoder,
+    known_torchvision,
+    near_names,
+    remove_head,
+)
 from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
 from metagmvae.training.models.normalisation import ImageNetNormalisation
 from metagmvae.training.models.resnet12 import ResNet12
@@ -102,9 +108,8 @@ class TorchvisionEncoder(nn.Module):
 
         known = known_torchvision()
         if name not in known:
-            added = extension_names("metagmvae.encoders")
-            names = [*OWN_ENCODERS, *added, *known, "torchvision:NAME", "timm:NAME"]
-            raise ValueError(f"no such encoder; known: {', '.join(names)}")
+            names = [*OWN_ENCODERS, *extension_names("metagmvae.encoders"), *known]
+            raise ValueError(f"no such encoder{near_names(name, names)}")
         self.net = get_model(name, weights=None)
         self.feature_dim = remove_head(self.net)
         self.normalise = ImageNetNormalisation()

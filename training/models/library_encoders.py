@@ -5,16 +5,17 @@ Input size and normalisation come from the metadata that the library has about i
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metagmvae.configs.suggestions import similar, suggestion
+from metagmvae.configs.suggestions import similar
 from metagmvae.pipelines.optional_packages import optional_package
 from metagmvae.training.models.normalisation import IMAGENET_MEAN, IMAGENET_STD, ColourNormalisation
 
@@ -84,6 +85,13 @@ def known_torchvision() -> list[str]:
     return list_models(module=torchvision.models)
 
 
+def near_names(name: str, known: Sequence[str]) -> str:
+    """End of an error message: at most three of the many known names, and where the others stand."""
+    near = similar(name, known) or difflib.get_close_matches(name, known, n=3)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    return f"{meant} encoders by name: training/README.md"
+
+
 def remove_head(net: nn.Module) -> int:
     """Replace the last linear layer of a network of torchvision by the identity; return its input size, F."""
     for name in HEADS:
@@ -105,7 +113,7 @@ def _torchvision(name: str) -> LibraryNetwork:
 
     known = known_torchvision()
     if name not in known:
-        raise ValueError(f"torchvision has no such classification network{suggestion(name, known)}")
+        raise ValueError(f"torchvision has no such classification network{near_names(name, known)}")
     weights = get_model_weights(name).DEFAULT
     expected = weights.transforms()
     options: dict[str, Any] = {"init_weights": False} if name in PORTED else {}
