@@ -157,7 +157,7 @@ def test_model_trained_on_features_evaluates_images_with_its_encoder(
     on_rows, on_images = (evaluated(capsys, model, where) for where in (features, data))
     assert on_rows["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
     baselines = {row["baseline"]: row["accuracy"] for row in on_rows["baselines"]}  # type: ignore[attr-defined]
-    assert len(baselines) == 7
+    assert len(baselines) == 9
     unscaled = torch.from_numpy(np.asarray(Dataset.open(features).rows("test")[:], dtype=np.float32))
     task = {"way": 3, "shot": 1, "query": 5, "episodes": 20}
     direct = nearest_class_mean(unscaled, Dataset.open(features).labels("test"), **task)
