@@ -38,9 +38,9 @@ def add(parsers: Parsers) -> None:
 def fit(arguments: Namespace) -> Answer:
     """Run `metagmvae fit`."""
     from metagmvae.evaluation.provenance import provenance
-    from metagmvae.infra.workflows.fit import FitRequest, plan_fit, run_fit
-    from metagmvae.infra.workflows.fit_plan import parse_budget
-    from metagmvae.infra.workflows.fit_state import STATE
+    from metagmvae.infra.fitting.fit import FitRequest, plan_fit, run_fit
+    from metagmvae.infra.fitting.fit_plan import parse_budget
+    from metagmvae.infra.fitting.fit_state import STATE
     from metagmvae.pipelines.files import read_json, write_json
     from metagmvae.pipelines.sources.source import check_integer
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 import metagmvae
 from metagmvae.infra.cli import main
+from metagmvae.infra.fitting import fit as fit_module
+from metagmvae.infra.fitting import fit_schedule
 from metagmvae.infra.runs import training_speed
-from metagmvae.infra.workflows import fit as fit_module
-from metagmvae.infra.workflows import fit_schedule
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 
 pytestmark = pytest.mark.timeout(900)

@@ -11,8 +11,8 @@ from typing import Any
 from metagmvae.evaluation.comparison.formatting import percent, points
 from metagmvae.evaluation.comparison.html_page import write_page
 from metagmvae.evaluation.comparison.page_figures import PageImage, draw_reliability
-from metagmvae.infra.workflows.fit_plan import format_seconds
-from metagmvae.infra.workflows.fit_state import REPORT, FitState
+from metagmvae.infra.fitting.fit_plan import format_seconds
+from metagmvae.infra.fitting.fit_state import REPORT, FitState
 from metagmvae.pipelines.shards.dataset import Dataset
 
 TEMPLATE = "fit.html"

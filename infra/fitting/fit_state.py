@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from metagmvae.infra.workflows.fit_plan import FitPlan, format_seconds
-from metagmvae.infra.workflows.fit_schedule import FitSchedule
+from metagmvae.infra.fitting.fit_plan import FitPlan, format_seconds
+from metagmvae.infra.fitting.fit_schedule import FitSchedule
 from metagmvae.pipelines.files import check_document, exclusive_lock, read_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import CARD, load_model, save_package

@@ -5,15 +5,15 @@ import pytest
 from PIL import Image
 
 from metagmvae.configs.load import load_settings
-from metagmvae.infra.runs.training_speed import measure_episode_s
-from metagmvae.infra.workflows.fit_plan import (
+from metagmvae.infra.fitting.fit_plan import (
     episode_sizes,
     format_seconds,
     held_out_classes,
     make_plan,
     parse_budget,
 )
-from metagmvae.infra.workflows.fit_schedule import FitSchedule, sizes_for
+from metagmvae.infra.fitting.fit_schedule import FitSchedule, sizes_for
+from metagmvae.infra.runs.training_speed import measure_episode_s
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 

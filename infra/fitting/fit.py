@@ -21,12 +21,10 @@ from metagmvae.configs.mlflow_names import model_name
 from metagmvae.evaluation.provenance import provenance
 from metagmvae.evaluation.uncertainty.augmented_accuracy import evaluate_augmented, result_record
 from metagmvae.infra.classification.example_files import write_example
-from metagmvae.infra.runs.run_folder import SETTINGS
-from metagmvae.infra.runs.training_speed import measure_episode_s
-from metagmvae.infra.workflows.fit_plan import FitPlan, episode_sizes, format_seconds, make_plan
-from metagmvae.infra.workflows.fit_report import fit_result, write_fit_report
-from metagmvae.infra.workflows.fit_schedule import make_schedule
-from metagmvae.infra.workflows.fit_state import (
+from metagmvae.infra.fitting.fit_plan import FitPlan, episode_sizes, format_seconds, make_plan
+from metagmvae.infra.fitting.fit_report import fit_result, write_fit_report
+from metagmvae.infra.fitting.fit_schedule import make_schedule
+from metagmvae.infra.fitting.fit_state import (
     DATA,
     EXAMPLE,
     LABELLED,
@@ -41,6 +39,8 @@ from metagmvae.infra.workflows.fit_state import (
     copy_package,
     read_state,
 )
+from metagmvae.infra.runs.run_folder import SETTINGS
+from metagmvae.infra.runs.training_speed import measure_episode_s
 from metagmvae.pipelines.files import read_json, write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
