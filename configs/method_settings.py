@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metagmvae.configs.limits import MAX_SIZE, PositiveFloat, Section, Size
 
@@ -46,3 +46,11 @@ class MethodSettings(Section):
     partitions: Size = 50
     """Partitions for `tasks = "clusters"`: k-means on the features, each with other random scales of the dimensions;
     with one partition the dimensions are not scaled."""
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if self.tasks == "images" and self.shot > 1:
+            raise ValueError(f'shot ({self.shot}) must be 1 for tasks = "images": each image is a class of its own')
+        if self.tasks == "clusters" and self.clusters < self.way:
+            raise ValueError(f"way ({self.way}) exceeds clusters ({self.clusters}); change one of them")
+        return self

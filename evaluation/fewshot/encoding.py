@@ -10,6 +10,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset, Reader
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, encoder_digest
+from metagmvae.training.models.meta_learner import MetaLearner
 
 FEATURE_ROWS = 4096
 """Rows of stored features that are read and scaled at once."""
@@ -24,17 +25,20 @@ def encode_split(
     reader: Reader = "auto",
     memory_limit_mb: int = 4096,
 ) -> Tensor:
-    """Return the scaled features of a split, (n, F) on the device, in stored order.
+    """Return what `model.encode_images` gives for a split, on the device, in stored order: scaled features, (n, F).
 
     Images are encoded. Stored features are only scaled, after a check that the encoder of the model made them.
 
     Raises:
-        DataError: the images have another shape than the model takes, or another encoder made the features.
+        DataError: the images have another shape than the model takes, another encoder made the features, or the method
+            reads images and the dataset holds features.
     """
     if dataset.image_shape != model.image_shape:
         raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the model takes {model.image_shape}")
     if dataset.kind == "images":
         return encode_images(model, dataset.images(split, reader, memory_limit_mb), device)
+    if isinstance(model, MetaLearner) and not model.reads_features:
+        raise DataError(f"{dataset.uri}: holds features, and the model adapts on images; give the dataset of images")
     check_encoder(model, dataset)
     raw = dataset.rows(split, reader, memory_limit_mb)
     pieces = [

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
-from metagmvae.evaluation.fewshot.encoding import encode_split, scale_features
+from metagmvae.evaluation.fewshot.encoding import FEATURE_ROWS, encode_split, scale_features
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
@@ -53,7 +54,7 @@ def evaluate_tasks(
     nearest class mean: ... %
 
     Args:
-        loaded: a Meta-GMVAE, for example from `metagmvae.load_model`; it is moved to the device.
+        loaded: the model of a method, for example from `metagmvae.load_model`; it is moved to the device.
         dataset: images, or features made by the encoder of the model.
         tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000),
             `seed` (0), `unbalanced` (False) and `dirichlet` (None), as in `evaluate_features`.
@@ -75,7 +76,7 @@ def evaluate_tasks(
     for task in full_tasks:  # before the images are encoded, which takes long
         check_task(labels, task)
     features = split_features(model, dataset, split, device, name)
-    h_nF = features.by_kind["scaled"]
+    h_nF = model_inputs(model, dataset, features, device, name)
     validation = None
     validation_split = loaded.settings.data.validation_split
     if baselines and validation_split in dataset.splits:
@@ -109,16 +110,38 @@ def check_task(labels: np.ndarray, task: Mapping[str, Any]) -> None:
 def split_features(
     model: MetaLearner, dataset: Dataset, split: str, device: torch.device, name: object = "the model"
 ) -> SplitFeatures:
-    """Encode a split once; the raw features are kept too if the model scales its features.
+    """Encode a split once by the encoder of a model; the raw features are kept too if the model scales them.
 
     Raises:
         DataError: another encoder made the features of the dataset, or they are not finite.
     """
     raw_nF = encode_split(EncoderModel(model.encoder, model.image_shape), dataset, split, device)
-    by_kind = {"scaled": scale_features(model, raw_nF)}
-    if not torch.isfinite(by_kind["scaled"]).all():
-        # The argmax of NaN is the first class, which would pass for a prediction.
-        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")
-    if not isinstance(model.scale, torch.nn.Identity):
+    scale = getattr(model, "scale", torch.nn.Identity())
+    with torch.inference_mode():
+        by_kind = {"scaled": torch.cat([scale(h) for h in raw_nF.split(FEATURE_ROWS)])}
+    _check_finite(by_kind["scaled"], name)
+    if not isinstance(scale, torch.nn.Identity):
         by_kind["unscaled"] = raw_nF
     return SplitFeatures(split, dataset.labels(split), by_kind)
+
+
+def model_inputs(
+    model: MetaLearner, dataset: Dataset, features: SplitFeatures, device: torch.device, name: object = "the model"
+) -> Tensor:
+    """Return what `model.encode_images` gives for the images of a split; by its features where these suffice.
+
+    Raises:
+        DataError: the method reads images and the dataset holds features; or they are not finite.
+    """
+    if not model.reads_features:
+        h_nF = encode_split(model, dataset, features.split, device)
+    else:
+        h_nF = scale_features(model, features.by_kind.get("unscaled", features.by_kind["scaled"]))
+    _check_finite(h_nF, name)
+    return h_nF
+
+
+def _check_finite(h_nF: Tensor, name: object) -> None:
+    # The argmax of NaN is the first class, which would pass for a prediction.
+    if not torch.isfinite(h_nF).all():
+        raise DataError(f"{name}: its encoder gives features that are not finite; use another checkpoint")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metagmvae.evaluation.fewshot.evaluate_tasks import check_task, split_features
+from metagmvae.evaluation.fewshot.evaluate_tasks import check_task, model_inputs, split_features
 from metagmvae.evaluation.uncertainty.open_queries import OpenResults, evaluate_open, evaluate_open_baselines
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -52,12 +52,13 @@ def evaluate_open_task(
     if baselines and validation_split not in dataset.splits:
         raise DataError(f"{dataset.uri}: has no split {validation_split!r} to choose the thresholds of baselines on")
     features = split_features(model, dataset, split, device)
+    h_nF = model_inputs(model, dataset, features, device)
     results = []
     for mode, fitted in backgrounds.items():
         for background in (fitted, None):
             with progress(f"{mode} episodes") as on_progress:
                 options: dict[str, Any] = {"mode": mode, "background": background, "on_progress": on_progress}
-                results.append(evaluate_open(model, adapt, features.by_kind["scaled"], labels, task, **options))
+                results.append(evaluate_open(model, adapt, h_nF, labels, task, **options))
     if baselines:
         validation = split_features(model, dataset, validation_split, device)
         with progress("baselines"):

@@ -61,6 +61,11 @@ def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind
     if dataset.kind == "features" and not method.on_features(settings):
         remedy = needed if settings.method.name == "meta-gmvae" else 'method.network = "mlp"'
         raise SettingsError(f"data.uri: {dataset.uri} holds features, and the method learns from images: set {remedy}")
+    if dataset.kind == "features" and settings.method.name != "meta-gmvae" and settings.method.tasks == "images":
+        raise SettingsError(
+            f'data.uri: {dataset.uri} holds features, and method.tasks = "images" augments images: train on images '
+            "with pretrain.steps above 0"
+        )
     if dataset.kind == "features" and settings.pretrain.steps:
         raise SettingsError(
             f"pretrain.steps is {settings.pretrain.steps}, but {dataset.uri} holds features of a trained encoder: set "
@@ -82,7 +87,7 @@ def _check_method(settings: Settings, dataset: Dataset) -> None:
     """Check what the method reads.
 
     Raises:
-        SettingsError: naming the key.
+        SettingsError, DataError: naming the key.
     """
     method, name = find_method(settings.method.name), settings.method.name
     if method.needs_steps(settings) and not settings.train.steps:
@@ -91,8 +96,10 @@ def _check_method(settings: Settings, dataset: Dataset) -> None:
         raise SettingsError(f"train.steps is {settings.train.steps}, but {name} is not meta-trained: set it to 0")
     if settings.data.reader == "stream" and name != "meta-gmvae":
         raise SettingsError(f'data.reader ("stream") reads images sequentially, and {name} draws tasks: set it to mmap')
-    if method.needs_labels(settings) and len(np.unique(dataset.labels(settings.data.train_split))) < 2:
+    labels = dataset.labels(settings.data.train_split) if method.needs_labels(settings) else None
+    if labels is not None and len(np.unique(labels[labels >= 0])) < 2:
         raise SettingsError(f'method.tasks is "labels", but the images of {dataset.uri} have no classes')
+    method.check_data(settings, dataset.split(settings.data.train_split)["samples"], labels)
 
 
 def _check_encoder_training(settings: Settings, dataset: Dataset) -> None:

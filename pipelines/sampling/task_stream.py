@@ -35,16 +35,21 @@ class TaskStream(Stream):
             position: of the stream, as in `Stream`.
 
         Raises:
-            DataError: a partition has fewer than K classes of n images.
+            DataError: there are fewer than K classes of n images, in one of the partitions.
         """
         super().__init__(images, batch=batch, **position)
         self.way, self.per_class = way, per_class
-        self.classes = [_large_classes(labels, per_class) for labels in partitions]
-        fewest = min(map(len, self.classes), default=len(images))
-        if fewest < way:
+        self.classes = [large_classes(labels, per_class) for labels in partitions]
+        for number, classes in enumerate(self.classes, start=1):
+            if len(classes) < way:
+                where = f" in partition {number} of {len(partitions)}" if len(partitions) > 1 else ""
+                raise DataError(
+                    f"method.way is {way}, but only {len(classes)} classes of split {self.split!r} have {per_class} "
+                    f"images (method.shot + method.query){where}; lower one of these settings"
+                )
+        if not self.classes and len(images) < way:
             raise DataError(
-                f"method.way is {way}, but only {fewest} classes of split {self.split!r} have {per_class} images "
-                "(method.shot + method.query); lower one of these settings"
+                f"method.way is {way}, but split {self.split!r} has only {len(images)} images; lower method.way"
             )
 
     def at(self, step: int) -> TaskBatch:
@@ -64,8 +69,8 @@ class TaskStream(Stream):
         return np.stack([rng.choice(classes[k], size=self.per_class, replace=False) for k in chosen])
 
 
-def _large_classes(labels: np.ndarray, per_class: int) -> list[np.ndarray]:
-    """Rows of each class that has at least `per_class` of them."""
+def large_classes(labels: np.ndarray, per_class: int) -> list[np.ndarray]:
+    """Return the rows of each class that has at least `per_class` of them, by class; -1 is no class."""
     order = np.argsort(labels, kind="stable")
     ids, starts = np.unique(labels[order], return_index=True)
     members = np.split(order, starts[1:])

@@ -31,8 +31,7 @@ def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: 
         DataError: there are fewer images than clusters.
     """
     n, F = features_nF.shape
-    if n < settings.clusters:
-        raise DataError(f"method.clusters is {settings.clusters}, but there are only {n} training images; lower it")
+    check_clusters(n, settings)
     partitions = []
     for partition in range(settings.partitions):
         if distributed.rank() == 0:
@@ -42,6 +41,20 @@ def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: 
             labels_n = np.zeros(n, dtype=np.int64)
         partitions.append(distributed.from_rank_0(labels_n))
     return partitions
+
+
+def check_clusters(images: int, settings: MethodSettings) -> None:
+    """Check that each cluster can have as many images as a task takes of it.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    needed = settings.way * (settings.shot + settings.query)
+    if images < max(settings.clusters, needed):
+        raise DataError(
+            f"method.clusters is {settings.clusters} and a task has {needed} images, but there are only {images} "
+            "training images; lower method.clusters, method.way, method.shot or method.query"
+        )
 
 
 def partition_scale(F: int, partitions: int, seed: int, partition: int) -> np.ndarray:

@@ -27,7 +27,9 @@ class MethodData:
     """What meta-training reads."""
 
     rows: Rows | StreamedImages
-    """Images, uint8 (n, C, H, W), or the scaled features of the frozen encoder, float32 (n, F)."""
+    """Images, uint8 (n, C, H, W), or for a method `on_features` the scaled features of the frozen encoder, (n, F)."""
+    images: Rows | StreamedImages
+    """Images, or the raw features of a dataset of features."""
     labels: np.ndarray | None
     """Classes of the rows, int64 (n,); only if the method asks for them (`needs_labels`)."""
     embedding: Callable[[], np.ndarray]
@@ -67,6 +69,19 @@ class Method(ABC):
     def needs_labels(self, settings: Settings) -> bool:
         """Whether meta-training reads the classes of the training images."""
         return False
+
+    def check_data(self, settings: Settings, images: int, labels: np.ndarray | None) -> None:
+        """Check before the training that the data suffice; here nothing is checked.
+
+        Args:
+            settings: of the run.
+            images: number of training images.
+            labels: their classes, -1 for none; only if the method asks for them.
+
+        Raises:
+            DataError: naming the setting and the remedy.
+        """
+        return
 
     def needs_steps(self, settings: Settings) -> bool:
         """Whether there is something to meta-train: `train.steps` must then be above 0, else 0."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.training.device.precision import at_least_float32
-from metagmvae.training.methods.task_learner import TaskLearner
+from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities
 from metagmvae.training.models.meta_learner import PredictionMode
 
 MAX_EMBEDDING_VALUES = 2**26
@@ -28,11 +28,17 @@ class ProtoNets(TaskLearner):
 
     def encode_images(self, x: Tensor) -> Tensor:
         """Embeddings of images in [0, 1], (n, C, H, W) -> (n, F)."""
-        return at_least_float32(self.body(super().encode_images(x)))
+        return at_least_float32(self.body(self.body_inputs(x)))
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the embeddings are the features of the encoder, or are computed from them."""
+        return self.on_features or self.own_body is None
 
     def scale_features(self, h: Tensor) -> Tensor:
-        """Raw features of the encoder, (n, F) -> embeddings, (n, F)."""
-        return at_least_float32(self.body(super().scale_features(h))) if self.on_features else at_least_float32(h)
+        """Embeddings of images with these raw features of the encoder, (n, F)."""
+        scaled = super().scale_features(h)
+        return at_least_float32(self.body(scaled)) if self.on_features else scaled
 
     def task_loss(self, support_bKS: Tensor, query_bKQ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative log-likelihood of the queries, and their accuracy."""
@@ -59,7 +65,7 @@ class ProtoNets(TaskLearner):
         """Log-probabilities of the queries, as `MetaLearner.log_posteriors`, from embeddings."""
         one_hot_TK = F.one_hot(label_T).to(support_ET)
         prototypes_EKF = one_hot_TK.T @ support_ET / one_hot_TK.sum(dim=0)[:, None]
-        return torch.log_softmax(prototype_logits(prototypes_EKF, query_EP).double(), dim=2)
+        return log_probabilities(prototype_logits(prototypes_EKF, query_EP))
 
     def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
         """Return how many episodes of this many points fit one call; at least 1."""
@@ -68,4 +74,5 @@ class ProtoNets(TaskLearner):
 
 def prototype_logits(prototypes_EKF: Tensor, query_EPF: Tensor) -> Tensor:
     """Negative squared Euclidean distances, (E, K, F) and (E, P, F) -> (E, P, K)."""
-    return -(query_EPF[:, :, None] - prototypes_EKF[:, None]).square().sum(dim=3)
+    # Differences of coordinates: an expansion of the square is inexact where the distances are small.
+    return -torch.cdist(query_EPF, prototypes_EKF, compute_mode="donot_use_mm_for_euclid_dist").square()

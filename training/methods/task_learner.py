@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import ModelSettings
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.encoders import configured_encoder
 from metagmvae.training.models.feature_scaling import FeatureScale
@@ -41,16 +43,25 @@ class TaskLearner(MetaLearner):
         self.body_dim: int = HIDDEN if self.on_features else self.feature_dim
 
     @property
+    def reads_features(self) -> bool:
+        """Whether the body reads the features of the encoder instead of images."""
+        return self.on_features
+
+    @property
     def body(self) -> nn.Module:
         """The network that is meta-trained, (n, C, H, W) in [0, 1] or (n, F) -> (n, `body_dim`)."""
         return self.encoder if self.own_body is None else self.own_body
 
+    def body_inputs(self, x: Tensor) -> Tensor:
+        """What the body reads, of images in [0, 1], (n, C, H, W): the images, or their scaled features, (n, F)."""
+        return self.scale(at_least_float32(self.encoder(x))) if self.on_features else x
+
     def encode_images(self, x: Tensor) -> Tensor:
-        """The images themselves, or their scaled features, on which the body works."""
-        return self.scale_features(self.encoder(x)) if self.on_features else x
+        """What `log_posteriors` reads, of images in [0, 1], (n, C, H, W); here what the body reads."""
+        return self.body_inputs(x)
 
     def scale_features(self, h: Tensor) -> Tensor:
-        """Raw features of the encoder, (n, F) -> what the body works on, (n, F), for `method.network = "mlp"`."""
+        """What `encode_images` returns for images with these raw features, (n, F); only if it `reads_features`."""
         return self.scale(at_least_float32(h))
 
     def freeze(self) -> None:
@@ -65,3 +76,15 @@ class TaskLearner(MetaLearner):
             support_bKS: images in [0, 1] or scaled features of the labelled images, (b, K, S, ...).
             query_bKQ: those of the queries, (b, K, Q, ...).
         """
+
+
+def log_probabilities(logits_EPK: Tensor) -> Tensor:
+    """Return log softmax over the classes, float64, (E, P, K), as `MetaLearner.log_posteriors` returns it.
+
+    Raises:
+        DataError: a probability is not a number, because the weights or the data are not.
+    """
+    log_p_EPK = torch.log_softmax(logits_EPK.double(), dim=2)
+    if torch.isnan(log_p_EPK).any():  # the argmax of NaN is the first class, which would pass for a prediction
+        raise DataError("the model gives NaN instead of probabilities: its weights are wrong; use another checkpoint")
+    return log_p_EPK

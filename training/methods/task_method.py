@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.method_settings import MethodSettings
@@ -19,7 +20,7 @@ from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.view import View
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import episode_generators, to_device
-from metagmvae.training.methods.cactus import feature_partitions
+from metagmvae.training.methods.cactus import check_clusters, feature_partitions
 from metagmvae.training.methods.method import Method, MethodData
 from metagmvae.training.methods.task_learner import TaskLearner
 from metagmvae.training.methods.umtra import augmented_queries
@@ -56,12 +57,19 @@ class TaskStep(nn.Module):
         """Labelled images, (b, K, S, ...), and queries, (b, K, Q, ...), in [0, 1] or as scaled features."""
         method = self.settings.method
         data = to_device(batch.images, next(self.model.parameters()).device)
-        x = data if self.model.on_features else EncoderModel.scale_images(data)
         if self.view is None:
+            x = data if self.model.on_features else EncoderModel.scale_images(data)
             support, query = x.split([method.shot, method.query], dim=2)
             return support, query
+        x = EncoderModel.scale_images(data)
         generators = episode_generators(x.device, self.settings.train.seed, "tasks", batch.tasks)
-        return x, augmented_queries(x, self.view, generators, method.query)
+        query = augmented_queries(x, self.view, generators, method.query)
+        return self._inputs(x), self._inputs(query)
+
+    def _inputs(self, x_bKn: Tensor) -> Tensor:
+        """What the body reads, of images in [0, 1], (b, K, n, C, H, W): the images, or their features, (b, K, n, F)."""
+        with torch.no_grad():  # a frozen encoder
+            return self.model.body_inputs(x_bKn.flatten(0, 2)).unflatten(0, x_bKn.shape[:3])
 
     def compute(self, support: Tensor, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics from the results of `prepare`."""
@@ -92,8 +100,9 @@ class TaskMethod(Method):
 
     def stream(self, data: MethodData, settings: Settings, **position: Any) -> TaskStream:
         """Tasks whose classes are labels, clusters or single images (`method.tasks`)."""
-        assert not isinstance(data.rows, StreamedImages)  # refused by the settings
         method = settings.method
+        rows = data.images if method.tasks == "images" else data.rows
+        assert not isinstance(rows, StreamedImages)  # refused by the settings
         partitions: list[np.ndarray] = []
         if method.tasks == "labels":
             assert data.labels is not None
@@ -102,7 +111,7 @@ class TaskMethod(Method):
             partitions = feature_partitions(data.embedding(), method, settings.train.seed)
         per_class = method.shot + method.query if partitions else 1
         options = {"batch": settings.train.batch, "way": method.way, "per_class": per_class}
-        return TaskStream(data.rows, partitions, **options, **position)
+        return TaskStream(rows, partitions, **options, **position)
 
     def images_per_step(self, settings: Settings) -> int:
         """Images of a step, queries included."""
@@ -120,6 +129,19 @@ class TaskMethod(Method):
     def needs_labels(self, settings: Settings) -> bool:
         """Whether the classes of the tasks are labels."""
         return self.trains and settings.method.tasks == "labels"
+
+    def check_data(self, settings: Settings, images: int, labels: np.ndarray | None) -> None:
+        """Check that a task can be drawn; of clusters only that there are enough images."""
+        method = settings.method
+        if not self.trains:
+            return
+        if method.tasks == "clusters":
+            check_clusters(images, method)
+            return
+        partitions = [] if labels is None else [labels]
+        per_class = 1 if labels is None else method.shot + method.query
+        position = {"seed": 0, "split": settings.data.train_split}
+        TaskStream(np.empty((images, 0)), partitions, batch=1, way=method.way, per_class=per_class, **position)
 
     def needs_steps(self, settings: Settings) -> bool:
         """Whether the method is meta-trained."""

@@ -34,6 +34,11 @@ class MetaLearner(EncoderModel, ABC):
     modes: tuple[PredictionMode, ...] = ("transductive", "inductive")
     """Modes that it can answer in."""
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether `encode_images` is `scale_features` of the features of the encoder, so that these can be stored."""
+        return True
+
     @abstractmethod
     def log_posteriors(
         self,

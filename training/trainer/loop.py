@@ -86,6 +86,8 @@ def fit_stage(
             that is not finite on one rank is not finite on any). On a GPU it is raised when the next line is due.
         KeyboardInterrupt: a stop was requested; the checkpoint of the last step is saved.
     """
+    if not stage.steps:
+        return _report_untrained(stage, hooks, context, elapsed)
     update = build_update(stage.name, stage.module, stage.optimizer, stage.clip_norm, context.device)
     sums = _Window(stage, update, elapsed, window)
     stage.module.train()
@@ -121,6 +123,16 @@ def _record(stage: Stage, hooks: Hooks, context: RunContext, window: _Window, st
     context.report(line, hooks.state(step) | {"elapsed": window.elapsed} if save else None)
     window.reset()
     stage.module.train()
+
+
+def _report_untrained(stage: Stage, hooks: Hooks, context: RunContext, elapsed: float) -> float:
+    """Report the validation and the checkpoint of a stage without steps; return the seconds trained."""
+    begin = time.perf_counter()
+    line: MetricLine = {"stage": stage.name, "step": 0, "steps": 0, "checkpoint": 1, **hooks.after_step(0)}
+    elapsed += time.perf_counter() - begin
+    state = hooks.state(0) | {"elapsed": elapsed} if context.rank == 0 else None
+    context.report(line | {"elapsed_s": elapsed}, state)
+    return elapsed
 
 
 def _save_stopped(hooks: Hooks, context: RunContext, window: _Window, step: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -213,9 +214,7 @@ class _Trainer:
         else:
             step = self.method.step(self.model, settings)
             optimizer = build_optimizer(self.model, settings.train)
-            rows = self._scaled_features(start) if self.method.on_features(settings) else self.data
-            data = MethodData(rows, self.labels, lambda: np.asarray(self._raw_features()[np.arange(len(self.data))]))
-            stream = self.method.stream(data, settings, **common, **position)
+            stream = self._meta_stream(start, common | position)
             schedule, images_per_step = settings.train.schedule, self.method.images_per_step(settings)
         return Stage(
             name=name,
@@ -235,13 +234,22 @@ class _Trainer:
             for value in optimizer.state.get(parameter, {}).values():
                 value.zero_()
 
-    def _scaled_features(self, start: int) -> ScaledRows | DeviceRows:
+    def _meta_stream(self, start: int, position: dict[str, Any]) -> Iterable[Any]:
+        """Batches of meta-training; none, if nothing is trained."""
+        raw = cache(self._raw_features)
+        rows = self._scaled_features(raw(), start) if self.method.on_features(self.settings) else self.data
+        if not position["steps"]:
+            return ()
+        every_row = np.arange(len(self.data))
+        data = MethodData(rows, self.data, self.labels, lambda: np.asarray(raw()[every_row]))
+        return self.method.stream(data, self.settings, **position)
+
+    def _scaled_features(self, raw: Rows, start: int) -> ScaledRows | DeviceRows:
         """Training features, scaled. Step 0 fits the scaling, and initialises the model by them.
 
         Every rank encodes all images with equal weights and buffers, so the result is the same on all ranks.
         """
         assert isinstance(self.model, MetaLearner)
-        raw = self._raw_features()
         if start == 0:
             fit_feature_scaling(self.model, raw)
         scaled = ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
