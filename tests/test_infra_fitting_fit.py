@@ -1,8 +1,10 @@
 """`metagmvae fit` from a folder of pictures to a model package and a report, with a tiny budget."""
 
 import contextlib
+import html
 import io
 import json
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import metagmvae
 from metagmvae.infra.cli import main
 from metagmvae.infra.fitting import fit as fit_module
 from metagmvae.infra.fitting import fit_schedule
+from metagmvae.infra.fitting.fit_state import FitState
 from metagmvae.infra.runs import training_speed
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 
@@ -51,11 +55,20 @@ def fit(*words):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
+def frozen(tmp_path_factory):
+    """Options for an encoder of timm with random weights to compare with."""
+    file = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.manual_seed(0)
+    torch.save(pytest.importorskip("timm").create_model("test_resnet", pretrained=False).state_dict(), file)
+    return ["--encoder", "timm:test_resnet", "--weights", str(file), "--image-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, frozen):
     """Folder of pictures with 8 classes, output folder, answer, and lines on standard error."""
     root = tmp_path_factory.mktemp("fit")
     pictures, model = write_glyphs(root / "letters", 8, 9), root / "model"
-    code, answer, lines = fit(pictures, "--out", model, "--record", root / "record.json")
+    code, answer, lines = fit(pictures, "--out", model, "--record", root / "record.json", *frozen)
     assert code == 0, lines
     return pictures, model, answer, lines
 
@@ -153,6 +166,7 @@ def test_the_report_shows_everything_on_one_page(fitted):
     assert [a["id"] for tag, a in page.tags if tag == "section" and "id" in a] == [
         "found",
         "accuracy",
+        "encoder",
         "calibration",
         "time",
         "commands",
@@ -172,16 +186,51 @@ def test_the_report_in_a_browser(fitted):
     assert (pixels < 100).sum() > 10_000, "text and figures"
 
 
-def test_again_it_does_nothing_and_with_other_options_it_refuses(fitted, tmp_path):
+def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, capsys):
+    """The differences are those of `compare`, whose commands stand in the report."""
+    _, model, answer, lines = fitted
+    assert "comparison with the frozen encoder timm:test_resnet" in lines
+    rows, (accuracy,) = answer["frozen encoder"], answer["accuracy"]
+    assert [(row["head"], row["head_mode"]) for row in rows] == [
+        ("nearest-mean", "inductive"),
+        ("soft-k-means", "transductive"),
+    ]
+    report = (model / "report.html").read_text()
+    compare = [line for line in json.loads((model / "fit.json").read_text())["commands"] if " compare " in line]
+    for row, command in zip(rows, compare, strict=True):
+        assert row["challenger"] == pytest.approx(accuracy["accuracy"])
+        assert html.escape(command) in report
+        capsys.readouterr()
+        assert main([*shlex.split(command)[1:], "--json"]) == 0
+        (pair,) = json.loads(capsys.readouterr().out)["paired"]
+        assert (pair["difference"], pair["ci95"]) == (row["difference"], row["ci95"])
+        assert f"{100 * row['champion']:.2f}" in report
+    assert "Does training beat the frozen encoder?" in report
+    words = {"better": "beats", "worse": "is worse than", "undecided": "cannot be told apart from"}
+    best = max(rows, key=lambda row: row["champion"])
+    assert f"Training {words[best['verdict']]} the frozen encoder timm:test_resnet with {best['head']}" in report
+
+
+def test_an_older_state_without_an_encoder_is_read(fitted):
+    _, model, _, _ = fitted
+    state = json.loads((model / "fit.json").read_text())
+    del state["plan"]["encoder"]
+    assert FitState.model_validate_json(json.dumps(state)).plan.encoder is None
+
+
+def test_again_it_does_nothing_and_with_other_options_it_refuses(fitted, frozen, tmp_path):
     pictures, model, answer, _ = fitted
-    code, again, lines = fit(pictures, "--out", model)
+    code, again, lines = fit(pictures, "--out", model, *frozen)
     assert code == 0
     assert again["accuracy"] == answer["accuracy"]
     assert again["state"].startswith("finished earlier")
     assert commands(lines) == []
-    code, _, lines = fit(pictures, "--out", model, "--seed", 1)
+    code, _, lines = fit(pictures, "--out", model, "--seed", 1, *frozen)
     assert (code, len(lines)) == (2, 1)
     assert "seed differ" in lines[0]
+    code, _, lines = fit(pictures, "--out", model)
+    assert (code, len(lines)) == (2, 1)
+    assert "encoder differ" in lines[0]
     more = tmp_path / "letters"
     shutil.copytree(pictures, more)
     shutil.copy(next(more.rglob("*.png")), more / next(more.iterdir()).name / "more.png")
@@ -197,7 +246,7 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module._Fit, "_evaluate", stop)
+        patch.setattr(fit_module, "evaluate_all", stop)
         code, _, lines = fit(pictures, "--out", tmp_path / "model")
     assert code == 130
     assert lines[-1].endswith(f"the same command continues in {tmp_path / 'model'}")
@@ -246,11 +295,19 @@ def test_a_flat_folder_with_labelled_pictures(tmp_path):
         (["mixed"], "both contain images"),
         (["good", "--out", "good/model"], "lies in the folder of the pictures"),
         (["good", "--out", "good"], "lies in the folder of the pictures"),
+        (["good", "--encoder", "conv4"], "--encoder conv4: is compared on classes that are not trained on"),
+        (["good", "--encoder", "nothing"], "--encoder nothing: not the name of an encoder"),
+        (["good", "--weights", "few/0.png"], "--weights: is for the encoder to compare with; add --encoder NAME"),
+        (["good", "--image-size", "64"], "--image-size: is for the encoder to compare with"),
+        (["good", "--encoder", "resnet18", "--weights", "few/0.png"], "few/0.png"),
+        (["good", "--encoder", "resnet18", "--weights", "missing.pth"], "missing.pth: no such file"),
+        (["many", "--encoder", "conv4"], "conv4: has no published weights"),
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     write_glyphs(tmp_path / "good", 5, 8)
+    write_glyphs(tmp_path / "many", 8, 9)
     write_glyphs(tmp_path / "few", 1, 3, flat=True)
     shutil.copytree(tmp_path / "good", tmp_path / "mixed")
     shutil.copy(tmp_path / "few" / "000.png", tmp_path / "mixed")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD, evaluate_model
+from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD, evaluate_heads, evaluate_model
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import paired_difference
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -49,10 +50,36 @@ def compare_with_frozen(
             raise DataError(f"{dataset.uri}: holds images; name the encoder to compare with")
         frozen = load_dataset_encoder(dataset)
     ours = evaluate_model(trained, dataset, tasks, split=split, mode=mode, progress=progress)
+    return results_minus_frozen(ours, frozen, dataset, heads=heads, split=split, progress=progress)
+
+
+def results_minus_frozen(
+    ours: Sequence[EpisodeResults],
+    frozen: LoadedModel,
+    dataset: Dataset,
+    *,
+    heads: Sequence[str] = (DEFAULT_HEAD,),
+    split: str = "test",
+    progress: ProgressBar = no_progress,
+) -> list[dict[str, Any]]:
+    """Return the rows of `compare_with_frozen` for a trained model whose results are known.
+
+    Args:
+        ours: results of the trained model on balanced episodes of the split, one for each task.
+        frozen: as in `compare_with_frozen`.
+        dataset: as in `compare_with_frozen`, of images or of features made by `frozen`.
+        heads: as in `compare_with_frozen`.
+        split: as in `compare_with_frozen`.
+        progress: as in `compare_with_frozen`.
+
+    Raises:
+        DataError: as in `evaluate_model`.
+    """
+    keys = ("way", "shot", "query", "seed")
+    tasks = [{key: getattr(our, key) for key in keys} | {"episodes": len(our.accuracies)} for our in ours]
     rows = []
-    for head in heads:
-        theirs = evaluate_model(frozen, dataset, tasks, split=split, head=head, progress=progress)
-        for our, their in zip(ours, theirs, strict=True):
+    for head, results in evaluate_heads(frozen, dataset, tasks, heads, split=split, progress=progress).items():
+        for our, their in zip(ours, results, strict=True):
             names = {"encoder": frozen.settings.model.encoder, "head": head, "head_mode": their.mode}
             settings = dict(their.tuning.settings) if their.tuning is not None else {}
             difference = paired_difference(our, their, any_mode=True).summary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -103,6 +104,26 @@ def evaluate_model(
             loaded, dataset, tasks, split=split, mode=mode, baselines=baselines, name=name, progress=progress
         )
     head = check_head(head or DEFAULT_HEAD, mode)
+    options: Any = {"split": split, "baselines": baselines, "name": name, "progress": progress}
+    return evaluate_heads(loaded, dataset, tasks, [head], **options)[head]
+
+
+def evaluate_heads(
+    loaded: LoadedModel,
+    dataset: Dataset,
+    tasks: Sequence[Mapping[str, Any]],
+    heads: Sequence[str],
+    *,
+    split: str = "test",
+    baselines: bool = False,
+    name: str | None = None,
+    progress: ProgressBar = no_progress,
+) -> dict[str, list[EpisodeResults]]:
+    """Evaluate an encoder alone with several heads, keys of `HEADS`; its images are encoded once.
+
+    Other arguments and errors are those of `evaluate_model`, whose results it returns for each head.
+    """
+    name = loaded.settings.name if name is None else name
     labels = dataset.labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
@@ -110,10 +131,10 @@ def evaluate_model(
     features = _features(loaded.model, dataset, split, name)
     validation = None
     validation_split = loaded.settings.data.validation_split
-    if validation_split in dataset.splits and (HEADS[head].grid or baselines):
+    if validation_split in dataset.splits and (baselines or any(HEADS[head].grid for head in heads)):
         validation = features if validation_split == split else _features(loaded.model, dataset, validation_split, name)
-    results = []
-    for task in full_tasks:
+    results: dict[str, list[EpisodeResults]] = {head: [] for head in heads}
+    for head, task in product(heads, full_tasks):
         title = f"{task['way']}-way {task['shot']}-shot"
         result = evaluate_tuned(HEADS[head], features, validation, task)
         if not HEADS[head].grid:
@@ -122,7 +143,7 @@ def evaluate_model(
         if baselines:
             with progress(f"{title} baselines") as on_progress:
                 result = replace(result, baselines=evaluate_baselines(features, validation, task, on_progress))
-        results.append(result)
+        results[head].append(result)
     return results
 
 

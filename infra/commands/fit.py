@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options
 from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, output_file
 
 
@@ -25,6 +26,9 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--budget", default="20m", metavar="TIME", help=help_text)
     help_text = "new folder for the model, the report and all files (default: models/NAME of the pictures)"
     parser.add_argument("--out", metavar="MODEL", help=help_text)
+    help_text = f"also compare with this published encoder, not trained, on the same episodes: {ENCODER_HELP}"
+    parser.add_argument("--encoder", metavar="NAME", help=help_text)
+    add_encoder_options(parser, head=False)
     parser.add_argument("--unlabelled", action="store_true", help="sub-folders of PICTURES are not classes")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the held-out classes and the training (default: 0)"
@@ -57,7 +61,9 @@ def fit(arguments: Namespace) -> Answer:
     out = Path(arguments.out) if arguments.out else Path("models") / (name or "pictures")
     labelled = Path(arguments.labelled) if arguments.labelled else None
     budget_s = parse_budget(arguments.budget)
-    request = FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled)
+    weights = Path(arguments.weights) if arguments.weights else None
+    encoder = (arguments.encoder, weights, arguments.image_size)
+    request = FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled, *encoder)
     if arguments.dry_run:
         plan, stored = plan_fit(request)
         begun = {"continues": str(out)} if stored else {}

@@ -27,6 +27,19 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 MAX_BUDGET_S = 7 * 24 * 3600
 
 
+class FrozenEncoder(BaseModel):
+    """The published encoder that the trained model is compared with."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: str
+    weights: str | None
+    """Absolute path of a file; None: the published ones."""
+    weights_sha256: str | None
+    image_size: int | None
+    """Side to which images are resized; None: its published input size."""
+
+
 class FitPlan(BaseModel):
     """What was found and decided. Stored in the output folder, so that the same command continues."""
 
@@ -60,6 +73,7 @@ class FitPlan(BaseModel):
     test_classes: int
     budget_s: float
     seed: int
+    encoder: FrozenEncoder | None = None
 
     @property
     def found(self) -> list[str]:
@@ -95,10 +109,12 @@ class FitPlan(BaseModel):
                 "no classes are held out; the model is evaluated on episodes of augmented views instead, in which "
                 "every image is a class of its own"
             )
+        compared = f"comparison with the frozen encoder {self.encoder.name}" if self.encoder else ""
         return [
             f"images of {self.size} x {self.size} pixels, {kind}{inverted}",
             held_out,
             f"preset {self.preset}, as many steps as fit into {format_seconds(self.budget_s)}",
+            *([compared] if compared else []),
         ]
 
     @property
@@ -130,7 +146,15 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def make_plan(pictures: Path, labelled: Path | None, budget_s: float, seed: int, *, unlabelled: bool) -> FitPlan:
+def make_plan(
+    pictures: Path,
+    labelled: Path | None,
+    budget_s: float,
+    seed: int,
+    *,
+    unlabelled: bool,
+    encoder: FrozenEncoder | None = None,
+) -> FitPlan:
     """Look at the pictures and decide; nothing is written.
 
     Args:
@@ -139,9 +163,11 @@ def make_plan(pictures: Path, labelled: Path | None, budget_s: float, seed: int,
         budget_s: time for everything, in seconds.
         seed: of the division of the classes and of the training.
         unlabelled: ignore the folders of the pictures.
+        encoder: to compare with.
 
     Raises:
-        DataError: there are too few images, or a folder cannot be read as a data set.
+        DataError: there are too few images, a folder cannot be read as a data set, or there are no classes to compare
+            the encoder on.
     """
     root = _existing(pictures, "PICTURES")
     listing = list_images(root)
@@ -153,6 +179,12 @@ def make_plan(pictures: Path, labelled: Path | None, budget_s: float, seed: int,
         raise DataError(
             f"{pictures}: has {len(listing.entries)} images, but at least {LEAST_IMAGES} are needed to train a model; "
             "add images"
+        )
+    test_classes = sum(split == "test" for split, _ in sizes) if in_splits else held_out[1]
+    if encoder is not None and labelled is None and test_classes < 2:
+        raise DataError(
+            f"--encoder {encoder.name}: is compared on classes that are not trained on, and none can be held out here; "
+            "give more class folders, or labelled pictures with --labelled DIR"
         )
     return FitPlan(
         pictures=root,
@@ -175,6 +207,7 @@ def make_plan(pictures: Path, labelled: Path | None, budget_s: float, seed: int,
         test_classes=held_out[1],
         budget_s=budget_s,
         seed=seed,
+        encoder=encoder,
     )
 
 

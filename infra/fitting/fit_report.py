@@ -23,6 +23,7 @@ def fit_result(
     out: Path,
     dataset: Dataset,
     records: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
     example: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the answer of `metagmvae fit`, also written with `--record`.
@@ -32,6 +33,7 @@ def fit_result(
         out: the output folder.
         dataset: the prepared images.
         records: see `write_fit_report`.
+        compared: see `write_fit_report`.
         example: see `write_fit_report`.
     """
     schedule, splits, seconds = state.schedule, dataset.manifest["splits"], state.seconds
@@ -48,6 +50,7 @@ def fit_result(
         "accuracy": [{key: record[key] for key in keys if key in record} for record in records],
         "baselines": [{"on": r["on"], **row} for r in records for row in r.get("baselines", [])],
         "paired": [{"on": r["on"], **row} for r in records for row in r.get("paired", [])],
+        **({"frozen encoder": [dict(row) for row in compared]} if compared else {}),
         **({"example": f"{example['right']} of {example['queries']} files right"} if example else {}),
         "budget_s": state.plan.budget_s,
         "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "all": round(sum(seconds.values()), 1)},
@@ -59,6 +62,7 @@ def write_fit_report(
     path: Path,
     state: FitState,
     records: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
     example: Mapping[str, Any] | None,
     environment: Mapping[str, Any],
 ) -> None:
@@ -68,6 +72,7 @@ def write_fit_report(
         path: file to write.
         state: what was decided and measured; its `result` is filled.
         records: what `metagmvae evaluate --record` wrote for each task, with `on`: whose classes.
+        compared: the rows of `frozen_encoder.compare_encoder`.
         example: `figure` (a PNG file), `right` and `queries` of the classified files; None: there is none.
         environment: `evaluation.provenance.provenance()`.
 
@@ -89,7 +94,7 @@ def write_fit_report(
         path,
         TEMPLATE,
         name=result["model"],
-        sentences=[_sentence(record) for record in records],
+        sentences=[_sentence(record) for record in records] + _compared_sentences(compared),
         found=state.plan.found,
         will_do=state.plan.will_do,
         samples=result["samples"],
@@ -104,6 +109,8 @@ def write_fit_report(
         ],
         seconds={part: f"{value:,.1f}" for part, value in result["seconds"].items()},
         tables=[_table(record) for record in records],
+        compared=[_compared_row(row) for row in compared],
+        encoder=state.plan.encoder,
         images=images,
         commands=state.commands,
         next_command=result["next"],
@@ -120,6 +127,38 @@ def _sentence(record: Mapping[str, Any]) -> str:
     if "ece" in record:
         text += f"; expected calibration error {100 * record['ece']:.1f} points"
     return f"{text}."
+
+
+def _compared_sentences(compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each task: against the better head of the frozen encoder."""
+    best: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for row in compared:
+        key = (row["on"], row["shot"])
+        best[key] = max(best.get(key, row), row, key=lambda each: each["champion"])
+    words = {"better": "beats", "worse": "is worse than", "undecided": "cannot be told apart from"}
+    return [
+        f"Training {words[row['verdict']]} the frozen encoder {row['encoder']} with {row['head']} at {row['way']} ways "
+        f"and {_labelled_images(row['shot'])} ({on}): {points(row['difference'], row['ci95'])} points."
+        for (on, _), row in best.items()
+    ]
+
+
+def _compared_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """Cells of one task and head of the frozen encoder."""
+    settings = ", ".join(f"{key} {value}" for key, value in row["head_settings"].items())
+    return {
+        "task": f"{row['way']} ways, {_labelled_images(row['shot'])}: {row['on']}",
+        "head": f"{row['head']} ({settings})" if settings else row["head"],
+        "mode": row["head_mode"],
+        "encoder": percent(row["champion"]),
+        "trained": percent(row["challenger"]),
+        "difference": points(row["difference"], row["ci95"]),
+        "verdict": row["verdict"],
+    }
+
+
+def _labelled_images(shot: int) -> str:
+    return f"{shot} labelled image{'s' if shot > 1 else ''} per class"
 
 
 def _table(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +186,5 @@ def _table(record: Mapping[str, Any]) -> dict[str, Any]:
                 "verdict": difference["verdict"] if difference else "",
             }
         )
-    images = "labelled image" if record["shot"] == 1 else "labelled images"
-    title = f"{record['way']} ways, {record['shot']} {images} per class: {record['on']}"
+    title = f"{record['way']} ways, {_labelled_images(record['shot'])}: {record['on']}"
     return {"title": title, "rows": rows}

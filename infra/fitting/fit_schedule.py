@@ -89,7 +89,13 @@ class FitSchedule(BaseModel):
 
 
 def make_schedule(
-    preset: str, dataset: Dataset, budget_s: float, started: float, seed: int, shots: Sequence[int]
+    preset: str,
+    dataset: Dataset,
+    budget_s: float,
+    started: float,
+    seed: int,
+    shots: Sequence[int],
+    compared_s: float = 0.0,
 ) -> FitSchedule:
     """Measure the speed of a few steps on some training images, and set the numbers of steps.
 
@@ -100,6 +106,7 @@ def make_schedule(
         started: `time.monotonic` when the command began.
         seed: of the training.
         shots: numbers of shots of the evaluation.
+        compared_s: seconds that a comparison with another encoder will take.
 
     Raises:
         DataError: the data set has too few images.
@@ -116,7 +123,7 @@ def make_schedule(
     average, encode_s = _affordable_average(settings, speed, ENCODE_SHARE * budget_s / encoded)
     evaluation_s = min(TASK_SHARE * budget_s, STARTUP_S + measure_episode_s(5, 5, 15) * TUNING_EPISODES)
     reserved = meta_steps * speed.meta_step_s + encode_s * encoded + len(shots) * evaluation_s
-    reserved += CALIBRATION_S + 2 * STARTUP_S
+    reserved += CALIBRATION_S + 2 * STARTUP_S + compared_s
     used = time.monotonic() - started
     planned = int(SAFETY * (budget_s - used - reserved) / speed.pretrain_step_s)
     return FitSchedule(

@@ -34,6 +34,12 @@ class FitRequest:
     budget_s: float
     seed: int
     unlabelled: bool
+    encoder: str | None = None
+    """Name of a published encoder to compare with, as `is_encoder_name` accepts it."""
+    weights: Path | None = None
+    """File of its weights; None: the published ones."""
+    image_size: int | None = None
+    """Side to which its images are resized; None: its published input size."""
 
 
 class FitState(BaseModel):
