@@ -50,7 +50,7 @@ def draw_gallery(
             figures[FIGURES[3]] = paper_figure(3, loaded, dataset, split)
             figures["reconstructions"] = _reconstructions(loaded.model, dataset.images(split))
     name, files = loaded.settings.name, []
-    if lines:
+    if any(key == "loss" or key.startswith("validation/") for line in lines for key in line):
         figures["curves"] = plots.curves(lines, name)
         files.append(out / "curves.json")
         write_json(files[-1], {"name": name, "validation": _validation_lines(lines)})

@@ -44,7 +44,7 @@ def write_png(figure: Figure, file: IO[bytes]) -> None:
 
 def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Plot the loss of each stage, one panel per stage, and the validation accuracy, over the global steps of a run."""
-    stages = list(dict.fromkeys(str(line["stage"]) for line in lines))
+    stages = list(dict.fromkeys(str(line["stage"]) for line in lines if "loss" in line))
     tasks = sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
     figure = Figure(figsize=(4.2 * (len(stages) + bool(tasks)), 3.2), layout="constrained")
     figure.suptitle(title, fontsize=10)

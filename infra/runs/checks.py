@@ -39,12 +39,15 @@ def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
 
     Raises:
         EncoderError: there is no such encoder, or it does not accept such images.
+        SettingsError: the model cannot classify the tasks of the validation.
     """
     settings = inputs.settings
     if kind == "encoder":
         build_encoder_model(settings.model, inputs.image_shape, seed=0)
-    else:
-        build_model(settings.model, inputs.image_shape, 0, settings.method)
+        return
+    most, way = build_model(settings.model, inputs.image_shape, 0, settings.method).most_classes, settings.validation.way
+    if settings.validation.every and most is not None and way > most:
+        raise SettingsError(f"validation.way is {way}, but the model classifies up to {most} classes (method.way)")
 
 
 def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> None:

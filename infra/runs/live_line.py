@@ -30,9 +30,9 @@ def progress_text(line: MetricLine, total_steps: int, accuracies: dict[str, floa
     remaining_s = elapsed / done * (total_steps - done) if done else 0.0
     parts = [
         f"{line['stage']} {int(line['step']):,}/{int(line['steps']):,}",
-        f"loss {float(line['loss']):.4g}",
+        f"loss {float(line['loss']):.4g}" if "loss" in line else "",
         " ".join(f"{task} {100 * value:.1f}%" for task, value in accuracies.items()),
-        f"{float(line['images_per_s']):,.0f} images/s",
+        f"{float(line['images_per_s']):,.0f} images/s" if "images_per_s" in line else "",
         f"{_clock(remaining_s)} left",
     ]
     return "  ".join(part for part in parts if part)

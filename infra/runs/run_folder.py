@@ -81,12 +81,15 @@ class _MetricLine(BaseModel):
         for key, value in (self.model_extra or {}).items():
             if key.startswith("validation/") and (isinstance(value, bool) or not isinstance(value, float | int)):
                 raise ValueError(f"{key} = {value!r}: must be a number")
+        if self.loss is None and self.step:
+            raise ValueError("loss is missing")
         return self
 
     stage: str
     step: Count
     global_step: Count
-    loss: float
+    loss: float | None = None
+    """None at step 0 of a method that is not meta-trained."""
     elapsed_s: Seconds
     steps: Count = 0
     images_per_s: float = 0.0

@@ -35,6 +35,11 @@ class MetaLearner(EncoderModel, ABC):
     """Modes that it can answer in."""
 
     @property
+    def most_classes(self) -> int | None:
+        """Largest number of classes of a task; None: any number."""
+        return None
+
+    @property
     def reads_features(self) -> bool:
         """Whether `encode_images` is `scale_features` of the features of the encoder, so that these can be stored."""
         return True
