@@ -5,14 +5,18 @@ from __future__ import annotations
 from metagmvae.configs.suggestions import suggestion
 from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.methods.maml import MAML
 from metagmvae.training.methods.meta_step import MetaGMVAEMethod
 from metagmvae.training.methods.method import Method
 from metagmvae.training.methods.protonets import ProtoNets
+from metagmvae.training.methods.scratch import Scratch
 from metagmvae.training.methods.task_method import TaskMethod
 
 METHODS: dict[str, Method] = {
     "meta-gmvae": MetaGMVAEMethod(),
+    "maml": TaskMethod(MAML),
     "protonets": TaskMethod(ProtoNets),
+    "scratch": TaskMethod(Scratch, trains=False),
 }
 
 

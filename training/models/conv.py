@@ -61,11 +61,12 @@ class ConvBlock(nn.Module):
         return F.conv2d(x, weight, self.norm.bias - mean * factor, padding=1)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the convolution's outputs, (channels,) each; updates the running statistics."""
+        """Mean and biased variance of the convolution's outputs, (channels,) each; updates the running statistics.
+
+        Without running statistics (as MAML has its networks) they are always those of the batch.
+        """
         norm = self.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        if not norm.training:
+        if not norm.training and norm.running_mean is not None and norm.running_var is not None:
             return norm.running_mean, norm.running_var
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
@@ -78,6 +79,8 @@ class ConvBlock(nn.Module):
             kernel = at_least_float32(self.conv.weight).flatten(1)
             mean = kernel @ patch_mean
             variance = ((kernel @ covariance) * kernel).sum(dim=1)
+        if norm.running_mean is None or norm.running_var is None:
+            return mean, variance
         with torch.no_grad():
             momentum = norm.momentum or 0.0
             norm.running_mean.lerp_(mean.detach(), momentum)

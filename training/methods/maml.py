@@ -1,0 +1,174 @@
+"""Model-agnostic meta-learning (Finn, Abbeel and Levine, ICML 2017): an initialisation from which a few steps suffice.
+
+    theta_i = theta - alpha * grad L_support(theta), repeated;    minimise over theta: mean_i L_query(theta_i)   (Eq. 1)
+
+As in the published code, L_support is the sum of the cross-entropies divided by the shots (the mean times K), and batch
+normalisation always uses the statistics of the images that are in the network together: the support, or the queries.
+
+Notation: n images, b tasks or E episodes, K ways, S labelled images and Q queries per class, T labelled images,
+P queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+
+from metagmvae.configs.method_settings import MethodSettings
+from metagmvae.configs.schema import AdaptSettings, ModelSettings
+from metagmvae.pipelines.records import DataError
+from metagmvae.training.device.precision import at_least_float32
+from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities
+from metagmvae.training.models.meta_learner import PredictionMode
+
+Parameters = dict[str, Tensor]
+"""Parameters of body and classifier by name."""
+
+MAX_PIXELS = 2**22
+"""Maximum number of pixels in a batch of episodes on a GPU."""
+MAX_FEATURE_EPISODES = 64
+"""Maximum number of episodes in a batch on features."""
+
+
+class MAML(TaskLearner):
+    """Body and linear classifier, fitted to the support of each task by gradient descent.
+
+    The classifier has `method.way` outputs. Tasks of fewer classes use the first of them, as in the published code of
+    CACTUs; tasks of more classes are refused.
+    """
+
+    def __init__(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(model, method, image_shape)
+        self.model_settings = model
+        self.classifier = nn.Linear(self.body_dim, method.way)
+        # Running statistics could not be updated under vmap, and nothing would read them.
+        replace_all_batch_norm_modules_(self.body)
+        self.normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the body reads, (n, ...) -> logits of the classes, (n, `method.way`)."""
+        return at_least_float32(self.classifier(self.body(x)))
+
+    def initial_parameters(self) -> Parameters:
+        """Parameters of body and classifier, which the steps start from."""
+        body = "encoder." if self.own_body is None else "own_body."
+        return {name: p for name, p in self.named_parameters() if name.startswith((body, "classifier."))}
+
+    def episode_parameters(self, way: int, seed_by_episode: Sequence[int]) -> Parameters:
+        """The parameters that each test episode starts from, with a leading dimension E; here the same for all.
+
+        Raises:
+            DataError: there are more classes than outputs.
+        """
+        if way > self.settings.way:
+            raise DataError(
+                f"the model classifies up to {self.settings.way} classes (method.way of its training), and the task has "
+                f"{way}; use fewer classes, or train a model with a larger method.way"
+            )
+        count = len(seed_by_episode)
+        return {name: p.expand(count, *p.shape) for name, p in self.initial_parameters().items()}
+
+    def logits(self, parameters: Parameters, x: Tensor, way: int) -> Tensor:
+        """Logits of K classes with these parameters, (n, ...) -> (n, K)."""
+        return functional_call(self, parameters, (x,))[:, :way]
+
+    def fit(self, parameters: Parameters, support_T: Tensor, label_T: Tensor, way: int, steps: int) -> Parameters:
+        """Return the parameters after some steps of gradient descent on the support of one task, differentiably."""
+
+        def loss(parameters: Parameters) -> Tensor:
+            return F.cross_entropy(self.logits(parameters, support_T, way), label_T) * way
+
+        for _ in range(steps):
+            gradients = grad(loss)(parameters)
+            rate = self.settings.inner_rate
+            parameters = {name: value - rate * gradients[name] for name, value in parameters.items()}
+        return parameters
+
+    def fit_first_order(self, parameters: Parameters, *task: Any) -> Parameters:
+        """As `fit`; in the backward pass the steps count as constants (first-order MAML, section 5.2)."""
+        with torch.no_grad():
+            fitted = self.fit({name: p.detach() for name, p in parameters.items()}, *task)
+        return {name: p + (fitted[name] - p.detach()) for name, p in parameters.items()}
+
+    def task_loss(self, support_bKS: Tensor, query_bKQ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative log-likelihood of the queries after the steps on the support, and their accuracy."""
+        (b, K, S), Q = support_bKS.shape[:3], query_bKQ.shape[2]
+        classes = torch.arange(K, device=support_bKS.device)
+        label_T, target_bP = classes.repeat_interleave(S), classes.repeat_interleave(Q).expand(b, -1)
+        parameters, settings = self.initial_parameters(), self.settings
+        fit = self.fit_first_order if settings.first_order else self.fit
+
+        def query_logits(support_T: Tensor, query_P: Tensor) -> Tensor:
+            return self.logits(fit(parameters, support_T, label_T, K, settings.inner_steps), query_P, K)
+
+        logits_bPK = self.over_tasks(query_logits, support_bKS.flatten(1, 2), query_bKQ.flatten(1, 2))
+        accuracy = (logits_bPK.argmax(dim=2) == target_bP).float().mean()
+        return F.cross_entropy(logits_bPK.flatten(0, 1), target_bP.flatten()), {"accuracy": accuracy}
+
+    def log_posteriors(
+        self,
+        adapt: AdaptSettings,
+        support_ET: Tensor,
+        label_T: Tensor,
+        query_EP: Tensor,
+        *,
+        mode: PredictionMode,
+        seed_by_episode: Sequence[int],
+        background: float | None = None,
+    ) -> Tensor:
+        """Log-probabilities after `method.test_steps` steps, as `MetaLearner.log_posteriors`, from images or features.
+
+        Transductive: the queries of an episode are normalised together, as in the published code. Inductive: each
+        query is normalised together with the support. On features, without normalisation, both are the same.
+
+        Raises:
+            DataError: there are more classes than the classifier has outputs, or a probability is not a number.
+        """
+        way, settings = int(label_T.max()) + 1, self.settings
+
+        def query_logits(parameters: Parameters, support_T: Tensor, query_P: Tensor) -> Tensor:
+            fitted = self.fit(parameters, support_T, labels, way, settings.test_steps)
+            if mode == "transductive" or not self.normalises:
+                return self.logits(fitted, query_P, way)
+            alone = [torch.cat([support_T, query]) for query in query_P.split(1)]
+            return torch.stack([self.logits(fitted, x, way)[-1] for x in alone])
+
+        # Evaluation calls this in inference mode, whose tensors have no gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            labels = label_T.to(query_EP.device).clone()
+            parameters = self.episode_parameters(way, seed_by_episode)
+            logits_EPK = self.over_tasks(query_logits, parameters, support_ET.clone(), query_EP.clone())
+        return log_probabilities(logits_EPK)
+
+    def over_tasks(self, function: Callable[..., Tensor], *arguments: Tensor | Parameters) -> Tensor:
+        """Apply a function to every task: all arguments have a leading dimension of tasks, and the result has too.
+
+        On a GPU, and on features, one call computes all tasks. On a CPU they are computed one after the other: vmap
+        makes grouped convolutions of theirs, which take a fifth more time (measured on Omniglot).
+        """
+        last = arguments[-1]
+        assert isinstance(last, Tensor)
+        if self.on_features or last.device.type != "cpu":
+            return vmap(function)(*arguments)
+        tasks = range(len(last))
+        return torch.stack([function(*(_task(argument, task) for argument in arguments)) for task in tasks])
+
+    def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
+        """Return how many episodes of this many points fit one call; at least 1."""
+        if self.on_features:
+            return MAX_FEATURE_EPISODES
+        if device.type == "cpu":
+            return 1
+        _, height, width = self.input_shape
+        return max(1, MAX_PIXELS // (points * height * width))
+
+
+def _task(values: Tensor | Parameters, task: int) -> Any:
+    if isinstance(values, Tensor):
+        return values[task]
+    return {name: value[task] for name, value in values.items()}
