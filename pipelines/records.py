@@ -40,6 +40,8 @@ class ImageRecord:
     """Empty if the source has no classes."""
     load: Callable[[], np.ndarray]
     """Decodes the image: uint8, (C, H, W), in the size of the dataset."""
+    read: Callable[[], bytes] | None = None
+    """Content of the image file; None if the image has no file of its own."""
 
 
 class Rows(Protocol):

@@ -13,7 +13,7 @@ import pytest
 import webdataset as wds
 
 from metagmvae.pipelines.records import DataError, ImageRecord
-from metagmvae.pipelines.shards import writer
+from metagmvae.pipelines.shards import shard_writer, writer
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 
@@ -174,7 +174,7 @@ def test_writing_continues_after_a_full_disk(tmp_path, monkeypatch):
             raise DataError(f"{path}: cannot be written (No space left on device); the partial file was deleted")
         return original(path)
 
-    monkeypatch.setattr(writer, "atomic_file", fail_on_second_shard)
+    monkeypatch.setattr(shard_writer, "atomic_file", fail_on_second_shard)
     with pytest.raises(DataError, match="No space left on device"):
         write(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tmp"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +17,7 @@ from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer,
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
-    from metagmvae.pipelines.shards.writer import RowSource
+    from metagmvae.pipelines.shards.row_source import RowSource
 
 
 SOURCE_OPTIONS = (
@@ -75,6 +77,11 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (default: 0)")
     help_text = "images per shard; plain webdataset needs at least one shard for each of its workers (default: 8192)"
     parser.add_argument("--rows-per-shard", type=int, default=8192, metavar="N", help=help_text)
+    help_text = "decoded stores pixels; encoded stores photographs as JPEG or WebP files, in a tenth to a half of the "
+    help_text += "space: files stay as they were read where that gives exactly the prepared pixels (default: decoded)"
+    parser.add_argument("--store", choices=["decoded", "encoded"], default="decoded", help=help_text)
+    help_text = "of images that --store encoded encodes again: lossless (WebP), or 1 to 100 (JPEG; default: lossless)"
+    parser.add_argument("--quality", metavar="Q", help=help_text)
     add_worker_options(parser)
 
 
@@ -93,6 +100,12 @@ def prepare(arguments: Namespace) -> Answer:
     from metagmvae.pipelines.sources.source import check_integer, open_source
 
     check_integer("--rows-per-shard", arguments.rows_per_shard, 1)
+    layout = {
+        "seed": arguments.seed,
+        "shard_rows": arguments.rows_per_shard,
+        "store": arguments.store,
+        "quality": _quality(arguments),
+    }
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None} | _further(arguments.options)
     # Absolute, because Ray workers have other working directories.
@@ -100,7 +113,7 @@ def prepare(arguments: Namespace) -> Answer:
     with task_mapper(arguments) as map_tasks:
         source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
         if arguments.dry_run:
-            answer = describe_output(source, arguments.out, seed=arguments.seed, shard_rows=arguments.rows_per_shard)
+            answer = describe_output(source, arguments.out, **layout)
             return answer | {"skipped": source.report.get("skipped", [])}
         with (
             open_output(arguments.out) as (out, uri),
@@ -109,8 +122,7 @@ def prepare(arguments: Namespace) -> Answer:
             manifest = write_dataset(
                 source,
                 out,
-                seed=arguments.seed,
-                shard_rows=arguments.rows_per_shard,
+                **layout,
                 map_tasks=map_tasks,
                 on_progress=on_progress,
             )
@@ -122,9 +134,53 @@ def prepare(arguments: Namespace) -> Answer:
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
         "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
+        **_encoded_images(manifest),
         "skipped": source.report.get("skipped", []),
         **source.files,
         **({"missing": source.report["missing"]} if source.report.get("missing") else {}),
+    }
+
+
+def _quality(arguments: Namespace) -> Any:
+    """The quality of images that are encoded again.
+
+    Raises:
+        DataError: it is no quality, or nothing is encoded.
+    """
+    from metagmvae.pipelines.records import DataError
+    from metagmvae.pipelines.shards.image_codec import LOSSLESS
+
+    given = arguments.quality
+    if given is None or (given == LOSSLESS and arguments.store == "encoded"):
+        return LOSSLESS
+    if arguments.store == "decoded":
+        raise DataError(f"--quality {given} has no effect on pixels; give --store encoded with it")
+    if not (given.isascii() and given.isdecimal() and 1 <= int(given) <= 100):
+        raise DataError(f"--quality is {given!r}; give lossless, or a whole number from 1 to 100")
+    return int(given)
+
+
+def _encoded_images(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How the images of a dataset are encoded, and what that saves and loses; nothing if they are stored as pixels."""
+    if "store" not in manifest:
+        return {}
+    from metagmvae.pipelines.shards.image_codec import LOSSY_JPEG
+
+    formats: Counter[str] = Counter()
+    for part in manifest["splits"].values():
+        formats.update(part["formats"])
+    lossy, total = formats[LOSSY_JPEG.removeprefix(".")], sum(formats.values())
+    quality = manifest["store"]["quality"]
+    loss = f"{lossy:,} of {total:,} images were encoded again with loss (JPEG of quality {quality})"
+    shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
+    return {
+        "store": "encoded",
+        "formats": dict(formats),
+        "loss": loss if lossy else "none: every image is decoded to exactly the pixels that were prepared",
+        "bytes": {
+            "shards": sum(shard["bytes"] for shard in shards),
+            "pixels": total * math.prod(manifest["image_shape"]),
+        },
     }
 
 
@@ -172,7 +228,7 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
         shutil.rmtree(folder)
 
 
-def describe_output(source: RowSource, out: str, **options: int) -> Answer:
+def describe_output(source: RowSource, out: str, **options: Any) -> Answer:
     """Check a dataset as before writing it, and say what would be written; nothing is."""
     from metagmvae.pipelines.files import local_folder
     from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote

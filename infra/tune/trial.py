@@ -27,7 +27,9 @@ from metagmvae.infra.runs.training_inputs import load_inputs, select_device
 from metagmvae.infra.tune.sweep_folder import REASON
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.dataset import Dataset, MappedRows, Reader
+from metagmvae.pipelines.shards.blocks import MappedRows
+from metagmvae.pipelines.shards.dataset import Dataset, Reader
+from metagmvae.pipelines.shards.encoded import EncodedRows
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
 PATIENCE_S = 120.0
@@ -45,7 +47,7 @@ class SharedDataset(Dataset):
 
     def rows(
         self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096, check: bool = True
-    ) -> np.ndarray | MappedRows:
+    ) -> np.ndarray | MappedRows | EncodedRows:
         """Memory-mapped rows of a split, whatever the reader."""
         opened = self.__dict__.setdefault("_opened", {})
         if split not in opened:

@@ -11,7 +11,6 @@ and skipped; complete epochs are skipped without reading.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,10 +79,10 @@ class StreamedImages:
         """Every row of the shards once: each new row replaces a random row of the full buffer, which is returned."""
         buffer: list[np.ndarray] = []
         for shard in shards:
-            for block in self._blocks(shard):
+            for block in self._arrays(shard):
                 for row in block:
                     if len(buffer) < self.buffer:
-                        buffer.append(row.copy())  # a view would keep its whole block in memory
+                        buffer.append(row.copy())  # a view would keep its whole array in memory
                         continue
                     index = int(rng.integers(self.buffer))
                     yield buffer[index]
@@ -91,13 +90,10 @@ class StreamedImages:
         for index in rng.permutation(len(buffer)):
             yield buffer[index]
 
-    def _blocks(self, shard: dict[str, Any]) -> Iterator[np.ndarray]:
+    def _arrays(self, shard: dict[str, Any]) -> Iterator[np.ndarray]:
         name = f"{self.split}/{shard['name']}"
         with self.dataset.open_shard(self.split, shard) as file:
-            for offset, shape, dtype in self.dataset.row_blocks(file, f"{self.dataset.uri}: {name}", shard):
-                file.seek(offset)
-                raw = file.read(math.prod(shape) * np.dtype(dtype).itemsize)
-                yield np.frombuffer(raw, dtype).reshape(shape)
+            yield from self.dataset.stream_rows(file, f"{self.dataset.uri}: {name}", shard)
 
 
 class _RowStream(Stream):

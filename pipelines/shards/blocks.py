@@ -11,9 +11,9 @@ import io
 import math
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,43 @@ class Block(NamedTuple):
     dtype: str
 
 
+class MappedRows:
+    """Rows of a split, mapped from its tar files: `rows[indices] -> (n, C, H, W)` or `(n, F)`."""
+
+    def __init__(self, blocks: list[np.ndarray]) -> None:
+        self.blocks = blocks
+        self.starts = np.cumsum([0, *(len(block) for block in blocks)])
+        self.shape = (int(self.starts[-1]), *blocks[0].shape[1:])
+        self.dtype = blocks[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = row_indices(rows, len(self))
+        flat = np.atleast_1d(rows)
+        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
+        block_of_row = np.searchsorted(self.starts, flat, side="right") - 1
+        for block in np.unique(block_of_row):
+            in_block = block_of_row == block
+            out[in_block] = self.blocks[block][flat[in_block] - self.starts[block]]
+        return out if np.ndim(rows) else out[0]
+
+
+def row_indices(rows: Any, count: int) -> np.ndarray:
+    """Indices from 0 of what selects some of `count` rows as it would in a NumPy array: a slice, indices, a mask.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    indices = None if isinstance(rows, slice) else np.asarray(rows)
+    if indices is None or indices.dtype.kind != "i":
+        return np.arange(count)[rows]
+    if indices.size and (indices.min() < -count or indices.max() >= count):
+        raise IndexError(f"row {indices.min() if indices.min() < -count else indices.max()} of {count:,} rows")
+    return np.where(indices < 0, indices + count, indices)
+
+
 def shard_blocks(file: IO[bytes], name: str | Path) -> list[Block]:
     """Blocks of a shard.
 
@@ -52,13 +89,28 @@ def shard_blocks(file: IO[bytes], name: str | Path) -> list[Block]:
     """
     return [
         _npy_block(file, offset, size, f"{name}: {member!a}")
-        for member, offset, size in _tar_members(file, name)
+        for member, offset, size in tar_members(file, name)
         if member.endswith(BLOCK)
     ]
 
 
-def _tar_members(file: IO[bytes], name: str | Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size in bytes of the files in a tar file."""
+def block_positions(blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and size in bytes of each row of some blocks, int64 (rows,)."""
+    sizes = [math.prod(block.shape[1:]) * np.dtype(block.dtype).itemsize for block in blocks]
+    offsets = [
+        block.offset + size * np.arange(block.shape[0], dtype=np.int64)
+        for block, size in zip(blocks, sizes, strict=True)
+    ]
+    rows = [block.shape[0] for block in blocks]
+    return np.concatenate([np.empty(0, np.int64), *offsets]), np.repeat(np.array(sizes, np.int64), rows)
+
+
+def tar_members(file: IO[bytes], name: str | Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size in bytes of the files in a tar file.
+
+    Raises:
+        DataError: it is truncated, or has members of another kind.
+    """
     end, position = file.seek(0, os.SEEK_END), 0
     while position < end:
         file.seek(position)

@@ -1,12 +1,14 @@
 """Reads a dataset: images or features by row for training, labels and index for evaluation.
 
-There are two exact readers: `memory` reads a split into one array, and `mmap` maps the tar files into memory. A third,
+There are two exact readers: `memory` reads a split into one array, and `mmap` maps the tar files into memory (encoded
+images are decoded once by `memory`, and by `mmap` whenever they are read). A third,
 approximate one is `stream` (`pipelines.sampling.sequential`), for data that do not fit on the local disk. No reader
 needs the index, which contains the labels, so training without labels cannot see them.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,8 @@ import pyarrow as pa
 from metagmvae.pipelines.files import local_folder, open_file, reading, sha256_file, sha256_once
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.blocks import Block, shard_blocks
+from metagmvae.pipelines.shards.blocks import Block, MappedRows, block_positions, shard_blocks
+from metagmvae.pipelines.shards.encoded import EncodedRows, EncodedShard, Members, image_members, stream_images
 from metagmvae.pipelines.shards.index import read_index
 from metagmvae.pipelines.shards.manifest import INDEX, LATER_KEYS, MANIFEST, dataset_fingerprint, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
@@ -30,29 +33,6 @@ SPOOL_BYTES = 64 * MIB
 """Memory for a shard that is streamed from an object store; larger ones are written to the temporary folder."""
 SHARD_REMEDY = "`metagmvae verify` lists all damaged files; write the dataset again"
 Reader = Literal["auto", "memory", "mmap"]
-
-
-class MappedRows:
-    """Rows of a split, mapped from its tar files: `rows[indices] -> (n, C, H, W)` or `(n, F)`."""
-
-    def __init__(self, blocks: list[np.ndarray]) -> None:
-        self.blocks = blocks
-        self.starts = np.cumsum([0, *(len(block) for block in blocks)])
-        self.shape = (int(self.starts[-1]), *blocks[0].shape[1:])
-        self.dtype = blocks[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        rows = np.arange(len(self))[rows]
-        flat = np.atleast_1d(rows)
-        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
-        block_of_row = np.searchsorted(self.starts, flat, side="right") - 1
-        for block in np.unique(block_of_row):
-            in_block = block_of_row == block
-            out[in_block] = self.blocks[block][flat[in_block] - self.starts[block]]
-        return out if np.ndim(rows) else out[0]
 
 
 class Dataset:
@@ -80,6 +60,8 @@ class Dataset:
         features = self.kind == "features"
         self.row_shape: tuple[int, ...] = (manifest["feature_size"],) if features else self.image_shape
         self.dtype = np.dtype(manifest["dtype"])
+        self.encoded = "store" in manifest
+        """Whether the shards contain encoded images."""
         self.splits: list[str] = list(manifest["splits"])
         recorded = manifest.get("preprocessing")
         self.preprocessing = None if recorded is None else Preprocessing.model_validate(recorded)
@@ -125,7 +107,7 @@ class Dataset:
         reader: Reader = "auto",
         memory_limit_mb: int = 4096,
         check: bool = True,
-    ) -> np.ndarray | MappedRows:
+    ) -> np.ndarray | MappedRows | EncodedRows:
         """Images (n, C, H, W) or features (n, F) of a split in stored order, indexable by arrays of row indices.
 
         Args:
@@ -135,33 +117,71 @@ class Dataset:
             check: compare every shard with its sha256, once per process. The size is always compared.
 
         Raises:
-            DataError: a shard is missing, truncated or altered.
+            DataError: a shard is missing, truncated or altered, or `memory` cannot decode an image. (What `mmap`
+                returns raises it when the image is read.)
         """
         part = self.split(split)
-        blocks = [block for shard in part["shards"] for block in self._blocks(split, shard, check)]
-        if not blocks:
+        if not part["samples"]:
             return np.empty((0, *self.row_shape), self.dtype)
         size = part["samples"] * int(np.prod(self.row_shape)) * self.dtype.itemsize
-        if reader == "mmap" or (reader == "auto" and size > memory_limit_mb * MIB):
-            return MappedRows(blocks)
-        return np.concatenate(blocks)
+        mapped = reader == "mmap" or (reader == "auto" and size > memory_limit_mb * MIB)
+        if self.encoded:
+            encoded = EncodedRows([self._encoded(split, shard, check) for shard in part["shards"]], self.row_shape)
+            return encoded if mapped else encoded[:]
+        blocks = [block for shard in part["shards"] for block in self._blocks(split, shard, check)]
+        return MappedRows(blocks) if mapped else np.concatenate(blocks)
 
     def _blocks(self, split: str, shard: dict[str, Any], check: bool) -> list[np.ndarray]:
-        path = self._local_path(f"{split}/{shard['name']}", shard["sha256"], shard["bytes"])
-        _compare(path, "shard", shard["sha256"] if check else None, shard["bytes"])
+        path = self._checked_shard(split, shard, check)
         with open_file(path) as file:
-            blocks = self.row_blocks(file, path, shard)
+            blocks = self._row_blocks(file, path, shard)
         return [
             np.memmap(path, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
             for offset, shape, dtype in blocks
         ]
 
-    def row_blocks(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> list[Block]:
-        """Blocks of an open shard, compared with its entry in the manifest; `path` is for messages.
+    def _encoded(self, split: str, shard: dict[str, Any], check: bool) -> EncodedShard:
+        path = self._checked_shard(split, shard, check)
+        with open_file(path) as file:
+            members = self._members(file, path, shard)
+        return EncodedShard(path, np.memmap(path, mode="r").data, members.offsets, members.sizes)
+
+    def _checked_shard(self, split: str, shard: dict[str, Any], check: bool) -> Path:
+        path = self._local_path(f"{split}/{shard['name']}", shard["sha256"], shard["bytes"])
+        _compare(path, "shard", shard["sha256"] if check else None, shard["bytes"])
+        return path
+
+    def row_positions(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and size in bytes of each row of an open shard, int64 (rows,); `path` is for messages.
 
         Raises:
             DataError: the shard has other rows than the manifest.
         """
+        if self.encoded:
+            return self._members(file, path, shard)[:2]
+        return block_positions(self._row_blocks(file, path, shard))
+
+    def stream_rows(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> Iterator[np.ndarray]:
+        """All rows of an open shard in their order, in arrays of some hundreds: (n, C, H, W) or (n, F).
+
+        Raises:
+            DataError: the shard has other rows than the manifest, or an image cannot be decoded.
+        """
+        if self.encoded:
+            yield from stream_images(file, path, self._members(file, path, shard), self.row_shape)
+            return
+        for offset, shape, dtype in self._row_blocks(file, path, shard):
+            file.seek(offset)
+            raw = file.read(math.prod(shape) * np.dtype(dtype).itemsize)
+            yield np.frombuffer(raw, dtype).reshape(shape)
+
+    def _members(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> Members:
+        members = image_members(file, path)
+        _compare_rows(path, len(members.offsets), shard)
+        return members
+
+    def _row_blocks(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> list[Block]:
+        """Blocks of an open shard, compared with its entry in the manifest."""
         blocks = shard_blocks(file, path)
         for _, shape, dtype in blocks:
             if shape[1:] != self.row_shape or np.dtype(dtype) != self.dtype:
@@ -169,12 +189,12 @@ class Dataset:
                     f"{path}: rows are {dtype} {shape[1:]}, but {self.dtype.str} {self.row_shape} in the manifest; "
                     f"{SHARD_REMEDY}"
                 )
-        rows = sum(block.shape[0] for block in blocks)
-        if rows != shard["rows"]:
-            raise DataError(f"{path}: {rows:,} rows, but {shard['rows']:,} in the manifest; {SHARD_REMEDY}")
+        _compare_rows(path, sum(block.shape[0] for block in blocks), shard)
         return blocks
 
-    def images(self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096) -> np.ndarray | MappedRows:
+    def images(
+        self, split: str, reader: Reader = "auto", memory_limit_mb: int = 4096
+    ) -> np.ndarray | MappedRows | EncodedRows:
         """Images of a split; see `rows`.
 
         Raises:
@@ -244,6 +264,11 @@ class Dataset:
         table = self.index(split).select(["class_id", "class_name"])
         names = dict(zip(table["class_id"].to_pylist(), table["class_name"].to_pylist(), strict=True))
         return [names[class_id] for class_id in sorted(names)]
+
+
+def _compare_rows(path: str | Path, rows: int, shard: dict[str, Any]) -> None:
+    if rows != shard["rows"]:
+        raise DataError(f"{path}: {rows:,} rows, but {shard['rows']:,} in the manifest; {SHARD_REMEDY}")
 
 
 def _compare(path: Path, kind: str, digest: str | None, size: int | None = None) -> None:

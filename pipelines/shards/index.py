@@ -39,8 +39,7 @@ def write_index(
     records: Sequence[ImageRecord],
     *,
     order: np.ndarray,
-    shards: Sequence[tuple[str, np.ndarray]],
-    sample_bytes: int,
+    shards: Sequence[tuple[str, np.ndarray, np.ndarray]],
     class_names: Sequence[str],
     source_name: str,
 ) -> None:
@@ -49,8 +48,7 @@ def write_index(
     Args:
         records: samples of the source.
         order: (n,); order[i] is the index of the record that is stored in row i.
-        shards: name of each tar file, and the offset of each of its samples in bytes.
-        sample_bytes: size of one sample in bytes.
+        shards: name of each tar file, and the offset and the size of each of its samples in bytes.
         class_names: sorted class names; the class id is the position in this list.
         source_name: name of the source.
 
@@ -58,13 +56,14 @@ def write_index(
         DataError: shards and source have different numbers of samples.
     """
     class_ids = {name: class_id for class_id, name in enumerate(class_names)}
-    count = sum(len(offsets) for _, offsets in shards)
+    count = sum(len(offsets) for _, offsets, _ in shards)
     if count != len(order):
         raise DataError(
             f"{path}: {count} samples in shards, {len(order)} in the source; remove the folder and write again"
         )
-    offsets = np.concatenate([np.empty(0, np.int64), *(offsets for _, offsets in shards)])
-    shard_of_row = np.repeat(np.arange(len(shards)), [len(offsets) for _, offsets in shards])
+    offsets = np.concatenate([np.empty(0, np.int64), *(offsets for _, offsets, _ in shards)])
+    sizes = np.concatenate([np.empty(0, np.int64), *(sizes for _, _, sizes in shards)])
+    shard_of_row = np.repeat(np.arange(len(shards)), [len(offsets) for _, offsets, _ in shards])
     with atomic_file(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for first in range(0, max(count, 1), CHUNK_ROWS):
             rows = np.arange(first, min(first + CHUNK_ROWS, count), dtype=np.int64)
@@ -74,7 +73,7 @@ def write_index(
                 "key": [record.key for record in chunk],
                 "shard": [shards[shard][0] for shard in shard_of_row[rows]],
                 "offset": offsets[rows],
-                "size": np.full(len(rows), sample_bytes, dtype=np.int64),
+                "size": sizes[rows],
                 "row": rows,
                 "class_id": np.array([class_ids[name] for name in names], dtype=np.int32),
                 "class_name": names,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from metagmvae.pipelines.files import check_document, json_bytes, read_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.image_codec import Quality
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -22,6 +23,8 @@ LATER_KEYS = ("preprocessing", "options", "images")
 """Keys that older versions did not write. They are no part of the fingerprint of a dataset."""
 REMEDY = "write the dataset again"
 
+LEAST_MEMBER_BYTES = 1024
+"""Bytes of the smallest file in a tar file, with its header."""
 MAX_ROW_VALUES = 2**28
 """Largest number of values of an image or feature vector."""
 
@@ -61,6 +64,13 @@ class _Encoder(BaseModel):
     sha256: str
 
 
+class _Store(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    members: Literal["encoded"]
+    quality: Quality
+
+
 class _Manifest(BaseModel):
     """The keys that this program reads; others are allowed."""
 
@@ -74,6 +84,7 @@ class _Manifest(BaseModel):
     dtype: str
     image_shape: Annotated[list[Size], Field(min_length=3, max_length=3)]
     preprocessing: Preprocessing | None = None
+    store: _Store | None = None
     feature_size: Size | None = None
     encoder: _Encoder | None = None
     attachments: dict[AttachmentName, _Attachment] = {}
@@ -87,6 +98,8 @@ class _Manifest(BaseModel):
             raise ValueError("feature_size is missing")
         if self.kind == "features" and self.encoder is None:
             raise ValueError("encoder is missing")
+        if self.kind == "features" and self.store is not None:
+            raise ValueError("store is given, but features are not encoded images")
         if self.preprocessing is not None and list(self.preprocessing.image_shape) != self.image_shape:
             raise ValueError(f"preprocessing gives {self.preprocessing.image_shape}, not image_shape")
         return self
@@ -98,6 +111,8 @@ class _Manifest(BaseModel):
         if values > MAX_ROW_VALUES:
             raise ValueError(f"image_shape is {self.image_shape}: more than {MAX_ROW_VALUES:,} values")
         row_bytes = values * (1 if self.kind == "images" else int(self.dtype.removeprefix("float")) // 8)
+        if self.store is not None:
+            row_bytes = LEAST_MEMBER_BYTES
         for name, split in self.splits.items():
             if split.samples != sum(shard.rows for shard in split.shards):
                 raise ValueError(f"splits.{name}.samples is {split.samples:,}, but its shards have another sum of rows")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,22 +113,23 @@ def _inconsistent(dataset: Dataset, split: str) -> Iterator[Problem]:
     except DataError as error:
         yield Problem("inconsistent", name, str(error))
         return
-    names, offsets = [], []
+    names, positions = [], [(np.empty(0, np.int64), np.empty(0, np.int64))]
     for shard in dataset.split(split)["shards"]:
         path = dataset.root / split / shard["name"]
         try:
             with open(path, "rb") as file:
-                blocks = dataset.row_blocks(file, path, shard)
+                positions.append(dataset.row_positions(file, path, shard))
+                if dataset.encoded:  # an image that cannot be decoded would stop a training later
+                    for _ in dataset.stream_rows(file, path, shard):
+                        pass
         except DataError as error:
             yield Problem("inconsistent", f"{split}/{shard['name']}", str(error))
             return
-        row_bytes = math.prod(dataset.row_shape) * dataset.dtype.itemsize
-        offsets += [block.offset + row_bytes * np.arange(block.shape[0]) for block in blocks]
         names.append(np.repeat(shard["name"], shard["rows"]))
     expected = {
         "shard": np.concatenate([np.empty(0, str), *names]),
-        "offset": np.concatenate([np.empty(0, np.int64), *offsets]),
-        "size": np.full(len(index), math.prod(dataset.row_shape) * dataset.dtype.itemsize),
+        "offset": np.concatenate([offsets for offsets, _ in positions]),
+        "size": np.concatenate([sizes for _, sizes in positions]),
         "row": np.arange(len(index)),
     }
     wrong = [column for column, values in expected.items() if not np.array_equal(index[column].to_numpy(), values)]

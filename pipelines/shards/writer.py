@@ -7,22 +7,25 @@ set. Class labels are in the index only. `pipelines/README.md` describes the fil
 
 from __future__ import annotations
 
-import io
 import itertools
+import math
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from metagmvae.pipelines.files import atomic_file, sha256_file, sha256_json, write_json
-from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks, ProgressCallback
+from metagmvae.pipelines.records import DataError, MapTasks, ProgressCallback
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.shards.blocks import shard_blocks
+from metagmvae.pipelines.shards.blocks import block_positions, shard_blocks
+from metagmvae.pipelines.shards.encoded import image_members
+from metagmvae.pipelines.shards.image_codec import LEAST_IMAGE_BYTES, LOSSLESS, Quality, Store
 from metagmvae.pipelines.shards.index import write_index
 from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
+from metagmvae.pipelines.shards.row_source import RowSource
+from metagmvae.pipelines.shards.shard_writer import write_shard
 from metagmvae.pipelines.shards.unfinished import (
     LOCK,
     PLAN,
@@ -38,45 +41,6 @@ MAX_SHARDS = 1_000_000
 """The names of the shards have six digits."""
 
 
-class RowSource(Protocol):
-    """Source of images or features for the writer. It is sent to workers, so it must be picklable."""
-
-    @property
-    def name(self) -> str:
-        """Name of the dataset."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of a row: (C, H, W) or (F,)."""
-
-    @property
-    def dtype(self) -> str:
-        """NumPy type of the rows."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Further keys of the manifest, at least `kind` and `image_shape`."""
-
-    @property
-    def attachments(self) -> dict[str, Path]:
-        """Additional files, by their name in the dataset."""
-
-    @property
-    def permuted(self) -> bool:
-        """Whether the rows are already in random order, which is then kept."""
-
-    @property
-    def splits(self) -> Mapping[str, Sequence[ImageRecord]]:
-        """Samples by split."""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of everything that decides the rows."""
-
-    def load_block(self, split: str, rows: Sequence[int]) -> np.ndarray:
-        """Rows of a split, (n, *row_shape)."""
-
-
 def write_dataset(
     source: RowSource,
     out: str | Path,
@@ -84,6 +48,8 @@ def write_dataset(
     seed: int = 0,
     block: int = 512,
     shard_rows: int = 8192,
+    store: Store = "decoded",
+    quality: Quality = LOSSLESS,
     map_tasks: MapTasks | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
@@ -96,8 +62,11 @@ def write_dataset(
         source: images or features by split.
         out: folder of the dataset.
         seed: seed of the permutation of the rows.
-        block: rows per `.npy` member.
+        block: rows per `.npy` member of decoded images and of features.
         shard_rows: rows per tar file.
+        store: `encoded` stores each image as a JPEG or WebP file: as it was read where that gives exactly the prepared
+            pixels, else encoded again.
+        quality: of images that are encoded again: `lossless` (WebP), or 1 to 100 (JPEG).
         map_tasks: runs the shard tasks, for example as Ray tasks; None runs them in this process.
         on_progress: called with (finished shards, all shards).
 
@@ -105,7 +74,7 @@ def write_dataset(
         DataError: the source is empty, the folder contains something else, or it cannot be written.
     """
     out = Path(out)
-    plan = check_dataset(source, out, seed=seed, block=block, shard_rows=shard_rows)
+    plan = check_dataset(source, out, seed=seed, block=block, shard_rows=shard_rows, store=store, quality=quality)
     manifest = finished_manifest(out, plan)
     if manifest is None or (out / PLAN).exists() or (out / LOCK).exists():
         with lock_folder(out, plan):
@@ -117,14 +86,24 @@ def write_dataset(
 
 
 def check_dataset(
-    source: RowSource, out: Path, *, seed: int = 0, block: int = 512, shard_rows: int = 8192
+    source: RowSource,
+    out: Path,
+    *,
+    seed: int = 0,
+    block: int = 512,
+    shard_rows: int = 8192,
+    store: Store = "decoded",
+    quality: Quality = LOSSLESS,
 ) -> dict[str, Any]:
     """Check a source, and that the folder is free for it, as `write_dataset` does; return the plan of the dataset.
 
     Raises:
-        DataError: the source is empty, or the folder contains something else.
+        DataError: the source is empty or cannot be stored so, or the folder contains something else.
     """
-    settings = {"seed": seed, "block": block, "shard_rows": shard_rows}
+    settings: dict[str, Any] = {"seed": seed, "block": block, "shard_rows": shard_rows}
+    if store == "encoded":
+        _check_encodable(source)
+        settings = {"seed": seed, "shard_rows": shard_rows, "store": store, "quality": quality}
     plan = {"source": source.fingerprint, "settings": settings, "schema_version": SCHEMA_VERSION}
     if not any(source.splits.values()):
         raise DataError(f"source {source.name!r} has no images, so nothing was written to {out}; check --source")
@@ -168,6 +147,7 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         **source.about,
         "dtype": source.dtype,
+        **({"store": {"members": "encoded", "quality": settings["quality"]}} if "store" in settings else {}),
         "source_fingerprint": source.fingerprint,
         "settings": settings,
         "settings_fingerprint": sha256_json(settings),
@@ -183,6 +163,17 @@ def _check_shards(source: RowSource, shard_rows: int) -> None:
     if largest > MAX_SHARDS * shard_rows:
         least = -(-largest // MAX_SHARDS)
         raise DataError(f"more than {MAX_SHARDS} shards of {shard_rows} rows; set --rows-per-shard to {least} or more")
+
+
+def _check_encodable(source: RowSource) -> None:
+    shape = " x ".join(map(str, source.row_shape))
+    if source.about["kind"] != "images":
+        raise DataError(f"source {source.name!r}: features are not stored encoded; use --store decoded")
+    if math.prod(source.row_shape) < LEAST_IMAGE_BYTES:
+        size = f"{math.prod(source.row_shape):,} bytes"
+        raise DataError(
+            f"source {source.name!r}: encoding saves nothing on images of {shape} ({size}); use --store decoded"
+        )
 
 
 def _check_names(source: RowSource) -> None:
@@ -216,61 +207,38 @@ def _attach(source: RowSource, out: Path) -> dict[str, Any]:
 
 
 def _split_tasks(
-    source: RowSource, out: Path, split: str, settings: dict[str, int]
-) -> list[tuple[RowSource, str, np.ndarray, str, int]]:
+    source: RowSource, out: Path, split: str, settings: dict[str, Any]
+) -> list[tuple[RowSource, str, np.ndarray, str, dict[str, Any]]]:
     order = _storage_order(source, split, settings["seed"])
     size = settings["shard_rows"]
     chunks = [order[first : first + size] for first in range(0, len(order), size)]
     return [
-        (source, split, rows, str(out / split / f"shard-{number:06d}.tar"), settings["block"])
+        (source, split, rows, str(out / split / f"shard-{number:06d}.tar"), settings)
         for number, rows in enumerate(chunks)
     ]
 
 
-def write_shard(source: RowSource, split: str, rows: np.ndarray, path: str, block: int) -> str:
-    """Write source rows as blocks into one tar file; return its path. This is one task for a worker."""
-    import webdataset as wds
-
-    shard = Path(path).stem
-    owner = {"mtime": 0, "user": "metagmvae", "group": "metagmvae", "mode": 0o644}
-    # Closing it also after an error keeps the destructor of the tar file from printing the error again.
-    with atomic_file(path) as file, closing(wds.TarWriter(file, encoder=False, **owner)) as writer:
-        for number, first in enumerate(range(0, len(rows), block)):
-            values = source.load_block(split, rows[first : first + block].tolist())
-            expected = (len(rows[first : first + block]), *source.row_shape)
-            if values.dtype != np.dtype(source.dtype) or values.shape != expected:
-                raise DataError(f"{path}: rows are {values.dtype} {values.shape}, not {source.dtype} {expected}")
-            header = f'{{"split": "{split}", "block": {number}, "rows": {len(values)}}}'
-            writer.write({"__key__": f"{shard}-{number:06d}", "json": header.encode(), "x.npy": _npy_bytes(values)})
-    return path
-
-
-def _npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, int]) -> dict[str, Any]:
+def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the index of a split from its finished shards; return its part of the manifest."""
     records = source.splits[split]
     order = _storage_order(source, split, settings["seed"])
     class_names = sorted({record.class_name for record in records})
-    size = int(np.prod(source.row_shape)) * np.dtype(source.dtype).itemsize
-    shards, offsets = [], []
+    shards, positions, formats = [], [], Counter[str]()
     for path in sorted((out / split).glob("shard-*.tar")):
         with open(path, "rb") as file:
-            blocks = shard_blocks(file, path)
-        rows_of_blocks = [offset + size * np.arange(shape[0], dtype=np.int64) for offset, shape, _ in blocks]
-        offsets.append((path.name, np.concatenate(rows_of_blocks)))
-        rows = sum(shape[0] for _, shape, _ in blocks)
-        shards.append({"name": path.name, "sha256": sha256_file(path), "rows": rows, "bytes": path.stat().st_size})
+            if "store" in settings:
+                offsets, sizes, used = image_members(file, path)
+                formats += used
+            else:
+                offsets, sizes = block_positions(shard_blocks(file, path))
+        positions.append((path.name, offsets, sizes))
+        size = path.stat().st_size
+        shards.append({"name": path.name, "sha256": sha256_file(path), "rows": len(offsets), "bytes": size})
     write_index(
         out / split / INDEX,
         records,
         order=order,
-        shards=offsets,
-        sample_bytes=size,
+        shards=positions,
         class_names=class_names,
         source_name=source.name,
     )
@@ -278,5 +246,6 @@ def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, 
         "samples": len(records),
         "classes": len(class_names),
         "index_sha256": sha256_file(out / split / INDEX),
+        **({"formats": dict(sorted(formats.items()))} if "store" in settings else {}),
         "shards": shards,
     }

@@ -99,7 +99,8 @@ def open_folder(
     for image in intact:
         folder = (image.split, image.folder)
         split = split_of.get(folder, image.split)
-        record = ImageRecord(image.key, class_of.get(folder, ""), partial(load, image.file.name))
+        read = partial(read_entry, str(source), image.file.name)
+        record = ImageRecord(image.key, class_of.get(folder, ""), partial(load, image.file.name), read)
         splits.setdefault(split, []).append(record)
         content.append((split, Entry(image.key, image.file.crc, image.file.size)))
     splits = {split: splits[split] for split in SPLITS if split in splits}

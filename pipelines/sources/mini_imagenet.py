@@ -40,6 +40,8 @@ class LabelledImage(NamedTuple):
     label: str
     entry: Entry
     load: Callable[[], np.ndarray]
+    read: Callable[[], bytes] | None
+    """Content of its file; None for an image of a cache."""
 
 
 def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missing: bool = False) -> ImageSource:
@@ -69,7 +71,10 @@ def open_mini_imagenet(source: str | None = None, *, size: int = 84, allow_missi
     if report["missing"] and not allow_missing:
         problems = "; ".join(report["missing"])
         raise DataError(f"{source}: {problems}; download it again, or use it with --allow-missing")
-    splits = {split: [ImageRecord(i.entry.name, i.label, i.load) for i in part] for split, part in images.items()}
+    splits = {
+        split: [ImageRecord(image.entry.name, image.label, image.load, image.read) for image in part]
+        for split, part in images.items()
+    }
     content = [(split, image.entry) for split, part in images.items() for image in part]
     fingerprint = source_fingerprint("mini-imagenet", content, options)
     files = files_report(read, layout.left_out, [])
@@ -99,6 +104,7 @@ def _images_of_cache(path: str, size: int) -> list[LabelledImage]:
             label,
             Entry(f"{label}/{row:05d}", cache.checksum(row), cache.images[row].nbytes),
             partial(load_cached, path, row, size),
+            None,
         )
         for label, rows in sorted(cache.classes.items())
         for row in rows
@@ -111,6 +117,7 @@ def _images_of_files(files: list[tuple[str, LocatedEntry]], size: int) -> list[L
             label,
             Entry(f"{label}/{file.path.name}", file.entry.crc, file.entry.size),
             partial(load_file, file, size),
+            partial(read_entry, file.root, file.entry.name),
         )
         for label, file in sorted(files, key=lambda item: (item[0], item[1].path.name))
     ]
