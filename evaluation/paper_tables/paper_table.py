@@ -61,6 +61,8 @@ class Cell(_Part):
     settings: str
     """Preset and its changes; empty: there is no such system for this dataset."""
     preset_exists: bool
+    full_steps: int
+    """Steps of meta-training in the preset; 0: none, or there is no such preset."""
     status: Literal["run", "not run", "no such system"]
     ours: OurResult | None
 
@@ -117,6 +119,7 @@ def table_document(
         recipe = row.recipes.get(column)
         found = results_of(folder, recipe, column, row.mode, data, budget_s) if recipe else []
         ours = _ours(found) if found else None
+        settings = recipe_settings(recipe) if recipe else None
         return Cell(
             dataset=column.dataset,
             way=column.way,
@@ -124,7 +127,8 @@ def table_document(
             paper=row.paper.get(column),
             paper_ci95=row.paper_ci95.get(column),
             settings=recipe.label if recipe else "",
-            preset_exists=recipe is not None and recipe_settings(recipe) is not None,
+            preset_exists=settings is not None,
+            full_steps=settings.train.steps if settings else 0,
             status="no such system" if recipe is None else "not run" if ours is None else "run",
             ours=ours,
         )
@@ -209,7 +213,13 @@ def _hardware(environment: dict[str, object]) -> str:
 
 def markdown_document(document: TableDocument) -> str:
     """Lay out the parts of a document as Markdown tables; of each system one line of the paper and one of ours."""
-    return "\n\n".join(f"**Table {document.table}: {part.title}**\n\n{_markdown(part)}" for part in document.parts)
+    tables = [f"**Table {document.table}: {part.title}**\n\n{_markdown(part)}" for part in document.parts]
+    shown = "all results" if document.budget_s is None else f"results with a budget of {document.budget_s:,.0f} s"
+    note = (
+        "Accuracy in percent ± its 95% interval over episodes, or ± the standard deviation over trainings. "
+        f"Ours: {shown} in {markdown_text(document.results)}; {document.not_run} of {document.cells} are not run."
+    )
+    return "\n\n".join([*tables, note])
 
 
 def _markdown(part: DocumentPart) -> str:
@@ -222,7 +232,7 @@ def _markdown(part: DocumentPart) -> str:
     lines = []
     for row in part.rows:
         lines.append([f"**{markdown_text(row.name)}**", "paper", *map(_paper_text, row.cells), "", ""])
-        ran = [cell.ours for cell in row.cells if cell.ours is not None]
+        ran = [cell for cell in row.cells if cell.ours is not None]
         made = _unique(
             f"{markdown_code(c.settings)}{'' if c.preset_exists else ' (no such preset)'}" for c in row.cells
         )
@@ -256,15 +266,21 @@ def _our_text(cell: Cell) -> str:
     return percent(cell.ours.accuracy, cell.ours.spread)
 
 
-def _protocol(ours: OurResult) -> str:
+def _protocol(cell: Cell) -> str:
+    ours = cell.ours
+    assert ours is not None
     notes = [ours.mode, *([ours.data_split] if ours.data_split else []), f"{ours.episodes:,} episodes"]
     notes += ["checkpoint chosen with validation labels"] if ours.chosen_by_validation else []
     notes += [f"{ours.trainings} trainings"] if ours.trainings > 1 else []
     return ", ".join(map(markdown_text, notes))
 
 
-def _compute(ours: OurResult) -> str:
-    steps = f"{ours.pretrain_steps:,} + {ours.steps:,} steps" if ours.pretrain_steps else f"{ours.steps:,} steps"
+def _compute(cell: Cell) -> str:
+    """Steps of pre-training and meta-training, the latter of how many, then seconds, budget and hardware."""
+    ours = cell.ours
+    assert ours is not None
+    steps = f"{ours.pretrain_steps:,} + " if ours.pretrain_steps else ""
+    steps += f"{ours.steps:,}" + (f" of {cell.full_steps:,}" if ours.steps < cell.full_steps else "") + " steps"
     notes = [steps] + ([f"{ours.seconds:,.0f} s"] if ours.seconds is not None else [])
     notes += [f"budget {ours.budget_s:,.0f} s"] if ours.budget_s is not None else []
     return ", ".join(map(markdown_text, [*notes, ours.hardware] if ours.hardware else notes))

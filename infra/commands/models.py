@@ -8,7 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
-from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file, progress_bar
+from metagmvae.infra.commands.parsing import (
+    DRY_RUN_HELP,
+    Answer,
+    FailedAnswer,
+    Parsers,
+    add_command,
+    add_tracking,
+    output_file,
+    progress_bar,
+)
 
 LOG = logging.getLogger(__name__)
 MODEL_HELP = "run folder, checkpoint file, model package, or registered model (models:/name@alias)"
@@ -56,15 +65,40 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files")
     add_tracking(parser)
 
-    example = "metagmvae table omniglot-cpu --results evaluation/results"
-    description = "print recorded results next to the paper's as a Markdown table"
-    parser = add_command(parsers, "table", table, description, example)
-    help_text = "name of a model; its results are the files NAME-5way-1shot.json and so on"
-    parser.add_argument("names", metavar="NAME", nargs="*", help=help_text)
+    example = "metagmvae table 1 --run --data data/omniglot --budget 5m"
+    description = "print recorded results next to the paper's as a Markdown table: of models, or Table 1, 2 or 10"
+    parser = add_command(parsers, "table", table, description, example, "the same command continues")
+    help_text = "name of a model; its results are the files NAME-5way-1shot.json and so on. Or 1, 2 or 10: this table "
+    help_text += "of the paper, with the results in the folder whose settings are those of its rows"
+    parser.add_argument("names", metavar="NAME|1|2|10", nargs="*", help=help_text)
     help_text = "folder of the result files (default: evaluation/results)"
     parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
     help_text = "write all tables of README.md and evaluation/results/README.md in place instead"
     parser.add_argument("--write", action="store_true", help=help_text)
+    paper = parser.add_argument_group("tables of the paper")
+    help_text = "only results on this dataset and split of its classes; may be repeated for several datasets"
+    paper.add_argument("--data", action="append", default=[], metavar="URI", help=help_text)
+    help_text = (
+        "only results whose training was planned for this time, such as 90s, 5m or 1h. With --run: time for the "
+    )
+    help_text += "steps of each training (default with --run: 5m); encoding, clustering and evaluation are not counted"
+    paper.add_argument("--budget", metavar="TIME", help=help_text)
+    help_text = "train and evaluate on --data what has no result with this budget, the smallest training first; run "
+    help_text += "again, it continues"
+    paper.add_argument("--run", action="store_true", dest="run_rows", help=help_text)
+    paper.add_argument("--dry-run", action="store_true", help=f"with --run: {DRY_RUN_HELP}")
+    help_text = "with --run: folder of the run folders (default: runs/tables)"
+    paper.add_argument("--out", default="runs/tables", metavar="DIR", help=help_text)
+    help_text = "with --run: episodes of each evaluation (default: 1000)"
+    paper.add_argument("--episodes", type=int, default=1000, metavar="N", help=help_text)
+    help_text = "with --run: number of rows trained at the same time as Ray tasks (default: 0, one after another in "
+    help_text += "this process without Ray)"
+    paper.add_argument("--workers", type=int, default=0, metavar="N", help=help_text)
+    help_text = "Ray cluster for --workers: host:port, auto or local (default: RAY_ADDRESS, else a new one here)"
+    paper.add_argument("--address", default="", help=help_text)
+    help_text = "with --run: for example train.seed=1 or tracking.enabled=false; may be repeated"
+    paper.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
+    add_tracking(parser)
 
 
 def classify(arguments: Namespace) -> Answer:
@@ -149,7 +183,58 @@ def table(arguments: Namespace) -> Answer:
     """Run `metagmvae table`."""
     from metagmvae.evaluation.comparison.readme import write_pages
     from metagmvae.evaluation.comparison.results_table import results_table
+    from metagmvae.pipelines.records import DataError
 
+    if len(arguments.names) == 1 and arguments.names[0].isdecimal() and not arguments.write:
+        return _paper_table(arguments, int(arguments.names[0]))
+    given = {"--data": arguments.data, "--budget": arguments.budget, "--set": arguments.overrides}
+    given |= {"--run": arguments.run_rows, "--dry-run": arguments.dry_run}
+    if used := [option for option, value in given.items() if value]:
+        raise DataError(f"{used[0]}: is for a table of the paper; give its number: metagmvae table 1")
     if arguments.write:
         return {"changed": write_pages()}
     return {"table": results_table(Path(arguments.results), arguments.names)}
+
+
+def _paper_table(arguments: Namespace, number: int) -> Answer:
+    """Run `metagmvae table 1|2|10`."""
+    from metagmvae.evaluation.paper_tables.match_results import read_result_folder
+    from metagmvae.evaluation.paper_tables.paper_table import markdown_document, table_document
+    from metagmvae.evaluation.paper_tables.table_rows import table_parts
+    from metagmvae.infra.fitting.fit_plan import parse_budget
+    from metagmvae.infra.tables.table_jobs import TableRequest, open_data
+    from metagmvae.pipelines.records import DataError
+
+    parts, results = table_parts(number), Path(arguments.results)
+    if arguments.dry_run and not arguments.run_rows:
+        raise DataError("--dry-run: says what --run would do; give both")
+    budget_s = parse_budget(arguments.budget or "5m") if arguments.budget or arguments.run_rows else None
+    given = open_data(arguments.data, parts)
+    answer: Answer = {}
+    if arguments.run_rows:
+        from metagmvae.infra.commands.data import task_mapper
+        from metagmvae.infra.tables.table_run import run_table
+
+        assert budget_s is not None
+        request = TableRequest(
+            number,
+            tuple(arguments.data),
+            results,
+            Path(arguments.out),
+            budget_s,
+            arguments.episodes,
+            tuple(arguments.overrides),
+            arguments.workers,
+        )
+        mapper = partial(task_mapper, arguments, gpu=True)
+        answer = run_table(request, parts, given, mapper, dry_run=arguments.dry_run)
+        if arguments.dry_run:
+            return FailedAnswer(answer) if answer["failed"] else answer
+    elif arguments.overrides:
+        raise DataError(f"--set {arguments.overrides[0]}: is for the trainings of --run; give it too")
+    images = [data.images for data in given]
+    document = table_document(number, parts, read_result_folder(results), results, images, budget_s)
+    answer |= {"table": markdown_document(document)}
+    if arguments.json:
+        answer["document"] = document.model_dump(mode="json")
+    return FailedAnswer(answer) if answer.get("failed") else answer

@@ -11,7 +11,7 @@ import torch
 
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
-from metagmvae.infra.runs.training_inputs import select_device
+from metagmvae.infra.runs.training_inputs import load_inputs, select_device
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
@@ -58,28 +58,57 @@ class _Stopwatch(RunContext):
 
 
 def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
-    """Train a few steps of both stages on some training images, and throw the result away."""
-    count = min(len(dataset.images("train")), max(MEASURED_IMAGES, settings.pretrain.batch))
-    images = np.asarray(dataset.images("train")[np.arange(count)])
-    pretrain_steps, meta_steps = MEASURED_STEPS
-    few = settings.model_copy(
-        update={
-            "pretrain": settings.pretrain.model_copy(update={"steps": pretrain_steps}),
-            "train": settings.train.model_copy(
-                update={"steps": meta_steps, "log_every": 1, "checkpoint_every": pretrain_steps + meta_steps}
-            ),
-        }
-    )
+    """Train a few steps of the stages on some training rows, and throw the result away.
+
+    A stage that the settings do not have takes 0 seconds.
+
+    Raises:
+        SettingsError: the settings name another encoder than that of a dataset of features.
+        DataError: the dataset has no training split, or its encoder is missing.
+    """
+    inputs = load_inputs(settings, dataset)
+    settings, split = inputs.settings, inputs.settings.data.train_split
+    task = settings.method.shot + settings.method.query
+    rows = dataset.rows(split)
+    count = min(len(rows), max(MEASURED_IMAGES, settings.pretrain.batch, settings.method.way * task))
+    few = _few_steps(settings)
     watch = _Stopwatch(select_device(settings))
     if watch.device.type == "cpu":
         keep_freed_memory()
-    train(few, images, dataset.image_shape, dataset.fingerprint, watch)
+    train(
+        few,
+        np.asarray(rows[np.arange(count)]),
+        inputs.image_shape,
+        dataset.fingerprint,
+        watch,
+        encoder=inputs.encoder.model.encoder.state_dict() if inputs.encoder else None,
+        labels=np.arange(count) % max(1, count // task),
+    )
     pretrain, meta = watch.times["pretrain"], watch.times["meta"]
-    pretrain_step_s = statistics.median(np.diff(pretrain[pretrain_steps // 2 :]))
-    meta_step_s = statistics.median(np.diff(meta[meta_steps // 2 :]))
+    meta_step_s = _step_s(meta)
     # Between the stages the images are encoded and the model is initialised from their statistics.
-    encode_s = max(meta[0] - pretrain[-1] - meta_step_s, 0.0) / count
-    return Speed(str(watch.device), float(pretrain_step_s), float(meta_step_s), encode_s)
+    encode_s = max(meta[0] - pretrain[-1] - meta_step_s, 0.0) / count if meta and pretrain else 0.0
+    return Speed(str(watch.device), _step_s(pretrain), meta_step_s, encode_s)
+
+
+def _few_steps(settings: Settings) -> Settings:
+    """The same training with a few steps of each stage, and classes that are as fast as clusters and need none."""
+    pretrain, meta = MEASURED_STEPS
+    changes = {"steps": min(settings.train.steps, meta), "log_every": 1, "checkpoint_every": pretrain + meta}
+    tasks = "labels" if settings.method.tasks == "clusters" else settings.method.tasks
+    return settings.model_copy(
+        update={
+            "method": settings.method.model_copy(update={"tasks": tasks}),
+            "pretrain": settings.pretrain.model_copy(update={"steps": min(settings.pretrain.steps, pretrain)}),
+            "train": settings.train.model_copy(update=changes),
+        }
+    )
+
+
+def _step_s(times: list[float]) -> float:
+    """The median time between two steps in the later half."""
+    between = np.diff(times[len(times) // 2 :])
+    return float(statistics.median(between)) if len(between) else 0.0
 
 
 def measure_episode_s(way: int, shot: int, query: int) -> float:

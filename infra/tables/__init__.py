@@ -1,0 +1,1 @@
+"""`metagmvae table 1|2|10 --run`: trains and evaluates the rows of the paper's tables that have no result yet."""

@@ -1,0 +1,166 @@
+"""Runs one job of `metagmvae table --run`: train for the budget, evaluate, write the result files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from metagmvae.configs.load import load_settings, settings_from_json, to_json
+from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.result_record import result_origin, result_record
+from metagmvae.evaluation.paper_tables.match_results import QUERY, SPLIT, compared_settings
+from metagmvae.evaluation.provenance import COMMAND
+from metagmvae.infra.fitting.fit_schedule import LEAST_STEPS, MOST_CHECKPOINT_S, SAFETY
+from metagmvae.infra.runs.run_folder import SETTINGS, read_settings
+from metagmvae.infra.runs.status import read_status
+from metagmvae.infra.runs.training_inputs import load_inputs
+from metagmvae.infra.runs.training_speed import measure_speed
+from metagmvae.infra.tables.table_jobs import Evaluation, TableJob
+from metagmvae.infra.tracking.run_results import save_results
+from metagmvae.infra.workflows.run_training import load_run_settings, run_training
+from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer.package import LoadedModel, load_model
+
+LOG = logging.getLogger(__name__)
+OWN_OVERRIDES = ("validation.calibration_episodes=0", "run.figures=false", "tracking.register_as=")
+"""The model of a row is neither calibrated nor registered."""
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a job ended."""
+
+    name: str
+    rows: tuple[str, ...]
+    run_dir: Path
+    files: tuple[str, ...]
+    """Result files that it wrote."""
+    seconds: float
+    error: str
+    """Empty: it succeeded."""
+
+
+def run_job(job: TableJob, command: Sequence[str]) -> JobOutcome:
+    """Do what is left of a job. An error ends this job only, and is reported in the outcome.
+
+    Args:
+        job: the training and its evaluations.
+        command: words of the command that runs it, for the records.
+    """
+    started = time.monotonic()
+    token = COMMAND.set(tuple(command))
+    files: list[str] = []
+    error = ""
+    try:
+        _train(job)
+        for file in _evaluate(job):
+            files.append(file)
+    except Exception as failure:
+        LOG.debug("%s", job.name, exc_info=True)
+        known = type(failure).__module__.startswith("metagmvae.")
+        lines = str(failure).splitlines() or [type(failure).__name__]
+        error = lines[0] if known else f"{type(failure).__name__}: {lines[0]}"
+    finally:
+        COMMAND.reset(token)
+    return JobOutcome(job.name, job.rows, job.run_dir, tuple(files), time.monotonic() - started, error)
+
+
+def _train(job: TableJob) -> None:
+    """Train, or continue where an earlier call was stopped.
+
+    Raises:
+        DataError: the run folder is of other settings; and the errors of `run_training`.
+    """
+    begun = (job.run_dir / SETTINGS).exists()
+    if begun:
+        _check_run_folder(job)
+        if read_status(job.run_dir)[0] == "FINISHED":
+            return
+        settings = load_run_settings(job.run_dir)
+    else:
+        settings = planned_settings(job)
+    LOG.info("%s: %d + %d steps", job.name, settings.pretrain.steps, settings.train.steps)
+    run_training(settings, resume=begun, quiet=True)
+
+
+def _check_run_folder(job: TableJob) -> None:
+    """Check that the run folder is of this preset as it is now."""
+    changed = _changed(read_settings(job.run_dir), load_settings(job.preset, job.overrides))
+    if changed:
+        raise DataError(f"{job.run_dir}: was trained with other settings ({', '.join(changed)}); delete it")
+
+
+def _changed(ours: Settings, theirs: Settings) -> list[str]:
+    """Names of the compared settings that differ."""
+    a, b = (compared_settings(json.loads(settings.model_dump_json())) for settings in (ours, theirs))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def planned_settings(job: TableJob) -> Settings:
+    """Return the settings of the training, with as many steps as take the budget on this machine.
+
+    All stages get the same fraction of their steps. The time of a step is measured on a few steps.
+
+    Raises:
+        DataError: the features of the dataset were made with another encoder than that of the row.
+    """
+    overrides = [*job.overrides, *OWN_OVERRIDES, f"data.uri={json.dumps(job.data)}"]
+    overrides += [f"run.out={json.dumps(str(job.run_dir))}"]
+    settings = load_settings(job.preset, overrides)
+    dataset = Dataset.open(job.data)
+    if other := _changed(settings, load_inputs(settings, dataset).settings):
+        raise DataError(
+            f"{job.data}: its encoder is not that of the row ({', '.join(other)} differ); give other features"
+        )
+    speed = measure_speed(settings, dataset)
+    full_s = settings.pretrain.steps * speed.pretrain_step_s + settings.train.steps * speed.meta_step_s
+    fraction = min(1.0, SAFETY * job.budget_s / full_s) if full_s else 1.0
+    steps = {
+        key: min(full, max(LEAST_STEPS, int(fraction * full)))
+        for key, full in (("pretrain.steps", settings.pretrain.steps), ("train.steps", settings.train.steps))
+    }
+    slowest_s = max(speed.pretrain_step_s, speed.meta_step_s)
+    every = max(1, min(settings.train.checkpoint_every, int(MOST_CHECKPOINT_S / slowest_s))) if slowest_s else 1
+    overrides += [f"{key}={number}" for key, number in steps.items()] + [f"train.checkpoint_every={every}"]
+    # The last checkpoint is evaluated; where a preset selects the best one, it is validated once, at the end.
+    validated = 0 if settings.train.selection == "last" else steps["train.steps"]
+    return load_settings(job.preset, [*overrides, f"validation.every={validated}"])
+
+
+def _evaluate(job: TableJob) -> Iterator[str]:
+    """Evaluate each task and write its file; yield the names of the files."""
+    dataset = Dataset.open(job.data)
+
+    def kind(evaluation: Evaluation) -> tuple[object, ...]:
+        return evaluation.adapt, evaluation.mode, evaluation.baselines, evaluation.shot
+
+    for _, group in groupby(sorted(job.evaluations, key=kind), key=kind):
+        evaluations = list(group)
+        first = evaluations[0]
+        loaded = _adapted(load_model(job.run_dir, shot=first.shot), first.adapt)
+        tasks = [
+            {"way": e.way, "shot": e.shot, "query": QUERY, "episodes": job.episodes, "seed": 0} for e in evaluations
+        ]
+        results = evaluate_model(
+            loaded, dataset, tasks, split=SPLIT, mode=first.mode, baselines=first.baselines, name=job.name
+        )
+        if not first.adapt:  # stored results of a run are those of its own settings
+            about = {"split": SPLIT, "data": dataset.uri, "data_fingerprint": dataset.fingerprint}
+            save_results(job.run_dir, SPLIT, results, about | result_origin(loaded, dataset))
+        for evaluation, result in zip(evaluations, results, strict=True):
+            record = result_record(loaded, dataset, SPLIT, str(job.run_dir), result) | {"budget_s": job.budget_s}
+            file = job.results / f"{job.name}{evaluation.suffix}"
+            write_json(file, record)
+            yield file.name
+
+
+def _adapted(loaded: LoadedModel, adapt: Sequence[str]) -> LoadedModel:
+    return replace(loaded, settings=settings_from_json(to_json(loaded.settings), adapt)) if adapt else loaded

@@ -1,0 +1,325 @@
+"""`metagmvae table NUMBER --run`: trains and evaluates what is missing within the budget; a second call continues."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from metagmvae.configs.load import load_settings
+from metagmvae.evaluation.paper_tables import table_rows
+from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart, TableRow
+from metagmvae.infra.cli import main
+from metagmvae.infra.runs import training_speed
+from metagmvae.infra.runs.run_folder import read_settings
+from metagmvae.infra.runs.training_speed import Speed, measure_speed
+from metagmvae.infra.tables import run_job as run_job_module
+from metagmvae.infra.tables.run_job import planned_settings
+from metagmvae.infra.tables.table_jobs import TableJob, _new_job
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.trainer import loop
+from metagmvae.training.trainer.checkpoint import load_state
+
+COLUMNS = (Column("glyphs", 5, 1), Column("glyphs", 3, 1))
+SMALL = """
+name = "{name}"
+[model]
+channels = 4
+width = 8
+heads = 2
+latent = 4
+layers = 1
+[adapt]
+samples = 2
+iterations = 2
+"""
+GENERATIVE = """
+[train]
+steps = 200
+set_size = 30
+samples = 2
+batch = 1
+components = 3
+"""
+PROTONETS = """
+[method]
+name = "protonets"
+tasks = "labels"
+query = 3
+[train]
+steps = 100
+batch = 2
+"""
+STEP_S = 2.0
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> Path:
+    """Table 1 of two glyph rows, of three trainings, and a fourth row without a preset; a step takes two seconds."""
+
+    def preset(name: str, text: str) -> str:
+        (tmp_path / f"{name}.toml").write_text(SMALL.format(name=name) + text)
+        return str(tmp_path / f"{name}.toml")
+
+    generative, protonets = preset("small-gmvae", GENERATIVE), preset("small-protonets", PROTONETS)
+
+    def row(key, mode, recipe):
+        return TableRow(key, key, mode, {COLUMNS[0]: 50.0}, {}, dict.fromkeys(COLUMNS, recipe))
+
+    identity = Recipe(generative, (), ("adapt.e_step=identity",))
+    rows = (
+        row("gmvae", "transductive", Recipe(generative)),
+        row("gmvae, identity", "transductive", identity),
+        row("protonets", "inductive", Recipe(protonets)),
+        row("nothing", "inductive", Recipe("no-such-preset")),
+    )
+    monkeypatch.setattr(table_rows, "paper_tables", lambda: {1: (TablePart("Glyphs", COLUMNS, rows),)})
+    monkeypatch.setattr(run_job_module, "measure_speed", lambda settings, dataset: Speed("cpu", STEP_S, STEP_S, 0.0))
+    return tmp_path
+
+
+def words(folder: Path, data: Path, *more: str, budget: str = "48s") -> list[str]:
+    places = ["--data", str(data), "--results", str(folder / "results"), "--out", str(folder / "runs")]
+    return ["table", "1", "--run", "--budget", budget, "--episodes", "5", *places, *more, "--json"]
+
+
+UNTRACKED = ("--set", "tracking.enabled=false")
+
+
+def answer_of(capsys, request: list[str], code: int) -> dict:
+    capsys.readouterr()
+    assert main(request) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def trained_steps(folder: Path) -> dict[str, int]:
+    runs = sorted((folder / "runs").glob("small-*"))
+    return {run.name.split("-48s")[0][:-7]: read_settings(run).train.steps for run in runs}
+
+
+def test_runs_what_is_missing_and_names_what_fails(table, data, capsys):
+    first = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    # 0.85 of 48 s at two seconds a step; the row with other settings of `adapt` shares its training.
+    assert trained_steps(table) == {"small-gmvae": 20, "small-protonets": 20}
+    fingerprint = Dataset.open(data).fingerprint[:6]
+    stems = [f"small-protonets-{fingerprint}-48s-seed0", f"small-gmvae-{fingerprint}-48s-seed0"]
+    assert [row["settings"] for row in first["ran"]] == stems, "the smallest training comes first"
+    files = {file for row in first["ran"] for file in row["files"]}
+    assert files == {path.name for path in (table / "results").iterdir()}
+    assert len(files) == 6
+    (failed,) = first["failed"]
+    assert failed == {"system": "nothing", "settings": "no-such-preset", "reason": "there is no such preset"}
+    statuses = [[cell["status"] for cell in row["cells"]] for row in first["document"]["parts"][0]["rows"]]
+    assert statuses == [["run", "run"]] * 3 + [["not run", "not run"]]
+    cell = first["document"]["parts"][0]["rows"][0]["cells"][0]
+    assert (cell["ours"]["budget_s"], cell["ours"]["steps"], cell["ours"]["episodes"]) == (48, 20, 5)
+    record = json.loads((table / "results" / cell["ours"]["files"][0]).read_text())
+    assert record["settings"]["method"]["name"] == "meta-gmvae"
+    again = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    assert (again["ran"], again["done_before"]) == ([], 6)
+    assert again["table"] == first["table"]
+
+
+def test_another_budget_and_another_seed_are_other_trainings(table, data, capsys):
+    answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    other = answer_of(capsys, words(table, data, *UNTRACKED, "--dry-run", budget="50s"), 1)
+    assert [row["tasks"] for row in other["would_run"]] == [2, 4]
+    seeded = answer_of(capsys, words(table, data, *UNTRACKED, "--set", "train.seed=1"), 1)
+    assert len(seeded["ran"]) == 2
+    cell = seeded["document"]["parts"][0]["rows"][0]["cells"][0]["ours"]
+    assert cell["trainings"] == 2
+
+
+def test_stopped_training_continues_and_gives_the_same_weights(table, data, capsys, monkeypatch):
+    """A signal arrives in step 7 of the first training."""
+    record, seen = loop._record, []
+
+    def recorded(stage, hooks, context, window, step):
+        if step == 7 and not seen:
+            seen.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return record(stage, hooks, context, window, step)
+
+    monkeypatch.setattr(loop, "_record", recorded)
+    assert main(words(table, data, *UNTRACKED)) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert list((table / "results").iterdir()) == []
+    (run,) = (table / "runs").glob("small-protonets*")
+    assert load_state(run / "checkpoint.pt")["step"] < 20
+
+    def speed(settings, dataset):
+        assert settings.name == "small-gmvae", "the steps of a training that has begun are not planned again"
+        return Speed("cpu", STEP_S, STEP_S, 0.0)
+
+    monkeypatch.setattr(run_job_module, "measure_speed", speed)
+    assert len(answer_of(capsys, words(table, data, *UNTRACKED), 1)["ran"]) == 2
+    stopped = load_state(run / "checkpoint.pt")["model"]
+    monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", STEP_S, STEP_S, 0.0))
+    (table / "other").mkdir()
+    places = words(table, data, *UNTRACKED, "--out", str(table / "other"), "--results", str(table / "other-results"))
+    answer_of(capsys, places, 1)
+    (uninterrupted,) = (table / "other").glob("small-protonets*")
+    expected = load_state(uninterrupted / "checkpoint.pt")["model"]
+    assert all(torch.equal(stopped[key], expected[key]) for key in expected)
+
+
+def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, capsys, monkeypatch):
+    evaluate, trainings, calls = run_job_module.evaluate_model, [], []
+    train = run_job_module.run_training
+
+    def stopped_once(*arguments, **options):
+        calls.append(options["name"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    def counted(settings, **options):
+        trainings.append(settings.name)
+        return train(settings, **options)
+
+    monkeypatch.setattr(run_job_module, "evaluate_model", stopped_once)
+    monkeypatch.setattr(run_job_module, "run_training", counted)
+    assert main(words(table, data, *UNTRACKED)) == 130
+    assert len(list((table / "results").iterdir())) == 2
+    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    assert trainings == ["small-protonets", "small-gmvae"]
+    assert (answer["done_before"], answer["document"]["not_run"]) == (2, 2)
+
+
+def test_error_of_one_row_loses_no_other(table, data, capsys, monkeypatch):
+    train = run_job_module.run_training
+
+    def failing(settings, **options):
+        if settings.name == "small-protonets":
+            raise RuntimeError("out of memory\nsecond line")
+        return train(settings, **options)
+
+    monkeypatch.setattr(run_job_module, "run_training", failing)
+    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    assert len(answer["ran"]) == 1
+    reasons = {row["system"]: row["reason"] for row in answer["failed"]}
+    assert reasons == {"protonets": "RuntimeError: out of memory", "nothing": "there is no such preset"}
+    assert answer["document"]["not_run"] == 4
+
+
+def test_changed_preset_is_refused_instead_of_continued(table, data, capsys):
+    answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    file = table / "small-protonets.toml"
+    file.write_text(file.read_text().replace("query = 3", "query = 4"))
+    from metagmvae.evaluation.paper_tables import match_results
+
+    match_results.recipe_settings.cache_clear()
+    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    (reason,) = [row["reason"] for row in answer["failed"] if row["system"] == "protonets"]
+    assert reason.endswith("was trained with other settings (method.query); delete it")
+
+
+def test_dry_run_writes_nothing(table, data, capsys):
+    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--dry-run"), 1)
+    assert [row["tasks"] for row in answer["would_run"]] == [2, 4]
+    assert not (table / "results").exists()
+    assert not (table / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.width=3", "would change the model of the rows"),
+        ("adapt.samples=3", "would change the model of the rows"),
+        ("train.steps=3", "train.steps follows from --budget"),
+        ("run.out=x", "run.out follows from --budget"),
+        ("run.engine=ray", "with --workers each training is a Ray task already"),
+    ],
+)
+def test_settings_of_the_rows_cannot_be_changed(table, data, capsys, override, message):
+    assert main(words(table, data, "--workers", "1", "--set", override)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("--workers", "-1"), ("--episodes", "0")])
+def test_numbers_out_of_range_are_refused(table, data, capsys, option, value):
+    assert main(words(table, data, option, value)) == 2
+    assert f"{option} is {value}" in capsys.readouterr().err
+
+
+def test_two_datasets_of_the_same_images_are_refused(table, data, capsys):
+    assert main(words(table, data, "--data", str(data))) == 2
+    assert "is the second dataset of images of glyphs" in capsys.readouterr().err
+
+
+def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overrides: str) -> TableJob:
+    from metagmvae.infra.tables.table_jobs import TableRequest
+
+    request = TableRequest(1, (str(data),), tmp_path / "results", tmp_path / "runs", budget_s, 5, overrides)
+    settings = load_settings(config, overrides)
+    return _new_job(Recipe(str(config)), settings, Dataset.open(data), 1, request)
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "pretrain", "meta"),
+    [
+        (588.2353, 200, 100),  # 0.85 of it is half of the 400 x 2 s + 200 x 1 s of the full schedule
+        (10_000, 400, 200),  # never more than the full schedule
+        (1, 20, 20),  # never fewer than 20
+    ],
+)
+def test_steps_are_the_same_fraction_of_every_stage(data, tmp_path, monkeypatch, budget_s, pretrain, meta):
+    monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", 2.0, 1.0, 0.0))
+    settings = planned_settings(job("omniglot-cpu", data, tmp_path, budget_s))
+    assert (settings.pretrain.steps, settings.train.steps) == (pretrain, meta)
+    assert settings.train.checkpoint_every == 30  # a minute of the slower steps
+    assert (settings.validation.every, settings.validation.calibration_episodes) == (0, 0)
+
+
+def test_presets_that_choose_a_checkpoint_are_validated_once_at_the_end(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", 0.0, 1.0, 0.0))
+    settings = planned_settings(job("omniglot-5way", data, tmp_path, 100))
+    assert (settings.train.selection, settings.train.steps, settings.validation.every) == ("best", 85, 85)
+
+
+def test_speed_of_each_stage_is_measured(data, monkeypatch):
+    monkeypatch.setattr(training_speed, "MEASURED_STEPS", (3, 3))
+    small = ["model.channels=4", "model.width=8", "model.heads=2", "model.latent=4", "train.set_size=20"]
+    only_meta = measure_speed(load_settings("omniglot-5way", [*small, "train.batch=1"]), Dataset.open(data))
+    assert only_meta.pretrain_step_s == only_meta.encode_s == 0
+    assert only_meta.meta_step_s > 0
+    both = [*small, "train.components=2", "pretrain.batch=16"]
+    speed = measure_speed(load_settings("omniglot-cpu", both), Dataset.open(data))
+    assert min(speed.pretrain_step_s, speed.meta_step_s) > 0
+    tasks = ["method.name=protonets", "method.tasks=clusters", "method.query=3", "pretrain.steps=4"]
+    clusters = measure_speed(load_settings("omniglot-cpu", [*both, *tasks]), Dataset.open(data))
+    assert min(clusters.pretrain_step_s, clusters.meta_step_s) > 0
+
+
+@pytest.mark.mlflow
+def test_rows_are_children_of_one_mlflow_run(table, data, capsys):
+    import mlflow_template
+
+    from metagmvae.infra.tracking.store import connect
+
+    store = mlflow_template.new_store(table / "mlflow")
+    tracked = ("--set", f"tracking.store={store.store}", "--set", "tracking.experiment=tables")
+    answer_of(capsys, words(table, data, *tracked), 1)
+    answer_of(capsys, words(table, data, *tracked, "--set", "train.seed=1"), 1)
+    client = connect(store).client
+    experiment = client.get_experiment_by_name("tables").experiment_id
+    runs = client.search_runs([experiment])
+    (parent,) = [run for run in runs if run.data.tags.get("metagmvae.table") == "1"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(runs) - 1 == 4
+    assert parent.info.status == "FINISHED"
+    assert all(
+        "test/5w1s/transductive" in run.data.metrics or "test/5w1s/inductive" in run.data.metrics for run in children
+    )
+
+
+@pytest.mark.ray
+def test_rows_run_as_ray_tasks(table, data, capsys):
+    """The time of a step is measured in the tasks, which are other processes."""
+    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--workers", "2", budget="1s"), 1)
+    assert len(answer["ran"]) == 2
+    assert answer["document"]["not_run"] == 2
