@@ -96,7 +96,8 @@ def test_every_number_of_the_paper_has_settings_and_both_ways_of_training():
     assert rows["meta-gmvae"].recipes[five].preset == "omniglot-5way-paper"
     assert rows["meta-gmvae"].recipes[twenty].preset == "omniglot-20way-paper"
     assert rows["umtra"].recipes[five] == Recipe("omniglot-umtra")
-    assert rows["umtra"].recipes[twenty] == Recipe("omniglot-umtra", ("method.way=20",))
+    assert rows["umtra"].recipes[twenty].overrides[0] == "method.way=20"
+    assert rows["maml"].recipes[five] == rows["maml"].recipes[twenty] == Recipe("omniglot-maml-oracle")
     assert {key: row.mode for key, row in rows.items() if row.mode == "transductive"} == {
         "meta-gmvae": "transductive",
         "meta-gmvae-best": "transductive",

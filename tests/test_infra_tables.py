@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from metagmvae.infra.runs import training_speed
 from metagmvae.infra.runs.run_folder import read_settings
 from metagmvae.infra.runs.training_speed import Speed, measure_speed
 from metagmvae.infra.tables import run_job as run_job_module
-from metagmvae.infra.tables.run_job import planned_settings
+from metagmvae.infra.tables.run_job import affordable_episodes, planned_settings
 from metagmvae.infra.tables.table_jobs import TableJob, _new_job
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer import loop
@@ -166,12 +167,12 @@ def test_stopped_training_continues_and_gives_the_same_weights(table, data, caps
 
 
 def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, capsys, monkeypatch):
-    evaluate, trainings, calls = run_job_module.evaluate_model, [], []
+    evaluate, trainings, stops = run_job_module.evaluate_model, [], []
     train = run_job_module.run_training
 
     def stopped_once(*arguments, **options):
-        calls.append(options["name"])
-        if len(calls) == 2:
+        if options["name"].startswith("small-gmvae") and not stops:
+            stops.append(options["name"])
             raise KeyboardInterrupt
         return evaluate(*arguments, **options)
 
@@ -273,6 +274,21 @@ def test_steps_are_the_same_fraction_of_every_stage(data, tmp_path, monkeypatch,
     assert (settings.pretrain.steps, settings.train.steps) == (pretrain, meta)
     assert settings.train.checkpoint_every == 30  # a minute of the slower steps
     assert (settings.validation.every, settings.validation.calibration_episodes) == (0, 0)
+
+
+@pytest.mark.parametrize(("episode_s", "episodes"), [(0.001, 1000), (1.0, 300), (60.0, 50)])
+def test_slow_evaluations_have_fewer_episodes(data, tmp_path, episode_s, episodes):
+    wanted = replace(job("omniglot-cpu", data, tmp_path, 300), episodes=1000)
+    assert affordable_episodes(wanted, episode_s) == episodes
+
+
+def test_more_episodes_are_evaluated_without_another_training(table, data, capsys, monkeypatch):
+    answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    monkeypatch.setattr(run_job_module, "run_training", None)
+    more = answer_of(capsys, words(table, data, *UNTRACKED, "--episodes", "6"), 1)
+    cells = [cell for row in more["document"]["parts"][0]["rows"][:3] for cell in row["cells"]]
+    assert [cell["ours"]["episodes"] for cell in cells] == [6] * 6
+    assert answer_of(capsys, words(table, data, *UNTRACKED), 1)["done_before"] == 6
 
 
 def test_presets_that_choose_a_checkpoint_are_validated_once_at_the_end(data, tmp_path, monkeypatch):

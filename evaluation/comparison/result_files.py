@@ -99,6 +99,8 @@ class RecordedResult(RecordedAccuracy):
     """How the encoder was trained; empty in older files."""
     budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that the training was planned for (`metagmvae table --run`); None: not planned."""
+    most_episodes: Count | None = None
+    """Episodes that were asked for (`metagmvae table --run`); fewer are evaluated where the budget allows no more."""
     environment: dict[str, Any] = {}
 
     @property

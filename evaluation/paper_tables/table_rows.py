@@ -69,6 +69,8 @@ NO_SET = ("model.layers=0",)
 """The posterior of a point does not depend on its set: without the component Set of Table 2."""
 NORMAL_PRIOR = ("train.prior=normal",)
 """Without episodes: the component Ep of Table 2."""
+UMTRA_20_WAYS = ("method.way=20", "method.inner_rate=0.1", "method.inner_steps=5")
+"""As Finn et al. (2017) train MAML for 20-way tasks of Omniglot. The other methods have one training for all tasks."""
 LOGISTIC_REGRESSION = "logistic regression, features unscaled"
 EMBEDDING: dict[DatasetName, str] = {"omniglot": "acai", "mini-imagenet": "deepcluster"}
 """The second embedding of CACTUs, beside BiGAN."""
@@ -105,19 +107,19 @@ def _table_1(dataset: DatasetName) -> TablePart:
     columns = tuple(Column(dataset, *task) for task in TASKS[dataset])
     deep = EMBEDDING[dataset]
 
-    def row(key: str, preset: str, *, by_way: bool = False) -> TableRow:
-        return _row(key, columns, {dataset: Recipe(f"{dataset}-{preset}")}, by_way=by_way)
+    def row(key: str, preset: str, twenty_ways: tuple[str, ...] = ()) -> TableRow:
+        return _row(key, columns, {dataset: Recipe(f"{dataset}-{preset}")}, twenty_ways)
 
     rows = (
         row("scratch", "scratch"),
-        row("cactus-maml-bigan", "cactus-bigan-maml", by_way=True),
+        row("cactus-maml-bigan", "cactus-bigan-maml"),
         row("cactus-protonets-bigan", "cactus-bigan-protonets"),
-        row("cactus-maml", f"cactus-{deep}-maml", by_way=True),
+        row("cactus-maml", f"cactus-{deep}-maml"),
         row("cactus-protonets", f"cactus-{deep}-protonets"),
-        row("umtra", "umtra", by_way=True),
+        row("umtra", "umtra", UMTRA_20_WAYS),
         _meta_gmvae(columns, PAPER),
         replace(_meta_gmvae(columns, BEST), key="meta-gmvae-best", name="Meta-GMVAE, our best settings"),
-        row("maml", "maml-oracle", by_way=True),
+        row("maml", "maml-oracle"),
         row("protonets", "protonets-oracle"),
     )
     return TablePart({"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}[dataset], columns, rows)
@@ -131,8 +133,8 @@ def _ablations() -> TablePart:
         recipes = {name: replace(recipe, overrides=overrides, adapt=adapt) for name, recipe in paper.items()}
         return _row(key, columns, recipes)
 
-    def both(key: str, preset: str, *, by_way: bool = False) -> TableRow:
-        return _row(key, columns, {name: Recipe(f"{name}-{preset}") for name in paper}, by_way=by_way)
+    def both(key: str, preset: str) -> TableRow:
+        return _row(key, columns, {name: Recipe(f"{name}-{preset}") for name in paper})
 
     features = "mini-imagenet-paper"
     rows = (
@@ -144,7 +146,7 @@ def _ablations() -> TablePart:
         changed("meta-gmvae-ep-set", (), NO_VARIANCE),
         changed("meta-gmvae-ep-variance", NO_SET),
         replace(changed("meta-gmvae", ()), name="Meta-GMVAE: Ep, Set, \N{GREEK SMALL LETTER SIGMA}\N{SUPERSCRIPT TWO}"),
-        both("maml", "maml-oracle", by_way=True),
+        both("maml", "maml-oracle"),
         both("protonets", "protonets-oracle"),
     )
     return TablePart("Ablation study", columns, rows)
@@ -187,7 +189,7 @@ def _meta_gmvae(columns: Sequence[Column], presets: Mapping[DatasetName, tuple[s
 
 
 def _row(
-    key: str, columns: Iterable[Column], recipes: Mapping[DatasetName, Recipe], *, by_way: bool = False
+    key: str, columns: Iterable[Column], recipes: Mapping[DatasetName, Recipe], twenty_ways: tuple[str, ...] = ()
 ) -> TableRow:
     """Return a row with the numbers of the paper's row of this key.
 
@@ -195,12 +197,11 @@ def _row(
         key: of the row in `comparison.paper`.
         columns: of the table.
         recipes: by dataset.
-        by_way: for tasks of 20 ways, the training tasks have 20 ways too.
+        twenty_ways: changes of the recipes for tasks of 20 ways.
     """
     used = {column: recipes[_name(column)] for column in columns if column.dataset in recipes}
-    if by_way:
-        twenty = ("method.way=20",)
-        used = {c: replace(recipe, overrides=twenty) if c.way == 20 else recipe for c, recipe in used.items()}
+    if twenty_ways:
+        used = {c: replace(recipe, overrides=twenty_ways) if c.way == 20 else recipe for c, recipe in used.items()}
     published = [row for row in BY_REF.values() if row.key == key]
 
     def printed(numbers: str) -> dict[Column, float]:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from metagmvae.infra.workflows.run_training import load_run_settings, run_traini
 from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.trainer.package import LoadedModel, load_model
 
 LOG = logging.getLogger(__name__)
+PROBED_EPISODES, LEAST_EPISODES = 3, 50
+"""Episodes that are timed before an evaluation, and the fewest that are evaluated."""
 OWN_OVERRIDES = ("validation.calibration_episodes=0", "run.figures=false", "tracking.register_as=")
 """The model of a row is neither calibrated nor registered."""
 
@@ -146,20 +150,33 @@ def _evaluate(job: TableJob) -> Iterator[str]:
         evaluations = list(group)
         first = evaluations[0]
         loaded = _adapted(load_model(job.run_dir, shot=first.shot), first.adapt)
-        tasks = [
-            {"way": e.way, "shot": e.shot, "query": QUERY, "episodes": job.episodes, "seed": 0} for e in evaluations
-        ]
-        results = evaluate_model(
-            loaded, dataset, tasks, split=SPLIT, mode=first.mode, baselines=first.baselines, name=job.name
+        evaluate = partial(
+            evaluate_model, loaded, dataset, split=SPLIT, mode=first.mode, baselines=first.baselines, name=job.name
         )
+        tasks = [{"way": e.way, "shot": e.shot, "query": QUERY, "seed": 0} for e in evaluations]
+        episodes = [job.episodes] * len(tasks)
+        if not isinstance(loaded.model, MetaGMVAE):  # an episode may take as long as a training
+            probes = evaluate([task | {"episodes": PROBED_EPISODES} for task in tasks])
+            episodes = [affordable_episodes(job, probe.seconds / PROBED_EPISODES) for probe in probes]
+        results = evaluate([task | {"episodes": number} for task, number in zip(tasks, episodes, strict=True)])
         if not first.adapt:  # stored results of a run are those of its own settings
             about = {"split": SPLIT, "data": dataset.uri, "data_fingerprint": dataset.fingerprint}
             save_results(job.run_dir, SPLIT, results, about | result_origin(loaded, dataset))
+        planned = {"budget_s": job.budget_s, "most_episodes": job.episodes}
         for evaluation, result in zip(evaluations, results, strict=True):
-            record = result_record(loaded, dataset, SPLIT, str(job.run_dir), result) | {"budget_s": job.budget_s}
             file = job.results / f"{job.name}{evaluation.suffix}"
-            write_json(file, record)
+            write_json(file, result_record(loaded, dataset, SPLIT, str(job.run_dir), result) | planned)
             yield file.name
+
+
+def affordable_episodes(job: TableJob, episode_s: float) -> int:
+    """Return how many episodes of a task are evaluated: those that take the budget, but at least `LEAST_EPISODES`.
+
+    Args:
+        job: its number of episodes is the most.
+        episode_s: seconds of an episode.
+    """
+    return min(job.episodes, max(LEAST_EPISODES, int(job.budget_s / max(episode_s, 1e-9))))
 
 
 def _adapted(loaded: LoadedModel, adapt: Sequence[str]) -> LoadedModel:

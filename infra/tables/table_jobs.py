@@ -43,6 +43,7 @@ class TableRequest:
     budget_s: float
     """Seconds of training steps of each training."""
     episodes: int
+    """Most episodes of each evaluation."""
     overrides: tuple[str, ...]
     workers: int = 0
     """Ray tasks at the same time; 0: one training after another in this process."""
@@ -176,7 +177,7 @@ def plan_jobs(
         if data is None:
             left_out[key] = label | {"reason": f"needs a dataset of {kind} of {column.dataset}: give it with --data"}
             continue
-        if _has_result(folder, recipe, column, row.mode, data, request.budget_s, settings.train.seed):
+        if _has_result(folder, recipe, column, row.mode, data, request, settings.train.seed):
             done += 1
             continue
         evaluation = Evaluation(recipe.adapt, row.mode, bool(recipe.baseline), column.way, column.shot)
@@ -212,12 +213,14 @@ def _has_result(
     column: Column,
     mode: EvalMode,
     data: GivenData,
-    budget_s: float,
+    request: TableRequest,
     seed: int,
 ) -> bool:
-    found = results_of(folder, recipe, column, mode, [data.images], budget_s)
+    found = results_of(folder, recipe, column, mode, [data.images], request.budget_s)
     return any(
-        item.result.data_fingerprint == data.dataset.fingerprint and item.result.settings["train"].get("seed") == seed
+        item.result.data_fingerprint == data.dataset.fingerprint
+        and item.result.settings["train"].get("seed") == seed
+        and (item.result.most_episodes or item.result.episodes) >= request.episodes
         for item, _ in found
     )
 
