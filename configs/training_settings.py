@@ -128,21 +128,22 @@ class PretrainSettings(Section):
     temperature: Temperature = 0.2
     """Temperature of the objective. For `prototypes` it divides the mean squared difference of two features; ProtoCLR
     has 1 / (number of features)."""
-    optimizer: Literal["adamw", "adam", "lars"] = "adamw"
-    """Optimiser of pre-training."""
+    optimizer: Literal["adamw", "adam", "lars", "sgd"] = "adamw"
+    """Optimiser of pre-training: AdamW, Adam, LARS (SimCLR's, for large batches) or SGD with momentum (that of
+    DeepCluster and PsCo)."""
     learning_rate: PositiveFloat = 3e-3
     """Learning rate; the peak for `one-cycle`."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay: decoupled for AdamW, coupled for Adam and LARS."""
+    """Weight decay: decoupled for AdamW, coupled for the others."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the mean gradient in AdamW and Adam; 0.5 for `bigan` in the source."""
+    """Decay of the mean gradient in AdamW and Adam (0.5 for `bigan` in the source), and momentum of SGD."""
     schedule: Literal["one-cycle", "constant", "cosine", "published-code"] = "one-cycle"
     """Learning rate schedule [paper: constant, code: published-code, from epoch 10 a cosine, 75 epochs down, 75 up]."""
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         if self.optimizer == "lars" and self.beta1 != 0.9:
-            raise ValueError(f"beta1 ({self.beta1}) is a setting of Adam, but optimizer is lars; leave it out")
+            raise ValueError(f"beta1 ({self.beta1}) is a setting of Adam and SGD, but optimizer is lars; leave it out")
         if self.objective == "psco":
             if not self.projector:
                 raise ValueError("projector (none) must have at least one size for psco, such as [4096, 256]")

@@ -135,6 +135,19 @@ def test_decoder_returns_the_image_size_of_the_encoder(shape: tuple[int, int, in
     assert decoder(torch.randn(2, 3)).shape == (2, *shape)
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84), (3, 17, 33)])
+def test_decoder_without_mlp_and_batch_normalisation(shape: tuple[int, int, int]) -> None:
+    """Images do not depend on each other; features of Conv4 are the first map, other latents go through one layer."""
+    encoder = ConvEncoder(shape, 4)
+    for latent, kind in ((encoder.feature_dim, nn.Identity), (5, nn.Linear)):
+        decoder = ConvDecoder(shape, 4, latent, width=0, batch_norm=False).double()
+        assert type(decoder.mlp) is kind
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in decoder.modules())
+        z = torch.randn(3, latent, dtype=torch.float64)
+        assert decoder(z).shape == (3, *shape)
+        assert torch.allclose(decoder(z), torch.cat([decoder(z[i : i + 1]) for i in range(3)]), rtol=0, atol=1e-12)
+
+
 def test_channels_last_gives_the_same_features() -> None:
     torch.manual_seed(2)
     encoder = ConvEncoder((1, 28, 28), 8).eval()

@@ -126,11 +126,28 @@ def test_pretraining_uses_adamw_with_decoupled_weight_decay() -> None:
 
 def test_optimizers_of_pretraining_include_the_projector() -> None:
     modules = [nn.Linear(1, 1), nn.Linear(1, 1)]
-    for name, kind in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("lars", Lars)):
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "lars": Lars, "sgd": torch.optim.SGD}
+    for name, kind in kinds.items():
         optimizer = build_pretrain_optimizer(modules, PretrainSettings(optimizer=name, weight_decay=0.3))
         assert type(optimizer) is kind
         assert optimizer.param_groups[0]["weight_decay"] == 0.3
         assert len(optimizer.param_groups[0]["params"]) == 4
+
+
+def test_pretraining_settings_reach_the_optimizer() -> None:
+    modules = [nn.Linear(1, 1)]
+    for name in ("adam", "adamw"):
+        assert (
+            build_pretrain_optimizer(modules, PretrainSettings(optimizer=name, beta1=0.5)).defaults["betas"][0] == 0.5
+        )
+        assert build_pretrain_optimizer(modules, PretrainSettings(optimizer=name)).defaults["betas"] == (0.9, 0.999)
+    sgd = build_pretrain_optimizer(modules, PretrainSettings(optimizer="sgd", beta1=0.8, learning_rate=0.1))
+    assert (sgd.defaults["momentum"], sgd.defaults["lr"]) == (0.8, 0.1)
+    modules[0].bias.requires_grad_(False)
+    (group,) = build_pretrain_optimizer(modules, PretrainSettings()).param_groups
+    assert [id(p) for p in group["params"]] == [id(modules[0].weight)]
+    with pytest.raises(ValueError, match=r"beta1 \(0.5\) is a setting of Adam and SGD, but optimizer is lars"):
+        PretrainSettings(optimizer="lars", beta1=0.5)
 
 
 def test_encoder_model_has_the_initial_weights_of_the_complete_model() -> None:

@@ -134,22 +134,33 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Table 4: latents (n, D) -> logits of the Bernoulli means, (n, C, H, W). The sigmoid is part of the loss."""
+    """Table 4: latents (n, D) -> logits of the Bernoulli means, (n, C, H, W). The sigmoid is part of the loss.
 
-    def __init__(self, image_shape: tuple[int, int, int], channels: int, latent: int, width: int) -> None:
+    With `width` 0 the latent is the first feature map, or a linear layer gives it where the sizes differ. Without
+    `batch_norm`, a loss of small batches is not held at the mean image.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], channels: int, latent: int, width: int, batch_norm: bool = True
+    ) -> None:
         super().__init__()
         outputs, image_height, image_width = image_shape
         heights = pooled_sizes(image_height)[::-1]
         widths = pooled_sizes(image_width)[::-1]
         self.first = (channels, heights[0], widths[0])
-        self.mlp = nn.Sequential(
-            nn.Linear(latent, width),
-            nn.ELU(),
-            nn.Linear(width, width),
-            nn.ELU(),
-            nn.Linear(width, channels * heights[0] * widths[0]),
-            nn.ELU(),
-        )
+        map_size = math.prod(self.first)
+        self.mlp: nn.Module
+        if width:
+            self.mlp = nn.Sequential(
+                nn.Linear(latent, width),
+                nn.ELU(),
+                nn.Linear(width, width),
+                nn.ELU(),
+                nn.Linear(width, map_size),
+                nn.ELU(),
+            )
+        else:
+            self.mlp = nn.Identity() if latent == map_size else nn.Linear(latent, map_size)
         layers: list[nn.Module] = []
         for level in range(LEVELS):
             last = level == LEVELS - 1
@@ -159,9 +170,9 @@ class ConvDecoder(nn.Module):
                 4 if widths[level + 1] == 2 * widths[level] else 3,
             )
             out = outputs if last else channels
-            layers.append(nn.ConvTranspose2d(channels, out, kernel, stride=2, padding=1, bias=last))
+            layers.append(nn.ConvTranspose2d(channels, out, kernel, stride=2, padding=1, bias=last or not batch_norm))
             if not last:
-                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+                layers += [nn.BatchNorm2d(channels)] * batch_norm + [nn.ReLU(inplace=True)]
         self.deconv = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:

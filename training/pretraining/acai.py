@@ -31,7 +31,7 @@ class AcaiModules(nn.Module):
         sizes, channels = settings.pretrain.projector, settings.model.channels
         latent = sizes[-1] if sizes else model.feature_dim
         self.projector = build_projector(model.feature_dim, sizes)
-        self.decoder = ConvDecoder(model.input_shape, channels, latent, settings.model.width)
+        self.decoder = ConvDecoder(model.input_shape, channels, latent, width=0, batch_norm=False)
         self.critic = ImageCritic(model.input_shape, channels)
 
 
@@ -42,8 +42,8 @@ class AcaiStep(PretrainStep):
     0 from gamma x + (1 - gamma) g(h) (Eq. 1). Encoder and decoder minimise the squared error of the reconstruction and
     lambda times the squared prediction of the critic on mixtures (Eq. 2). As in the published code, errors are means
     over pixels, the image that is mixed with the i-th is the i-th from the end, and all networks have one learning rate
-    and are updated together. Differences: batch normalisation in encoder and decoder; the score of the critic is a
-    linear function of its last feature map, where the published code takes the mean.
+    and are updated together. Differences: batch normalisation in the encoder; the score of the critic is a function of
+    its last feature map, where the published code takes the mean.
     """
 
     auxiliary: AcaiModules
@@ -66,7 +66,6 @@ class AcaiStep(PretrainStep):
         with self._autocast(x.device):
             h = modules.projector(self.encoder(x))
             mixed_h = alpha[:, None] * h + (1 - alpha[:, None]) * h.flip(0)
-            # One pass through the decoder: its batch statistics are those of images and mixtures together.
             reconstruction, mixture = modules.decoder(torch.cat([h, mixed_h])).chunk(2)
             almost_real = REAL_FRACTION * x + (1 - REAL_FRACTION) * reconstruction
             predicted_alpha = modules.critic.frozen(mixture)

@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "lars": Lars,
+    "sgd": torch.optim.SGD,
 }
 
 
@@ -58,9 +59,10 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Op
 
 
 def build_pretrain_optimizer(modules: Sequence[nn.Module], settings: PretrainSettings) -> torch.optim.Optimizer:
-    """Optimiser of encoder and auxiliary module: AdamW, Adam (the paper's) or LARS (SimCLR's, for large batches)."""
+    """Optimiser of the trained parameters of encoder and auxiliary module."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    options: dict[str, Any] = {} if settings.optimizer == "lars" else {"betas": (settings.beta1, 0.999)}
+    own: dict[str, dict[str, Any]] = {"lars": {}, "sgd": {"momentum": settings.beta1}}
+    options = own.get(settings.optimizer, {"betas": (settings.beta1, 0.999)})
     return OPTIMIZERS[settings.optimizer](  # type: ignore[call-arg]
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options
     )
