@@ -148,7 +148,7 @@ def _quality(arguments: Namespace) -> Any:
         DataError: it is no quality, or nothing is encoded.
     """
     from metagmvae.pipelines.records import DataError
-    from metagmvae.pipelines.shards.image_codec import LOSSLESS
+    from metagmvae.pipelines.shards.manifest import LOSSLESS
 
     given = arguments.quality
     if given is None or (given == LOSSLESS and arguments.store == "encoded"):

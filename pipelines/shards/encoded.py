@@ -113,7 +113,7 @@ class EncodedRows:
         for position, number in zip(positions, shards, strict=True):
             shard, row = self.shards[number], int(rows[position] - self.starts[number])
             start = int(shard.offsets[row])
-            content = bytearray(shard.data[start : start + int(shard.sizes[row])])
+            content = bytes(shard.data[start : start + int(shard.sizes[row])])
             try:
                 out[position] = decode_member(content, self.shape[1:])
             except ValueError as error:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from metagmvae.pipelines.files import check_document, json_bytes, read_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.image_codec import Quality
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -27,6 +26,10 @@ LEAST_MEMBER_BYTES = 1024
 """Bytes of the smallest file in a tar file, with its header."""
 MAX_ROW_VALUES = 2**28
 """Largest number of values of an image or feature vector."""
+
+LOSSLESS: Literal["lossless"] = "lossless"
+Quality = Literal["lossless"] | Annotated[int, Field(ge=1, le=100)]
+"""How images that are stored encoded are encoded again: without loss (WebP), or the quality of JPEG."""
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Size = Annotated[int, Field(gt=0, le=2**20)]

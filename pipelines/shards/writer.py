@@ -12,7 +12,7 @@ import math
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from metagmvae.pipelines.records import DataError, MapTasks, ProgressCallback
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.blocks import block_positions, shard_blocks
 from metagmvae.pipelines.shards.encoded import image_members
-from metagmvae.pipelines.shards.image_codec import LEAST_IMAGE_BYTES, LOSSLESS, Quality, Store
+from metagmvae.pipelines.shards.image_codec import LEAST_IMAGE_BYTES
 from metagmvae.pipelines.shards.index import write_index
-from metagmvae.pipelines.shards.manifest import INDEX, MANIFEST, SCHEMA_VERSION
+from metagmvae.pipelines.shards.manifest import INDEX, LOSSLESS, MANIFEST, SCHEMA_VERSION, Quality
 from metagmvae.pipelines.shards.row_source import RowSource
 from metagmvae.pipelines.shards.shard_writer import write_shard
 from metagmvae.pipelines.shards.unfinished import (
@@ -37,6 +37,8 @@ from metagmvae.pipelines.shards.unfinished import (
     remove_temporary_files,
 )
 
+Store = Literal["decoded", "encoded"]
+"""Whether the shards contain the pixels of images, or encoded images."""
 MAX_SHARDS = 1_000_000
 """The names of the shards have six digits."""
 
