@@ -29,8 +29,6 @@ from metagmvae.training.models.meta_learner import PredictionMode
 Parameters = dict[str, Tensor]
 """Parameters of body and classifier by name."""
 
-MAX_PIXELS = 2**22
-"""Maximum number of pixels in a batch of episodes on a GPU."""
 MAX_FEATURE_EPISODES = 64
 """Maximum number of episodes in a batch on features."""
 
@@ -67,8 +65,8 @@ class MAML(TaskLearner):
         """
         if way > self.settings.way:
             raise DataError(
-                f"the model classifies up to {self.settings.way} classes (method.way of its training), and the task has "
-                f"{way}; use fewer classes, or train a model with a larger method.way"
+                f"the model classifies up to {self.settings.way} classes (method.way of its training), and the task "
+                f"has {way}; use fewer classes, or train a model with a larger method.way"
             )
         count = len(seed_by_episode)
         return {name: p.expand(count, *p.shape) for name, p in self.initial_parameters().items()}
@@ -148,24 +146,19 @@ class MAML(TaskLearner):
     def over_tasks(self, function: Callable[..., Tensor], *arguments: Tensor | Parameters) -> Tensor:
         """Apply a function to every task: all arguments have a leading dimension of tasks, and the result has too.
 
-        On a GPU, and on features, one call computes all tasks. On a CPU they are computed one after the other: vmap
-        makes grouped convolutions of theirs, which take a fifth more time (measured on Omniglot).
+        On features one call computes all tasks (vmap). On images they are computed one after the other, because the
+        second derivative of batch normalisation under vmap is wrong (torch 2.14: errors as large as the gradient, also
+        of max pooling after a folded normalisation); on a CPU it is also faster than the grouped convolutions of vmap,
+        by a fifth, and on one GPU a training step is a CUDA graph, so that the many kernels cost little.
         """
-        last = arguments[-1]
-        assert isinstance(last, Tensor)
-        if self.on_features or last.device.type != "cpu":
+        if self.on_features:
             return vmap(function)(*arguments)
-        tasks = range(len(last))
+        tasks = range(len(next(argument for argument in arguments if isinstance(argument, Tensor))))
         return torch.stack([function(*(_task(argument, task) for argument in arguments)) for task in tasks])
 
     def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
-        """Return how many episodes of this many points fit one call; at least 1."""
-        if self.on_features:
-            return MAX_FEATURE_EPISODES
-        if device.type == "cpu":
-            return 1
-        _, height, width = self.input_shape
-        return max(1, MAX_PIXELS // (points * height * width))
+        """Return how many episodes fit one call; one on images, of which each is computed alone."""
+        return MAX_FEATURE_EPISODES if self.on_features else 1
 
 
 def _task(values: Tensor | Parameters, task: int) -> Any:
