@@ -262,6 +262,14 @@ def test_document_counts_every_cell_and_has_its_schema(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["document"]["not_run"] == 80
 
 
+def test_only_some_rows_are_shown(tmp_path, capsys):
+    assert main(["table", "1", "--results", str(tmp_path), "--rows", "maml", "umtra", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)["document"]
+    assert [[row["key"] for row in part["rows"]] for part in document["parts"]] == [["umtra", "maml"]] * 2
+    assert main(["table", "2", "--results", str(tmp_path), "--rows", "vae", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["document"]["parts"]) == 1
+
+
 def test_cross_way_table_reads_several_ways_from_one_file(tmp_path, capsys):
     """As `metagmvae evaluate --ways 2 5 50 --record` writes them."""
     tree = json.loads(load_settings("omniglot-5way-paper").model_dump_json())
@@ -293,6 +301,7 @@ def test_recorded_results_of_our_best_settings_are_in_table_1():
         (["1", "--budget", "soon"], "--budget soon: write a time as 90s, 20m or 1h30m"),
         (["1", "--data", "NONE"], "no dataset.json there"),
         (["1", "--data", "DATA"], "is of glyphs, the table of mini-imagenet and omniglot"),
+        (["1", "--rows", "mamel"], "--rows mamel: no such row; did you mean 'maml'?"),
         (["1", "--run"], "name the datasets with --data"),
         (["1", "--dry-run"], "--dry-run: says what --run would do"),
         (["1", "--set", "train.seed=1"], "is for the trainings of --run"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from metagmvae.configs.suggestions import suggestion
 from metagmvae.evaluation.comparison.paper import BY_REF, CROSS_WAYS, TASKS, DatasetName
 from metagmvae.evaluation.comparison.result_files import EvalMode
 from metagmvae.pipelines.records import DataError
@@ -101,6 +102,20 @@ def table_parts(number: int) -> tuple[TablePart, ...]:
     if number not in tables:
         raise DataError(f"table {number}: the tables of the paper with results are {', '.join(map(str, tables))}")
     return tables[number]
+
+
+def select_rows(parts: Sequence[TablePart], keys: Sequence[str]) -> tuple[TablePart, ...]:
+    """Return the parts with only the rows of these keys; without keys all rows.
+
+    Raises:
+        DataError: no row has one of the keys.
+    """
+    known = list(dict.fromkeys(row.key for part in parts for row in part.rows))
+    for key in keys:
+        if key not in known:
+            raise DataError(f"--rows {key}: no such row{suggestion(key, known)}")
+    kept = (replace(part, rows=tuple(row for row in part.rows if not keys or row.key in keys)) for part in parts)
+    return tuple(part for part in kept if part.rows)
 
 
 def _table_1(dataset: DatasetName) -> TablePart:

@@ -83,6 +83,8 @@ def add(parsers: Parsers) -> None:
     )
     help_text += "steps of each training (default with --run: 5m); encoding, clustering and evaluation are not counted"
     paper.add_argument("--budget", metavar="TIME", help=help_text)
+    help_text = "only these rows, by their keys in the JSON document, such as maml or meta-gmvae-best (default: all)"
+    paper.add_argument("--rows", nargs="+", default=[], metavar="KEY", help=help_text)
     help_text = "train and evaluate on --data what has no result with this budget, the smallest training first; run "
     help_text += "again, it continues"
     paper.add_argument("--run", action="store_true", dest="run_rows", help=help_text)
@@ -188,7 +190,12 @@ def table(arguments: Namespace) -> Answer:
 
     if len(arguments.names) == 1 and arguments.names[0].isdecimal() and not arguments.write:
         return _paper_table(arguments, int(arguments.names[0]))
-    given = {"--data": arguments.data, "--budget": arguments.budget, "--set": arguments.overrides}
+    given = {
+        "--data": arguments.data,
+        "--rows": arguments.rows,
+        "--budget": arguments.budget,
+        "--set": arguments.overrides,
+    }
     given |= {"--run": arguments.run_rows, "--dry-run": arguments.dry_run}
     if used := [option for option, value in given.items() if value]:
         raise DataError(f"{used[0]}: is for a table of the paper; give its number: metagmvae table 1")
@@ -201,12 +208,12 @@ def _paper_table(arguments: Namespace, number: int) -> Answer:
     """Run `metagmvae table 1|2|10`."""
     from metagmvae.evaluation.paper_tables.match_results import read_result_folder
     from metagmvae.evaluation.paper_tables.paper_table import markdown_document, table_document
-    from metagmvae.evaluation.paper_tables.table_rows import table_parts
+    from metagmvae.evaluation.paper_tables.table_rows import select_rows, table_parts
     from metagmvae.infra.fitting.fit_plan import parse_budget
     from metagmvae.infra.tables.table_jobs import TableRequest, open_data
     from metagmvae.pipelines.records import DataError
 
-    parts, results = table_parts(number), Path(arguments.results)
+    parts, results = select_rows(table_parts(number), arguments.rows), Path(arguments.results)
     if arguments.dry_run and not arguments.run_rows:
         raise DataError("--dry-run: says what --run would do; give both")
     budget_s = parse_budget(arguments.budget or "5m") if arguments.budget or arguments.run_rows else None
