@@ -120,5 +120,9 @@ def test_loss_equals_its_formula() -> None:
 
 
 def test_more_clusters_than_images() -> None:
+    settings = small_settings("deepcluster", clusters=41)
+    DeepClusterStep.check_images(settings, 41)
     with pytest.raises(DataError, match=r"pretrain.clusters \(41\) exceeds the 40 images of the split"):
-        cluster_step(clusters=41)
+        DeepClusterStep.check_images(settings, 40)
+    with pytest.raises(DataError, match=r"pretrain.batch \(8\) exceeds the 7 images"):
+        DeepClusterStep.check_images(small_settings("deepcluster", clusters=5), 7)

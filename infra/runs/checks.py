@@ -10,6 +10,7 @@ from metagmvae.infra.runs.training_inputs import TrainingInputs
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.methods_by_name import find_method
+from metagmvae.training.pretraining.objectives_by_name import OBJECTIVES
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.stages import ModelKind
 
@@ -25,6 +26,9 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
     if kind == "learner":
         _check_method(settings, dataset)
     check_encoder_settings(settings, dataset, kind)
+    if settings.pretrain.steps:
+        samples = dataset.split(settings.data.train_split)["samples"]
+        OBJECTIVES[settings.pretrain.objective].check_images(settings, samples)
     if settings.data.reader != "stream":
         dataset.rows(settings.data.train_split, "mmap", check=False)
     validation = settings.validation

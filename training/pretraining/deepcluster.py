@@ -80,16 +80,19 @@ class DeepClusterStep(PretrainStep):
     ) -> None:
         super().__init__(model, auxiliary, settings, pretrain)
         self.view = build_view(pretrain, model)
-        images = len(self.auxiliary.label_n)
-        if pretrain.clusters > images:
-            raise DataError(
-                f"pretrain.clusters ({pretrain.clusters}) exceeds the {images} images of the split; lower it"
-            )
 
     @classmethod
     def build_auxiliary(cls, model: EncoderModel, settings: Settings, images: int) -> nn.Module:
         """Classifier and assignments."""
         return DeepClusterModules(model.feature_dim, settings.pretrain.clusters, images)
+
+    @classmethod
+    def check_images(cls, settings: Settings, images: int) -> None:
+        """There must be an image for each cluster, too."""
+        super().check_images(settings, images)
+        clusters = settings.pretrain.clusters
+        if clusters > images:
+            raise DataError(f"pretrain.clusters ({clusters}) exceeds the {images} images of the split; lower it")
 
     def start_step(self, step: int, images: Rows | StreamedImages) -> Iterable[nn.Parameter]:
         """Cluster all training images at the start of an epoch; returns the parameters of the new classifier."""

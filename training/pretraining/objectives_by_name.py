@@ -31,16 +31,18 @@ def build_auxiliary(model: EncoderModel, settings: Settings, images: int) -> nn.
         model: the model whose encoder is trained.
         settings: of the run.
         images: number of training images.
+
+    Raises:
+        DataError: there are too few images for these settings.
     """
+    objective = OBJECTIVES[settings.pretrain.objective]
+    if settings.pretrain.steps:
+        objective.check_images(settings, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.train.seed)
-        return OBJECTIVES[settings.pretrain.objective].build_auxiliary(model, settings, images)
+        return objective.build_auxiliary(model, settings, images)
 
 
 def build_pretrain_step(model: EncoderModel, auxiliary: nn.Module, settings: Settings) -> PretrainStep:
-    """The step module of the objective.
-
-    Raises:
-        DataError: the settings do not fit the training images.
-    """
+    """The step module of the objective."""
     return OBJECTIVES[settings.pretrain.objective](model, auxiliary, settings.train, settings.pretrain)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
 from metagmvae.pipelines.records import Rows
+from metagmvae.pipelines.sampling.indexed import batches_per_epoch
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
@@ -64,6 +65,16 @@ class PretrainStep(nn.Module):
     def build_auxiliary(cls, model: EncoderModel, settings: Settings, images: int) -> nn.Module:
         """The auxiliary module, newly initialised from the global random state, for training on `images` images."""
         raise NotImplementedError
+
+    @classmethod
+    def check_images(cls, settings: Settings, images: int) -> None:
+        """Check the settings against the number of training images, before a run starts.
+
+        Raises:
+            DataError: there are too few images.
+        """
+        if settings.data.reader != "stream":
+            batches_per_epoch(images, settings.pretrain.batch)
 
     def forward(self, *batch: Any) -> tuple[Tensor, PretrainMetrics]:
         """Loss and metrics of a batch: uint8 images (n, C, H, W), the number of the step, and rows if needed."""
