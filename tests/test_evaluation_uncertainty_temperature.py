@@ -9,8 +9,9 @@ from sklearn.metrics import log_loss
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import BINS, Reliability
-from metagmvae.evaluation.fewshot.predict import calibrated, fit_log_posteriors
+from metagmvae.evaluation.fewshot.predict import calibrated
 from metagmvae.evaluation.uncertainty.temperature import RANGE, fit_temperature, negative_log_likelihood
+from metagmvae.training.objectives.class_posterior import fit_log_posteriors
 
 
 def drawn(n: int, K: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
