@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,7 +266,7 @@ def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overri
     [
         (588.2353, 200, 100),  # 0.85 of it is half of the 400 x 2 s + 200 x 1 s of the full schedule
         (10_000, 400, 200),  # never more than the full schedule
-        (1, 20, 20),  # never fewer than 20
+        (1, 1, 1),  # never fewer than one
     ],
 )
 def test_steps_are_the_same_fraction_of_every_stage(data, tmp_path, monkeypatch, budget_s, pretrain, meta):
@@ -309,6 +310,17 @@ def test_speed_of_each_stage_is_measured(data, monkeypatch):
     tasks = ["method.name=protonets", "method.tasks=clusters", "method.query=3", "pretrain.steps=4"]
     clusters = measure_speed(load_settings("omniglot-cpu", [*both, *tasks]), Dataset.open(data))
     assert min(clusters.pretrain_step_s, clusters.meta_step_s) > 0
+
+
+def test_slow_steps_are_timed_four_times(data, monkeypatch):
+    """Each step takes 5 s on a clock that stands still otherwise."""
+    clock = iter(5.0 * step for step in range(1000))
+    monkeypatch.setattr(training_speed, "MEASURED_STEPS", (3, 50))
+    monkeypatch.setattr(training_speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    small = ["model.channels=4", "model.width=8", "model.heads=2", "model.latent=4", "train.set_size=20"]
+    speed = measure_speed(load_settings("omniglot-5way", [*small, "train.batch=1"]), Dataset.open(data))
+    assert speed.meta_step_s == 5.0
+    assert next(clock) == 5.0 * 4
 
 
 @pytest.mark.mlflow

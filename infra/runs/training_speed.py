@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,8 @@ from metagmvae.training.trainer.stages import train
 
 MEASURED_STEPS = (10, 6)
 """Steps of each stage that are timed. The first ones are slower: the median of the later half counts."""
+MOST_META_S = 10.0
+"""No further step of meta-training is timed after three of them that take longer."""
 MEASURED_IMAGES = 512
 """Images that the measurement trains on."""
 FEATURES = 256
@@ -38,6 +41,10 @@ class Speed:
     """Per image, all crops included."""
 
 
+class _EnoughSteps(Exception):
+    """Ends the measurement of slow steps."""
+
+
 @dataclass
 class _Stopwatch(RunContext):
     """A run context that saves nothing and notes the time of each step."""
@@ -52,9 +59,16 @@ class _Stopwatch(RunContext):
         return None
 
     def report(self, line: MetricLine | None, state: TrainState | None) -> None:
-        """Note the time."""
+        """Note the time.
+
+        Raises:
+            _EnoughSteps: the steps of meta-training are slow.
+        """
         if line is not None:
             self.times[str(line["stage"])].append(time.perf_counter())
+        meta = self.times["meta"]
+        if len(meta) > 3 and meta[-1] - meta[0] > MOST_META_S:
+            raise _EnoughSteps
 
 
 def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
@@ -75,15 +89,16 @@ def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
     watch = _Stopwatch(select_device(settings))
     if watch.device.type == "cpu":
         keep_freed_memory()
-    train(
-        few,
-        np.asarray(rows[np.arange(count)]),
-        inputs.image_shape,
-        dataset.fingerprint,
-        watch,
-        encoder=inputs.encoder.model.encoder.state_dict() if inputs.encoder else None,
-        labels=np.arange(count) % max(1, count // task),
-    )
+    with suppress(_EnoughSteps):
+        train(
+            few,
+            np.asarray(rows[np.arange(count)]),
+            inputs.image_shape,
+            dataset.fingerprint,
+            watch,
+            encoder=inputs.encoder.model.encoder.state_dict() if inputs.encoder else None,
+            labels=np.arange(count) % max(1, count // task),
+        )
     pretrain, meta = watch.times["pretrain"], watch.times["meta"]
     meta_step_s = _step_s(meta)
     # Between the stages the images are encoded and the model is initialised from their statistics.

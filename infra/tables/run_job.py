@@ -17,7 +17,7 @@ from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.encoders.result_record import result_origin, result_record
 from metagmvae.evaluation.paper_tables.match_results import QUERY, SPLIT, compared_settings
 from metagmvae.evaluation.provenance import COMMAND
-from metagmvae.infra.fitting.fit_schedule import LEAST_STEPS, MOST_CHECKPOINT_S, SAFETY
+from metagmvae.infra.fitting.fit_schedule import MOST_CHECKPOINT_S, SAFETY
 from metagmvae.infra.runs.run_folder import SETTINGS, read_settings
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.runs.training_inputs import load_inputs
@@ -128,7 +128,7 @@ def planned_settings(job: TableJob) -> Settings:
     full_s = settings.pretrain.steps * speed.pretrain_step_s + settings.train.steps * speed.meta_step_s
     fraction = min(1.0, SAFETY * job.budget_s / full_s) if full_s else 1.0
     steps = {
-        key: min(full, max(LEAST_STEPS, int(fraction * full)))
+        key: min(full, max(1, int(fraction * full)))
         for key, full in (("pretrain.steps", settings.pretrain.steps), ("train.steps", settings.train.steps))
     }
     slowest_s = max(speed.pretrain_step_s, speed.meta_step_s)
