@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     example = "metagmvae train omniglot-cpu --set data.uri=data/omniglot --set run.out=runs/first"
-    description = "meta-train a Meta-GMVAE, after contrastive pre-training if the settings ask for it"
+    description = "train a Meta-GMVAE or another method (method.name), after pre-training if the settings ask for it"
     _add_run(parsers, "train", train, description, example)
     example = "metagmvae pretrain mini-imagenet-cpu --set data.uri=data/mini-imagenet --set run.out=runs/simclr"
-    _add_run(parsers, "pretrain", pretrain, "train only an encoder, by contrastive pre-training (SimCLR)", example)
+    _add_run(parsers, "pretrain", pretrain, "train only an encoder, without labels (pretrain.objective)", example)
 
     example = "metagmvae track runs/first"
     description = "upload a run or a sweep to MLflow; what was uploaded before is not sent again"
