@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
@@ -105,8 +106,18 @@ def test_predictions_are_drawn_beside_the_predicted_class():
     figure = plots.predictions([images[:1], images[1:2]], ["left", "middle"], images[3:], probabilities)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["", "90%", "60%", "", "80%", ""]
-    assert [axes.get_title(loc="left") for axes in figure.axes][::3] == ["left", "middle"]
+    assert [axes.texts[0].get_text() for axes in figure.axes[::3]] == ["left", "middle"]
     assert np.array_equal(figure.axes[2].images[0].get_array(), images[5][0] / 255)
+
+
+def test_a_long_name_of_a_class_stands_beside_its_images():
+    images, name = glyph_like(2), "a name that is long"
+    figure = plots.predictions([images[:1], images[1:]], [name, name], images[:1], np.array([[0.9, 0.1]]))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    labels = [axes.texts[0].get_window_extent(renderer) for axes in figure.axes[::2]]
+    assert all(label.x0 >= 0 for label in labels)
+    assert all(label.x1 <= axes.get_window_extent(renderer).x0 for label in labels for axes in figure.axes)
 
 
 def test_dollar_signs_in_a_name_are_drawn_literally(tmp_path):

@@ -172,13 +172,20 @@ def test_wrong_arguments_of_the_estimator(data: Path, package: Path, options: di
 
 
 def test_compare_shows_the_paired_difference_across_modes(
-    data: Path, package: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, package: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ["--weights", weights, "--image-size", "48"]
-    answer = run(capsys, "compare", package, NAME, "--data", data, "--head", "em", *other, *TASK)
+    page = tmp_path / "page.html"
+    answer = run(capsys, "compare", package, NAME, "--data", data, "--head", "em", *other, *TASK, "--html", page)
     first, second = answer["rows"]
     assert (first["name"], second["name"]) == (f"{package.name}, em", f"{NAME}, em")
     (pair,) = answer["paired"]
+    assert {row["setting"].rpartition(" ")[2] for row in answer["settings"]} <= {
+        "model.image_size",
+        "e_step",
+        "temperature",
+    }
+    assert ">over trainings</th>" not in page.read_text(), "one training of each"
     loaded = [resolve_model(package), resolve_model(NAME, weights=weights, image_size=48, dataset=Dataset.open(data))]
     task = {"way": 4, "shot": 2, "query": 5, "episodes": 12}
     ours, theirs = (evaluate_model(each, Dataset.open(data), [task], head="em")[0] for each in loaded)

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from metagmvae.evaluation.comparison.formatting import Task, task_name
+from metagmvae.evaluation.comparison.formatting import Task, parse_task, task_name
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.paper_figures import episode_figures
@@ -104,7 +104,9 @@ def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
     images = []
     for task in tasks:
         for key, label in (("global_step", "training step"), ("elapsed_s", "training time, seconds")):
-            caption = f"Validation accuracy, {task.removeprefix('validation/')}, by {label}"
+            name = task.removeprefix("validation/")
+            way_shot = parse_task(name)
+            caption = f"Validation accuracy, {task_name(way_shot) if way_shot else name}, by {label}"
             images.append(_themed(caption, partial(_accuracy, curves, task, key, label)))
     if any("loss" in line and line.get("stage") == "meta" for curve in curves for line in curve.lines):
         images.append(_themed("Meta-training loss by training step", partial(_loss, curves)))
@@ -118,7 +120,7 @@ def _accuracy(curves: Sequence[Curve], task: str, key: str, label: str) -> Figur
         x, accuracy = [row[key] for row in rows], 100 * np.array([row[task] for row in rows])
         ci95 = 100 * np.array([row.get(f"{task}_ci95", 0.0) for row in rows])
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(x, accuracy, marker="o", markersize=3.5, color=colour)
+        axes.errorbar(x, accuracy, ci95 if len(x) == 1 else None, marker="o", markersize=3.5, color=colour)
         axes.fill_between(x, accuracy - ci95, accuracy + ci95, alpha=0.2, color=colour, linewidth=0)
     return figure
 
@@ -128,7 +130,8 @@ def _loss(curves: Sequence[Curve]) -> Figure:
     for number, curve in enumerate(curves):
         rows = [line for line in curve.lines if line.get("stage") == "meta" and "loss" in line]
         x, loss = [row["global_step"] for row in rows], [row["loss"] for row in rows]
-        axes.plot(x, loss, color=COLOURS[number % len(COLOURS)])
+        # A single point has no line.
+        axes.plot(x, loss, marker="o" if len(x) == 1 else None, markersize=3.5, color=COLOURS[number % len(COLOURS)])
     return figure
 
 

@@ -173,14 +173,15 @@ def predictions(
     rows_by_class = [rows[np.argsort(-confidence[rows], kind="stable")][:8] for rows in rows_by_class]
     shots = max(len(images) for images in support)
     widest = max(1, max(len(rows) for rows in rows_by_class))
-    figure = Figure(figsize=(1.2 + 0.75 * (shots + widest), 0.95 * len(names) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.8 + 0.75 * (shots + widest), 0.95 * len(names) + 0.5), layout="constrained")
     grid = figure.subplots(len(names), shots + widest, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for k, name in enumerate(names):
         for column, image in enumerate(support[k]):
             _show(grid[k, column], image)
-        grid[k, 0].set_title(_short(name), fontsize=7, loc="left", fontweight="bold")
+        beside = {"transform": grid[k, 0].transAxes, "ha": "right", "va": "center"}
+        grid[k, 0].text(-0.1, 0.5, _short(name), fontsize=7, fontweight="bold", **beside)
         for column, row in enumerate(rows_by_class[k]):
             _show(grid[k, shots + column], query[row])
             grid[k, shots + column].set_title(_percent(confidence[row]), fontsize=7, color=GREY)

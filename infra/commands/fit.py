@@ -76,4 +76,9 @@ def fit(arguments: Namespace) -> Answer:
     if arguments.json:
         return answer
     # The rest was said before, or is in the report.
-    return {key: value for key, value in answer.items() if key not in ("found", "baselines", "paired")}
+    shown = {key: value for key, value in answer.items() if key not in ("found", "baselines", "paired")}
+    if frozen := answer.get("frozen encoder"):
+        keys = {"challenger": "trained", "champion": "frozen", "difference": "difference", "ci95": "ci95"}
+        columns = {"on": "on", "head": "head", "way": "way", "shot": "shot", **keys, "verdict": "verdict"}
+        shown["frozen encoder"] = [{title: row[key] for key, title in columns.items()} for row in frozen]
+    return shown

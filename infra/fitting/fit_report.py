@@ -100,7 +100,7 @@ def write_fit_report(
         samples=result["samples"],
         classes=result["classes"],
         speed=[
-            ("device", f"{schedule.device}, {schedule.threads} threads"),
+            ("device", f"{schedule.device}, {schedule.threads} thread{'s' if schedule.threads > 1 else ''}"),
             ("seconds per step of contrastive pre-training", f"{schedule.pretrain_step_s:.3f}"),
             ("steps of contrastive pre-training", f"{schedule.pretrain_steps:,}"),
             ("steps of meta-training", f"{schedule.meta_steps:,}"),

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from metagmvae.training.trainer.package import LoadedModel
 
 
+OF_ENCODERS = (
+    *(f"model.{key}" for key in ("encoder", "image_size", "normalise", "average", "channels", "rectified")),
+    "pretrain.",
+    "trained_on",
+)
+"""Beginnings of the settings that an encoder alone has; the others are of what is trained on it."""
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     """The episodes on which all models are evaluated."""
@@ -137,6 +145,7 @@ def _row(item: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, result
     settings = compared_settings(loaded.settings, info.get("data_fingerprint"))
     if first.head:
         heads = {task: _head(result) for task, result in results.items()}
+        settings = {key: value for key, value in settings.items() if key.startswith(OF_ENCODERS)}
         settings |= {f"{task_name(task)} {key}": value for task, head in heads.items() for key, value in head}
     return Row(name, kind, item.ref, protocol, scores, info.get("elapsed_s"), info.get("step"), settings)
 
