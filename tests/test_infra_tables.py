@@ -277,7 +277,7 @@ def test_steps_are_the_same_fraction_of_every_stage(data, tmp_path, monkeypatch,
     assert (settings.validation.every, settings.validation.calibration_episodes) == (0, 0)
 
 
-@pytest.mark.parametrize(("episode_s", "episodes"), [(0.001, 1000), (1.0, 300), (60.0, 50)])
+@pytest.mark.parametrize(("episode_s", "episodes"), [(0.001, 1000), (1.0, 300), (60.0, 20)])
 def test_slow_evaluations_have_fewer_episodes(data, tmp_path, episode_s, episodes):
     wanted = replace(job("omniglot-cpu", data, tmp_path, 300), episodes=1000)
     assert affordable_episodes(wanted, episode_s) == episodes

@@ -91,7 +91,7 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--dry-run", action="store_true", help=f"with --run: {DRY_RUN_HELP}")
     help_text = "with --run: folder of the run folders (default: runs/tables)"
     paper.add_argument("--out", default="runs/tables", metavar="DIR", help=help_text)
-    help_text = "with --run: episodes of each evaluation (default: 1000); fewer, at least 50, where they would take "
+    help_text = "with --run: episodes of each evaluation (default: 1000); fewer, at least 20, where they would take "
     help_text += "longer than the budget"
     paper.add_argument("--episodes", type=int, default=1000, metavar="N", help=help_text)
     help_text = "with --run: number of rows trained at the same time as Ray tasks (default: 0, one after another in "
