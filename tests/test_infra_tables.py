@@ -312,15 +312,16 @@ def test_speed_of_each_stage_is_measured(data, monkeypatch):
     assert min(clusters.pretrain_step_s, clusters.meta_step_s) > 0
 
 
-def test_slow_steps_are_timed_four_times(data, monkeypatch):
-    """Each step takes 5 s on a clock that stands still otherwise."""
-    clock = iter(5.0 * step for step in range(1000))
+@pytest.mark.parametrize(("step_s", "steps"), [(5.0, 4), (20.0, 2)])
+def test_slow_steps_are_timed_a_few_times(data, monkeypatch, step_s, steps):
+    """Each step takes as long on a clock that stands still otherwise."""
+    clock = iter(step_s * step for step in range(1000))
     monkeypatch.setattr(training_speed, "MEASURED_STEPS", (3, 50))
     monkeypatch.setattr(training_speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     small = ["model.channels=4", "model.width=8", "model.heads=2", "model.latent=4", "train.set_size=20"]
     speed = measure_speed(load_settings("omniglot-5way", [*small, "train.batch=1"]), Dataset.open(data))
-    assert speed.meta_step_s == 5.0
-    assert next(clock) == 5.0 * 4
+    assert speed.meta_step_s == step_s
+    assert next(clock) == step_s * steps
 
 
 @pytest.mark.mlflow

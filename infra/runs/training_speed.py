@@ -21,7 +21,7 @@ from metagmvae.training.trainer.stages import train
 MEASURED_STEPS = (10, 6)
 """Steps of each stage that are timed. The first ones are slower: the median of the later half counts."""
 MOST_META_S = 10.0
-"""No further step of meta-training is timed after three of them that take longer."""
+"""Slow steps of meta-training are timed for this long only, at least one of them."""
 MEASURED_IMAGES = 512
 """Images that the measurement trains on."""
 FEATURES = 256
@@ -67,7 +67,7 @@ class _Stopwatch(RunContext):
         if line is not None:
             self.times[str(line["stage"])].append(time.perf_counter())
         meta = self.times["meta"]
-        if len(meta) > 3 and meta[-1] - meta[0] > MOST_META_S:
+        if len(meta) > 1 and meta[-1] - meta[0] > MOST_META_S:
             raise _EnoughSteps
 
 
@@ -122,7 +122,7 @@ def _few_steps(settings: Settings) -> Settings:
 
 def _step_s(times: list[float]) -> float:
     """The median time between two steps in the later half."""
-    between = np.diff(times[len(times) // 2 :])
+    between = np.diff(times[max(len(times) - 1, 0) // 2 :])
     return float(statistics.median(between)) if len(between) else 0.0
 
 
