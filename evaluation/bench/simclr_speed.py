@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
-from metagmvae.evaluation.bench.loader_speed import LOADER_WORKERS, write_image_folder
+from metagmvae.evaluation.bench.loader_speed import LOADER_WORKERS
+from metagmvae.evaluation.bench.picture_copies import write_image_folder
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.indexed import ImageBatchStream
 from metagmvae.pipelines.shards.dataset import Dataset

@@ -56,6 +56,7 @@ COLUMNS = {
     "seconds_per_episode": ("seconds per episode", "{:.3f}"),
     "samples_per_s": ("images per second", "{:,.0f}"),
     "images_per_s": ("images per second", "{:,.0f}"),
+    "bytes_per_image": ("bytes per image on disk", "{:,.0f}"),
     "times_faster": ("speed-up", "{:.1f}"),
     "peak_mib": ("peak memory, MiB", "{:,.0f}"),
     "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
@@ -66,6 +67,7 @@ COLUMNS = {
 VALUES = {
     "waiting_share_in_training.memory": ("training time spent waiting, shards in memory", "{:.3%}"),
     "waiting_share_in_training.mmap": ("training time spent waiting, shards memory-mapped", "{:.3%}"),
+    "waiting_share_in_training.encoded": ("training time spent waiting, encoded shards", "{:.3%}"),
     "written_rows_per_s": ("rows written per second", "{:,.0f}"),
     "sampled_in_place_rows_per_s": ("rows sampled per second from memory-mapped shards", "{:,.0f}"),
     "streamed_rows_per_s": ("rows streamed per second", "{:,.0f}"),

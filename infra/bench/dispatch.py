@@ -30,10 +30,19 @@ def _step(request: Namespace) -> dict[str, Any]:
 
 
 def _loader(request: Namespace) -> dict[str, Any]:
-    from metagmvae.evaluation.bench.loader_speed import bench_loader
+    from importlib.util import find_spec
+
+    from metagmvae.evaluation.bench.loader_speed import BATCH, LOADER_WORKERS, SET_SIZE, bench_loader
+    from metagmvae.pipelines.shards.image_codec import worth_encoding
 
     dataset, header = _open_data(request)
-    return header | bench_loader(dataset, request.split, request.pictures, request.repeats)
+    size = (dataset, request.split, request.pictures, request.repeats)
+    if not (worth_encoding(dataset.image_shape) and find_spec("ray")):
+        return header | bench_loader(*size)
+    from metagmvae.infra.bench.ray_reading import ray_reader
+
+    with ray_reader(LOADER_WORKERS, BATCH * SET_SIZE) as read:
+        return header | bench_loader(*size, read)
 
 
 def _episodes(request: Namespace) -> dict[str, Any]:

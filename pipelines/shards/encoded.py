@@ -103,6 +103,11 @@ class EncodedRows:
             list(_threads(os.getpid()).map(decode, pieces))
         return out if np.ndim(rows) else out[0]
 
+    def content(self, row: int) -> bytes:
+        """The image file of one row."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return _content(self.shards[number], row - int(self.starts[number]))
+
     def _decode(self, rows: np.ndarray, out: np.ndarray, positions: np.ndarray) -> None:
         """Decode the rows at some positions.
 
@@ -112,13 +117,16 @@ class EncodedRows:
         shards = np.searchsorted(self.starts, rows[positions], side="right") - 1
         for position, number in zip(positions, shards, strict=True):
             shard, row = self.shards[number], int(rows[position] - self.starts[number])
-            start = int(shard.offsets[row])
-            content = bytes(shard.data[start : start + int(shard.sizes[row])])
             try:
-                out[position] = decode_member(content, self.shape[1:])
+                out[position] = decode_member(_content(shard, row), self.shape[1:])
             except ValueError as error:
                 member = member_key(Path(shard.name).stem, shard.first + row)
                 raise DataError(f"{shard.name}: member {member}: {error}; {REMEDY}") from error
+
+
+def _content(shard: EncodedShard, row: int) -> bytes:
+    start = int(shard.offsets[row])
+    return bytes(shard.data[start : start + int(shard.sizes[row])])
 
 
 def stream_images(

@@ -8,6 +8,7 @@ torchvision's decoder needs less than half of that time, but is deprecated since
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,11 @@ FORMATS = ("JPEG", "WEBP")
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 LEAST_IMAGE_BYTES = 4096
 """Smaller images need no less space encoded: a member of a tar file takes at least 1,024 bytes."""
+
+
+def worth_encoding(image_shape: tuple[int, ...]) -> bool:
+    """Whether images of this shape, (C, H, W), take less space encoded."""
+    return math.prod(image_shape) >= LEAST_IMAGE_BYTES
 
 
 def encode_member(pixels: np.ndarray, original: bytes | None, quality: Quality) -> tuple[str, bytes]:

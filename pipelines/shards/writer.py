@@ -21,7 +21,7 @@ from metagmvae.pipelines.records import DataError, MapTasks, ProgressCallback
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.blocks import block_positions, shard_blocks
 from metagmvae.pipelines.shards.encoded import image_members
-from metagmvae.pipelines.shards.image_codec import LEAST_IMAGE_BYTES
+from metagmvae.pipelines.shards.image_codec import worth_encoding
 from metagmvae.pipelines.shards.index import write_index
 from metagmvae.pipelines.shards.manifest import INDEX, LOSSLESS, MANIFEST, SCHEMA_VERSION, Quality
 from metagmvae.pipelines.shards.row_source import RowSource
@@ -171,7 +171,7 @@ def _check_encodable(source: RowSource) -> None:
     shape = " x ".join(map(str, source.row_shape))
     if source.about["kind"] != "images":
         raise DataError(f"source {source.name!r}: features are not stored encoded; use --store decoded")
-    if math.prod(source.row_shape) < LEAST_IMAGE_BYTES:
+    if not worth_encoding(source.row_shape):
         size = f"{math.prod(source.row_shape):,} bytes"
         raise DataError(
             f"source {source.name!r}: encoding saves nothing on images of {shape} ({size}); use --store decoded"
