@@ -44,17 +44,20 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     project = tomllib.loads(block("toml", "entry-points"))["project"]
     modules = {
         "metagmvae_spirals.py": block("python", "def open_spirals"),
+        "metagmvae_cosine.py": block("python", "class CosineNets"),
         "test_metagmvae_spirals.py": block("python", "import check_encoder"),
     }
     install(tmp_path / "site", project["name"], modules, project["entry-points"])
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "metagmvae_spirals", raising=False)
+    monkeypatch.delitem(sys.modules, "metagmvae_cosine", raising=False)
     return tmp_path / "site"
 
 
 def test_parts_of_the_package_are_short() -> None:
     assert len(block("python", "def open_spirals").splitlines()) < 40
+    assert len(block("python", "class CosineNets").splitlines()) < 40
     assert len(block("toml", "entry-points").splitlines()) < 40
 
 
@@ -84,11 +87,90 @@ def test_source_and_encoder_of_another_package(
     assert "no such encoder" in line
 
 
+@pytest.mark.slow
+def test_method_of_another_package(
+    site: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the guide, with fewer steps; the model is used again from its folder, or refused in one line."""
+    words = block("sh", "method.name=cosine").split()[1:]
+    short = ["pretrain.steps=0", "train.steps=2", "validation.every=0", "run.engine=local", "tracking.enabled=false"]
+    more = [word for setting in [*short, f"data.uri={data}"] for word in ("--set", setting)]
+    assert main([*words, *more, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "runs/cosine", "--data", str(data), "--episodes", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 5
+    monkeypatch.syspath_prepend("nothing")
+    sys.path.remove(str(site))
+    monkeypatch.delitem(sys.modules, "metagmvae_cosine")
+    assert main(["evaluate", "runs/cosine", "--data", str(data)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "method.name (cosine): no such method" in line
+    assert "protonets" in line
+
+
+METHODS = {
+    "def make(): return 3": "its package returns int instead of a Method",
+    "def make(): raise KeyError('no weights')": "its package cannot build it (KeyError: 'no weights')",
+    "raise ImportError('no such library')": "cannot be imported (no such library)",
+}
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_broken_method_is_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metagmvae.pipelines.records import DataError
+    from metagmvae.training.methods.methods_by_name import find_method
+
+    install(tmp_path / "site", "other", {"other_way.py": text}, {"metagmvae.methods": {"other": "other_way:make"}})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "other_way", raising=False)
+    with pytest.raises(DataError, match=re.escape(METHODS[text])) as caught:
+        find_method("other")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(DataError, match=r"no such method; did you mean 'protonets'\?; known: meta-gmvae, .*, other"):
+        find_method("protonet")
+
+
+BROKEN_ANSWERS = {
+    "log_posteriors returns torch.float32": "return super().log_posteriors(*a, **k).float()",
+    "probabilities do not sum to 1": "return super().log_posteriors(*a, **k) - 1",
+    "answers differ when repeated": "return super().log_posteriors(*a, **k) + self.switch()",
+    "inductive: a query depends on the others": "return super().log_posteriors(*a, **k) if a[3].shape[1] == 4 else U",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_ANSWERS)
+def test_the_kit_names_the_rule_that_a_method_breaks(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+import torch
+from metagmvae.training.methods.protonets import ProtoNets
+from metagmvae.training.methods.task_method import TaskMethod
+U = torch.full((1, 1, 3), 1 / 3, dtype=torch.float64).log()
+class Wrong(ProtoNets):
+    def switch(self):
+        self.calls = getattr(self, "calls", 0) + 1
+        return 0.0 if self.calls % 2 else 1e-12
+    def log_posteriors(self, *a, **k):
+        {BROKEN_ANSWERS[broken]}
+def make():
+    return TaskMethod(Wrong)
+"""
+    from metagmvae.infra.api.method_testing import check_method
+
+    install(tmp_path / "site", "bad", {"bad_way.py": text}, {"metagmvae.methods": {"bad": "bad_way:make"}})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "bad_way", raising=False)
+    with pytest.raises(AssertionError, match=broken):
+        check_method("bad", (1, 8, 8))
+
+
 def test_tests_of_the_package(site: Path) -> None:
     names: dict = {}
     exec((site / "test_metagmvae_spirals.py").read_text(), names)
     names["test_source"]()
     names["test_encoder"]()
+    names["test_method"]()
 
 
 @pytest.mark.slow

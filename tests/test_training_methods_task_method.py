@@ -261,7 +261,10 @@ def test_data_that_do_not_suffice_are_found_before_the_training() -> None:
         method.check_data(RUNS["images"], 2, None)
     with pytest.raises(DataError, match="a task has 15 images, but there are only 14"):
         method.check_data(RUNS["clusters"], 14, None)
-    TaskMethod(ProtoNets, trains=False).check_data(RUNS["clusters"], 14, None)
+    untrained = TaskMethod(ProtoNets, trains=False)
+    untrained.check_data(RUNS["dataset of features"], 14, None)
+    with pytest.raises(DataError, match=r"pretrain.steps is 4, but protonets trains a new network on each task"):
+        untrained.check_data(RUNS["clusters"], 14, None)
 
 
 @pytest.mark.parametrize("pretrain", [0, 4])

@@ -19,7 +19,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import across_seeds
 
 RowKind = Literal["run", "results", "model", "encoder", "version", "trial", "published", "trainings"]
-COMPARED = ("model.", "adapt.", "pretrain.", "train.", "trained_on")
+COMPARED = ("method.", "model.", "adapt.", "pretrain.", "train.", "trained_on")
 """Prefixes of the settings that affect accuracy. Result files hold only these."""
 IGNORED_SETTINGS = ("train.checkpoint_every", "train.log_every")
 """Settings with these prefixes that do not affect accuracy."""
@@ -90,13 +90,16 @@ class Row:
 def decisive_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names and keep those that affect accuracy.
 
-    Without contrastive pre-training (`pretrain.steps = 0`) its other settings are left out.
+    Without pre-training (`pretrain.steps = 0`) its other settings are left out, and those of other methods for
+    Meta-GMVAE.
     """
     settings: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key == "pretrain" and isinstance(value, Mapping) and value.get("steps") == 0:
             settings["pretrain.steps"] = 0
+        elif key == "method" and isinstance(value, Mapping) and value.get("name") == "meta-gmvae":
+            settings["method.name"] = "meta-gmvae"
         elif isinstance(value, Mapping):
             settings |= decisive_settings(value, f"{name}.")
         elif name.startswith(COMPARED) and name not in IGNORED_SETTINGS:

@@ -99,7 +99,7 @@ def evaluate_model(
     name = loaded.settings.name if name is None else name
     if isinstance(loaded.model, MetaLearner):
         if head is not None:
-            raise DataError(f"--head {head}: is for an encoder alone, and {name} is a Meta-GMVAE; omit it")
+            raise DataError(f"--head {head}: is for an encoder alone, and {name} is not one; omit it")
         return evaluate_tasks(
             loaded, dataset, tasks, split=split, mode=mode, baselines=baselines, name=name, progress=progress
         )

@@ -103,11 +103,18 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
         dtype: of the stored features, `float16` or `float32`.
 
     Raises:
-        DataError: the images have another shape than the encoder takes, or the data set holds features.
+        DataError: the images have another shape than the encoder takes, the data set holds features, or the
+            network of the method is no encoder of single images.
     """
     if dataset.kind == "images" and dataset.image_shape != loaded.image_shape:
         raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the encoder takes {loaded.image_shape}")
     encoder = encoder_only(loaded)
+    new = build_encoder_model(encoder.settings.model, loaded.image_shape, seed=0)
+    if encoder.model.state_dict().keys() != new.state_dict().keys():
+        raise DataError(
+            f"the encoder of a model of {loaded.settings.method.name} has no statistics of batch normalisation, so it "
+            "gives no features of single images; use an encoder of pre-training or of another method"
+        )
     with tempfile.TemporaryDirectory() as folder:
         package = save_package(Path(folder) / ENCODER_FOLDER, encoder)
         settings = encoder.settings.model

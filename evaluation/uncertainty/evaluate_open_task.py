@@ -10,6 +10,7 @@ from metagmvae.evaluation.uncertainty.open_queries import OpenResults, evaluate_
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
+from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.models.posterior_calibration import FittedBackground
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
@@ -70,8 +71,13 @@ def require_background(loaded: LoadedModel, mode: str, way: int, shot: float, na
     """Return the background level of a model for a task.
 
     Raises:
-        DataError: it has none for its settings of EM.
+        DataError: the method has no such component, or no level for its settings of EM.
     """
+    if isinstance(loaded.model, MetaLearner) and not loaded.model.has_background:
+        raise DataError(
+            f"{name}: the method {loaded.settings.method.name} has no component for queries of no labelled class; use "
+            "a Meta-GMVAE, or an encoder alone with a head"
+        )
     calibration = loaded.calibration
     fit = None if calibration is None else calibration.background(loaded.settings.adapt, mode, way, shot)
     if fit is None:

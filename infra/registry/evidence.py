@@ -106,7 +106,7 @@ def upload_evidence(
         folder = f"{root}{FOLDER}/{time}-{evidence.alias}-{status}-{unique}"
     content = evidence.answer(status, reason) | {
         "by": whoami(),
-        "settings": settings.model_dump(mode="json", include={"model", "adapt", "pretrain", "train"}),
+        "settings": settings.model_dump(mode="json", include={"method", "model", "adapt", "pretrain", "train"}),
         "environment": evidence.provenance,
     }
     with tempfile.TemporaryDirectory() as local, tracking_errors(store.uri):

@@ -83,7 +83,7 @@ def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": f"{row['name']}/{row['version']}",
         "aliases": ", ".join(row["aliases"]),
-        "kind": row["kind"],
+        "kind": ", ".join(filter(None, (row["kind"], row["method"]))),
         "created": row["created"][:16],
         "run": row["run"][:8],
         "results": "; ".join(results),
@@ -115,6 +115,7 @@ def _row(version: Any, aliases: list[str], check_data: Callable[[str, str], tupl
         "version": str(version.version),
         "aliases": aliases,
         "kind": tags.get("kind", "unknown"),
+        "method": tags.get("method", ""),
         "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         "run": version.run_id or "",
         "results": results,

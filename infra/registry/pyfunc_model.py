@@ -109,7 +109,7 @@ class Predictor:
 
 
 class FewShotModel(Predictor, PythonModel):
-    """A trained Meta-GMVAE as an MLflow model.
+    """A trained few-shot classifier as an MLflow model.
 
     It inherits `predict`, because MLflow demands type hints on a `predict` that the class itself defines.
     """

@@ -144,12 +144,15 @@ def _version_tags(
     loaded: Any, run_dir: Path, run_id: str, shot: int | None, results: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the tags of a version: settings, data, training and results of the model."""
+    from metagmvae.training.models.meta_learner import MetaLearner
+
     # The record says where the dataset was; the checkpoint does not.
     record = read_record(run_dir)
     tags = {
         "run_id": run_id,
         "settings_fingerprint": fingerprint(loaded.settings),
         "kind": _model_type(loaded),
+        "method": loaded.settings.method.name if isinstance(loaded.model, MetaLearner) else "",
         "shot": "" if shot is None else str(shot),
         "data": redact(record.get("data") or ""),
         **flatten(loaded.info),

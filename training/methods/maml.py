@@ -2,8 +2,10 @@
 
     theta_i = theta - alpha * grad L_support(theta), repeated;    minimise over theta: mean_i L_query(theta_i)   (Eq. 1)
 
-As in the published code, L_support is the sum of the cross-entropies divided by the shots (the mean times K), and batch
-normalisation always uses the statistics of the images that are in the network together: the support, or the queries.
+L_support is the mean cross-entropy. The published code takes K times the mean, on features of Omniglot that are means
+over positions; the squared length of those of Conv4 here is about 50 times as large, so that its rates would diverge
+with K times the mean. As there, batch normalisation always uses the statistics of the images that are in the network
+together: the support, or the queries.
 
 Notation: n images, b tasks or E episodes, K ways, S labelled images and Q queries per class, T labelled images,
 P queries.
@@ -48,6 +50,11 @@ class MAML(TaskLearner):
         replace_all_batch_norm_modules_(self.body)
         self.normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
 
+    @property
+    def most_classes(self) -> int | None:
+        """Number of outputs of the classifier."""
+        return self.settings.way
+
     def forward(self, x: Tensor) -> Tensor:
         """What the body reads, (n, ...) -> logits of the classes, (n, `method.way`)."""
         return at_least_float32(self.classifier(self.body(x)))
@@ -63,7 +70,7 @@ class MAML(TaskLearner):
         Raises:
             DataError: there are more classes than outputs.
         """
-        if way > self.settings.way:
+        if self.most_classes is not None and way > self.most_classes:
             raise DataError(
                 f"the model classifies up to {self.settings.way} classes (method.way of its training), and the task "
                 f"has {way}; use fewer classes, or train a model with a larger method.way"
@@ -79,7 +86,7 @@ class MAML(TaskLearner):
         """Return the parameters after some steps of gradient descent on the support of one task, differentiably."""
 
         def loss(parameters: Parameters) -> Tensor:
-            return F.cross_entropy(self.logits(parameters, support_T, way), label_T) * way
+            return F.cross_entropy(self.logits(parameters, support_T, way), label_T)
 
         for _ in range(steps):
             gradients = grad(loss)(parameters)

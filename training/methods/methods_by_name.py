@@ -32,7 +32,13 @@ def find_method(name: str) -> Method:
     if make is None:
         known = [*METHODS, *extension_names("metagmvae.methods")]
         raise DataError(f"method.name ({name}): no such method{suggestion(name, known)}; known: {', '.join(known)}")
-    method = make()
+    try:
+        method = make()
+    except Exception as error:  # whatever the code of another package raises
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"method.name ({name}): its package cannot build it ({type(error).__name__}: {reason})"
+        ) from error
     if not isinstance(method, Method):
         raise DataError(f"method.name ({name}): its package returns {type(method).__name__} instead of a Method")
     return method

@@ -27,6 +27,11 @@ class Scratch(MAML):
         # The kind of tasks plays no part, but with "clusters" there would be a second network beside the encoder.
         super().__init__(model, method.model_copy(update={"tasks": "labels"}), image_shape)
 
+    @property
+    def most_classes(self) -> int | None:
+        """None: the classifier of an episode has as many outputs as there are classes."""
+        return None
+
     def episode_parameters(self, way: int, seed_by_episode: Sequence[int]) -> Parameters:
         """Newly initialised parameters, a function of the seed of the episode, with a leading dimension E."""
         networks = [self._new_parameters(way, seed) for seed in seed_by_episode]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import ModelSettings, Settings
-from metagmvae.pipelines.records import TaskBatch
+from metagmvae.pipelines.records import DataError, TaskBatch
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.sampling.task_stream import TaskStream
 from metagmvae.training.augment.build_view import build_view
@@ -124,7 +124,7 @@ class TaskMethod(Method):
 
     def needs_encoder(self, settings: Settings) -> bool:
         """Features and clusters come from a trained encoder."""
-        return self.trains and (self.on_features(settings) or settings.method.tasks == "clusters")
+        return self.on_features(settings) or (self.trains and settings.method.tasks == "clusters")
 
     def needs_labels(self, settings: Settings) -> bool:
         """Whether the classes of the tasks are labels."""
@@ -134,6 +134,11 @@ class TaskMethod(Method):
         """Check that a task can be drawn; of clusters only that there are enough images."""
         method = settings.method
         if not self.trains:
+            if settings.pretrain.steps and method.network == "encoder":
+                raise DataError(
+                    f"pretrain.steps is {settings.pretrain.steps}, but {method.name} trains a new network on each task "
+                    "and uses no pre-trained one; set it to 0"
+                )
             return
         if method.tasks == "clusters":
             check_clusters(images, method)
