@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from metagmvae.evaluation.encoders.head_predictions import predict_with_head
+from metagmvae.evaluation.encoders.head_predictions import head_logits
 from metagmvae.evaluation.encoders.heads import HEADS, MODES
-from metagmvae.evaluation.fewshot.baselines import evaluate_batches
+from metagmvae.evaluation.fewshot.baselines import evaluate_batches, fit_logistic_regression
 from metagmvae.infra.commands import encoder as options
 
 WAY, SHOT, QUERY = 4, 3, 6
 SETTINGS = {"em": {"e_step": "diagonal", "temperature": 2.0}, "soft-k-means": {"temperature": 7.0}}
+
+
+def probabilities(head: str, settings: dict[str, Any], h_TF: Tensor, label_T: np.ndarray, h_PF: Tensor) -> np.ndarray:
+    return torch.softmax(head_logits(head, settings, h_TF, label_T, h_PF), dim=1).numpy()
 
 
 def features(seed: int = 0) -> tuple[Tensor, np.ndarray]:
@@ -36,7 +42,7 @@ def test_predicted_classes_are_those_of_the_evaluated_baseline(head: str) -> Non
     def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
         label_T = np.repeat(np.arange(WAY), SHOT)
         pairs = zip(support_EKSF.flatten(1, 2), query_EPF, strict=True)
-        p = [predict_with_head(head, settings, support, label_T, query) for support, query in pairs]
+        p = [probabilities(head, settings, support, label_T, query) for support, query in pairs]
         assert np.allclose(np.stack(p).sum(axis=2), 1)
         return torch.as_tensor(np.stack(p)).argmax(dim=2)
 
@@ -54,14 +60,28 @@ def test_unequal_shots_and_their_order(head: str) -> None:
     h_TF = torch.as_tensor(centres[label_T] + 0.1 * rng.normal(size=(7, 8))).float()
     truth = np.array([1, 1, 2, 0, 1, 2])
     h_PF = torch.as_tensor(centres[truth] + 0.1 * rng.normal(size=(6, 8))).float()
-    p_PK = predict_with_head(head, {}, h_TF, label_T, h_PF)
+    p_PK = probabilities(head, {}, h_TF, label_T, h_PF)
     assert p_PK.argmax(axis=1).tolist() == truth.tolist()
     order = rng.permutation(7)
-    shuffled = predict_with_head(head, {}, h_TF[torch.as_tensor(order)], label_T[order], h_PF)
+    shuffled = probabilities(head, {}, h_TF[torch.as_tensor(order)], label_T[order], h_PF)
     assert np.allclose(shuffled, p_PK, atol=1e-4)
 
 
 def test_a_query_between_two_classes_of_unequal_shots_is_even() -> None:
     h_TF = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    p_PK = predict_with_head("logistic-regression", {}, h_TF, np.array([0, 0, 0, 1]), torch.tensor([[1.0, 1.0]]))
+    p_PK = probabilities("logistic-regression", {}, h_TF, np.array([0, 0, 0, 1]), torch.tensor([[1.0, 1.0]]))
     assert p_PK == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("way", [2, 3])
+def test_logistic_regression_gives_the_probabilities_of_scikit_learn(way: int) -> None:
+    rng = np.random.default_rng(2)
+    label_T = np.repeat(np.arange(way), 3)
+    h_TF, h_PF = (
+        torch.as_tensor(rng.normal(size=(3 * way, 4))).float(),
+        torch.as_tensor(rng.normal(size=(6, 4))).float(),
+    )
+    model = fit_logistic_regression(h_TF, label_T, 10.0)
+    expected = model.predict_proba(torch.nn.functional.normalize(h_PF, dim=1).numpy())
+    actual = probabilities("logistic-regression", {"strength": 10.0}, h_TF, label_T, h_PF)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)

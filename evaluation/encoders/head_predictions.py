@@ -87,13 +87,6 @@ def head_logits(
     return class_logits(mixture, query_1PF, e_step, temperature)[0].double()
 
 
-def predict_with_head(
-    head: str, settings: Mapping[str, Any], h_TF: Tensor, label_T: np.ndarray, h_PF: Tensor
-) -> np.ndarray:
-    """Return the probabilities of the queries, (P, K), not calibrated. Arguments and errors as in `head_logits`."""
-    return torch.softmax(head_logits(head, settings, h_TF, label_T, h_PF), dim=1).cpu().numpy()
-
-
 def _padded(h_TF: Tensor, label_T: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return the labelled features by class, padded with zeros, (1, K, S, F), and 1 for each that is real."""
     shots_K = np.bincount(label_T)
