@@ -104,6 +104,21 @@ def test_every_number_of_the_paper_has_settings_and_both_ways_of_training():
     }
 
 
+def test_every_row_can_be_trained():
+    """Its preset exists, and its changes are valid settings."""
+    for parts in paper_tables().values():
+        for recipe in {recipe for part in parts for row in part.rows for recipe in row.recipes.values()}:
+            load_settings(recipe.preset, [*recipe.overrides, *recipe.adapt])
+
+
+def test_umtra_of_table_10_is_pretrained_as_the_features_of_the_others():
+    recipe = next(row for row in paper_tables()[10][0].rows if row.key == "umtra-simclr").recipes
+    (settings,) = {load_settings(r.preset, r.overrides) for r in recipe.values()}
+    simclr = load_settings("mini-imagenet-simclr-paper")
+    assert settings.pretrain == simclr.pretrain
+    assert settings.model == simclr.model
+
+
 def test_ablations_change_one_component_each():
     """By the settings that result: layers of set attention, covariance in both uses, prior."""
     rows = {row.key: row for row in paper_tables()[2][0].rows}

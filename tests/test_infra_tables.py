@@ -283,6 +283,14 @@ def test_slow_evaluations_have_fewer_episodes(data, tmp_path, episode_s, episode
     assert affordable_episodes(wanted, episode_s) == episodes
 
 
+def test_fewer_episodes_than_asked_for_are_enough_where_no_more_are_affordable(table, data, capsys, monkeypatch):
+    monkeypatch.setattr(run_job_module, "affordable_episodes", lambda job, episode_s: 3)
+    first = answer_of(capsys, words(table, data, *UNTRACKED, "--rows", "protonets"), 0)
+    assert [cell["ours"]["episodes"] for cell in first["document"]["parts"][0]["rows"][0]["cells"]] == [3, 3]
+    again = answer_of(capsys, words(table, data, *UNTRACKED, "--rows", "protonets"), 0)
+    assert (again["ran"], again["done_before"]) == ([], 2)
+
+
 def test_more_episodes_are_evaluated_without_another_training(table, data, capsys, monkeypatch):
     answer_of(capsys, words(table, data, *UNTRACKED), 1)
     monkeypatch.setattr(run_job_module, "run_training", None)
