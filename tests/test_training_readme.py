@@ -21,7 +21,7 @@ def test_program_of_the_training_guide(capsys: pytest.CaptureFixture[str]) -> No
 def test_files_named_in_the_training_guide_exist() -> None:
     root = Path(metagmvae.__file__).parent
     guide = (root / "training" / "README.md").read_text()
-    named = set(re.findall(r"`((?:objectives|models|augment|device|trainer)/\w+\.py)", guide))
+    named = set(re.findall(r"`((?:objectives|models|augment|device|trainer|methods|pretraining)/\w+\.py)", guide))
     assert named
     assert [name for name in sorted(named) if not (root / "training" / name).exists()] == []
     tests = set(re.findall(r"`(test_\w+\.py)`", guide))
