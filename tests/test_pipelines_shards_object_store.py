@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from object_store import s3_server
+from photographs import SIDE, write_pictures
 
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
@@ -61,6 +62,19 @@ def test_a_remote_dataset_equals_the_local_one_and_only_requested_splits_are_cop
     np.testing.assert_array_equal(remote.labels("test"), original.labels("test"))
     assert {name.split("/")[0] for name in cached(tmp_path)} == {"dataset.json", "test"}
     np.testing.assert_array_equal(remote.images("train", "mmap")[:], original.images("train"))
+
+
+def test_a_remote_dataset_of_encoded_images_equals_the_local_one(tmp_path):
+    source = open_source("folder", str(write_pictures(tmp_path / "pictures", 2)), size=SIDE, validation_classes=0)
+    write_dataset(source, tmp_path / "data", store="encoded", shard_rows=8)
+    publish(tmp_path / "data", "s3://data/encoded")
+    original, remote = Dataset.open(tmp_path / "data"), Dataset.open("s3://data/encoded")
+    for reader in ("memory", "mmap"):
+        np.testing.assert_array_equal(remote.images("train", reader)[:], original.images("train"))
+    streams = [StreamedImages(dataset, "train", 4).rows(0, 0, 1, 0) for dataset in (original, remote)]
+    for _, one, other in zip(range(30), *streams, strict=False):
+        np.testing.assert_array_equal(one, other)
+    assert main(["verify", "s3://data/encoded"]) == 0
 
 
 def test_a_complete_copy_is_not_downloaded_again(uri, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def encode_member(pixels: np.ndarray, original: bytes | None, quality: Quality) 
     if quality != LOSSLESS:
         image.save(content, "JPEG", quality=quality, optimize=True)
         return LOSSY_JPEG, content.getvalue()
-    image.save(content, "WEBP", lossless=True, method=1, quality=0)  # 6 times faster than method 4, 1.5% larger
+    image.save(content, "WEBP", lossless=True, method=1, quality=0)  # 5 times faster than method 4, 2% larger
     return WEBP, content.getvalue()
 
 
