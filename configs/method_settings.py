@@ -36,7 +36,7 @@ class MethodSettings(Section):
     inner_steps: Size = 5
     """Gradient steps on the labelled images of a training task (`maml`)."""
     inner_rate: PositiveFloat = 0.05
-    """Learning rate of the gradient steps on labelled images (`maml`, `scratch`)."""
+    """Learning rate of the gradient steps, on the mean cross-entropy of the labelled images (`maml`, `scratch`)."""
     first_order: bool = False
     """Whether `maml` ignores second derivatives (first-order MAML)."""
     test_steps: Size = 50

@@ -62,14 +62,14 @@ def literal_logits(theta: dict[str, Tensor], x: Tensor) -> Tensor:
 def literal_fit(
     theta: dict[str, Tensor], images: Tensor, labels: list[int], steps: int, rate: float, first_order: bool
 ) -> dict[str, Tensor]:
-    """Steps of gradient descent on the sum of the cross-entropies of the labelled images, divided by the shots."""
+    """Steps of gradient descent on the mean cross-entropy of the labelled images."""
     ways = max(labels) + 1
     for _ in range(steps):
         logits = literal_logits(theta, images)[:, :ways]
         total = torch.zeros((), dtype=torch.float64)
         for t, label in enumerate(labels):
             total = total - (logits[t, label] - torch.logsumexp(logits[t], dim=0))
-        loss = total * ways / len(labels)
+        loss = total / len(labels)
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
         theta = {name: value - rate * g for (name, value), g in zip(theta.items(), gradients, strict=True)}
     return theta

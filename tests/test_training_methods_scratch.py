@@ -77,7 +77,7 @@ def test_the_answer_depends_on_the_seed_of_the_episode_alone() -> None:
 
 
 def test_it_learns_the_support() -> None:
-    model = network(test_steps=60)
+    model = network(test_steps=60, inner_rate=0.5)
     support, _ = episodes(2)
     found = answer(model, support, support, [5, 6])
     assert (found.argmax(dim=2) == torch.tensor(LABELS)).double().mean() > 0.9

@@ -1,0 +1,77 @@
+"""Wrong settings of methods that learn from tasks: exit code 2 and one line before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_words import set_words
+from PIL import Image
+
+from metagmvae.infra.cli import main
+from metagmvae.pipelines.shards.writer import write_dataset
+from metagmvae.pipelines.sources.source import open_source
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of images without classes."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+    write_dataset(open_source("folder", str(folder / "images"), size=28, channels=1), folder / "data")
+    return folder / "data"
+
+
+def error(data: Path, out: Path, capsys: pytest.CaptureFixture[str], preset: str, **changes: object) -> str:
+    """The only line of a refused request."""
+    settings = {"data.uri": data, "run.out": out, "tracking.enabled": "false"}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    assert main(["train", preset, *set_words(settings)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert not out.exists()
+    lines = [line for line in captured.err.splitlines() if "goes on without validation" not in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("preset", ["omniglot-maml-oracle", "omniglot-protonets-oracle"])
+def test_labels_that_the_dataset_does_not_have(
+    preset: str, unlabelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error(unlabelled, tmp_path / "run", capsys, preset)
+    assert 'method.tasks is "labels"' in line
+    assert "have no classes" in line
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "words"),
+    [
+        ("omniglot-maml-oracle", {"method__way": 31}, ("method.way is 31", "only 30 classes", "lower")),
+        ("omniglot-maml-oracle", {"method__way": 4}, ("validation.way is 5", "up to 4 classes", "method.way")),
+        ("omniglot-umtra", {"method__way": 601}, ("method.way is 601", "600 images")),
+        ("omniglot-umtra", {"method__shot": 2}, ("method: shot (2) must be 1",)),
+        ("omniglot-maml-oracle", {"method__network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
+        ("omniglot-scratch", {"method__network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
+        ("omniglot-cactus-acai-maml", {"pretrain__steps": 0}, ('method.tasks = "clusters"', "pretrain.steps above 0")),
+        ("omniglot-cactus-acai-maml", {"method__clusters": 601}, ("method.clusters is 601", "600 training images")),
+        ("omniglot-maml-oracle", {"train__steps": 0}, ("train.steps is 0",)),
+        ("omniglot-scratch", {"train__steps": 5}, ("train.steps is 5", "scratch is not meta-trained", "0")),
+        ("omniglot-maml-oracle", {"method__name": "mamml"}, ("method.name (mamml): no such method", "maml")),
+        ("omniglot-maml-oracle", {"data__reader": "stream"}, ("data.reader", "set it to mmap")),
+    ],
+)
+def test_settings_that_do_not_fit(
+    preset: str,
+    changes: dict[str, object],
+    words: tuple[str, ...],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = error(data, tmp_path / "run", capsys, preset, **changes)
+    assert all(word in line for word in words), line
