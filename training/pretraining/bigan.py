@@ -24,10 +24,10 @@ class BiganModules(nn.Module):
 
     def __init__(self, model: EncoderModel, settings: Settings) -> None:
         super().__init__()
-        sizes, channels, width = settings.pretrain.projector, settings.model.channels, settings.model.width
+        sizes, channels = settings.pretrain.projector, settings.model.channels
         self.latent = sizes[-1] if sizes else model.feature_dim
         self.projector = build_projector(model.feature_dim, sizes)
-        self.generator = ConvDecoder(model.input_shape, channels, self.latent, width)
+        self.generator = ConvDecoder(model.input_shape, channels, self.latent, width=0, batch_norm=False)
         self.discriminator = ImageCritic(model.input_shape, channels, self.latent)
 
 
@@ -36,7 +36,9 @@ class BiganStep(PretrainStep):
 
     The discriminator minimises -log D(x, E(x)) - log(1 - D(G(z), z)); encoder and generator minimise the same with the
     labels exchanged, -log(1 - D(x, E(x))) - log D(G(z), z), which has stronger gradients than the negative of the first
-    ("inverse objective"). All networks are updated together, as in the published code.
+    ("inverse objective"). All networks are updated together, as in the published code. Difference: only the encoder has
+    batch normalisation. In the discriminator, real and generated pairs that are normalised separately can hardly be
+    told apart in a short training, and pairs normalised together too easily.
     """
 
     auxiliary: BiganModules
