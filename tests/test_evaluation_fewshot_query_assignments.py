@@ -57,7 +57,7 @@ def literal_sinkhorn(cost: np.ndarray, sharpness: float) -> np.ndarray:
     """PT-MAP's: alternately scale the rows to 1 and the columns to P / K; rows last."""
     P, K = cost.shape
     plan = np.exp(-sharpness * cost)
-    for _ in range(5000):
+    for _ in range(500):
         for p in range(P):
             plan[p] /= plan[p].sum()
         for k in range(K):
