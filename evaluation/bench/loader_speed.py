@@ -118,7 +118,7 @@ def _encoded_readers(copies: PictureCopies, split: str, ray_reader: RayReader | 
         "opening and decoding encoded shards, cold": (lambda: _open_rate(_evict_split(encoded, split), split), shards),
         "encoded shards by webdataset.WebLoader": (lambda: _webdataset_rate(paths), shards),
     }
-    if ray_reader is not None:
+    if ray_reader is not None and set(encoded.split(split)["formats"]) == {"jpg"}:  # Ray Data decodes no WebP
         readers["encoded shards by Ray Data, read_webdataset"] = (lambda: _ray_rate(ray_reader, paths), shards)
     return readers
 
