@@ -102,7 +102,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        names = ("labels", "images")
+        names = ("labels",)
         torch.save({name: trained(rank, 2, name) for name in names}, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -110,7 +110,7 @@ def worker(rank: int, folder: str) -> None:
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     ranks = run_on_two_ranks(worker, tmp_path)
-    for run_name in ("labels", "images"):
+    for run_name in ("labels",):
         one, two = trained(0, 1, run_name), [rank[run_name] for rank in ranks]
         for name, value in one["model"].items():
             assert torch.equal(two[0]["model"][name], two[1]["model"][name]), name
