@@ -12,14 +12,15 @@ import torch
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables import table_rows
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart, TableRow
+from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart, TableRow, select_ways, table_parts
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs import training_speed
 from metagmvae.infra.runs.run_folder import read_settings
 from metagmvae.infra.runs.training_speed import Speed, measure_speed
 from metagmvae.infra.tables import run_job as run_job_module
-from metagmvae.infra.tables.run_job import affordable_episodes, planned_settings
+from metagmvae.infra.tables.run_job import affordable_episodes, affordable_steps, planned_settings
 from metagmvae.infra.tables.table_jobs import TableJob, _new_job
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer import loop
 from metagmvae.training.trainer.checkpoint import load_state
@@ -264,17 +265,25 @@ def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overri
 @pytest.mark.parametrize(
     ("budget_s", "pretrain", "meta"),
     [
-        (588.2353, 200, 100),  # 0.85 of it is half of the 400 x 2 s + 200 x 1 s of the full schedule
+        (200, 42, 85),  # half of 0.85 of it for each stage, at 2 s and 1 s a step
+        (588.2353, 150, 200),  # the second stage is complete after 200 s of its 250 s, so the first one has 300 s
         (10_000, 400, 200),  # never more than the full schedule
         (1, 1, 1),  # never fewer than one
     ],
 )
-def test_steps_are_the_same_fraction_of_every_stage(data, tmp_path, monkeypatch, budget_s, pretrain, meta):
+def test_the_budget_is_divided_evenly_between_the_stages(data, tmp_path, monkeypatch, budget_s, pretrain, meta):
     monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", 2.0, 1.0, 0.0))
     settings = planned_settings(job("omniglot-cpu", data, tmp_path, budget_s))
     assert (settings.pretrain.steps, settings.train.steps) == (pretrain, meta)
     assert settings.train.checkpoint_every == 30  # a minute of the slower steps
     assert (settings.validation.every, settings.validation.calibration_episodes) == (0, 0)
+
+
+def test_a_stage_without_steps_leaves_the_budget_to_the_other():
+    assert affordable_steps({"pretrain.steps": (0, 0.0), "train.steps": (1000, 0.5)}, 100) == {
+        "pretrain.steps": 0,
+        "train.steps": 200,
+    }
 
 
 @pytest.mark.parametrize(("episode_s", "episodes"), [(0.001, 1000), (1.0, 300), (60.0, 20)])
@@ -360,3 +369,12 @@ def test_rows_run_as_ray_tasks(table, data, capsys):
     answer = answer_of(capsys, words(table, data, *UNTRACKED, "--workers", "2", budget="1s"), 1)
     assert len(answer["ran"]) == 2
     assert answer["document"]["not_run"] == 2
+
+
+def test_only_the_columns_of_some_numbers_of_classes():
+    parts = select_ways(table_parts(1), [20])
+    assert [column[:3] for part in parts for column in part.columns] == [("omniglot", 20, 1), ("omniglot", 20, 5)]
+    assert {column.way for part in parts for row in part.rows for column in row.recipes} == {20}
+    assert select_ways(table_parts(2), []) == table_parts(2)
+    with pytest.raises(DataError, match="--ways 7: the table has no such column; give 5 or 20"):
+        select_ways(table_parts(1), [7])

@@ -132,6 +132,28 @@ def select_rows(parts: Sequence[TablePart], keys: Sequence[str]) -> tuple[TableP
     return tuple(part for part in kept if part.rows)
 
 
+def select_ways(parts: Sequence[TablePart], ways: Sequence[int]) -> tuple[TablePart, ...]:
+    """Return the parts with only the columns of these numbers of classes; without numbers all columns.
+
+    Raises:
+        DataError: no column has one of the numbers.
+    """
+    known = sorted({column.way for part in parts for column in part.columns})
+    if unknown := [way for way in ways if way not in known]:
+        raise DataError(f"--ways {unknown[0]}: the table has no such column; give {' or '.join(map(str, known))}")
+    if not ways:
+        return tuple(parts)
+    kept = []
+    for part in parts:
+        columns = tuple(column for column in part.columns if column.way in ways)
+        rows = (
+            replace(row, recipes={column: recipe for column, recipe in row.recipes.items() if column in columns})
+            for row in part.rows
+        )
+        kept.append(replace(part, columns=columns, rows=tuple(row for row in rows if row.recipes)))
+    return tuple(part for part in kept if part.columns and part.rows)
+
+
 def _table_1(dataset: DatasetName) -> TablePart:
     columns = tuple(Column(dataset, *task) for task in TASKS[dataset])
     deep = EMBEDDING[dataset]

@@ -85,6 +85,8 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--budget", metavar="TIME", help=help_text)
     help_text = "only these rows, by their keys in the JSON document, such as maml or meta-gmvae-best (default: all)"
     paper.add_argument("--rows", nargs="+", default=[], metavar="KEY", help=help_text)
+    help_text = "only the columns of these numbers of classes (default: all)"
+    paper.add_argument("--ways", nargs="+", type=int, default=[], metavar="K", help=help_text)
     help_text = "train and evaluate on --data what has no result with this budget, the smallest training first; run "
     help_text += "again, it continues"
     paper.add_argument("--run", action="store_true", dest="run_rows", help=help_text)
@@ -193,6 +195,7 @@ def table(arguments: Namespace) -> Answer:
     given = {
         "--data": arguments.data,
         "--rows": arguments.rows,
+        "--ways": arguments.ways,
         "--budget": arguments.budget,
         "--set": arguments.overrides,
     }
@@ -208,12 +211,13 @@ def _paper_table(arguments: Namespace, number: int) -> Answer:
     """Run `metagmvae table 1|2|10`."""
     from metagmvae.evaluation.paper_tables.match_results import read_result_folder
     from metagmvae.evaluation.paper_tables.paper_table import markdown_document, table_document
-    from metagmvae.evaluation.paper_tables.table_rows import select_rows, table_parts
+    from metagmvae.evaluation.paper_tables.table_rows import select_rows, select_ways, table_parts
     from metagmvae.infra.fitting.fit_plan import parse_budget
     from metagmvae.infra.tables.table_jobs import TableRequest, open_data
     from metagmvae.pipelines.records import DataError
 
-    parts, results = select_rows(table_parts(number), arguments.rows), Path(arguments.results)
+    parts = select_ways(select_rows(table_parts(number), arguments.rows), arguments.ways)
+    results = Path(arguments.results)
     if arguments.dry_run and not arguments.run_rows:
         raise DataError("--dry-run: says what --run would do; give both")
     budget_s = parse_budget(arguments.budget or "5m") if arguments.budget or arguments.run_rows else None

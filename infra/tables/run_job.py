@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -111,7 +111,7 @@ def _changed(ours: Settings, theirs: Settings) -> list[str]:
 def planned_settings(job: TableJob) -> Settings:
     """Return the settings of the training, with as many steps as take the budget on this machine.
 
-    All stages get the same fraction of their steps. The time of a step is measured on a few steps.
+    The time of a step is measured on a few steps.
 
     Raises:
         DataError: the features of the dataset were made with another encoder than that of the row.
@@ -125,18 +125,36 @@ def planned_settings(job: TableJob) -> Settings:
             f"{job.data}: its encoder is not that of the row ({', '.join(other)} differ); give other features"
         )
     speed = measure_speed(settings, dataset)
-    full_s = settings.pretrain.steps * speed.pretrain_step_s + settings.train.steps * speed.meta_step_s
-    fraction = min(1.0, SAFETY * job.budget_s / full_s) if full_s else 1.0
-    steps = {
-        key: min(full, max(1, int(fraction * full)))
-        for key, full in (("pretrain.steps", settings.pretrain.steps), ("train.steps", settings.train.steps))
+    stages = {
+        "pretrain.steps": (settings.pretrain.steps, speed.pretrain_step_s),
+        "train.steps": (settings.train.steps, speed.meta_step_s),
     }
+    steps = affordable_steps(stages, SAFETY * job.budget_s)
     slowest_s = max(speed.pretrain_step_s, speed.meta_step_s)
     every = max(1, min(settings.train.checkpoint_every, int(MOST_CHECKPOINT_S / slowest_s))) if slowest_s else 1
     overrides += [f"{key}={number}" for key, number in steps.items()] + [f"train.checkpoint_every={every}"]
     # The last checkpoint is evaluated; where a preset selects the best one, it is validated once, at the end.
     validated = 0 if settings.train.selection == "last" else steps["train.steps"]
     return load_settings(job.preset, [*overrides, f"validation.every={validated}"])
+
+
+def affordable_steps(stages: Mapping[str, tuple[int, float]], budget_s: float) -> dict[str, int]:
+    """Divide a budget evenly between the stages; what a stage does not need for all its steps goes to the others.
+
+    Args:
+        stages: steps and seconds of a step by stage.
+        budget_s: seconds of all stages.
+
+    Returns:
+        Steps of each stage, at least one where it has any.
+    """
+    steps, left_s = {}, budget_s
+    shortest_first = sorted(stages.items(), key=lambda stage: stage[1][0] * stage[1][1])
+    for position, (name, (full, step_s)) in enumerate(shortest_first):
+        share_s = left_s / (len(stages) - position)
+        steps[name] = full if full * step_s <= share_s else max(1, int(share_s / step_s))
+        left_s -= steps[name] * step_s
+    return steps
 
 
 def _evaluate(job: TableJob) -> Iterator[str]:
