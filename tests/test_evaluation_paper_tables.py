@@ -196,6 +196,18 @@ def test_result_of_other_settings_or_tasks_is_not_found(tmp_path, changes, setti
     assert found(tmp_path) == []
 
 
+def test_result_that_differs_in_one_setting_is_named(tmp_path):
+    write(tmp_path, "one.json", {}, {"model.width": 128})
+    write(tmp_path, "two.json", {}, {"model.width": 128, "model.heads": 8})
+    write(tmp_path, "right.json")
+    write(tmp_path, "other-adaptation.json", {}, {"adapt.samples": 3})
+    document, _ = best_cell(tmp_path)
+    (line,) = document.near[:1]
+    assert line == "one.json is not of omniglot-best-20way: model.width is 128"
+    assert {text.split()[0] for text in document.near} == {"one.json"}
+    assert "Not shown: one.json is not of omniglot-best-5way: model.width is 128." in markdown_document(document)
+
+
 def test_results_are_limited_to_data_and_budget(tmp_path):
     write(tmp_path, "a.json", {"budget_s": 60.0})
     (item,) = read_result_folder(tmp_path).results

@@ -17,7 +17,7 @@ from metagmvae.evaluation.comparison.result_files import (
     RecordedResult,
     read_results,
 )
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe
+from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
@@ -172,3 +172,20 @@ def results_of(
         if differing_keys(recipe, item.flat) == []:
             found += [(item, row) for row in rows if row.mode == mode]
     return found
+
+
+def near_results(folder: ResultFolder, parts: Sequence[TablePart]) -> list[str]:
+    """Say of each file that belongs to no row because of a single setting of its training, which one it is."""
+    recipes = {recipe for part in parts for row in part.rows for recipe in row.recipes.values()}
+    datasets = {column.dataset for part in parts for column in part.columns}
+    lines: dict[str, None] = {}
+    for item in folder.results:
+        if item.result.images.name not in datasets or item.result.split != SPLIT:
+            continue
+        differences = {recipe: differing_keys(recipe, item.flat) for recipe in recipes}
+        if [] in differences.values():
+            continue
+        for recipe, keys in sorted(differences.items(), key=lambda pair: pair[0].label):
+            if keys is not None and len(keys) == 1 and not keys[0].startswith("adapt."):
+                lines[f"{item.file} is not of {recipe.label}: {keys[0]} is {item.flat.get(keys[0])}"] = None
+    return list(lines)

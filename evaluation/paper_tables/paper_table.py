@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from metagmvae.evaluation.comparison.formatting import markdown_code, markdown_table, markdown_text, percent, task_name
 from metagmvae.evaluation.comparison.result_files import Count, Fraction, HalfWidth, RecordedAccuracy, RecordedDataset
 from metagmvae.evaluation.comparison.results_table import OMNIGLOT_SPLITS, TITLES
-from metagmvae.evaluation.paper_tables.match_results import FoundResult, ResultFolder, recipe_settings, results_of
+from metagmvae.evaluation.paper_tables.match_results import (
+    FoundResult,
+    ResultFolder,
+    near_results,
+    recipe_settings,
+    results_of,
+)
 from metagmvae.evaluation.paper_tables.table_rows import Column, TablePart, TableRow
 
 NOT_RUN = "not run"
@@ -91,6 +97,8 @@ class TableDocument(_Part):
     """Only results with this budget are shown; None: all."""
     other_files: list[str]
     """Files of the folder that hold no accuracy of a model."""
+    near: list[str]
+    """Results that belong to no row because of a single setting."""
     cells: int
     not_run: int
     parts: list[DocumentPart]
@@ -149,6 +157,7 @@ def table_document(
         results=str(results),
         budget_s=budget_s,
         other_files=list(folder.other_files),
+        near=near_results(folder, parts),
         cells=len(statuses) - statuses.count("no such system"),
         not_run=statuses.count("not run"),
         parts=documents,
@@ -219,7 +228,8 @@ def markdown_document(document: TableDocument) -> str:
         "Accuracy in percent ± its 95% interval over episodes, or ± the standard deviation over trainings. "
         f"Ours: {shown} in {markdown_text(document.results)}; {document.not_run} of {document.cells} are not run."
     )
-    return "\n\n".join([*tables, note])
+    near = [f"Not shown: {markdown_text(line)}." for line in document.near]
+    return "\n\n".join([*tables, note, *near])
 
 
 def _markdown(part: DocumentPart) -> str:
