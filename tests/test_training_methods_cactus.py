@@ -47,7 +47,7 @@ def test_partitions_of_separated_clusters_are_those_of_scikit_learn() -> None:
 def test_each_partition_is_k_means_with_its_own_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def recorded(features_nF: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, None]:
+    def recorded(features_nF: np.ndarray, k: int, seed: int, **_: int) -> tuple[np.ndarray, None]:
         seen.append((features_nF, k, seed))
         return np.arange(len(features_nF), dtype=np.int64) % k, None
 

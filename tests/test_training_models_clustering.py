@@ -115,3 +115,14 @@ def test_features_that_are_not_finite() -> None:
     x[3, 1] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         k_means(x, 2, 0)
+
+
+def test_centroids_of_a_sample_label_all_points() -> None:
+    points = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
+    labels, centroids = k_means(points, 4, seed=1, points_per_cluster=20)
+    distances = np.square(points[:, None] - centroids[None]).sum(axis=2)
+    np.testing.assert_array_equal(labels, distances.argmin(axis=1))
+    whole, _ = k_means(points, 4, seed=1)
+    assert (labels != whole).any(), "the centroids are those of 80 of the 400 points"
+    same, _ = k_means(points, 4, seed=1, points_per_cluster=100)
+    np.testing.assert_array_equal(same, whole)

@@ -27,13 +27,14 @@ FREE_SETTINGS = (
     "pretrain.steps",
     "train.steps",
     "train.seed",
+    "method.partitions",
     "train.precision",
     "train.channels_last",
     "train.compile",
     "train.checkpoint_every",
     "train.log_every",
 )
-"""Settings that may differ between a result and its row: the length of the training, its seed and its speed."""
+"""Settings that may differ between a result and its row: the length of the training, its seed and its cost."""
 SPLIT, QUERY = "test", 15
 """Classes and queries per class of the paper's evaluation."""
 

@@ -17,6 +17,10 @@ from metagmvae.training.device import distributed
 from metagmvae.training.models.clustering import k_means
 
 
+COST = {"iterations": 25, "points_per_cluster": 64}
+"""Limits of k-means: with all points and up to 100 iterations, 100 partitions of Omniglot take hours of a CPU core."""
+
+
 def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: int) -> list[np.ndarray]:
     """Cluster the embedding P times; return the clusters of all images in each partition, int64 (n,).
 
@@ -36,7 +40,7 @@ def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: 
     for partition in range(settings.partitions):
         if distributed.rank() == 0:
             scale_F = partition_scale(F, settings.partitions, seed, partition)
-            labels_n, _ = k_means(features_nF * scale_F, settings.clusters, seed=partition)
+            labels_n, _ = k_means(features_nF * scale_F, settings.clusters, seed=partition, **COST)
         else:
             labels_n = np.zeros(n, dtype=np.int64)
         partitions.append(distributed.from_rank_0(labels_n))

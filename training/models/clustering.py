@@ -10,10 +10,17 @@ import warnings
 import numpy as np
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import pairwise_distances_argmin
 
 
 def k_means(
-    features_nF: np.ndarray, k: int, seed: int, *, restarts: int = 1, iterations: int = 100
+    features_nF: np.ndarray,
+    k: int,
+    seed: int,
+    *,
+    restarts: int = 1,
+    iterations: int = 100,
+    points_per_cluster: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cluster by Lloyd's algorithm from initial centroids of k-means++ (Arthur and Vassilvitskii, 2007).
 
@@ -27,6 +34,8 @@ def k_means(
         seed: of the initial centroids.
         restarts: initialisations; the clustering with the smallest sum of squared distances is returned.
         iterations: most iterations of each restart.
+        points_per_cluster: the centroids are fitted to a random sample of this many points per cluster, as in faiss;
+            None: to all points. The labels are those of all points.
 
     Returns:
         labels_n: cluster of each point, int64 in 0 to k - 1, (n,).
@@ -43,9 +52,14 @@ def k_means(
     lloyd = _lloyd_faiss if _faiss_has_gpu() else _lloyd
     random = np.random.RandomState(seed)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
+    fitted_mF = x_nF
+    if points_per_cluster is not None and k * points_per_cluster < len(x_nF):
+        fitted_mF = x_nF[np.sort(random.permutation(len(x_nF))[: k * points_per_cluster])]
     for _ in range(restarts):
-        init_kF, _indices = kmeans_plusplus(x_nF, k, random_state=random)
-        labels_n, centroids_kF = lloyd(x_nF, init_kF, iterations)
+        init_kF, _indices = kmeans_plusplus(fitted_mF, k, random_state=random)
+        labels_n, centroids_kF = lloyd(fitted_mF, init_kF, iterations)
+        if len(fitted_mF) < len(x_nF):
+            labels_n = pairwise_distances_argmin(x_nF, centroids_kF).astype(np.int64)
         inertia = float(np.square(x_nF - centroids_kF[labels_n]).sum(dtype=np.float64))
         if best is None or inertia < best[0]:
             best = inertia, labels_n, centroids_kF
