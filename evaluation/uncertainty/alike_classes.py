@@ -134,12 +134,12 @@ def alike_groups(classes: int, pairs: Sequence[AlikePair]) -> np.ndarray:
 def ceiling_accuracies(
     labels: np.ndarray, group_c: np.ndarray, score_nc: Tensor, task: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracies of two oracles on the episodes of a task with balanced queries, (episodes,) each.
+    """Accuracies of an oracle and of a reference on the episodes of a task with balanced queries, (episodes,) each.
 
-    The first knows the group of every query, and guesses between the classes of the episode that belong to it: its
-    expected accuracy is the number of different groups among the K classes, divided by K. The second is the nearest
-    class mean where all other images of each class of the episode are labelled (`class_scores`): what the encoder can
-    tell.
+    The oracle knows the group of every query, and guesses between the classes of the episode that belong to it: its
+    expected accuracy is the number of different groups among the K classes, divided by K. The reference is the nearest
+    class mean where all other images of each class of the episode are labelled (`class_scores`): a reference, which
+    methods that use the balance of the queries can exceed.
 
     Args:
         labels: class ids, (n,).
@@ -159,7 +159,7 @@ def ceiling_accuracies(
 
 
 def expected_ceiling(group_c: np.ndarray, way: int) -> float:
-    """Mean accuracy of the first oracle of `ceiling_accuracies` over all possible episodes: the sum over the groups of
+    """Mean accuracy of the oracle of `ceiling_accuracies` over all possible episodes: the sum over the groups of
     the probability that at least one of its classes is among the K, divided by K."""
     c = len(group_c)
     sizes = np.bincount(group_c).tolist()
