@@ -36,7 +36,7 @@ CRITERION = (
 def split_ceiling(
     model: EncoderModel, dataset: Dataset, tasks: Sequence[Mapping[str, int]], split: str = "test"
 ) -> dict[str, Any]:
-    """Return the alike classes of a split and the accuracies of an oracle and a reference on each task, as plain values.
+    """Return the alike classes of a split and the accuracies of an oracle and a reference on each task.
 
     Args:
         model: an encoder, the stronger the better: classes that it confuses may count as alike.
