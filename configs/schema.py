@@ -118,9 +118,10 @@ class AdaptSettings(Section):
     """Iterations of EM."""
     samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
-    proportions: Literal["equal", "estimated"] = "equal"
-    """Class weights in EM and in the final posterior. `equal`: 1/K as in Eq. 10, right for balanced queries.
-    `estimated`: from the queries, under a Dirichlet prior; for transductive use where the classes may be unbalanced."""
+    proportions: Literal["equal", "estimated", "balanced"] = "equal"
+    """Class weights in EM and in the final posterior. `equal`: 1/K as in Eq. 10, for balanced queries. `estimated`:
+    from the queries, under a Dirichlet prior; for transductive use where the classes may be unbalanced. `balanced`:
+    such that every class gets the same number of queries (optimal transport); best if they are balanced, bad if not."""
     proportions_prior: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1.0
     """Strength of the prior of `estimated` proportions: images per class that it is worth. 0: none; large: equal."""
 

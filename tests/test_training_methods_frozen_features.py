@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import ModelSettings
+from metagmvae.training.methods import frozen_features
 from metagmvae.training.methods.frozen_features import ScaledRows, fit_feature_scaling
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
-from metagmvae.training.methods import frozen_features
 from metagmvae.training.trainer.builders import build_model
 
 ROWS, SIZE = 50, 32

@@ -75,7 +75,7 @@ def check_method(name: str, image_shape: tuple[int, int, int] = (1, 28, 28), **m
         answers = [_answer(settings, each, image_shape, each.modes[0]) for each in (model, loaded)]
         # Another memory format of the weights rounds differently.
         check_rule(
-            torch.allclose(*answers, atol=1e-4),
+            torch.allclose(answers[0], answers[1], atol=1e-4),
             "a packaged model answers differently: its state_dict does not hold everything",
         )
     return model
@@ -136,7 +136,7 @@ def _check_step(settings: Settings, model: MetaLearner, image_shape: tuple[int, 
     data = MethodData(raw if method.on_features(settings) else images, images, labels, lambda: raw)
     first, later = (method.stream(data, settings, seed=0, split="train", start_step=start) for start in (0, 2))
     batch = first.at(2)
-    step = method.step(model, settings).train()
+    step: Any = method.step(model, settings).train()
     before = torch.get_rng_state()
     prepared, again, other = (step.prepare(each) for each in (batch, batch, later.at(2)))
     check_rule(_equal(prepared, other), "the batch of a step depends on the steps before")

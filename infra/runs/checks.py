@@ -49,7 +49,8 @@ def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
     if kind == "encoder":
         build_encoder_model(settings.model, inputs.image_shape, seed=0)
         return
-    most, way = build_model(settings.model, inputs.image_shape, 0, settings.method).most_classes, settings.validation.way
+    model = build_model(settings.model, inputs.image_shape, 0, settings.method)
+    most, way = model.most_classes, settings.validation.way
     if settings.validation.every and most is not None and way > most:
         raise SettingsError(f"validation.way is {way}, but the model classifies up to {most} classes (method.way)")
 

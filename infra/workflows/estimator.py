@@ -88,7 +88,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         e_step: Literal["diagonal", "identity"] | None = None,
         final_covariance: Literal["diagonal", "identity"] | None = None,
         temperature: float | None = None,
-        proportions: Literal["equal", "estimated"] | None = None,
+        proportions: Literal["equal", "estimated", "balanced"] | None = None,
         proportions_prior: float | None = None,
         random_state: int = 0,
         pixel_range: tuple[float, float] | None = None,

@@ -16,7 +16,6 @@ from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.training.device import distributed
 from metagmvae.training.models.clustering import k_means
 
-
 COST = {"iterations": 25, "points_per_cluster": 64}
 """Limits of k-means: with all points and up to 100 iterations, 100 partitions of Omniglot take hours of a CPU core."""
 

@@ -12,7 +12,8 @@ and the prediction averages Bayes' rule over the latents of a query (Eq. 11):
     p(y = k | x_q, D) = 1/N sum_n N(z_q^(n); mu_k, s2_k) / sum_j N(z_q^(n); mu_j, s2_j)
 
 A departure from the paper is at choice: `AdaptSettings.proportions` estimates the class weights instead of fixing them
-to 1/K, for unbalanced queries. The published code differs from Eq. 10: it uses the identity instead of s2 in all
+to 1/K, for unbalanced queries, or gives every class the same number of queries, if they are known to be balanced. The
+published code differs from Eq. 10: it uses the identity instead of s2 in all
 E-steps, and s2 in the final posterior only. `AdaptSettings` selects either: `e_step` for Eq. 10, `final_covariance` for
 Eq. 11.
 
@@ -23,6 +24,7 @@ samples, D latent size. Equations are those of Lee et al., ICLR 2021.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.objectives.balanced_classes import balancing_weights
 from metagmvae.training.objectives.mixture import ClassMixture, class_logits, fit_semi_supervised, with_background
 
 SMALL = 1e-30
@@ -122,6 +125,7 @@ def fit_log_posteriors(
     """
     E, P, N, _ = query_EPND.shape
     points_EPD = query_EPND.flatten(1, 2)
+    reweight = partial(balancing_weights, background) if adapt.proportions == "balanced" and fit_on_queries else None
     mixture = fit_semi_supervised(
         support_EKTD,
         points_EPD if fit_on_queries else points_EPD[:, :0],
@@ -131,8 +135,11 @@ def fit_log_posteriors(
         mask_EKT=mask_EKT,
         prior_count=adapt.proportions_prior * N if adapt.proportions == "estimated" else None,
         background=background,
+        reweight=reweight,
     )
     logits_EPK = class_logits(mixture, points_EPD, adapt.final_covariance, adapt.temperature)
+    if reweight is not None:
+        logits_EPK = logits_EPK + reweight(logits_EPK)[:, None]
     log_posterior = torch.log_softmax(with_background(logits_EPK, background), dim=2).view(E, P, N, -1)
     mean_EPK = log_posterior.exp().mean(dim=2)
     if not torch.isfinite(mean_EPK).all():

@@ -2,8 +2,7 @@
 
 Batched functions in log space, float32 or float64, used by the training objective and at meta-test. A squared distance
 |z - mu|^2 is never formed as a (P, K, D) tensor: it is expanded into matrix products. The points are first shifted to
-their common mean, which keeps the expansion accurate however far from zero they are. (What is left is the rounding of
-the squared distance between clusters: 1e-2 nats in float32 for clusters 100 apart.)
+their common mean, which keeps the expansion accurate however far from zero they are.
 
 Notation: E episodes fitted side by side, P points per episode (data points times Monte Carlo samples), K components or
 classes, D latent size, T labelled points per class, C = 2D.
@@ -12,19 +11,19 @@ classes, D latent size, T labelled points per class, C = 2D.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Covariance = Literal["diagonal", "identity"]
+Reweight = Callable[[Tensor, Tensor | None], Tensor]
 
 MIN_COUNT = 1e-6
 """Sum of responsibilities (in points) below which a component is empty: it keeps its mean and a vanishing weight."""
-
 GOLDEN = -7046029254386353131
 """2^64 / golden ratio modulo 2^64, as int64: a factor that mixes the bits of consecutive integers."""
-
 VARIANCE_FLOOR = 1e-6
 """Smallest variance of a class: coinciding points would otherwise give log 0. The paper has no floor."""
 
@@ -184,11 +183,11 @@ def fit_semi_supervised(
     mask_EKT: Tensor | None = None,
     prior_count: float | None = None,
     background: float | None = None,
+    reweight: Reweight | None = None,
 ) -> ClassMixture:
     """Fit psi* of Eq. 10 by EM: responsibilities of labelled points are fixed to their class, weights to 1/K.
 
-    Means start at the class means of the support, covariances at the identity. Two extensions of Eq. 10 for queries
-    that are unbalanced or of no labelled class, both off by default:
+    Means start at the class means of the support, covariances at the identity. Extensions of Eq. 10, off by default:
     - Weights pi_k are estimated under a Dirichlet prior, pi ~ Dir(1 + prior_count, ...): the M-step is its mode,
       pi_k = (n_k + prior_count) / sum_j (n_j + prior_count), n_k the sum of the responsibilities of the unlabelled
       points. The labelled points have no part in it: their numbers are chosen by whoever labelled them.
@@ -207,6 +206,7 @@ def fit_semi_supervised(
         prior_count: unlabelled points per class that the prior of the weights is worth, at least 0; None: weights 1/K.
         background: log density of the background component after division by the temperature, relative to classes of
             equal weights without the constant (2 pi)^(-D/2) of their densities; None: no such component.
+        reweight: returns log weights to add in the E-step, from the logits and the weights of the E-step before.
     """
     if iterations < 1:
         raise ValueError(f"iterations ({iterations}) must be at least 1")
@@ -221,10 +221,13 @@ def fit_semi_supervised(
     size = support_EKTD.shape[3]
     mean_EKD = labelled_EKC[..., :size] / labelled
     variance_EKD = torch.ones_like(mean_EKD)
-    log_weight_EK = None
+    log_weight_EK = offset_EK = None
     for _ in range(iterations):
         used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
         logits_EPK = _weighted(_class_logits(moments_EPC, mean_EKD, used_EKD, temperature), log_weight_EK)
+        if reweight is not None:
+            offset_EK = reweight(logits_EPK, offset_EK)
+            logits_EPK = logits_EPK + offset_EK[:, None]
         resp_EPK = torch.softmax(with_background(logits_EPK, background), dim=2)[..., : mean_EKD.shape[1]]
         if prior_count is not None and query_EPD.shape[1]:
             log_weight_EK = _log_weights(resp_EPK.sum(dim=1), prior_count)
@@ -238,10 +241,7 @@ def fit_semi_supervised(
 def class_log_posterior(
     mixture: ClassMixture, z_EPD: Tensor, covariance: Covariance = "diagonal", temperature: float = 1.0
 ) -> Tensor:
-    """log p(y = k | z) by Bayes' rule with the weights of the mixture, the summand of Eq. 11: (E, P, D) -> (E, P, K).
-
-    Arguments are those of `class_logits`.
-    """
+    """log p(y = k | z) by Bayes' rule with the weights of the mixture, the summand of Eq. 11, (E, P, K)."""
     return torch.log_softmax(class_logits(mixture, z_EPD, covariance, temperature), dim=2)
 
 
