@@ -90,6 +90,7 @@ SECTIONS = {
     "ssl simclr contrastive pretraining": "pretrain",
     "system cluster ray runtime trainer hardware compute distributed": "run",
     "adaptation inference em": "adapt",
+    "methods algorithm algo learner metalearner tasks": "method",
 }
 
 

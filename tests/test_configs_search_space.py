@@ -59,7 +59,7 @@ FORMS = "write it as { choice"
             "train.em_iteration: no such setting; did you mean 'train.em_iterations'?",
         ),
         ("em_iterations = {choice=[1]}", "did you mean 'train.em_iterations'?"),
-        ("nonsense = {choice=[1]}", "nonsense: no such setting; known: data, model"),
+        ("nonsense = {choice=[1]}", "nonsense: no such setting; known: data, method, model"),
         ("train = {choice=[1]}", "train: no such setting"),
         ("train.set_size = {range=[5,5]}", "train.set_size: low (5) must be less than high (5)"),
         ("train.set_size = {range=[9,5]}", "low (9) must be less than high (5)"),

@@ -21,8 +21,8 @@ COMMANDS = ("prepare", "features", "train", "pretrain", "tune", "evaluate", "cla
         ("batch_size", ["pretrain.batch", "train.batch"]),
         ("train.wd", ["train.weight_decay"]),
         ("train.optimizer", ["pretrain.optimizer"]),
-        ("train.way", ["validation.way"]),
-        ("model.n_way", ["validation.way"]),
+        ("train.way", ["method.way", "validation.way"]),
+        ("model.n_way", ["method.way", "validation.way"]),
         ("validation.k_shot", ["validation.shots"]),
         ("eval.shots", ["validation.shots"]),
         ("data.num_workers", ["run.workers"]),
@@ -50,7 +50,7 @@ def test_settings(wrong, meant):
 
 def test_without_a_similar_word_the_known_ones_are_listed():
     assert setting_suggestion("run.zzz", setting_keys()).startswith("; known in [run]: out, engine, workers")
-    assert setting_suggestion("zzz", setting_keys()).startswith("; known: data, model")
+    assert setting_suggestion("zzz", setting_keys()).startswith("; known: data, method, model")
     assert setting_suggestion("train", setting_keys()) == "; it is a section: name one of its keys, train.KEY"
 
 

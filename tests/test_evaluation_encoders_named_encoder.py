@@ -168,7 +168,7 @@ def test_wrong_names_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in [
         ("timm:resnet1888", "did you mean resnet18"),
         ("timm:resnet18.nothing", "timm has no weights 'nothing' of resnet18; it has: a1_in1k"),
-        ("torchvision:resnet81", "did you mean 'resnet18'?"),
+        ("torchvision:resnet81", "did you mean resnet18?"),
         ("conv4", "has no published weights; give --weights FILE"),
     ]:
         with pytest.raises(EncoderError) as caught:

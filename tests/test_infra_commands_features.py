@@ -216,7 +216,7 @@ def test_wrong_request_is_one_error_line_and_writes_nothing(
     cases = [
         ("pretrain.steps is 4, but", on_features(features, out, **{"pretrain.steps": 4})),
         ("model.encoder is 'conv5'", on_features(features, out, **{"model.encoder": "conv5"})),
-        ('set it to "features"', on_features(features, out, **{"model.reconstruct": "pixels"})),
+        ('set model.reconstruct = "features"', on_features(features, out, **{"model.reconstruct": "pixels"})),
         ("needs a trained encoder", on_features(data, out)),
         ("an encoder is trained on images", command("pretrain", "omniglot-cpu", **{"data.uri": features})),
         ("pretrain.steps is 0", command("pretrain", "omniglot-5way", **{"data.uri": data})),

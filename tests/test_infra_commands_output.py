@@ -192,7 +192,7 @@ def test_doctor_fits_100_columns():
 
 @pytest.mark.parametrize(
     ("line", "completions"),
-    [("metagmvae tr", {"train", "track"}), ("metagmvae train omniglot-c", {"omniglot-cpu"})],
+    [("metagmvae tr", {"train", "track"}), ("metagmvae train omniglot-cp", {"omniglot-cpu"})],
 )
 def test_the_shell_completes_commands_and_presets(line, completions, tmp_path):
     pytest.importorskip("argcomplete")

@@ -35,8 +35,10 @@ def test_files_that_decide_a_result_are_in_the_fingerprint_with_their_hash():
 
 def test_reports_tracking_commands_and_search_are_not_in_the_fingerprint():
     others = ("evaluation/sweeps", "evaluation/comparison", "evaluation/figures", "infra/tracking", "infra/registry")
-    others += ("infra/commands", "infra/tune", "infra/cluster", "infra/workflows", "infra/fitting", "pipelines/sources")
+    others += ("infra/commands", "infra/tune", "infra/cluster", "infra/workflows", "infra/fitting", "infra/tables")
     assert [name for name in code_fingerprint() if name.startswith(others)] == []
+    sources = [name for name in code_fingerprint() if name.startswith("pipelines/sources")]
+    assert sources == ["pipelines/sources/image_decoding.py"], "which decodes the images of encoded shards"
 
 
 def test_every_project_module_that_training_loads_is_in_the_fingerprint():
