@@ -45,8 +45,8 @@ ByTask = Mapping[Task, Sequence[RecordedResult]]
 
 SUMMARIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "omniglot": (
-        "omniglot-best-5way-tuned-baselines",
-        ("EM on features, identity", "soft k-means", "nearest class mean"),
+        "omniglot-best-5way-balanced",
+        ("optimal transport", "EM on features, identity", "nearest class mean"),
     ),
     "mini-imagenet": ("mini-imagenet-cpu", ("soft k-means", "nearest class mean")),
 }
