@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
+from metagmvae.evaluation.encoders.heads import HEADS
 from metagmvae.evaluation.fewshot.paired import paired_difference
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.pyfunc_model import Predictor
@@ -74,6 +75,29 @@ def test_the_settings_of_a_head_are_the_best_on_validation_episodes(data: Path, 
     best = max(result.tuning.trials, key=lambda trial: trial["accuracy"])
     assert result.tuning.settings == best["settings"]
     assert result.tuning.protocol["split"] == "validation"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_probabilities_of_a_head_belong_to_its_accuracy(data: Path, package: Path, head: str) -> None:
+    task = {"way": 3, "shot": 2, "query": 5, "episodes": 8}
+    (result,) = evaluate_model(resolve_model(package), Dataset.open(data), [task], head=head)
+    assert result.reliability is not None
+    bins = result.reliability.summary()["bins"]
+    right = sum(each["accuracy"] * each["queries"] for each in bins)
+    assert right == pytest.approx(result.mean * sum(each["queries"] for each in bins))
+    assert result.uncalibrated is None, "the encoder has no temperature"
+
+
+def test_a_calibrated_encoder_is_evaluated_at_its_temperature(
+    data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--head", "nearest-mean", "--way", "4", "--shot", "2", "--query", "5", "--episodes", "10"]
+    run(capsys, "calibrate", package, "--data", data, *words, "--out", tmp_path / "calibrated")
+    plain = run(capsys, "evaluate", package, "--data", data, *TASK)
+    calibrated = run(capsys, "evaluate", tmp_path / "calibrated", "--data", data, *TASK)
+    assert calibrated["accuracy"] == plain["accuracy"]
+    assert calibrated["temperature"] != 1
+    assert calibrated["ece_uncalibrated"] == pytest.approx(plain["ece"])
 
 
 def test_features_of_an_encoder_by_name(

@@ -15,8 +15,8 @@ from command_words import TINY, set_words
 from folder_contents import contents
 from PIL import Image
 
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.frozen_comparison import compare_with_frozen
-from metagmvae.evaluation.encoders.heads import evaluate_model
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.encoder_package import feature_source, load_dataset_encoder
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from metagmvae.evaluation.comparison.promotion_rule import MIN_EPISODES
-from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import PairedDifference, paired_difference
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD, evaluate_heads, evaluate_model
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_heads, evaluate_model
+from metagmvae.evaluation.encoders.heads import DEFAULT_HEAD
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import paired_difference

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metagmvae.configs.load import fingerprint
-from metagmvae.evaluation.encoders.heads import head_records
+from metagmvae.evaluation.encoders.evaluate_encoders import head_records
 from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
 from metagmvae.evaluation.fewshot.encoder_package import encoder_origin
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults

@@ -165,7 +165,7 @@ def _answer(
     arguments: Namespace, loaded: LoadedModel, results: list[EpisodeResults], about: dict[str, Any]
 ) -> tuple[Answer, dict[str, Any]]:
     """The answer, and details that are too long for the text output: reliability diagram, trials of the baselines."""
-    from metagmvae.evaluation.encoders.heads import head_records
+    from metagmvae.evaluation.encoders.evaluate_encoders import head_records
     from metagmvae.evaluation.fewshot.baseline_tuning import baseline_trials, baselines_summary
 
     if arguments.ways:
@@ -217,7 +217,7 @@ def _evaluate(
     arguments: Namespace, dataset: Dataset, loaded: LoadedModel, queries: dict[str, Any]
 ) -> list[EpisodeResults]:
     """Return the result for each number of ways."""
-    from metagmvae.evaluation.encoders.heads import evaluate_model
+    from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 
     common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
     tasks = [{"way": way, **common, **queries} for way in arguments.ways or [arguments.way]]

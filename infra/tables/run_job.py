@@ -13,7 +13,7 @@ from pathlib import Path
 
 from metagmvae.configs.load import load_settings, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.result_record import result_origin, result_record
 from metagmvae.evaluation.paper_tables.match_results import QUERY, SPLIT, compared_settings
 from metagmvae.evaluation.provenance import COMMAND

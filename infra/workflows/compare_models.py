@@ -12,7 +12,7 @@ from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, compared_settings
-from metagmvae.evaluation.encoders.heads import evaluate_model
+from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import RESULTS
