@@ -17,13 +17,14 @@ types:
 	mkdir -p build/mypy && ln -sfn ../.. build/mypy/metagmvae
 	.venv/bin/mypy
 
-# Everything that needs neither Ray, MLflow, a browser, an S3 server nor real datasets; under two minutes on 2 cores.
+# Everything that needs neither Ray, MLflow, a browser, an S3 server nor real datasets; about three minutes on 2 cores.
 test:
 	$(PYTHON) -m pytest -q -n auto -m 'not (ray or mlflow or browser or s3 or slow or real_data)'
 
-# The others start servers and clusters, so they run one by one.
-test-all: test
-	$(PYTHON) -m pytest -q -m 'ray or mlflow or browser or s3 or slow or real_data'
+# Slow tests run in parallel too; the others start servers and clusters, so they run one by one.
+test-all:
+	$(PYTHON) -m pytest -q -n auto -m 'not (ray or mlflow or browser or s3 or real_data)'
+	$(PYTHON) -m pytest -q -m 'ray or mlflow or browser or s3 or real_data'
 
 # Do the tests notice wrong formulas and wrong data? Takes 10 to 20 minutes.
 mutation:
