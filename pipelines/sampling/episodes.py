@@ -27,10 +27,7 @@ class EpisodeSampler:
         """
         if way < 2 or shot < 1 or query < 1:
             raise DataError(f"way {way}, shot {shot}, query {query}: way must be at least 2, the others at least 1")
-        order = np.argsort(labels, kind="stable")
-        ids, starts = np.unique(labels[order], return_index=True)
-        # Not strict: np.split returns one empty part for an empty split.
-        members = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))
+        members = class_members(labels)
         if way > len(members):
             raise DataError(f"way {way} exceeds the {len(members)} classes of the split; lower the way")
         smallest = min(members, key=lambda c: len(members[c]))
@@ -56,6 +53,14 @@ class EpisodeSampler:
         """Episodes start to start + count - 1: row indices of supports (E, K, S) and queries (E, K, Q)."""
         episodes = [self.episode(index) for index in range(start, start + count)]
         return np.stack([e.support for e in episodes]), np.stack([e.query for e in episodes])
+
+
+def class_members(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """Row indices of each class, by its id in increasing order."""
+    order = np.argsort(labels, kind="stable")
+    ids, starts = np.unique(labels[order], return_index=True)
+    # Not strict: np.split returns one empty part for an empty split.
+    return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def query_positions(way: int, query: int, unbalanced: bool = False) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from metagmvae.pipelines.records import DataError, Rows, TaskBatch
 from metagmvae.pipelines.rng import keyed_rng
+from metagmvae.pipelines.sampling.episodes import class_members
 from metagmvae.pipelines.sampling.stream import Stream
 
 
@@ -71,7 +72,4 @@ class TaskStream(Stream):
 
 def large_classes(labels: np.ndarray, per_class: int) -> list[np.ndarray]:
     """Return the rows of each class that has at least `per_class` of them, by class; -1 is no class."""
-    order = np.argsort(labels, kind="stable")
-    ids, starts = np.unique(labels[order], return_index=True)
-    members = np.split(order, starts[1:])
-    return [rows for name, rows in zip(ids, members, strict=False) if name >= 0 and len(rows) >= per_class]
+    return [rows for name, rows in class_members(labels).items() if name >= 0 and len(rows) >= per_class]

@@ -25,7 +25,7 @@ from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.precision import at_least_float32
-from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities
+from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities, query_loss
 from metagmvae.training.models.meta_learner import PredictionMode
 
 Parameters = dict[str, Tensor]
@@ -102,18 +102,15 @@ class MAML(TaskLearner):
 
     def task_loss(self, support_bKS: Tensor, query_bKQ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative log-likelihood of the queries after the steps on the support, and their accuracy."""
-        (b, K, S), Q = support_bKS.shape[:3], query_bKQ.shape[2]
-        classes = torch.arange(K, device=support_bKS.device)
-        label_T, target_bP = classes.repeat_interleave(S), classes.repeat_interleave(Q).expand(b, -1)
+        K, S = support_bKS.shape[1:3]
+        label_T = torch.arange(K, device=support_bKS.device).repeat_interleave(S)
         parameters, settings = self.initial_parameters(), self.settings
         fit = self.fit_first_order if settings.first_order else self.fit
 
         def query_logits(support_T: Tensor, query_P: Tensor) -> Tensor:
             return self.logits(fit(parameters, support_T, label_T, K, settings.inner_steps), query_P, K)
 
-        logits_bPK = self.over_tasks(query_logits, support_bKS.flatten(1, 2), query_bKQ.flatten(1, 2))
-        accuracy = (logits_bPK.argmax(dim=2) == target_bP).float().mean()
-        return F.cross_entropy(logits_bPK.flatten(0, 1), target_bP.flatten()), {"accuracy": accuracy}
+        return query_loss(self.over_tasks(query_logits, support_bKS.flatten(1, 2), query_bKQ.flatten(1, 2)))
 
     def log_posteriors(
         self,

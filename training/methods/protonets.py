@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.training.device.precision import at_least_float32
-from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities
+from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities, query_loss
 from metagmvae.training.models.meta_learner import PredictionMode
 
 MAX_EMBEDDING_VALUES = 2**26
@@ -42,14 +42,11 @@ class ProtoNets(TaskLearner):
 
     def task_loss(self, support_bKS: Tensor, query_bKQ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative log-likelihood of the queries, and their accuracy."""
-        b, K, S = support_bKS.shape[:3]
+        S = support_bKS.shape[2]
         images = torch.cat([support_bKS, query_bKQ], dim=2)
         embedded = at_least_float32(self.body(images.flatten(0, 2))).unflatten(0, images.shape[:3])
         prototypes_bKF = embedded[:, :, :S].mean(dim=2)
-        logits_bPK = prototype_logits(prototypes_bKF, embedded[:, :, S:].flatten(1, 2))
-        target_bP = torch.arange(K, device=logits_bPK.device).repeat_interleave(query_bKQ.shape[2]).expand(b, -1)
-        accuracy = (logits_bPK.argmax(dim=2) == target_bP).float().mean()
-        return F.cross_entropy(logits_bPK.flatten(0, 1), target_bP.flatten()), {"accuracy": accuracy}
+        return query_loss(prototype_logits(prototypes_bKF, embedded[:, :, S:].flatten(1, 2)))
 
     def log_posteriors(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metagmvae.configs.method_settings import MethodSettings
@@ -76,6 +77,14 @@ class TaskLearner(MetaLearner):
             support_bKS: images in [0, 1] or scaled features of the labelled images, (b, K, S, ...).
             query_bKQ: those of the queries, (b, K, Q, ...).
         """
+
+
+def query_loss(logits_bPK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy and accuracy of the queries of b tasks, which stand class by class, P / K of each."""
+    b, P, K = logits_bPK.shape
+    target_bP = torch.arange(K, device=logits_bPK.device).repeat_interleave(P // K).expand(b, -1)
+    accuracy = (logits_bPK.argmax(dim=2) == target_bP).float().mean()
+    return F.cross_entropy(logits_bPK.flatten(0, 1), target_bP.flatten()), {"accuracy": accuracy}
 
 
 def log_probabilities(logits_EPK: Tensor) -> Tensor:
