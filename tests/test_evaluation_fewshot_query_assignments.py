@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from metagmvae.evaluation.fewshot import baselines, query_assignments
+from metagmvae.evaluation.fewshot import baselines
 from metagmvae.evaluation.fewshot.query_assignments import (
     laplacian_logits,
     optimal_transport_posterior,
     sinkhorn,
     soft_k_means_cosines,
 )
+from metagmvae.training.objectives import balanced_classes
 
 RNG = np.random.default_rng(1)
 SUPPORT, QUERY = RNG.normal(0, 1, (3, 2, 4)), RNG.normal(0, 1, (7, 4))
@@ -68,7 +69,7 @@ def literal_sinkhorn(cost: np.ndarray, sharpness: float) -> np.ndarray:
 
 
 def test_optimal_transport_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_assignments, "SINKHORN_TOLERANCE", 1e-12)
+    monkeypatch.setattr(balanced_classes, "TOLERANCE", 1e-12)
     s, q = centred()
     prototypes = [(rows[0] + rows[1]) / 2 for rows in s]
     for _ in range(20):

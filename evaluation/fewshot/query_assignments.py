@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metagmvae.training.objectives.balanced_classes import balancing_weights
+
 SINKHORN_ITERATIONS = 1000
-SINKHORN_TOLERANCE = 1e-2
-"""Relative error of the number of queries of a class at which the iteration ends."""
 PROTOTYPE_STEPS = 20
 PROTOTYPE_RATE = 0.2
 """Part of the way from the old prototype to the new one in a step; 20 steps of 0.2 are the values of PT-MAP."""
@@ -64,44 +64,34 @@ def optimal_transport_posterior(
     support_EKSF, query_EPF, count_EK1 = _normalised(support_EKSF, query_EPF, mask_EKS)
     total_EKF = support_EKSF.sum(dim=2)
     prototype_EKF = total_EKF / count_EK1
-    plan_EPK, scale_EK = _sinkhorn(_squared_distances(query_EPF, prototype_EKF), sharpness, None)
+    plan_EPK, weight_EK = _sinkhorn(_squared_distances(query_EPF, prototype_EKF), sharpness, None)
     for _ in range(PROTOTYPE_STEPS):
         weight_EKP = plan_EPK.transpose(1, 2).to(query_EPF.dtype)
         new_EKF = (total_EKF + weight_EKP @ query_EPF) / (count_EK1 + weight_EKP.sum(dim=2, keepdim=True))
         prototype_EKF = prototype_EKF + PROTOTYPE_RATE * (new_EKF - prototype_EKF)
-        # From the scales of the step before, which is faster and ends at the same plan.
-        plan_EPK, scale_EK = _sinkhorn(_squared_distances(query_EPF, prototype_EKF), sharpness, scale_EK)
+        # From the weights of the step before, which is faster and ends at the same plan.
+        plan_EPK, weight_EK = _sinkhorn(_squared_distances(query_EPF, prototype_EKF), sharpness, weight_EK)
     return plan_EPK
 
 
 def sinkhorn(cost_EPK: Tensor, sharpness: float) -> Tensor:
     """Return the plan of the smallest cost minus entropy / sharpness with equal marginals, (E, P, K) float64.
 
-    Each query is assigned once, so that rows sum to 1; each class gets P / K queries, up to `SINKHORN_TOLERANCE`
-    (Cuturi, NeurIPS 2013). The iteration of an episode ends when it has converged, whatever the others do.
+    Each query is assigned once, so that rows sum to 1; each class gets P / K queries, up to the tolerance of
+    `balancing_weights`. The iteration of an episode ends when it has converged, whatever the others do.
 
     Args:
-        cost_EPK: cost of each query and class; times `sharpness` at most about 700 apart within a row.
+        cost_EPK: cost of each query and class.
         sharpness: above 0.
     """
     return _sinkhorn(cost_EPK, sharpness, None)[0]
 
 
-def _sinkhorn(cost_EPK: Tensor, sharpness: float, scale_EK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the plan of `sinkhorn` and the scales of its columns; `scale_EK` are those to begin with."""
-    _, P, K = cost_EPK.shape
-    cost_EPK = cost_EPK.double()
-    kernel_EPK = torch.exp(-sharpness * (cost_EPK - cost_EPK.amin(dim=2, keepdim=True)))
-    scale_EK = kernel_EPK.new_ones(len(kernel_EPK), K) if scale_EK is None else scale_EK
-    for _ in range(SINKHORN_ITERATIONS):
-        row_EP1 = kernel_EPK @ scale_EK[..., None]
-        share_EK = scale_EK * (kernel_EPK / row_EP1).sum(dim=1) * K / P  # 1 where a class has its P / K queries
-        open_E1 = ((share_EK - 1).abs() > SINKHORN_TOLERANCE).any(dim=1, keepdim=True)
-        if not open_E1.any():
-            break
-        scale_EK = torch.where(open_E1, scale_EK / share_EK, scale_EK)
-    plan_EPK = kernel_EPK * scale_EK[:, None]
-    return plan_EPK / plan_EPK.sum(dim=2, keepdim=True), scale_EK
+def _sinkhorn(cost_EPK: Tensor, sharpness: float, weight_EK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the plan of `sinkhorn` and the log weights of its columns; `weight_EK` are those to begin with."""
+    logits_EPK = -sharpness * cost_EPK.double()
+    weight_EK = balancing_weights(None, logits_EPK, weight_EK, iterations=SINKHORN_ITERATIONS)
+    return torch.softmax(logits_EPK + weight_EK[:, None], dim=2), weight_EK
 
 
 def laplacian_logits(
