@@ -8,16 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
-from metagmvae.training.augment.build_view import build_view
+from metagmvae.configs.schema import Settings
 from metagmvae.training.device import distributed
 from metagmvae.training.models.encoders import EncoderModel, build_projector
 from metagmvae.training.objectives.nt_xent import nt_xent
 from metagmvae.training.objectives.prototypes import prototype_loss
-from metagmvae.training.pretraining.step import PretrainMetrics, PretrainStep
+from metagmvae.training.pretraining.step import PretrainMetrics, ViewStep
 
 
-class ContrastiveStep(PretrainStep):
+class ContrastiveStep(ViewStep):
     """Contrastive pre-training on views of the images of this rank, with negatives from all ranks.
 
     `nt-xent`: two views of each image (SimCLR). `prototypes`: the image itself and Q views of it (ProtoCLR). The
@@ -26,12 +25,6 @@ class ContrastiveStep(PretrainStep):
     Batch normalisation sees this rank's views only, as in SimCLR without "global BN". Otherwise loss and gradient equal
     those of one process. The views are keyed by (seed, step, rank), so they change with the number of ranks.
     """
-
-    def __init__(
-        self, model: EncoderModel, auxiliary: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
-    ) -> None:
-        super().__init__(model, auxiliary, settings, pretrain)
-        self.view = build_view(pretrain, model)
 
     @classmethod
     def build_auxiliary(cls, model: EncoderModel, settings: Settings, images: int) -> nn.Module:

@@ -14,18 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
+from metagmvae.configs.schema import Settings
 from metagmvae.pipelines.records import DataError, Rows
 from metagmvae.pipelines.sampling.indexed import batches_per_epoch
 from metagmvae.pipelines.sampling.sequential import StreamedImages
-from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.device.seeding import keyed_generator, to_device
 from metagmvae.training.models.clustering import k_means
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.pretraining.step import PretrainMetrics, PretrainStep
+from metagmvae.training.pretraining.step import PretrainMetrics, ViewStep
 
 PCA_DIMENSIONS = 256
 """Most dimensions that are clustered, as in the source."""
@@ -65,7 +64,7 @@ class DeepClusterModules(nn.Module):
         self.classifier.bias.zero_()
 
 
-class DeepClusterStep(PretrainStep):
+class DeepClusterStep(ViewStep):
     """Cross-entropy of a linear classifier that predicts the cluster of an image from a random view of it.
 
     At the start of each epoch the features of all training images are reduced to 256 dimensions by PCA, whitened and
@@ -74,12 +73,6 @@ class DeepClusterStep(PretrainStep):
 
     needs_rows = True
     auxiliary: DeepClusterModules
-
-    def __init__(
-        self, model: EncoderModel, auxiliary: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
-    ) -> None:
-        super().__init__(model, auxiliary, settings, pretrain)
-        self.view = build_view(pretrain, model)
 
     @classmethod
     def build_auxiliary(cls, model: EncoderModel, settings: Settings, images: int) -> nn.Module:

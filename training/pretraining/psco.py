@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
-from metagmvae.training.augment.build_view import build_view
+from metagmvae.configs.schema import Settings
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.encoders import EncoderModel
-from metagmvae.training.pretraining.step import PretrainMetrics, PretrainStep
+from metagmvae.training.pretraining.step import PretrainMetrics, ViewStep
 
 SINKHORN_ITERATIONS = 3
 SINKHORN_TEMPERATURE = 0.05
@@ -54,7 +53,7 @@ class PscoModules(nn.Module):
         self.position.add_(len(keys)).remainder_(len(self.queue))
 
 
-class PscoStep(PretrainStep):
+class PscoStep(ViewStep):
     """MoCo's loss, and a supervised contrastive loss on tasks whose labels are found by optimal transport.
 
     One view of each image is a query, encoded by the trained networks; the other is a key, encoded by the momentum
@@ -65,12 +64,6 @@ class PscoStep(PretrainStep):
     """
 
     auxiliary: PscoModules
-
-    def __init__(
-        self, model: EncoderModel, auxiliary: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
-    ) -> None:
-        super().__init__(model, auxiliary, settings, pretrain)
-        self.view = build_view(pretrain, model)
 
     @classmethod
     def build_auxiliary(cls, model: EncoderModel, settings: Settings, images: int) -> nn.Module:

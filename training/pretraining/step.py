@@ -24,6 +24,7 @@ from metagmvae.configs.schema import PretrainSettings, Settings, TrainSettings
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.indexed import batches_per_epoch
 from metagmvae.pipelines.sampling.sequential import StreamedImages
+from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import keyed_generator, to_device
@@ -115,3 +116,13 @@ class PretrainStep(nn.Module):
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return autocast(device, self.settings.precision)
+
+
+class ViewStep(PretrainStep):
+    """A step that encodes random views of the images, `self.view` (`pretrain.views`)."""
+
+    def __init__(
+        self, model: EncoderModel, auxiliary: nn.Module, settings: TrainSettings, pretrain: PretrainSettings
+    ) -> None:
+        super().__init__(model, auxiliary, settings, pretrain)
+        self.view = build_view(pretrain, model)
