@@ -28,7 +28,7 @@ class MethodSettings(Section):
     """What is meta-trained: a network of its own on images, like `model.encoder`, or a perceptron with one hidden layer
     on the features of the frozen encoder."""
     way: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 5
-    """Classes of a training task. A model of `maml` classifies tasks of up to this many classes, others of any number."""
+    """Classes of a training task. A model of `maml` classifies tasks of up to this many classes, others of any."""
     shot: Size = 1
     """Labelled images of each class of a training task."""
     query: Size = 5
