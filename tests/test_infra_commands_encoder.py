@@ -228,6 +228,7 @@ def test_wrong_requests_are_one_line_and_leave_nothing(
     written = ["--data", str(data), "--out", str(out)]
     on_data, folders = ["--data", str(data)], ["--support", str(tmp_path), "--query", str(tmp_path)]
     classify = ["classify", str(package), *map(str, write_images(data, tmp_path_factory.mktemp("images")))]
+    opened = ["evaluate", str(package), "--open", "2", *on_data]
     for text, words in [
         ("nothing: not the name of an encoder", ["encoder", "nothing", *written]),
         ("has no published weights", ["encoder", "conv4", *written]),
@@ -240,6 +241,11 @@ def test_wrong_requests_are_one_line_and_leave_nothing(
         ("--set adapt.iterations=3", ["evaluate", str(package), "--set", "adapt.iterations=3", *on_data]),
         ("--mode inductive: the head em", ["evaluate", str(package), "--head", "em", "--mode", "inductive", *on_data]),
         ("did you mean 'em'", ["evaluate", str(package), "--head", "emm", *on_data]),
+        (
+            "--open: the head optimal-transport",
+            [*opened, "--way", "3", "--head", "optimal-transport"],
+        ),
+        ("more than 6 validation classes", [*opened, "--way", "6", "--split", "train"]),
         ("--unknown: timm:test_resnet has no level", [*classify, "--unknown"]),
         ("--unknown: the head optimal-transport gives", [*classify, "--unknown", "--head", "optimal-transport"]),
         ("did you mean 'em'", ["serve", str(package), "--head", "emm"]),

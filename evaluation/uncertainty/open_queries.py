@@ -87,6 +87,7 @@ def evaluate_open(
     *,
     mode: PredictionMode,
     background: FittedBackground | None,
+    name: str = "Meta-GMVAE",
     on_progress: ProgressCallback | None = None,
 ) -> OpenResults:
     """Evaluate a model on episodes with queries of no labelled class.
@@ -101,6 +102,7 @@ def evaluate_open(
         background: its level is the threshold, and in transductive mode its component keeps queries of no labelled
             class out of the classes. None: the plain model, whose score is the probability of the most probable class;
             nothing is answered "unknown".
+        name: of the model in its result.
         on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
@@ -126,7 +128,7 @@ def evaluate_open(
             reliability.add(probabilities_nK, truth_n)
     auroc = roc_auc_score(np.concatenate(truths) < way, np.concatenate(scores))
     return OpenResults(
-        "Meta-GMVAE" if background is not None else "Meta-GMVAE without background component",
+        name if background is not None else f"{name} without background component",
         mode,
         task,
         torch.cat(known).double().numpy(),
