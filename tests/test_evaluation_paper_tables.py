@@ -9,8 +9,10 @@ import pytest
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables.match_results import differing_keys, read_result_folder, results_of
-from metagmvae.evaluation.paper_tables.paper_table import TableDocument, markdown_document, table_document
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, paper_tables, table_parts
+from metagmvae.evaluation.paper_tables.paper_table import TableDocument, table_document
+from metagmvae.evaluation.paper_tables.table_layout import markdown_document
+from metagmvae.evaluation.paper_tables.table_rows import paper_tables, table_parts
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
 

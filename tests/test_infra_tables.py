@@ -12,7 +12,8 @@ import torch
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables import table_rows
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart, TableRow, select_ways, table_parts
+from metagmvae.evaluation.paper_tables.table_rows import table_parts
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow, select_ways
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs import training_speed
 from metagmvae.infra.runs.run_folder import read_settings
@@ -110,7 +111,8 @@ def test_runs_what_is_missing_and_names_what_fails(table, data, capsys):
     stems = [f"small-protonets-{fingerprint}-48s-seed0", f"small-gmvae-{fingerprint}-48s-seed0"]
     assert [row["settings"] for row in first["ran"]] == stems, "the smallest training comes first"
     files = {file for row in first["ran"] for file in row["files"]}
-    assert files == {path.name for path in (table / "results").iterdir()}
+    assert files == {path.name for path in (table / "results").glob("*.json")}
+    assert files == {path.with_suffix(".json").name for path in (table / "results").glob("*.parquet")}
     assert len(files) == 6
     (failed,) = first["failed"]
     assert failed == {"system": "nothing", "settings": "no-such-preset", "reason": "there is no such preset"}
@@ -185,7 +187,7 @@ def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, 
     monkeypatch.setattr(run_job_module, "evaluate_model", stopped_once)
     monkeypatch.setattr(run_job_module, "run_training", counted)
     assert main(words(table, data, *UNTRACKED)) == 130
-    assert len(list((table / "results").iterdir())) == 2
+    assert len(list((table / "results").glob("*.json"))) == 2
     answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
     assert trainings == ["small-protonets", "small-gmvae"]
     assert (answer["done_before"], answer["document"]["not_run"]) == (2, 2)
@@ -255,7 +257,7 @@ def test_two_datasets_of_the_same_images_are_refused(table, data, capsys):
 
 
 def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overrides: str) -> TableJob:
-    from metagmvae.infra.tables.table_jobs import TableRequest
+    from metagmvae.infra.tables.table_request import TableRequest
 
     request = TableRequest(1, (str(data),), tmp_path / "results", tmp_path / "runs", budget_s, 5, overrides)
     settings = load_settings(config, overrides)

@@ -17,7 +17,7 @@ from metagmvae.evaluation.comparison.result_files import (
     RecordedResult,
     read_results,
 )
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
 
@@ -28,13 +28,19 @@ FREE_SETTINGS = (
     "train.steps",
     "train.seed",
     "method.partitions",
+    "train.decode_samples",
     "train.precision",
     "train.channels_last",
     "train.compile",
     "train.checkpoint_every",
     "train.log_every",
 )
-"""Settings that may differ between a result and its row: the length of the training, its seed and its cost."""
+"""Settings that may differ between a result and its row: the length of the training, its seed and its cost.
+
+Decoding R of the N samples estimates the same expected loss without bias, at a fraction of the cost.
+"""
+COST_SETTINGS = ("method.partitions", "train.decode_samples", "train.precision")
+"""Those of them that change the variance or the rounding of a step; tables name them where they are not the row's."""
 SPLIT, QUERY = "test", 15
 """Classes and queries per class of the paper's evaluation."""
 
@@ -43,10 +49,31 @@ SPLIT, QUERY = "test", 15
 class FoundResult:
     """A recorded result of one task."""
 
-    file: str
+    path: Path
     result: RecordedResult
     flat: dict[str, Any] = field(repr=False)
     """Its compared settings, as `compared_settings`."""
+    costs: dict[str, Any] = field(repr=False)
+    """Its values of `COST_SETTINGS`."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return int((self.result.settings.get("train") or {}).get("seed", 0))
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps of pre-training and meta-training; the former are recorded with the encoder of a run on features."""
+        trained = self.result.encoder.get("trained") or {}
+        pretrain = (self.result.settings.get("pretrain") or {}).get("steps")
+        return int(pretrain or (trained.get("pretrain") or {}).get("steps") or 0), int(
+            self.result.trained.get("step", 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ def read_result_folder(folder: Path) -> ResultFolder:
             tree = result.settings
             if not (tree.get("pretrain") or {}).get("steps") and (pretrain := _pretrained(result)):
                 tree = tree | {"pretrain": pretrain}
-            found.append(FoundResult(path.name, result, compared_settings(tree)))
+            found.append(FoundResult(path, result, compared_settings(tree), cost_settings(tree)))
     return ResultFolder(tuple(found), tuple(others))
 
 
@@ -114,6 +141,20 @@ def compared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
         and (pretrained or not key.startswith("pretrain."))
     }
     return kept | {"pretrained": pretrained}
+
+
+def cost_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `COST_SETTINGS`; None for those that the method does not use.
+
+    Those that an older file does not have are the defaults.
+    """
+    flat = _defaults() | dict(flatten(dict(tree)))
+    generative = flat["method.name"] == "meta-gmvae"
+    used = {
+        "method.partitions": not generative and flat["method.tasks"] == "clusters",
+        "train.decode_samples": generative,
+    }
+    return {key: flat[key] if used.get(key, True) else None for key in COST_SETTINGS}
 
 
 @lru_cache(maxsize=256)

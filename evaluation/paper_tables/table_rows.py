@@ -3,66 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-from metagmvae.configs.suggestions import suggestion
 from metagmvae.evaluation.comparison.paper import BY_REF, CROSS_WAYS, TASKS, DatasetName
 from metagmvae.evaluation.comparison.result_files import EvalMode
+from metagmvae.evaluation.paper_tables.flip_rows import flip_parts
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TableName, TablePart, TableRow
 from metagmvae.pipelines.records import DataError
-
-
-class Column(NamedTuple):
-    """A cell of a table is the accuracy of a row on the tasks of a column."""
-
-    dataset: str
-    way: int
-    shot: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a training, and what of it is evaluated."""
-
-    preset: str
-    overrides: tuple[str, ...] = ()
-    """Changes of the preset for the training, as for `--set`."""
-    adapt: tuple[str, ...] = ()
-    """Changes of `adapt` for the evaluation; models that differ only in these are trained once."""
-    baseline: str = ""
-    """Name of the baseline on the features of this model that the row reports; empty: the model itself."""
-
-    @property
-    def label(self) -> str:
-        """The preset and its changes, in one line."""
-        name = " ".join([self.preset, *self.overrides, *self.adapt])
-        return f"{self.baseline} on the features of {name}" if self.baseline else name
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """One system."""
-
-    key: str
-    name: str
-    mode: EvalMode
-    """How it is evaluated here: each query alone (inductive), or the queries of an episode together."""
-    paper: Mapping[Column, float]
-    """Accuracies of the paper in percent; a column without one is missing."""
-    paper_ci95: Mapping[Column, float]
-    """Half widths of its 95% intervals in percent, where the paper prints them."""
-    recipes: Mapping[Column, Recipe]
-    """How it is trained for each column; a column without a recipe has no such system."""
-
-
-@dataclass(frozen=True)
-class TablePart:
-    """Rows with the same columns."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[TableRow, ...]
-
 
 NO_VARIANCE = ("adapt.e_step=identity", "adapt.final_covariance=identity")
 """EM with identity covariance, also in the final posterior: without the component sigma^2 of Table 2."""
@@ -101,57 +48,26 @@ PAPER: dict[DatasetName, tuple[str, str]] = {
 """The paper's settings of Meta-GMVAE for 5 and for 20 ways."""
 
 
-def paper_tables() -> dict[int, tuple[TablePart, ...]]:
-    """Return the parts of each table by its number in the paper."""
-    return {1: (_table_1("omniglot"), _table_1("mini-imagenet")), 2: (_ablations(), _cross_way()), 10: (_table_10(),)}
+def paper_tables() -> dict[TableName, tuple[TablePart, ...]]:
+    """Return the parts of each table by its name."""
+    return {
+        1: (_table_1("omniglot"), _table_1("mini-imagenet")),
+        2: (_ablations(), _cross_way()),
+        10: (_table_10(),),
+        "flips": flip_parts(),
+    }
 
 
-def table_parts(number: int) -> tuple[TablePart, ...]:
+def table_parts(name: TableName) -> tuple[TablePart, ...]:
     """Return the parts of a table.
 
     Raises:
-        DataError: no table of this number has results.
+        DataError: no table of this name has results.
     """
     tables = paper_tables()
-    if number not in tables:
-        raise DataError(f"table {number}: the tables of the paper with results are {', '.join(map(str, tables))}")
-    return tables[number]
-
-
-def select_rows(parts: Sequence[TablePart], keys: Sequence[str]) -> tuple[TablePart, ...]:
-    """Return the parts with only the rows of these keys; without keys all rows.
-
-    Raises:
-        DataError: no row has one of the keys.
-    """
-    known = list(dict.fromkeys(row.key for part in parts for row in part.rows))
-    for key in keys:
-        if key not in known:
-            raise DataError(f"--rows {key}: no such row{suggestion(key, known)}")
-    kept = (replace(part, rows=tuple(row for row in part.rows if not keys or row.key in keys)) for part in parts)
-    return tuple(part for part in kept if part.rows)
-
-
-def select_ways(parts: Sequence[TablePart], ways: Sequence[int]) -> tuple[TablePart, ...]:
-    """Return the parts with only the columns of these numbers of classes; without numbers all columns.
-
-    Raises:
-        DataError: no column has one of the numbers.
-    """
-    known = sorted({column.way for part in parts for column in part.columns})
-    if unknown := [way for way in ways if way not in known]:
-        raise DataError(f"--ways {unknown[0]}: the table has no such column; give {' or '.join(map(str, known))}")
-    if not ways:
-        return tuple(parts)
-    kept = []
-    for part in parts:
-        columns = tuple(column for column in part.columns if column.way in ways)
-        rows = (
-            replace(row, recipes={column: recipe for column, recipe in row.recipes.items() if column in columns})
-            for row in part.rows
-        )
-        kept.append(replace(part, columns=columns, rows=tuple(row for row in rows if row.recipes)))
-    return tuple(part for part in kept if part.columns and part.rows)
+    if name not in tables:
+        raise DataError(f"table {name}: the tables of the paper with results are {', '.join(map(str, tables))}")
+    return tables[name]
 
 
 def _table_1(dataset: DatasetName) -> TablePart:

@@ -6,6 +6,7 @@ import logging
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.parsing import (
@@ -18,6 +19,9 @@ from metagmvae.infra.commands.parsing import (
     output_file,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from metagmvae.evaluation.paper_tables.table_structure import TableName
 
 LOG = logging.getLogger(__name__)
 MODEL_HELP = "run folder, checkpoint file, model package, or registered model (models:/name@alias)"
@@ -66,11 +70,12 @@ def add(parsers: Parsers) -> None:
     add_tracking(parser)
 
     example = "metagmvae table 1 --run --data data/omniglot --budget 5m"
-    description = "print recorded results next to the paper's as a Markdown table: of models, or Table 1, 2 or 10"
+    description = "print recorded results as a Markdown table: of models, or Table 1, 2 or 10 of the paper, or flips"
     parser = add_command(parsers, "table", table, description, example, "the same command continues")
     help_text = "name of a model; its results are the files NAME-5way-1shot.json and so on. Or 1, 2 or 10: this table "
-    help_text += "of the paper, with the results in the folder whose settings are those of its rows"
-    parser.add_argument("names", metavar="NAME|1|2|10", nargs="*", help=help_text)
+    help_text += "of the paper, with the results in the folder whose settings are those of its rows. Or flips: the "
+    help_text += "differences between the paper and its published code, each alone, compared on the same episodes"
+    parser.add_argument("names", metavar="NAME|1|2|10|flips", nargs="*", help=help_text)
     help_text = "folder of the result files (default: evaluation/results)"
     parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
     help_text = "write all tables of README.md and evaluation/results/README.md in place instead"
@@ -190,8 +195,10 @@ def table(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.results_table import results_table
     from metagmvae.pipelines.records import DataError
 
-    if len(arguments.names) == 1 and arguments.names[0].isdecimal() and not arguments.write:
-        return _paper_table(arguments, int(arguments.names[0]))
+    if len(arguments.names) == 1 and not arguments.write:
+        (name,) = arguments.names
+        if name == "flips" or name.isdecimal():
+            return _paper_table(arguments, "flips" if name == "flips" else int(name))
     given = {
         "--data": arguments.data,
         "--rows": arguments.rows,
@@ -207,16 +214,18 @@ def table(arguments: Namespace) -> Answer:
     return {"table": results_table(Path(arguments.results), arguments.names)}
 
 
-def _paper_table(arguments: Namespace, number: int) -> Answer:
-    """Run `metagmvae table 1|2|10`."""
+def _paper_table(arguments: Namespace, name: TableName) -> Answer:
+    """Run `metagmvae table 1|2|10|flips`."""
     from metagmvae.evaluation.paper_tables.match_results import read_result_folder
-    from metagmvae.evaluation.paper_tables.paper_table import markdown_document, table_document
-    from metagmvae.evaluation.paper_tables.table_rows import select_rows, select_ways, table_parts
+    from metagmvae.evaluation.paper_tables.paper_table import table_document
+    from metagmvae.evaluation.paper_tables.table_layout import markdown_document
+    from metagmvae.evaluation.paper_tables.table_rows import table_parts
+    from metagmvae.evaluation.paper_tables.table_structure import select_rows, select_ways
     from metagmvae.infra.fitting.fit_plan import parse_budget
-    from metagmvae.infra.tables.table_jobs import TableRequest, open_data
+    from metagmvae.infra.tables.table_request import TableRequest, open_data
     from metagmvae.pipelines.records import DataError
 
-    parts = select_ways(select_rows(table_parts(number), arguments.rows), arguments.ways)
+    parts = select_ways(select_rows(table_parts(name), arguments.rows), arguments.ways)
     results = Path(arguments.results)
     if arguments.dry_run and not arguments.run_rows:
         raise DataError("--dry-run: says what --run would do; give both")
@@ -229,7 +238,7 @@ def _paper_table(arguments: Namespace, number: int) -> Answer:
 
         assert budget_s is not None
         request = TableRequest(
-            number,
+            name,
             tuple(arguments.data),
             results,
             Path(arguments.out),
@@ -245,7 +254,7 @@ def _paper_table(arguments: Namespace, number: int) -> Answer:
     elif arguments.overrides:
         raise DataError(f"--set {arguments.overrides[0]}: is for the trainings of --run; give it too")
     images = [data.images for data in given]
-    document = table_document(number, parts, read_result_folder(results), results, images, budget_s)
+    document = table_document(name, parts, read_result_folder(results), results, images, budget_s)
     answer |= {"table": markdown_document(document)}
     if arguments.json:
         answer["document"] = document.model_dump(mode="json")

@@ -22,7 +22,7 @@ from metagmvae.infra.runs.run_folder import SETTINGS, read_settings
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.infra.runs.training_speed import measure_speed
-from metagmvae.infra.tables.table_jobs import Evaluation, TableJob
+from metagmvae.infra.tables.table_jobs import Evaluation, PlannedSteps, TableJob
 from metagmvae.infra.tracking.run_results import save_results
 from metagmvae.infra.workflows.run_training import load_run_settings, run_training
 from metagmvae.pipelines.files import write_json
@@ -109,22 +109,32 @@ def _changed(ours: Settings, theirs: Settings) -> list[str]:
 
 
 def planned_settings(job: TableJob) -> Settings:
-    """Return the settings of the training, with as many steps as take the budget on this machine.
-
-    The time of a step is measured on a few steps.
+    """Return the settings of the training, with the steps of the job or as many as take the budget on this machine.
 
     Raises:
         DataError: the features of the dataset were made with another encoder than that of the row.
     """
-    overrides = [*job.overrides, *OWN_OVERRIDES, f"data.uri={json.dumps(job.data)}"]
-    overrides += [f"run.out={json.dumps(str(job.run_dir))}"]
-    settings = load_settings(job.preset, overrides)
-    dataset = Dataset.open(job.data)
-    if other := _changed(settings, load_inputs(settings, dataset).settings):
+    settings = _settings(job)
+    if other := _changed(settings, load_inputs(settings, Dataset.open(job.data)).settings):
         raise DataError(
             f"{job.data}: its encoder is not that of the row ({', '.join(other)} differ); give other features"
         )
-    speed = measure_speed(settings, dataset)
+    steps = job.steps or planned_steps(job)
+    # The last checkpoint is evaluated; where a preset selects the best one, it is validated once, at the end.
+    validated = 0 if settings.train.selection == "last" else steps.meta
+    return _settings(
+        job,
+        f"pretrain.steps={steps.pretrain}",
+        f"train.steps={steps.meta}",
+        f"train.checkpoint_every={steps.checkpoint_every}",
+        f"validation.every={validated}",
+    )
+
+
+def planned_steps(job: TableJob) -> PlannedSteps:
+    """Return as many steps as take the budget on this machine; the time of a step is measured on a few steps."""
+    settings = _settings(job)
+    speed = measure_speed(settings, Dataset.open(job.data))
     stages = {
         "pretrain.steps": (settings.pretrain.steps, speed.pretrain_step_s),
         "train.steps": (settings.train.steps, speed.meta_step_s),
@@ -132,10 +142,12 @@ def planned_settings(job: TableJob) -> Settings:
     steps = affordable_steps(stages, SAFETY * job.budget_s)
     slowest_s = max(speed.pretrain_step_s, speed.meta_step_s)
     every = max(1, min(settings.train.checkpoint_every, int(MOST_CHECKPOINT_S / slowest_s))) if slowest_s else 1
-    overrides += [f"{key}={number}" for key, number in steps.items()] + [f"train.checkpoint_every={every}"]
-    # The last checkpoint is evaluated; where a preset selects the best one, it is validated once, at the end.
-    validated = 0 if settings.train.selection == "last" else steps["train.steps"]
-    return load_settings(job.preset, [*overrides, f"validation.every={validated}"])
+    return PlannedSteps(steps["pretrain.steps"], steps["train.steps"], every)
+
+
+def _settings(job: TableJob, *more: str) -> Settings:
+    places = [f"data.uri={json.dumps(job.data)}", f"run.out={json.dumps(str(job.run_dir))}"]
+    return load_settings(job.preset, [*job.overrides, *OWN_OVERRIDES, *places, *more])
 
 
 def affordable_steps(stages: Mapping[str, tuple[int, float]], budget_s: float) -> dict[str, int]:
@@ -158,7 +170,7 @@ def affordable_steps(stages: Mapping[str, tuple[int, float]], budget_s: float) -
 
 
 def _evaluate(job: TableJob) -> Iterator[str]:
-    """Evaluate each task and write its file; yield the names of the files."""
+    """Evaluate each task, write its file and beside it the accuracy of each episode; yield the names of the files."""
     dataset = Dataset.open(job.data)
 
     def kind(evaluation: Evaluation) -> tuple[object, ...]:
@@ -194,6 +206,7 @@ def _evaluate_tasks(
     planned = {"budget_s": job.budget_s, "most_episodes": job.episodes}
     for evaluation, result in zip(evaluations, results, strict=True):
         file = job.results / f"{job.name}{evaluation.suffix}"
+        result.write_parquet(file.with_suffix(".parquet"))
         write_json(file, result_record(loaded, dataset, SPLIT, str(job.run_dir), result) | planned)
         yield file.name
 

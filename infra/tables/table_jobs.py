@@ -7,54 +7,24 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from metagmvae.configs.load import SettingsError, load_settings, presets
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.comparison.result_files import EvalMode, RecordedDataset
-from metagmvae.evaluation.fewshot.evaluate_tasks import MAX_EPISODES
+from metagmvae.evaluation.comparison.result_files import EvalMode
 from metagmvae.evaluation.paper_tables.match_results import (
-    FREE_SETTINGS,
+    FoundResult,
     ResultFolder,
     compared_settings,
+    cost_settings,
     results_of,
 )
-from metagmvae.evaluation.paper_tables.table_rows import Column, Recipe, TablePart, TableRow
-from metagmvae.evaluation.provenance import dataset_origin
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow
+from metagmvae.infra.tables.table_request import GivenData, TableRequest
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.methods_by_name import find_method
-
-ALLOWED = ("run.", "tracking.", *FREE_SETTINGS)
-"""Settings that `--set` may change: with others the model would not be that of the row."""
-SET_HERE = ("run.out", "pretrain.steps", "train.steps", "train.checkpoint_every")
-"""Settings that follow from the budget and the row."""
-
-
-@dataclass(frozen=True)
-class TableRequest:
-    """The arguments of `metagmvae table NUMBER --run`."""
-
-    number: int
-    data: tuple[str, ...]
-    results: Path
-    out: Path
-    """Folder of the run folders."""
-    budget_s: float
-    """Seconds of training steps of each training."""
-    episodes: int
-    """Most episodes of each evaluation."""
-    overrides: tuple[str, ...]
-    workers: int = 0
-    """Ray tasks at the same time; 0: one training after another in this process."""
-
-
-@dataclass(frozen=True)
-class GivenData:
-    """A dataset of `--data`, and the images that it was made from."""
-
-    dataset: Dataset
-    images: RecordedDataset
 
 
 @dataclass(frozen=True)
@@ -72,6 +42,14 @@ class Evaluation:
         """End of the name of the result file."""
         parts = [*self.adapt, *(["inductive"] if self.mode == "inductive" else []), *(["baselines"] * self.baselines)]
         return "".join(f"-{_slug(part)}" for part in parts) + f"-{self.way}way-{self.shot}shot.json"
+
+
+class PlannedSteps(NamedTuple):
+    """Steps of a training, and after how many a checkpoint is written."""
+
+    pretrain: int
+    meta: int
+    checkpoint_every: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +70,8 @@ class TableJob:
     rows: tuple[str, ...]
     """Names of the systems that need it."""
     evaluations: tuple[Evaluation, ...]
+    steps: PlannedSteps | None = None
+    """None: as many as take the budget."""
 
 
 @dataclass(frozen=True)
@@ -107,49 +87,6 @@ class JobList:
     """Cells that have a result."""
 
 
-def check_request(request: TableRequest) -> None:
-    """Check that `--set` changes nothing that decides which model is trained, and the numbers.
-
-    Raises:
-        SettingsError: naming the first setting that does.
-        DataError: a number is out of range.
-    """
-    if request.workers < 0:
-        raise DataError(f"--workers is {request.workers}; give 0 or more")
-    if not 1 <= request.episodes <= MAX_EPISODES:
-        raise DataError(f"--episodes is {request.episodes}; give a number from 1 to {MAX_EPISODES:,}")
-    for override in request.overrides:
-        key = override.partition("=")[0].strip()
-        if key == "run.engine" and request.workers:
-            raise SettingsError(
-                f"--set {override}: with --workers each training is a Ray task already; omit one of them"
-            )
-        if key in SET_HERE:
-            raise SettingsError(f"--set {override}: {key} follows from --budget, --out and the row; leave it out")
-        if not key.startswith(ALLOWED):
-            allowed = "run.…, tracking.…, train.seed and settings of its speed"
-            raise SettingsError(f"--set {override}: would change the model of the rows; only {allowed} can be set")
-
-
-def open_data(uris: Sequence[str], parts: Sequence[TablePart]) -> list[GivenData]:
-    """Open the datasets.
-
-    Raises:
-        DataError: one cannot be opened, no column of the table is of it, or two are of the same kind and name.
-    """
-    known = {column.dataset for part in parts for column in part.columns}
-    given: list[GivenData] = []
-    for uri in uris:
-        dataset = Dataset.open(uri)
-        images = RecordedDataset.model_validate(dataset_origin(dataset.manifest, dataset.fingerprint))
-        if images.name not in known:
-            raise DataError(f"--data {uri}: is of {images.name or 'unknown images'}, the table of {_and(known)}")
-        if any((g.images.name, g.dataset.kind) == (images.name, dataset.kind) for g in given):
-            raise DataError(f"--data {uri}: is the second dataset of {dataset.kind} of {images.name}; give one of them")
-        given.append(GivenData(dataset, images))
-    return given
-
-
 def plan_jobs(
     parts: Sequence[TablePart], folder: ResultFolder, given: Sequence[GivenData], request: TableRequest
 ) -> JobList:
@@ -158,7 +95,7 @@ def plan_jobs(
     left_out: dict[tuple[str, str], dict[str, str]] = {}
     failed: dict[tuple[str, str], dict[str, str]] = {}
     done = 0
-    for row, column, recipe in _cells(parts):
+    for row, column, recipe, paired in _cells(parts):
         label = {"system": row.name, "settings": recipe.label}
         key = (row.key, recipe.label)
         if all(g.images.name != column.dataset for g in given):
@@ -177,7 +114,8 @@ def plan_jobs(
         if data is None:
             left_out[key] = label | {"reason": f"needs a dataset of {kind} of {column.dataset}: give it with --data"}
             continue
-        if _has_result(folder, recipe, column, row.mode, data, request, settings.train.seed):
+        recorded = recorded_results(folder, recipe, column, row.mode, data, request, settings)
+        if any(_is_enough(item, request, settings.train.seed, paired) for item in recorded):
             done += 1
             continue
         evaluation = Evaluation(recipe.adapt, row.mode, bool(recipe.baseline), column.way, column.shot)
@@ -190,10 +128,11 @@ def plan_jobs(
     return JobList(tuple(ordered), tuple(left_out.values()), tuple(failed.values()), done)
 
 
-def _cells(parts: Sequence[TablePart]) -> Iterator[tuple[TableRow, Column, Recipe]]:
+def _cells(parts: Sequence[TablePart]) -> Iterator[tuple[TableRow, Column, Recipe, bool]]:
+    """Each cell, and whether its table compares the accuracies of the episodes with those of a base row."""
     for part in parts:
         for row in part.rows:
-            yield from ((row, column, recipe) for column, recipe in row.recipes.items())
+            yield from ((row, column, recipe, part.base is not None) for column, recipe in row.recipes.items())
 
 
 def _data_kind(settings: Settings) -> str:
@@ -207,21 +146,55 @@ def _cost(settings: Settings) -> int:
     return settings.pretrain.steps * settings.pretrain.batch + meta
 
 
-def _has_result(
+def recorded_results(
     folder: ResultFolder,
     recipe: Recipe,
     column: Column,
     mode: EvalMode,
     data: GivenData,
     request: TableRequest,
-    seed: int,
-) -> bool:
-    found = results_of(folder, recipe, column, mode, [data.images], request.budget_s)
-    return any(
-        item.result.data_fingerprint == data.dataset.fingerprint
-        and item.result.settings["train"].get("seed") == seed
+    settings: Settings,
+) -> list[FoundResult]:
+    """Return the results of a cell on this data, with this budget and with the costs that `--set` names.
+
+    Args:
+        folder, recipe, column, mode: as `results_of`.
+        data: dataset.
+        request: of the command.
+        settings: of the row, with the changes of the request.
+    """
+    costs = cost_settings(json.loads(settings.model_dump_json()))
+    named = [key for key in costs if any(text.partition("=")[0].strip() == key for text in request.overrides)]
+    return [
+        item
+        for item, _ in results_of(folder, recipe, column, mode, [data.images], request.budget_s)
+        if item.result.data_fingerprint == data.dataset.fingerprint
+        and all(item.costs[key] == costs[key] for key in named)
+    ]
+
+
+def recorded_steps(
+    parts: Sequence[TablePart], folder: ResultFolder, given: Sequence[GivenData], request: TableRequest
+) -> PlannedSteps | None:
+    """Return the steps that the trainings of tables with a base row have, from a result; None: there is none yet."""
+    with_base = [replace(part, rows=(part.base, *part.rows)) for part in parts if part.base]
+    for row, column, recipe, _ in _cells(with_base):
+        settings = load_settings(recipe.preset, [*recipe.overrides, *recipe.adapt, *request.overrides])
+        for data in given:
+            for item in recorded_results(folder, recipe, column, row.mode, data, request, settings):
+                tree = item.result.settings
+                return PlannedSteps(
+                    tree["pretrain"]["steps"], tree["train"]["steps"], tree["train"]["checkpoint_every"]
+                )
+    return None
+
+
+def _is_enough(item: FoundResult, request: TableRequest, seed: int, paired: bool) -> bool:
+    """Whether a result is of this seed and enough episodes, whose accuracies are recorded if they are compared."""
+    return (
+        item.seed == seed
         and (item.result.most_episodes or item.result.episodes) >= request.episodes
-        for item, _ in found
+        and (not paired or item.path.with_suffix(".parquet").is_file())
     )
 
 
@@ -235,6 +208,9 @@ def _training_key(settings: Settings, data_fingerprint: str) -> str:
 def _new_job(recipe: Recipe, settings: Settings, dataset: Dataset, cost: int, request: TableRequest) -> TableJob:
     name = "-".join(map(_slug, [settings.name, *recipe.overrides]))
     name += f"-{dataset.fingerprint[:6]}-{request.budget_s:g}s-seed{settings.train.seed}"
+    preset = load_settings(recipe.preset, recipe.overrides)
+    ours, theirs = (cost_settings(json.loads(each.model_dump_json())) for each in (settings, preset))
+    name += "".join(f"-{_slug(f'{key}-{ours[key]}')}" for key in ours if ours[key] != theirs[key])
     return TableJob(
         name,
         recipe.preset,
@@ -252,7 +228,3 @@ def _new_job(recipe: Recipe, settings: Settings, dataset: Dataset, cost: int, re
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text)
-
-
-def _and(names: set[str]) -> str:
-    return " and ".join(sorted(names))

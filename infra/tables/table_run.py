@@ -6,14 +6,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables.match_results import ResultFolder, read_result_folder
-from metagmvae.evaluation.paper_tables.table_rows import TablePart
+from metagmvae.evaluation.paper_tables.table_structure import TablePart
 from metagmvae.evaluation.provenance import COMMAND
-from metagmvae.infra.tables.run_job import JobOutcome, run_job
-from metagmvae.infra.tables.table_jobs import GivenData, JobList, TableJob, TableRequest, check_request, plan_jobs
+from metagmvae.infra.runs.run_folder import SETTINGS, read_settings
+from metagmvae.infra.tables.run_job import JobOutcome, planned_steps, run_job
+from metagmvae.infra.tables.table_jobs import JobList, PlannedSteps, TableJob, plan_jobs, recorded_steps
+from metagmvae.infra.tables.table_request import GivenData, TableRequest, check_request
 from metagmvae.infra.tables.table_tracking import TableTracker
 from metagmvae.pipelines.records import DataError, MapTasks
 
@@ -44,7 +47,7 @@ def run_table(
     """
     check_request(request)
     if not given:
-        raise DataError(f"table {request.number} --run: name the datasets with --data")
+        raise DataError(f"table {request.name} --run: name the datasets with --data")
     is_new = not request.results.exists()
     folder = ResultFolder((), ()) if is_new else read_result_folder(request.results)
     plan = plan_jobs(parts, folder, given, request)
@@ -58,15 +61,24 @@ def run_table(
         LOG.info("%d of %d: %s, for %s", number, len(plan.jobs), job.name, "; ".join(job.rows))
     if not plan.jobs:
         return _answer(plan, [])
+    if any(part.base for part in parts):
+        steps = recorded_steps(parts, folder, given, request) or _begun_steps(plan.jobs) or planned_steps(plan.jobs[0])
+        plan = replace(plan, jobs=tuple(replace(job, steps=steps) for job in plan.jobs))
     with mapper() as map_tasks:
         return _answer(plan, _run_all(request, plan, map_tasks))
+
+
+def _begun_steps(jobs: Sequence[TableJob]) -> PlannedSteps | None:
+    """Steps of a training that an earlier call has begun; None: there is none."""
+    begun = (read_settings(job.run_dir) for job in jobs if (job.run_dir / SETTINGS).exists())
+    return next((PlannedSteps(s.pretrain.steps, s.train.steps, s.train.checkpoint_every) for s in begun), None)
 
 
 def _run_all(request: TableRequest, plan: JobList, map_tasks: MapTasks | None) -> list[JobOutcome]:
     settings = load_settings(plan.jobs[0].preset, plan.jobs[0].overrides)
     command = COMMAND.get() or sys.argv[1:]
     outcomes = []
-    with TableTracker(settings.tracking, request.number, request.out) as tracker:
+    with TableTracker(settings.tracking, request.name, request.out) as tracker:
         try:
             for outcome in _outcomes(plan.jobs, command, map_tasks):
                 outcomes.append(outcome)

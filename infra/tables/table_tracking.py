@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from metagmvae.configs.schema import TrackingSettings
+from metagmvae.evaluation.paper_tables.table_structure import TableName
 from metagmvae.infra.tracking.cursor import last_entry
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_uploader import RUN_KEY
@@ -24,13 +25,13 @@ class TableTracker:
 
     Args:
         tracking: MLflow store and experiment.
-        number: of the table.
+        table: its name.
         out: folder of the runs.
     """
 
-    def __init__(self, tracking: TrackingSettings, number: int, out: Path) -> None:
-        self.tracking, self.number = tracking, number
-        self.key = hashlib.sha256(f"table {number} in {out.absolute()}".encode()).hexdigest()[:32]
+    def __init__(self, tracking: TrackingSettings, table: TableName, out: Path) -> None:
+        self.tracking, self.table = tracking, table
+        self.key = hashlib.sha256(f"table {table} in {out.absolute()}".encode()).hexdigest()[:32]
         self.failed = False
         self._store: Store | None = None
         self._run_id = ""
@@ -62,8 +63,8 @@ class TableTracker:
         with tracking_errors(store.uri):
             experiment = experiment_id(store, self.tracking.experiment)
             found = store.client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{self.key}'", max_results=1)
-            tags = {RUN_KEY: self.key, "metagmvae.table": str(self.number)}
-            run = found[0] if found else store.client.create_run(experiment, tags=tags, run_name=f"table {self.number}")
+            tags = {RUN_KEY: self.key, "metagmvae.table": str(self.table)}
+            run = found[0] if found else store.client.create_run(experiment, tags=tags, run_name=f"table {self.table}")
             store.client.update_run(run.info.run_id, status="RUNNING")
         self._store, self._run_id = store, run.info.run_id
 
