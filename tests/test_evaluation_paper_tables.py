@@ -274,6 +274,40 @@ def test_cell_is_the_longest_training_and_the_mean_over_its_seeds(tmp_path):
     assert "transductive, Vinyals split, 1,000 episodes, 3 trainings | 2,000 + 100 steps, 30 s |" in line
 
 
+COSTS = ("train.decode_samples", "method.partitions", "train.precision")
+
+
+@pytest.mark.parametrize(
+    ("key", "preset", "costs", "shown"),
+    [
+        ("meta-gmvae", "omniglot-5way-paper", (32, 100, "float32"), []),
+        ("meta-gmvae", "omniglot-5way-paper", (1, 10, "float32"), ["train.decode_samples=1 instead of 32"]),
+        ("cactus-maml", "omniglot-cactus-acai-maml", (7, 10, "float32"), ["method.partitions=10 instead of 100"]),
+        (
+            "protonets",
+            "omniglot-protonets-oracle",
+            (7, 10, "bfloat16"),
+            ["train.precision=bfloat16 instead of float32"],
+        ),
+    ],
+)
+def test_compute_names_the_costs_that_are_not_those_of_the_row(tmp_path, key, preset, costs, shown):
+    """Only those that the method uses: partitions of CACTUs, decoded samples of Meta-GMVAE."""
+    tree = json.loads(load_settings(preset, [f"{k}={v}" for k, v in zip(COSTS, costs, strict=True)]).model_dump_json())
+    mode = "transductive" if key == "meta-gmvae" else "inductive"
+    write(tmp_path, "a.json", {"settings": tree, "mode": mode})
+    document = table_document(1, table_parts(1), read_result_folder(tmp_path), tmp_path)
+    row = next(row for row in document.parts[0].rows if row.key == key)
+    assert row.cells[0].ours.costs == {
+        k: v
+        for k, v in zip(COSTS, costs, strict=True)
+        if k == COSTS[2] or k == (COSTS[0] if key == "meta-gmvae" else COSTS[1] if "cactus" in key else "")
+    }
+    line = next(line for line in markdown_document(document).splitlines() if f"| `{preset}`" in line)
+    (compute,) = line.split("|")[-2:-1]
+    assert [note.strip() for note in compute.split(",") if "instead of" in note] == shown
+
+
 def test_document_counts_every_cell_and_has_its_schema(tmp_path, capsys):
     budget = {"budget_s": 60.0, "trained": {"step": 9}, "environment": {"cores": 2, "processor": "X"}}
     write(tmp_path, "a.json", budget | {"ci95": 0.0123})

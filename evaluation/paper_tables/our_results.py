@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,6 +55,8 @@ class OurResult(DocumentModel):
     """Of the training, mean over trainings; None: not recorded."""
     budget_s: float | None
     hardware: str
+    costs: dict[str, Any]
+    """Values of `COST_SETTINGS` that the method uses."""
     files: list[str]
 
 
@@ -111,6 +113,7 @@ def our_result(trainings: Sequence[Found]) -> OurResult:
         seconds=statistics.fmean(seconds) if seconds else None,
         budget_s=results[0].budget_s,
         hardware=_hardware(results[0].environment),
+        costs={key: value for key, value in trainings[0][0].costs.items() if value is not None},
         files=[item.file for item, _ in trainings],
     )
 

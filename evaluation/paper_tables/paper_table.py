@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.result_files import Count, RecordedDataset
-from metagmvae.evaluation.paper_tables.match_results import ResultFolder, near_results, recipe_settings, results_of
+from metagmvae.evaluation.paper_tables.match_results import (
+    ResultFolder,
+    cost_settings,
+    near_results,
+    recipe_settings,
+    results_of,
+)
 from metagmvae.evaluation.paper_tables.our_results import (
     Difference,
     DocumentModel,
@@ -37,6 +44,8 @@ class Cell(DocumentModel):
     preset_exists: bool
     full_steps: int
     """Steps of meta-training in the preset; 0: none, or there is no such preset."""
+    full_costs: dict[str, Any]
+    """Settings of the preset that change cost or variance of a step, as in `ours.costs`."""
     status: Literal["run", "not run", "no such system"]
     ours: OurResult | None
     difference: Difference | None = None
@@ -120,6 +129,7 @@ def table_document(
             settings=recipe.label if recipe else "",
             preset_exists=settings is not None,
             full_steps=settings.train.steps if settings else 0,
+            full_costs=_costs(settings) if settings else {},
             status="no such system" if recipe is None else "run" if trainings else "not run",
             ours=our_result(trainings) if trainings else None,
             difference=None if isinstance(compared, str) else compared,
@@ -153,3 +163,8 @@ def table_document(
         not_run=statuses.count("not run"),
         parts=documents,
     )
+
+
+def _costs(settings: Settings) -> dict[str, Any]:
+    costs = cost_settings(settings.model_dump(mode="json"))
+    return {key: value for key, value in costs.items() if value is not None}

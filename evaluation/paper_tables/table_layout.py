@@ -108,11 +108,15 @@ def _protocol(cell: Cell) -> str:
 
 
 def _compute(cell: Cell) -> str:
-    """Steps of pre-training and meta-training, the latter of how many, then seconds, budget and hardware."""
+    """Steps of pre-training and meta-training, the latter of how many; other costs than the row's; budget, hardware."""
     ours = cell.ours
     assert ours is not None
     steps = f"{ours.pretrain_steps:,} + " if ours.pretrain_steps else ""
     steps += f"{ours.steps:,}" + (f" of {cell.full_steps:,}" if ours.steps < cell.full_steps else "") + " steps"
-    notes = [steps] + ([f"{ours.seconds:,.0f} s"] if ours.seconds is not None else [])
+    full = cell.full_costs
+    other = [
+        f"{key}={value} instead of {full[key]}" for key, value in ours.costs.items() if value != full.get(key, value)
+    ]
+    notes = [steps, *other] + ([f"{ours.seconds:,.0f} s"] if ours.seconds is not None else [])
     notes += [f"budget {ours.budget_s:,.0f} s"] if ours.budget_s is not None else []
     return ", ".join(map(markdown_text, [*notes, ours.hardware] if ours.hardware else notes))
