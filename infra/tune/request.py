@@ -13,6 +13,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
 from metagmvae.infra.runs.checks import check_model, check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
+from metagmvae.infra.runs.run_folder import CHECKPOINT
 from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, has_samples, load_inputs
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tune.search import GridSearch, Search
@@ -126,6 +127,7 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
 
     root = sweep.folder.root
     best = sweep.write_best()
+    calibrate_kept(sweep)
     tracker.flush()  # creates the MLflow runs of the last trials; the table and the report contain their IDs
     trials = tracker.with_runs(sweep.trials())
     sweep.folder.rewrite_trials(trials)
@@ -138,6 +140,18 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
     score = {"number": best.number, "accuracy": best.last.accuracy, "ci95": best.last.ci95, "task": sweep.plan.task}
     files = {"train": f"metagmvae train {root / BEST}", "report": str(root / REPORT)}
     return answer | {"best": score, "settings": best.settings} | files
+
+
+def calibrate_kept(sweep: SweepState) -> None:
+    """Calibrate the trials whose checkpoints are kept, as `metagmvae train` does; those that already are, stay so."""
+    from metagmvae.infra.workflows.calibrate import calibrate_run
+    from metagmvae.training.trainer.package import load_model
+
+    for trial in sweep.trials():
+        folder = sweep.folder.trial_folder(trial.number)
+        usable = trial.status in ("finished", "stopped") and trial.curve
+        if usable and (folder / CHECKPOINT).is_file() and load_model(folder).calibration is None:
+            calibrate_run(folder, sweep.folder.trial_settings(trial.number), sweep.dataset)
 
 
 def _last_reason(sweep: SweepState) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encoders import encoder_digest
 from metagmvae.training.models.posterior_calibration import CALIBRATION, PosteriorCalibration, write_calibration
 from metagmvae.training.trainer.package import CARD, LoadedModel, calibrate_package, load_model, save_package
+
+LOG = logging.getLogger(__name__)
 
 
 def calibrate_path(
@@ -73,12 +76,13 @@ def calibrate_to_package(
 
 
 def calibrate_run(run_dir: Path, settings: Settings, dataset: Dataset) -> None:
-    """Fit the temperatures of a trained run as its settings say (`validation.calibration_episodes`).
+    """Fit the temperatures of a trained run as its settings say (`validation.calibration_episodes`; 0: none).
 
-    Raises:
-        DataError: the data has no labelled validation classes, and cannot be augmented either.
+    Where the data have no labelled validation classes and cannot be augmented either, a line is logged.
     """
     validation = settings.validation
+    if not validation.calibration_episodes:
+        return
     plan = CalibrationPlan(
         (validation.way,),
         validation.shots,
@@ -87,7 +91,10 @@ def calibrate_run(run_dir: Path, settings: Settings, dataset: Dataset) -> None:
         validation.seed,
         background=False,
     )
-    calibrate_path(run_dir, dataset, plan)
+    try:
+        calibrate_path(run_dir, dataset, plan)
+    except DataError as error:
+        LOG.warning("%s: the probabilities were not calibrated: %s", run_dir, error)
 
 
 def _models(path: Path, plan: CalibrationPlan) -> Iterator[LoadedModel]:

@@ -122,7 +122,8 @@ def run_training(settings: Settings, *, kind: ModelKind = "learner", resume: boo
         run_dir, tracking = plan.run_dir, plan.inputs.settings.tracking
         with RunTracker(run_dir, tracking), LiveLine(run_dir, plan.total_steps, quiet=quiet):
             _train(plan)
-            _calibrate(plan)
+            if plan.kind == "learner":
+                calibrate_run(run_dir, plan.inputs.settings, plan.inputs.dataset)
             if plan.inputs.settings.run.figures:
                 _draw_figures(run_dir, plan.inputs)
     return run_dir
@@ -226,17 +227,6 @@ def _train(plan: TrainingPlan) -> None:
     from metagmvae.infra.cluster.train_on_ray import train_on_ray
 
     train_on_ray(plan.inputs.settings, plan.inputs.dataset.uri, plan.run_dir, kind=plan.kind, resume=plan.resume)
-
-
-def _calibrate(plan: TrainingPlan) -> None:
-    """Fit the temperatures of the probabilities; log a line where the data do not allow it."""
-    settings = plan.inputs.settings
-    if plan.kind == "encoder" or not settings.validation.calibration_episodes:
-        return
-    try:
-        calibrate_run(plan.run_dir, settings, plan.inputs.dataset)
-    except DataError as error:
-        LOG.warning("the probabilities were not calibrated: %s", error)
 
 
 def _draw_figures(run_dir: Path, inputs: TrainingInputs) -> None:
