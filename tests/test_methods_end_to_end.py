@@ -1,4 +1,7 @@
-"""The whole road of each method: train, kill, resume, package, evaluate, calibrate, classify, serve, promote."""
+"""What is done with the model of each method: evaluate, calibrate, classify, register, serve, compare, promote.
+
+That it is resumed, packaged and served alone shows `test_presets_end_to_end.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,17 @@ from typing import Any
 import mlflow_template
 import numpy as np
 import pytest
-import torch
 from command_words import TINY, set_words
 from PIL import Image
 
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.resolve import resolve_model
-from metagmvae.infra.runs import local_context
-from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS
+from metagmvae.infra.runs.run_folder import METRICS
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.methods_by_name import METHODS
 from metagmvae.training.models.meta_learner import MetaLearner
-from metagmvae.training.trainer.checkpoint import load_state
-from metagmvae.training.trainer.package import load_model, load_package, save_package
+from metagmvae.training.trainer.package import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.mlflow]
 TASKS = {"method.way": 5, "method.shot": 1, "method.query": 2, "method.partitions": 2, "method.clusters": 8}
@@ -39,7 +39,6 @@ ROADS: dict[str, dict[str, object]] = {
     },
 }
 """Settings by name: each method, and the kinds of tasks and networks. A method that is added is tested too."""
-CPU = torch.device("cpu")
 
 
 def train_words(road: str, data: Path, out: Path, **more: object) -> list[str]:
@@ -72,58 +71,27 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return run
 
 
-def killed_at(step: int) -> pytest.MonkeyPatch:
-    """Let the training end before it records the line of a step."""
-    report = local_context.LocalContext.report
-
-    def killed(self: Any, line: Any, state: Any) -> None:
-        if line is not None and line["global_step"] >= step:
-            raise KeyboardInterrupt
-        report(self, line, state)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(local_context.LocalContext, "report", killed)
-    return patch
-
-
 def test_the_whole_road(road: str, data: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
     name = str(ROADS[road]["method.name"])
     answer(*train_words(road, data, tmp_path / "first"))
-    last = load_state(tmp_path / "first" / CHECKPOINT)["step"] + (0 if name == "scratch" else 4)
-    patch = killed_at(last)
-    answer(*train_words(road, data, tmp_path / "second"), code=130)
-    patch.undo()
-    if (tmp_path / "second" / CHECKPOINT).exists():
-        answer("train", tmp_path / "second", "--resume")
-    else:  # nothing was saved, and the folder is as before
-        answer(*train_words(road, data, tmp_path / "second"))
-    first, second = (load_state(tmp_path / run / CHECKPOINT) for run in ("first", "second"))
-    assert first["kind"] == name
-    assert first["model"].keys() == second["model"].keys()
-    assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+    answer(*train_words(road, data, tmp_path / "second", **{"train.seed": 1, "tracking.enabled": "false"}))
+    loaded = load_model(tmp_path / "first")
+    assert isinstance(loaded.model, MetaLearner)
     lines = [json.loads(line) for line in (tmp_path / "first" / METRICS).read_text().splitlines()]
     assert {"validation/5w1s", "validation/5w5s"} <= lines[-1].keys()
     assert (tmp_path / "first" / "figures" / "curves.png").exists()
-
-    loaded = load_model(tmp_path / "first")
-    package = load_package(save_package(tmp_path / "package", loaded))
-    assert isinstance(package.model, MetaLearner)
-    assert package.settings == loaded.settings
-    assert all(torch.equal(value, package.model.state_dict()[key]) for key, value in loaded.model.state_dict().items())
 
     few = ["--data", data, "--episodes", 4, "--query", 3]
     transductive = answer(
         "evaluate", tmp_path / "first", *few, "--baselines", "--record", tmp_path / "one-5way-1shot.json"
     )
-    packaged = answer("evaluate", tmp_path / "package", *few)
-    assert packaged["accuracy"] == transductive["accuracy"]
     assert {row["baseline"] for row in transductive["paired"]} >= {"nearest class mean", "logistic regression"}
     inductive = answer("evaluate", tmp_path / "first", *few, "--mode", "inductive", "--shot", 5)
     assert 0 < inductive["accuracy"] <= 1
 
     calibrated = answer("calibrate", tmp_path / "first", "--data", data, "--episodes", 3, "--shot", 1)
-    assert {row["mode"] for row in calibrated["temperatures"]} == set(package.model.modes)
-    if not package.model.has_background:
+    assert {row["mode"] for row in calibrated["temperatures"]} == set(loaded.model.modes)
+    if not loaded.model.has_background:
         error = answer("evaluate", tmp_path / "first", *few, "--way", 3, "--open", 2, code=2)
         assert "queries of no labelled class" in error
         assert error.count("\n") == 1
