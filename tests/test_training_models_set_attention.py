@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 
-from metagmvae.training.models.set_attention import SetAttention, SetAttentionBlock
+from metagmvae.training.models.set_attention import SetAttention, SetAttentionBlock, elu
 
 BLOCKS: list[Literal["transformer", "set-attention"]] = ["transformer", "set-attention"]
 SCALES: list[Literal["head", "model"]] = ["head", "model"]
@@ -61,6 +61,16 @@ def test_published_block_has_no_output_projection_and_one_inner_layer() -> None:
     assert names == {"project", "inner"}
     names = {name.split(".")[0] for name, _ in SetAttentionBlock(8, 2).named_parameters()}
     assert names == {"project", "inner", "output", "outer"}
+
+
+def test_elu_for_inference_equals_its_definition() -> None:
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e-9, 1e-9, -0.0])])
+    expected = np.where(x.numpy() > 0, x.double().numpy(), np.expm1(x.double().numpy()))
+    with torch.inference_mode():
+        assert np.abs(elu(x).double().numpy() - expected).max() < 1e-7
+        assert torch.equal(elu(x.bfloat16()), torch.nn.functional.elu(x.bfloat16()))  # exp(x) - 1 would be too coarse
+        assert elu(torch.tensor([torch.nan])).isnan()
+    assert torch.equal(elu(x), torch.nn.functional.elu(x))
 
 
 def test_layers_are_applied_in_order_and_zero_layers_are_the_identity() -> None:

@@ -199,16 +199,17 @@ def test_query_far_from_every_class_has_a_finite_posterior() -> None:
     assert torch.allclose(posterior.sum(dim=2), torch.ones(1, 1))
 
 
-def test_episodes_are_independent_and_queries_and_classes_equivariant() -> None:
+@pytest.mark.parametrize("e_step", BOTH)
+def test_episodes_are_independent_and_queries_and_classes_equivariant(e_step: Covariance) -> None:
     parts = [episode(seed, 4, 2, 15, 3) for seed in range(3)]
     support = torch.tensor(np.stack([s for s, _ in parts]))
     query = torch.tensor(np.stack([q for _, q in parts]))
-    together = fit_semi_supervised(support, query, iterations=4)
+    together = fit_semi_supervised(support, query, iterations=4, e_step=e_step)
     for e in range(3):
-        separate = fit_semi_supervised(support[e : e + 1], query[e : e + 1], iterations=4)
+        separate = fit_semi_supervised(support[e : e + 1], query[e : e + 1], iterations=4, e_step=e_step)
         assert torch.allclose(together.mean_EKD[e], separate.mean_EKD[0], atol=1e-10)
     classes, order = torch.tensor([2, 0, 3, 1]), torch.randperm(15)
-    permuted = fit_semi_supervised(support[:, classes], query[:, order], iterations=4)
+    permuted = fit_semi_supervised(support[:, classes], query[:, order], iterations=4, e_step=e_step)
     assert torch.allclose(permuted.mean_EKD, together.mean_EKD[:, classes], atol=1e-10)
     assert torch.allclose(permuted.variance_EKD, together.variance_EKD[:, classes], atol=1e-10)
 

@@ -210,31 +210,39 @@ def fit_semi_supervised(
     """
     if iterations < 1:
         raise ValueError(f"iterations ({iterations}) must be at least 1")
-    mask_EKT1 = (support_EKTD.new_ones(support_EKTD.shape[:3]) if mask_EKT is None else mask_EKT)[..., None]
+    labelled_EK1 = support_EKTD.new_full((*support_EKTD.shape[:2], 1), support_EKTD.shape[2])
+    if mask_EKT is not None:
+        labelled_EK1 = mask_EKT.sum(dim=2)[..., None]
+        support_EKTD = support_EKTD * mask_EKT[..., None]
     # Common mean of all points, without the padding.
-    all_EPD = torch.cat([(support_EKTD * mask_EKT1).flatten(1, 2), query_EPD], dim=1)
-    count_E11 = mask_EKT1.sum(dim=(1, 2))[:, None] + query_EPD.shape[1]
-    centre_E1D = all_EPD.sum(dim=1, keepdim=True) / count_E11
-    moments_EPC = _with_squares(query_EPD - centre_E1D)
-    labelled_EKC = (_with_squares(support_EKTD - centre_E1D[:, None]) * mask_EKT1).sum(dim=2)
-    labelled = mask_EKT1.sum(dim=2)
-    size = support_EKTD.shape[3]
-    mean_EKD = labelled_EKC[..., :size] / labelled
+    total_E1D = (support_EKTD.sum(dim=(1, 2)) + query_EPD.sum(dim=1))[:, None]
+    centre_E1D = total_E1D / (labelled_EK1.sum(dim=1, keepdim=True) + query_EPD.shape[1])
+    support_EKTD, query_EPD = support_EKTD - centre_E1D[:, None], query_EPD - centre_E1D
+    if mask_EKT is not None:
+        support_EKTD = support_EKTD * mask_EKT[..., None]
+    support_sum_EKD, support_square_EKD = support_EKTD.sum(dim=2), support_EKTD.square().sum(dim=2)
+    square_EPD = query_EPD.square()
+    norm_E1P = square_EPD.sum(dim=2)[:, None]
+    mean_EKD = support_sum_EKD / labelled_EK1
     variance_EKD = torch.ones_like(mean_EKD)
     log_weight_EK = offset_EK = None
-    for _ in range(iterations):
-        used_EKD = variance_EKD if e_step == "diagonal" else torch.ones_like(variance_EKD)
-        logits_EPK = _weighted(_class_logits(moments_EPC, mean_EKD, used_EKD, temperature), log_weight_EK)
+    for remaining in reversed(range(iterations if query_EPD.shape[1] else 1)):  # the support alone stays as it is
+        if e_step == "diagonal":
+            logits_EKP = _diagonal_logits(query_EPD, square_EPD, mean_EKD, variance_EKD, temperature)
+        else:
+            logits_EKP = _identity_logits(query_EPD, norm_E1P, mean_EKD, temperature)
+        logits_EKP = _weighted(logits_EKP, log_weight_EK)
         if reweight is not None:
-            offset_EK = reweight(logits_EPK, offset_EK)
-            logits_EPK = logits_EPK + offset_EK[:, None]
-        resp_EPK = torch.softmax(with_background(logits_EPK, background), dim=2)[..., : mean_EKD.shape[1]]
+            offset_EK = reweight(logits_EKP.transpose(1, 2), offset_EK)
+            logits_EKP = logits_EKP + offset_EK[..., None]
+        resp_EKP = torch.softmax(_with_background(logits_EKP, background), dim=1)[:, : mean_EKD.shape[1]]
         if prior_count is not None and query_EPD.shape[1]:
-            log_weight_EK = _log_weights(resp_EPK.sum(dim=1), prior_count)
-        total_EKC = labelled_EKC + resp_EPK.transpose(1, 2) @ moments_EPC
-        count_EK1 = labelled + resp_EPK.sum(dim=1)[..., None]
-        mean_EKD = total_EKC[..., :size] / count_EK1
-        variance_EKD = (total_EKC[..., size:] / count_EK1 - mean_EKD.square()).clamp_min(VARIANCE_FLOOR)
+            log_weight_EK = _log_weights(resp_EKP.sum(dim=2), prior_count)
+        count_EK1 = labelled_EK1 + resp_EKP.sum(dim=2, keepdim=True)
+        mean_EKD = (support_sum_EKD + resp_EKP @ query_EPD) / count_EK1
+        if e_step == "diagonal" or not remaining:
+            square_EKD = (support_square_EKD + resp_EKP @ square_EPD) / count_EK1
+            variance_EKD = (square_EKD - mean_EKD.square()).clamp_min(VARIANCE_FLOOR)
     return ClassMixture(mean_EKD + centre_E1D, variance_EKD, log_weight_EK)
 
 
@@ -260,10 +268,13 @@ def class_logits(
         (E, P, K).
     """
     centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
-    variance_EKD = mixture.variance_EKD if covariance == "diagonal" else torch.ones_like(mixture.variance_EKD)
-    moments_EPC = _with_squares(z_EPD - centre_E1D)
-    logits_EPK = _class_logits(moments_EPC, mixture.mean_EKD - centre_E1D, variance_EKD, temperature)
-    return _weighted(logits_EPK, mixture.log_weight_EK)
+    z_EPD, mean_EKD = z_EPD - centre_E1D, mixture.mean_EKD - centre_E1D
+    square_EPD = z_EPD.square()
+    if covariance == "diagonal":
+        logits_EKP = _diagonal_logits(z_EPD, square_EPD, mean_EKD, mixture.variance_EKD, temperature)
+    else:
+        logits_EKP = _identity_logits(z_EPD, square_EPD.sum(dim=2)[:, None], mean_EKD, temperature)
+    return _weighted(logits_EKP, mixture.log_weight_EK).transpose(1, 2)
 
 
 def with_background(logits_EPK: Tensor, background: float | None) -> Tensor:
@@ -271,11 +282,16 @@ def with_background(logits_EPK: Tensor, background: float | None) -> Tensor:
     return logits_EPK if background is None else torch.nn.functional.pad(logits_EPK, (0, 1), value=background)
 
 
-def _weighted(logits_EPK: Tensor, log_weight_EK: Tensor | None) -> Tensor:
+def _with_background(logits_EKP: Tensor, background: float | None) -> Tensor:
+    """`with_background` for the other order of the axes: (E, K + 1, P)."""
+    return logits_EKP if background is None else torch.nn.functional.pad(logits_EKP, (0, 0, 0, 1), value=background)
+
+
+def _weighted(logits_EKP: Tensor, log_weight_EK: Tensor | None) -> Tensor:
     """Add log (K pi_k); weights of 1/K leave the logits as they are."""
     if log_weight_EK is None:
-        return logits_EPK
-    return logits_EPK + (log_weight_EK + math.log(log_weight_EK.shape[1]))[:, None]
+        return logits_EKP
+    return logits_EKP + (log_weight_EK + math.log(log_weight_EK.shape[1]))[..., None]
 
 
 def _log_weights(count_EK: Tensor, prior_count: float) -> Tensor:
@@ -284,17 +300,21 @@ def _log_weights(count_EK: Tensor, prior_count: float) -> Tensor:
     return torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
 
 
-def _with_squares(z: Tensor) -> Tensor:
-    """z and z^2 side by side, (..., D) -> (..., 2D): an E-step and an M-step are one matrix product each."""
-    return torch.cat([z, z.square()], dim=-1)
+def _diagonal_logits(
+    z_EPD: Tensor, square_EPD: Tensor, mean_EKD: Tensor, variance_EKD: Tensor, temperature: float
+) -> Tensor:
+    """log N(z; mu_k, sigma_k^2) / temperature without its constant, (E, K, P); `square_EPD` holds z^2.
 
-
-def _class_logits(moments_EPC: Tensor, mean_EKD: Tensor, variance_EKD: Tensor, temperature: float) -> Tensor:
-    """log N(z; mu_k, sigma_k^2) / temperature without its constant: (E, P, 2D), (E, K, D) twice -> (E, P, K).
-
-    The parameters of the classes are divided by the temperature: K values instead of P.
+    The parameters of the classes are divided by the temperature: K values instead of P. With the points as the last
+    axis, the softmax over the classes takes half the time on a CPU.
     """
     precision_EKD = variance_EKD.reciprocal()
-    weights_EKC = torch.cat([mean_EKD * precision_EKD, -0.5 * precision_EKD], dim=2)
-    constant_EK = -0.5 * (mean_EKD.square() * precision_EKD + variance_EKD.log()).sum(dim=2)
-    return torch.baddbmm(constant_EK[:, None, :] / temperature, moments_EPC, weights_EKC.transpose(1, 2) / temperature)
+    constant_EK1 = -0.5 * (mean_EKD.square() * precision_EKD + variance_EKD.log()).sum(dim=2, keepdim=True)
+    linear_EKP = torch.baddbmm(constant_EK1 / temperature, mean_EKD * precision_EKD / temperature, z_EPD.mT)
+    return torch.baddbmm(linear_EKP, precision_EKD / (-2 * temperature), square_EPD.mT)
+
+
+def _identity_logits(z_EPD: Tensor, norm_E1P: Tensor, mean_EKD: Tensor, temperature: float) -> Tensor:
+    """`_diagonal_logits` for variances of 1, half the work; `norm_E1P` holds |z|^2."""
+    norm_EK1 = mean_EKD.square().sum(dim=2, keepdim=True)
+    return torch.baddbmm((norm_EK1 + norm_E1P) / (-2 * temperature), mean_EKD / temperature, z_EPD.mT)
