@@ -12,11 +12,13 @@ from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.paper_tables.flip_rows import BASE, FLIPS
 from metagmvae.evaluation.paper_tables.match_results import FREE_SETTINGS, compared_settings, read_result_folder
+from metagmvae.evaluation.paper_tables.page_table import page_table
 from metagmvae.evaluation.paper_tables.paper_table import TableDocument, table_document
 from metagmvae.evaluation.paper_tables.table_layout import markdown_document
 from metagmvae.evaluation.paper_tables.table_rows import table_parts
 from metagmvae.evaluation.paper_tables.table_structure import select_rows
 from metagmvae.infra.cli import main
+from metagmvae.pipelines.records import DataError
 
 RELU = ("model.attention_activation=relu",)
 
@@ -167,3 +169,15 @@ def test_row_is_compared_with_the_base_row_even_if_that_is_not_shown(tmp_path):
     parts = select_rows(table_parts("flips"), ["row-4"])
     (row,) = table_document("flips", parts, read_result_folder(tmp_path), tmp_path).parts[0].rows
     assert row.cells[0].difference is not None
+
+
+def test_page_shows_rows_with_results_and_reasons_and_counts_the_others(tmp_path):
+    write(tmp_path, (), BASES[0])
+    write(tmp_path, RELU, FLIPPED[0])
+    lines = page_table(tmp_path, "flips,budget=60").splitlines()
+    shown = [line.split("|")[1].strip("* ").split(":")[0] for line in lines if line.startswith("| **")]
+    assert shown == ["paper's settings", "row 4", "row 5", "row 6", "row 7", "row 9", "row 10", "row 13"]
+    assert "6 of 14 rows have no result yet." in lines
+    assert any(line.startswith("Differences: percentage points above the base row") for line in lines)
+    with pytest.raises(DataError, match="no row has a result"):
+        page_table(tmp_path, "flips,budget=61")

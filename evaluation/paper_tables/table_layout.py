@@ -24,8 +24,7 @@ DIFFERENCES = (
 
 def markdown_document(document: TableDocument) -> str:
     """Lay out a document as Markdown tables; a system has a line of the paper, where that has one, and ours."""
-    name = "" if document.table == "flips" else f"Table {document.table}: "
-    tables = [f"**{name}{part.title}**\n\n{_markdown(part)}" for part in document.parts]
+    tables = [_titled(document, part) for part in document.parts]
     shown = "all results" if document.budget_s is None else f"results with a budget of {document.budget_s:,.0f} s"
     notes = [
         "Accuracy in percent ± its 95% interval over episodes, or ± the standard deviation over trainings. "
@@ -35,6 +34,30 @@ def markdown_document(document: TableDocument) -> str:
         notes.append(DIFFERENCES)
     notes += [f"Not shown: {markdown_text(line)}." for line in document.near]
     return "\n\n".join([*tables, *notes])
+
+
+def markdown_results(document: TableDocument, dataset: str = "") -> str:
+    """Lay out the rows with a result and those with a reason for having none; the others are counted below each table.
+
+    Args:
+        document: the table.
+        dataset: only parts with columns of it; empty: all parts. Parts without any result are left out.
+    """
+    texts = []
+    for part in document.parts:
+        shown = [row for row in part.rows if row.reason or any(cell.ours for cell in row.cells)]
+        known = dataset in ("", *(cell.dataset for cell in part.rows[0].cells))
+        if known and any(cell.ours for row in shown for cell in row.cells):
+            left_out = len(part.rows) - len(shown)
+            texts.append(_titled(document, part.model_copy(update={"rows": shown})))
+            texts += [f"{left_out} of {len(part.rows)} rows have no result yet."] if left_out else []
+            texts += [DIFFERENCES] if part.base else []
+    return "\n\n".join(texts)
+
+
+def _titled(document: TableDocument, part: DocumentPart) -> str:
+    name = "" if document.table == "flips" else f"Table {document.table}: "
+    return f"**{name}{part.title}**\n\n{_markdown(part)}"
 
 
 def _markdown(part: DocumentPart) -> str:

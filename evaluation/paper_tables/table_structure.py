@@ -14,6 +14,13 @@ TableName = int | Literal["flips"]
 """Number in the paper; `flips`: the differences between the paper and its published code, each alone."""
 
 
+def parse_table_name(text: str) -> TableName | None:
+    """Return the name of a table of the paper; None for any other text."""
+    if text == "flips":
+        return "flips"
+    return int(text) if text.isdecimal() else None
+
+
 class Column(NamedTuple):
     """A cell of a table is the accuracy of a row on the tasks of a column."""
 

@@ -81,7 +81,7 @@ def presets(arguments: Namespace) -> Answer:
     """Run `metagmvae presets`."""
     from metagmvae.configs import load
     from metagmvae.configs.describe import preset_head
-    from metagmvae.evaluation.comparison.readme import RESULTS, preset_accuracies
+    from metagmvae.evaluation.paper_tables.readme import RESULTS, preset_accuracies
 
     rows = []
     for name in load.presets():

@@ -191,14 +191,15 @@ def _sweep_figures(folder: Path, out: Path) -> Answer:
 
 def table(arguments: Namespace) -> Answer:
     """Run `metagmvae table`."""
-    from metagmvae.evaluation.comparison.readme import write_pages
     from metagmvae.evaluation.comparison.results_table import results_table
+    from metagmvae.evaluation.paper_tables.readme import write_pages
+    from metagmvae.evaluation.paper_tables.table_structure import parse_table_name
     from metagmvae.pipelines.records import DataError
 
     if len(arguments.names) == 1 and not arguments.write:
-        (name,) = arguments.names
-        if name == "flips" or name.isdecimal():
-            return _paper_table(arguments, "flips" if name == "flips" else int(name))
+        name = parse_table_name(arguments.names[0])
+        if name is not None:
+            return _paper_table(arguments, name)
     given = {
         "--data": arguments.data,
         "--rows": arguments.rows,

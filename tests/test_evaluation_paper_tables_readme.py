@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from metagmvae.evaluation.comparison import readme
-from metagmvae.evaluation.comparison.readme import PAGES, fit_table, render_tables, write_pages
 from metagmvae.evaluation.comparison.record_tables import BENCHES
+from metagmvae.evaluation.paper_tables import readme
+from metagmvae.evaluation.paper_tables.readme import PAGES, fit_table, render_tables, write_pages
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
 
@@ -68,6 +68,10 @@ def test_changed_number_is_restored():
             "paired:omniglot-best-5way-tuned-baselines",
             "| soft k-means (transductive) | +0.00 ± 0.02 | temperature 5, scaled |",
         ),
+        (
+            "paper-table:1,budget=120,data=omniglot,ways=5",
+            "|  | `omniglot-cactus-acai-maml` | 69.42 ± 1.22 | 89.66 ± 2.11 | inductive, own split, 308 episodes;",
+        ),
         ("ablation:joint-training", "| features of the pre-trained encoder, frozen; 200 steps | 99.21"),
         ("bench:step", "| R=1 | 0.987 | 21.8 | 723 | 44% |"),
         ("bench:features", "| rows written per second | 54,297 |"),
@@ -103,6 +107,13 @@ def test_every_benchmark_table_renders_with_rows_of_equal_length():
         ("<!-- bench:nothing -->\n<!-- /bench -->", "use one of step, episodes"),
         ("<!-- table:nothing -->\n<!-- /table -->", "no result of 'nothing'"),
         ("<!-- table:omniglot-cpu,mini-imagenet-cpu -->\n<!-- /table -->", "results of one dataset"),
+        ("<!-- paper-table:7 -->\n<!-- /paper-table -->", "table 7: the tables of the paper with results are 1, 2, 10"),
+        ("<!-- paper-table:one -->\n<!-- /paper-table -->", "paper-table:one: no such table; give 1, 2, 10 or flips"),
+        ("<!-- paper-table:1,budget=2m -->\n<!-- /paper-table -->", "budget: .*options are budget=SECONDS"),
+        ("<!-- paper-table:1,time=120 -->\n<!-- /paper-table -->", "time: .*options are budget=SECONDS"),
+        ("<!-- paper-table:1,ways=7 -->\n<!-- /paper-table -->", "--ways 7: the table has no such column"),
+        ("<!-- paper-table:1,budget=121 -->\n<!-- /paper-table -->", "no row has a result; record one"),
+        ("<!-- paper-table:1,data=glyphs -->\n<!-- /paper-table -->", "no row has a result; record one"),
         ("<!-- ablation:nothing -->\n<!-- /ablation -->", "no such file"),
     ],
 )
@@ -112,7 +123,7 @@ def test_wrong_markers_are_errors(page, message):
 
 
 def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monkeypatch, capsys):
-    module = tmp_path / "evaluation" / "comparison" / "readme.py"
+    module = tmp_path / "evaluation" / "paper_tables" / "readme.py"
     monkeypatch.setattr(readme, "__file__", str(module))
     assert main(["table", "--write"]) == 2
     assert "not a source checkout; run `make docs`" in capsys.readouterr().err

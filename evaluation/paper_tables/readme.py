@@ -31,6 +31,7 @@ from metagmvae.evaluation.comparison.results_table import (
     results_table,
     summary_table,
 )
+from metagmvae.evaluation.paper_tables.page_table import page_table
 from metagmvae.pipelines.files import atomic_file, check_document, read_json
 from metagmvae.pipelines.records import DataError
 
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "calibration": calibration_table,
     "queries": queries_table,
     "open": open_table,
+    "paper-table": page_table,
     "promotion": record_tables.promotion_table,
     "sweep": record_tables.sweep_table,
 }
