@@ -368,6 +368,8 @@ def test_recorded_results_of_our_best_settings_are_in_table_1():
         (["1", "--run"], "name the datasets with --data"),
         (["1", "--dry-run"], "--dry-run: says what --run would do"),
         (["1", "--set", "train.seed=1"], "is for the trainings of --run"),
+        (["1", "--seeds", "1"], "--seeds 1: is for the trainings of --run"),
+        (["some-model", "--seeds", "1"], "--seeds: is for a table of the paper"),
         (["some-model", "--budget", "5m"], "--budget: is for a table of the paper"),
         (["1", "--results", "BROKEN"], "not valid JSON"),
     ],

@@ -135,3 +135,13 @@ def test_another_number_of_decoded_samples_is_another_training(flips, data, caps
     assert cells_of(answer)["relu"]["difference"]["episodes"] == 6
     again = answer_of(capsys, flips, data, "--set", "train.decode_samples=1")
     assert (again["ran"], again["done_before"]) == ([], 3)
+
+
+def test_differences_of_several_seeds_are_averaged(flips, data, capsys):
+    cells = cells_of(answer_of(capsys, flips, data, "--seeds", "0", "1"))
+    assert steps_of(flips) == [17, 17, 17, 17]
+    difference = cells["relu"]["difference"]
+    assert (difference["trainings"], cells["relu"]["ours"]["trainings"]) == (2, 2)
+    assert difference["difference"] == pytest.approx(
+        cells["relu"]["ours"]["accuracy"] - cells["base"]["ours"]["accuracy"]
+    )

@@ -221,6 +221,25 @@ def test_changed_preset_is_refused_instead_of_continued(table, data, capsys):
     assert reason.endswith("was trained with other settings (method.query); delete it")
 
 
+def test_cells_are_the_mean_over_the_seeds_of_one_command(table, data, capsys, monkeypatch):
+    """The budget allows other numbers of steps in each training, as on a shared machine."""
+    times = iter((2.0, 2.5, 2.0, 2.5))
+    monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", 0.0, next(times), 0.0))
+    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--seeds", "3", "1"), 1)
+    names = [row["settings"] for row in answer["ran"]]
+    assert [name.partition("-seed")[2] for name in names] == ["3", "3", "1", "1"], "a training of each row comes first"
+    assert sorted(path.name for path in (table / "runs").iterdir()) == sorted(names)
+    assert [read_settings(table / "runs" / name).train.steps for name in names] == [20, 16, 20, 16]
+    cell = answer["document"]["parts"][0]["rows"][0]["cells"][0]
+    records = [json.loads((table / "results" / file).read_text()) for file in cell["ours"]["files"]]
+    assert [record["settings"]["train"]["seed"] for record in records] == [3, 1]
+    accuracies = [record["accuracy"] for record in records]
+    assert cell["ours"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert cell["ours"]["spread"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    again = answer_of(capsys, words(table, data, *UNTRACKED, "--seeds", "1", "3"), 1)
+    assert (again["ran"], again["done_before"]) == ([], 12)
+
+
 def test_dry_run_writes_nothing(table, data, capsys):
     answer = answer_of(capsys, words(table, data, *UNTRACKED, "--dry-run"), 1)
     assert [row["tasks"] for row in answer["would_run"]] == [2, 4]
@@ -240,6 +259,21 @@ def test_dry_run_writes_nothing(table, data, capsys):
 )
 def test_settings_of_the_rows_cannot_be_changed(table, data, capsys, override, message):
     assert main(words(table, data, "--workers", "1", "--set", override)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1", "1"], "--seeds 1: give different numbers of 0 or more"),
+        (["--seeds", "-1"], "--seeds -1: give different numbers of 0 or more"),
+        (["--seeds", "1", "--set", "train.seed=2"], "--set train.seed=2: --seeds gives the seeds already"),
+    ],
+)
+def test_wrong_seeds_are_refused(table, data, capsys, options, message):
+    assert main(words(table, data, *options)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

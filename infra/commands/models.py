@@ -106,7 +106,12 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--workers", type=int, default=0, metavar="N", help=help_text)
     help_text = "Ray cluster for --workers: host:port, auto or local (default: RAY_ADDRESS, else a new one here)"
     paper.add_argument("--address", default="", help=help_text)
-    help_text = "with --run: for example train.seed=1 or tracking.enabled=false; may be repeated"
+    help_text = (
+        "with --run: train each row with each of these seeds; a cell is then the mean over its trainings ± their "
+    )
+    help_text += "standard deviation (default: the seed of the preset)"
+    paper.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help=help_text)
+    help_text = "with --run: for example train.decode_samples=1 or tracking.enabled=false; may be repeated"
     paper.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
     add_tracking(parser)
 
@@ -206,6 +211,7 @@ def table(arguments: Namespace) -> Answer:
         "--ways": arguments.ways,
         "--budget": arguments.budget,
         "--set": arguments.overrides,
+        "--seeds": arguments.seeds,
     }
     given |= {"--run": arguments.run_rows, "--dry-run": arguments.dry_run}
     if used := [option for option, value in given.items() if value]:
@@ -246,14 +252,16 @@ def _paper_table(arguments: Namespace, name: TableName) -> Answer:
             budget_s,
             arguments.episodes,
             tuple(arguments.overrides),
+            tuple(arguments.seeds),
             arguments.workers,
         )
         mapper = partial(task_mapper, arguments, gpu=True)
         answer = run_table(request, parts, given, mapper, dry_run=arguments.dry_run)
         if arguments.dry_run:
             return FailedAnswer(answer) if answer["failed"] else answer
-    elif arguments.overrides:
-        raise DataError(f"--set {arguments.overrides[0]}: is for the trainings of --run; give it too")
+    elif arguments.overrides or arguments.seeds:
+        used = f"--set {arguments.overrides[0]}" if arguments.overrides else f"--seeds {arguments.seeds[0]}"
+        raise DataError(f"{used}: is for the trainings of --run; give it too")
     images = [data.images for data in given]
     document = table_document(name, parts, read_result_folder(results), results, images, budget_s)
     answer |= {"table": markdown_document(document)}

@@ -84,13 +84,28 @@ class JobList:
     failed: tuple[dict[str, str], ...]
     """Rows whose settings cannot be used."""
     done: int
-    """Cells that have a result."""
+    """Results of cells, one for each seed, that exist already."""
 
 
 def plan_jobs(
     parts: Sequence[TablePart], folder: ResultFolder, given: Sequence[GivenData], request: TableRequest
 ) -> JobList:
-    """Collect what has no result with this budget, seed and data; trainings that several rows share appear once."""
+    """Collect what has no result with this budget, seed and data; trainings that several rows share appear once.
+
+    The jobs are in the order of the seeds, so that there is a training of each row first, and then of their cost.
+    """
+    seeds = [(f"train.seed={seed}",) for seed in request.seeds] or [()]
+    plans = [
+        _plan_seed(parts, folder, given, replace(request, overrides=(*request.overrides, *seed))) for seed in seeds
+    ]
+    return replace(
+        plans[0], jobs=tuple(job for plan in plans for job in plan.jobs), done=sum(plan.done for plan in plans)
+    )
+
+
+def _plan_seed(
+    parts: Sequence[TablePart], folder: ResultFolder, given: Sequence[GivenData], request: TableRequest
+) -> JobList:
     jobs: dict[str, TableJob] = {}
     left_out: dict[tuple[str, str], dict[str, str]] = {}
     failed: dict[tuple[str, str], dict[str, str]] = {}

@@ -35,6 +35,8 @@ class TableRequest:
     episodes: int
     """Most episodes of each evaluation."""
     overrides: tuple[str, ...]
+    seeds: tuple[int, ...] = ()
+    """Each row is trained with each of these seeds; empty: with that of its preset or of `overrides`."""
     workers: int = 0
     """Ray tasks at the same time; 0: one training after another in this process."""
 
@@ -56,6 +58,8 @@ def check_request(request: TableRequest) -> None:
     """
     if request.workers < 0:
         raise DataError(f"--workers is {request.workers}; give 0 or more")
+    if wrong := [seed for seed in request.seeds if seed < 0 or request.seeds.count(seed) > 1]:
+        raise DataError(f"--seeds {wrong[0]}: give different numbers of 0 or more")
     if not 1 <= request.episodes <= MAX_EPISODES:
         raise DataError(f"--episodes is {request.episodes}; give a number from 1 to {MAX_EPISODES:,}")
     for override in request.overrides:
@@ -64,6 +68,8 @@ def check_request(request: TableRequest) -> None:
             raise SettingsError(
                 f"--set {override}: with --workers each training is a Ray task already; omit one of them"
             )
+        if key == "train.seed" and request.seeds:
+            raise SettingsError(f"--set {override}: --seeds gives the seeds already; omit one of them")
         if key in SET_HERE:
             raise SettingsError(f"--set {override}: {key} follows from --budget, --out and the row; leave it out")
         if not key.startswith(ALLOWED):
