@@ -19,7 +19,13 @@ from metagmvae.infra.registry.pyfunc_model import Predictor
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.posterior_calibration import CALIBRATION, FittedTemperature, PosteriorCalibration
+from metagmvae.training.models.posterior_calibration import (
+    CALIBRATION,
+    UNCALIBRATED,
+    CalibrationMap,
+    FittedMap,
+    PosteriorCalibration,
+)
 from metagmvae.training.trainer.package import CARD, load_model, save_package
 
 CPU = torch.device("cpu")
@@ -58,7 +64,7 @@ def fits(temperature: float, **changes) -> PosteriorCalibration:
     """A calibration with temperatures that show in every probability."""
     values = {"queries": 10, "nll": 0.1, "nll_uncalibrated": 0.2, "ece": 0.01, "ece_uncalibrated": 0.1}
     temperatures = tuple(
-        FittedTemperature(mode=mode, way=5, shot=shot, temperature=temperature * shot * factor, **values)
+        FittedMap(mode=mode, way=5, shot=shot, temperature=temperature * shot * factor, uniform=0.02 * shot, **values)
         for mode, factor in (("transductive", 1.0), ("inductive", 10.0))
         for shot in (1, 5)
     )
@@ -118,7 +124,7 @@ def test_packages_keep_it_and_old_packages_have_none(run, data, tmp_path, capsys
     old = save_package(tmp_path / "old", replace(load_model(run), calibration=None))
     assert "calibration" not in json.loads((old / CARD).read_text())
     assert load_model(old).calibration is None
-    assert load_model(old).posterior_temperature(AdaptSettings(), "inductive", 5, 1) == 1.0
+    assert load_model(old).calibration_map(AdaptSettings(), "inductive", 5, 1) == UNCALIBRATED
     kept = save_package(tmp_path / "kept", load_model(run))
     assert load_model(kept).calibration == load_model(run).calibration
     before = (old / "model.safetensors").read_bytes()
@@ -149,22 +155,8 @@ def test_damaged_records_are_one_line_that_names_the_key(run, tmp_path):
         load_model(run)
 
 
-def test_the_nearest_fit_is_used_and_none_for_other_settings_or_modes():
-    record, adapt = fits(2.0), AdaptSettings()
-    assert record.temperature(adapt, "transductive", 5, 1) == 2.0
-    assert record.temperature(adapt, "inductive", 5, 5) == 100.0
-    assert record.temperature(adapt, "transductive", 20, 3) == 10.0  # 3 is nearer to 5 than to 1, in ratio
-    assert record.temperature(adapt, "transductive", 5, 2.0) == 2.0
-    free = adapt.model_copy(update={"iterations": 3, "samples": 7})
-    assert record.temperature(free, "transductive", 5, 1) == 2.0
-    for change in ({"temperature": 4.0}, {"e_step": "identity"}, {"proportions": "estimated"}):
-        assert record.temperature(adapt.model_copy(update=change), "transductive", 5, 1) == 1.0
-    assert fits(2.0, temperatures=record.temperatures[:2]).temperature(adapt, "inductive", 5, 1) == 1.0
-    assert record.background(adapt, "transductive", 5, 1) is None
-
-
 @pytest.mark.parametrize(("mode", "factor"), [("transductive", 1.0), ("inductive", 10.0)])
-def test_estimator_server_and_evaluate_apply_the_same_temperature(run, data, mode, factor):
+def test_estimator_server_and_evaluate_apply_the_same_map(run, data, mode, factor):
     """Support of 2 classes with 1 and 3 images: 2 shots on average, nearest in ratio to 1."""
     loaded = load_model(run)
     adapt = loaded.settings.adapt
@@ -173,7 +165,7 @@ def test_estimator_server_and_evaluate_apply_the_same_temperature(run, data, mod
     labels = np.array([0, 1, 1, 1])
     h = encode_images(loaded.model, images, CPU)
     log_p = predict_queries(loaded.model, adapt, h[:4], labels, h[4:], mode=mode).double().log()
-    expected = calibrated(log_p, 3.0 * factor).numpy()
+    expected = calibrated(log_p, CalibrationMap(temperature=3.0 * factor, uniform=0.02)).numpy()
     classifier = FewShotClassifier(loaded, mode=mode).fit(images[:4], labels)
     np.testing.assert_allclose(classifier.predict_proba(images[4:]), expected, rtol=1e-5)
     server = Predictor()
@@ -191,8 +183,8 @@ def test_estimator_server_and_evaluate_apply_the_same_temperature(run, data, mod
 def test_evaluate_shows_calibration_and_keeps_the_accuracy(run, data, tmp_path, capsys):
     words = ["evaluate", run, "--data", data, "--episodes", 6, "--record", tmp_path / "r.json"]
     answer = run_json(capsys, *words, "--html", tmp_path / "page.html")
-    temperature = load_model(run).calibration.temperatures[0].temperature
-    assert answer["temperature"] == temperature
+    fitted = load_model(run).calibration.temperatures[0]
+    assert (answer["temperature"], answer["uniform"]) == (fitted.temperature, fitted.uniform)
     assert 0 <= answer["ece"] <= 1
     assert answer["ece_uncalibrated"] != answer["ece"]
     bins = answer["reliability"]
@@ -244,7 +236,7 @@ def test_open_queries(run, data, tmp_path, capsys):
     assert names[:4] == [
         (name, mode)
         for mode in ("transductive", "inductive")
-        for name in ("Meta-GMVAE", "Meta-GMVAE without background component")
+        for name in ("meta-gmvae", "meta-gmvae without background component")
     ]
     assert len(names) == 8
     for row in answer["rows"]:

@@ -62,7 +62,7 @@ def evaluate_open_task(
         raise DataError(f"{dataset.uri}: has no split {validation_split!r} to choose the thresholds of baselines on")
     features = split_features(model, dataset, split, device)
     h_nF = model_inputs(model, dataset, features, device)
-    results, shown, of_head = [], "Meta-GMVAE", {}
+    results, shown, of_head = [], loaded.settings.method.name, {}
     if isinstance(model, HeadModel):
         shown = f"{loaded.settings.model.encoder}, {model.head.name}"
         of_head = {"head": model.head.settings(task["way"], task["shot"])}  # its temperature is another one
