@@ -19,18 +19,15 @@ from command_words import set_words
 from photographs import picture
 
 from metagmvae.configs.load import flatten, load_settings, presets, to_json
-from metagmvae.evaluation.encoders.head_model import with_head
-from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import save_pyfunc
 from metagmvae.infra.runs.local_context import LocalContext
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.methods.methods_by_name import find_method
-from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import LoadedModel, load_model, save_package
 
@@ -75,7 +72,6 @@ LIMITS = {
 }
 """The largest value of each number, or of each number in a list."""
 TASK = {"way": 3, "shot": 1, "query": 3, "episodes": 4}
-CPU = torch.device("cpu")
 LABEL = np.array([0, 1, 1, 0, -1, -1, -1])
 
 
@@ -223,11 +219,5 @@ def check_served(folder: Path, package: Path, loaded: LoadedModel) -> None:
     images = np.random.default_rng(0).integers(0, 256, (len(LABEL), *loaded.image_shape), dtype=np.uint8)
     p_PK = served.predict({"images": images, "label": LABEL})
 
-    model, adapt = with_head(loaded).model, loaded.settings.adapt
-    assert isinstance(model, MetaLearner)
-    h, labels, mode = encode_images(model, images, CPU), LABEL[LABEL >= 0], model.modes[0]
-    temperature = loaded.posterior_temperature(adapt, mode, way=2, shot=2)
-    expected = predict_queries(
-        model, adapt, h[LABEL >= 0], labels, h[LABEL < 0], mode=mode, posterior_temperature=temperature
-    )
-    np.testing.assert_allclose(p_PK, expected.numpy(), atol=1e-5)
+    classifier = FewShotClassifier(loaded, mode="transductive").fit(images[LABEL >= 0], LABEL[LABEL >= 0])
+    np.testing.assert_allclose(p_PK, classifier.predict_proba(images[LABEL < 0]), atol=1e-5)
