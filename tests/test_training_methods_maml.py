@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,20 @@ from torch import Tensor
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
+from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.maml import MAML
+from metagmvae.training.methods.scratch import Scratch
 
 ADAPT = AdaptSettings()
 K, S, Q = 3, 2, 3
 
 
-def network(**method: Any) -> MAML:
+def network(kind: type[MAML] = MAML, **method: Any) -> MAML:
     """A small model in float64; on a constant map of zeros a ReLU would be at its kink, so the maps have a bias."""
     torch.manual_seed(0)
     options = {"name": "maml", "tasks": "labels", "way": K, "inner_steps": 2, "inner_rate": 0.1, "test_steps": 3}
-    model = MAML(ModelSettings(channels=3), MethodSettings(**options | method), SHAPE).double()
+    model = kind(ModelSettings(channels=3), MethodSettings(**options | method), SHAPE).double()
     for name, value in model.named_parameters():
         if name.endswith("norm.bias"):
             torch.nn.init.uniform_(value, 0.1, 0.5)
@@ -221,6 +224,23 @@ def test_an_inductive_answer_depends_on_no_other_query_and_a_transductive_one_do
     for mode in ("inductive", "transductive"):
         both, fewer = (answer(model, support, labels, part, mode) for part in (query_EP, query_EP[:, :4]))
         assert torch.equal(both[:, :4], fewer) == (mode == "inductive")
+
+
+@pytest.mark.parametrize("kind", [MAML, Scratch])
+@pytest.mark.parametrize("method", [{}, {"network": "mlp"}], ids=["images", "features"])
+def test_inductive_queries_are_classified_with_one_inner_loop_and_as_if_alone(
+    kind: type[MAML], method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers for all queries of a task, with unequal shots, equal those for each alone, bit for bit."""
+    model = network(kind, **method)
+    support, query = (part[0].flatten(0, 1) for part in tasks(model, b=1))
+    labels, loops = np.array([2, 0, 1, 1, 0, 1]), []
+    fit = model.fit
+    monkeypatch.setattr(model, "fit", lambda *arguments: loops.append(1) or fit(*arguments))
+    together = predict_queries(model, ADAPT, support, labels, query, mode="inductive", seed=3)
+    assert len(loops) == 1
+    alone = [predict_queries(model, ADAPT, support, labels, each[None], mode="inductive", seed=3)[0] for each in query]
+    assert torch.equal(torch.stack(alone), together)
 
 
 def test_more_classes_than_outputs_are_refused_in_one_line() -> None:

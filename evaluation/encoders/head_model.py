@@ -29,6 +29,8 @@ WITHOUT_BACKGROUND = "optimal-transport"
 class HeadModel(MetaLearner):
     """The features of an encoder, classified by a head. It shares the encoder, and has no weights of its own."""
 
+    fits_support = True
+
     def __init__(self, model: EncoderModel, head: FittedHead) -> None:
         super().__init__(model.encoder, model.image_shape)
         self.head = head

@@ -54,10 +54,8 @@ def predict_queries(
     model.eval()
     order, rank_K = _canonical_order(h_TF, label_T)
     support_1T, sorted_T = h_TF[torch.as_tensor(order)][None], torch.as_tensor(rank_K[label_T][order])
-    # In inductive mode the queries are classified in separate calls, so that rounding does not depend on the others;
-    # not by a model without another mode, which may fit a classifier to the support in each call.
-    separate = mode == "inductive" and "transductive" in model.modes
-    batches = h_PF.split(1) if separate else [h_PF]
+    # Separate calls, so that rounding does not depend on the other queries; but one, where each would fit the support.
+    batches = h_PF.split(1) if mode == "inductive" and not model.fits_support else [h_PF]
     options: dict[str, Any] = {"mode": mode, "seed_by_episode": [seed], "background": background}
     log_p_PK = torch.cat(
         [model.log_posteriors(adapt, support_1T, sorted_T, query[None], **options)[0] for query in batches]

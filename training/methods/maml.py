@@ -42,6 +42,8 @@ class MAML(TaskLearner):
     CACTUs; tasks of more classes are refused.
     """
 
+    fits_support = True
+
     def __init__(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> None:
         super().__init__(model, method, image_shape)
         self.model_settings = model
@@ -126,7 +128,7 @@ class MAML(TaskLearner):
         """Log-probabilities after `method.test_steps` steps, as `MetaLearner.log_posteriors`, from images or features.
 
         Transductive: the queries of an episode are normalised together, as in the published code. Inductive: each
-        query is normalised together with the support. On features, without normalisation, both are the same.
+        query is in the network with the support. On features, without normalisation, both are the same up to rounding.
 
         Raises:
             DataError: there are more classes than the classifier has outputs, or a probability is not a number.
@@ -135,9 +137,10 @@ class MAML(TaskLearner):
 
         def query_logits(parameters: Parameters, support_T: Tensor, query_P: Tensor) -> Tensor:
             fitted = self.fit(parameters, support_T, labels, way, settings.test_steps)
-            if mode == "transductive" or not self.normalises:
+            if mode == "transductive":
                 return self.logits(fitted, query_P, way)
-            alone = [torch.cat([support_T, query]) for query in query_P.split(1)]
+            together_with = support_T if self.normalises else support_T[:0]
+            alone = [torch.cat([together_with, query]) for query in query_P.split(1)]
             return torch.stack([self.logits(fitted, x, way)[-1] for x in alone])
 
         # Evaluation calls this in inference mode, whose tensors have no gradients.

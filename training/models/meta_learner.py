@@ -33,6 +33,9 @@ class MetaLearner(EncoderModel, ABC):
     """Whether `log_posteriors` has a component for queries of no labelled class."""
     modes: tuple[PredictionMode, ...] = ("transductive", "inductive")
     """Modes that it can answer in."""
+    fits_support = False
+    """Whether `log_posteriors` fits a network or classifier to the support. It is then called once for all queries of a
+    support; else in inductive mode once for each query, so that not even rounding depends on the other queries."""
 
     @property
     def most_classes(self) -> int | None:
