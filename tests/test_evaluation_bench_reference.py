@@ -12,7 +12,7 @@ from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import latent_noise, sample_latents
 from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.objectives.mixture import init_indices
+from metagmvae.training.objectives.distinct_points import init_indices
 from metagmvae.training.trainer.builders import build_model
 
 SHAPE = (1, 28, 28)

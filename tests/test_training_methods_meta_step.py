@@ -17,7 +17,8 @@ from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.meta_step import MetaStep
-from metagmvae.training.objectives.mixture import MixtureError, fit_mixture, init_indices
+from metagmvae.training.objectives.distinct_points import MixtureError, init_indices
+from metagmvae.training.objectives.mixture import fit_mixture
 
 
 def gradients(net: torch.nn.Module) -> dict[str, Tensor]:

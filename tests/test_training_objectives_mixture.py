@@ -14,18 +14,15 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metagmvae.training.objectives.distinct_points import MixtureError, first_distinct, init_indices, random_order
 from metagmvae.training.objectives.mixture import (
     VARIANCE_FLOOR,
     ClassMixture,
     Mixture,
-    MixtureError,
     class_log_posterior,
-    first_distinct,
     fit_mixture,
     fit_semi_supervised,
-    init_indices,
     mixture_log_prob,
-    random_order,
 )
 
 

@@ -17,7 +17,7 @@ from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_step import MetaStep
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.objectives.mixture import init_indices
+from metagmvae.training.objectives.distinct_points import init_indices
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.package import LoadedModel, load_package, save_package
 

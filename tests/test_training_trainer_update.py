@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metagmvae.configs.schema import PretrainSettings
 from metagmvae.training.device.seeding import host_permutation
 from metagmvae.training.methods.meta_step import MetaStep
-from metagmvae.training.objectives.mixture import MixtureError
+from metagmvae.training.objectives.distinct_points import MixtureError
 from metagmvae.training.pretraining.contrastive import ContrastiveStep
 from metagmvae.training.trainer.update import DeviceUpdate, NonFiniteLossError, Update, build_update
 

@@ -30,7 +30,7 @@ from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.default import default_device
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.meta_step import MetaStep
-from metagmvae.training.objectives.mixture import init_indices
+from metagmvae.training.objectives.distinct_points import init_indices
 from metagmvae.training.trainer.builders import build_model, build_optimizer
 from metagmvae.training.trainer.update import build_update
 

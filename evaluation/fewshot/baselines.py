@@ -25,6 +25,7 @@ from metagmvae.evaluation.fewshot.query_assignments import (
 )
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import PredictionMode
+from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def laplacian(
 
 
 def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1.0, **task: Any) -> EpisodeResults:
-    """Evaluate scikit-learn's logistic regression on the normalised support (the paper's "LR"). Inductive.
+    """Evaluate logistic regression on the normalised support (the paper's "LR"), many episodes at a time. Inductive.
 
     Args:
         x_nF: as in `nearest_class_mean`.
@@ -118,20 +119,18 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
         task: as in `nearest_class_mean`.
 
     Raises:
-        DataError: as in `nearest_class_mean`.
-        ConvergenceWarning: the fit of an episode did not converge.
+        DataError: as in `nearest_class_mean`, or the fit of an episode did not converge.
     """
 
-    def classify(support_KSF: Tensor, query_PF: Tensor) -> Tensor:
-        K, S, _ = support_KSF.shape
-        model = fit_logistic_regression(support_KSF.flatten(0, 1), np.repeat(np.arange(K), S), strength)
-        return torch.as_tensor(model.predict(F.normalize(query_PF, dim=1).numpy()))
+    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+        support_EKSF, query_EPF = F.normalize(support_EKSF, dim=3), F.normalize(query_EPF, dim=2)
+        return logistic_regression_logits(support_EKSF, query_EPF, strength).argmax(dim=2)
 
-    return evaluate_classifier(classify, "inductive", x_nF, labels, **task)
+    return evaluate_batches(classify, "inductive", x_nF, labels, **task)
 
 
 def fit_logistic_regression(h_TF: Tensor, label_T: np.ndarray, strength: float) -> LogisticRegression:
-    """Fit scikit-learn's logistic regression to the normalised support of one episode; see `logistic_regression`.
+    """Fit scikit-learn's logistic regression to the normalised support of one task, whose classes may differ in shots.
 
     Args:
         h_TF: vectors of the T labelled images, on the CPU.

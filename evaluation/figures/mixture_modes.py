@@ -17,7 +17,8 @@ from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.class_posterior import fit_and_classify
-from metagmvae.training.objectives.mixture import fit_mixture, init_indices
+from metagmvae.training.objectives.distinct_points import init_indices
+from metagmvae.training.objectives.mixture import fit_mixture
 
 Array = np.ndarray
 

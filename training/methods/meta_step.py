@@ -29,15 +29,9 @@ from metagmvae.training.device.seeding import episode_generators, to_device
 from metagmvae.training.methods.frozen_features import init_from_features
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.methods.method import Method, MethodData
+from metagmvae.training.objectives.distinct_points import MixtureError, first_distinct, random_order, too_few_points
 from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective, standard_normal
-from metagmvae.training.objectives.mixture import (
-    Mixture,
-    MixtureError,
-    first_distinct,
-    fit_mixture,
-    random_order,
-    too_few_points,
-)
+from metagmvae.training.objectives.mixture import Mixture, fit_mixture
 
 StepMetrics = dict[str, Tensor]
 """Scalars without gradient, for the metric lines."""
