@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metagmvae.configs.schema import AdaptSettings
-from metagmvae.training.objectives.balanced_classes import TOLERANCE, balancing_weights
+from metagmvae.training.objectives.balanced_classes import FAR, TOLERANCE, balancing_weights
 from metagmvae.training.objectives.class_posterior import fit_log_posteriors
 
 LOGITS = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
@@ -32,6 +32,26 @@ def test_result_is_that_of_sinkhorns_iteration():
         plan = plan * (len(plan) / 4) / plan.sum(axis=0, keepdims=True)
     plan = plan / plan.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(balanced(LOGITS)[0].numpy(), plan, atol=2e-2)
+
+
+@pytest.mark.parametrize("scale", [1, 10, 100])
+@pytest.mark.parametrize("background", [None, 2.0])
+def test_weights_equal_those_of_a_softmax_in_every_iteration(scale, background):
+    """At large scales the weights move far, so that the responsibilities are computed anew."""
+    logits_EPK = scale * LOGITS
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    for e in range(3):
+        for _ in range(100):
+            extra = [] if background is None else [background]
+            padded = [[*row, *extra] for row in (logits_EPK[e] + expected[e]).tolist()]
+            totals = torch.softmax(torch.tensor(padded, dtype=torch.float64), dim=1)[:, :4].sum(dim=0)
+            share = totals.clamp_min(torch.finfo(torch.float64).tiny) / totals.mean()
+            if ((share - 1).abs() <= TOLERANCE).all():
+                break
+            expected[e] -= share.log()
+    torch.testing.assert_close(balancing_weights(background, logits_EPK), expected, rtol=1e-9, atol=1e-9)
+    if scale == 100:
+        assert expected.abs().max() > FAR
 
 
 def test_episodes_do_not_depend_on_each_other():

@@ -13,6 +13,8 @@ from metagmvae.training.objectives.mixture import with_background
 ITERATIONS = 100
 TOLERANCE = 1e-2
 """Largest relative error of the number of points of a class."""
+FAR = 10.0
+"""Change of a log weight after which the responsibilities are computed anew: factors from them would lose accuracy."""
 
 
 def balancing_weights(
@@ -32,12 +34,25 @@ def balancing_weights(
     """
     weight_EK = torch.zeros_like(logits_EPK[:, 0]) if start_EK is None else start_EK
     K = logits_EPK.shape[2]
+    base_EK, resp_EPK = weight_EK, _responsibilities(background, logits_EPK, weight_EK)
     for _ in range(iterations):
-        resp_EPK = torch.softmax(with_background(logits_EPK + weight_EK[:, None], background), dim=2)[..., :K]
-        total_EK = resp_EPK.sum(dim=1).clamp_min(torch.finfo(resp_EPK.dtype).tiny)
+        # The softmax at other weights is that at the base times factors of the classes: two products instead of exp.
+        factor_EK1 = (weight_EK - base_EK).exp()[..., None]
+        sum_EP1 = resp_EPK[..., :K] @ factor_EK1 + resp_EPK[..., K:].sum(dim=2, keepdim=True)
+        total_EK = (factor_EK1 * (resp_EPK[..., :K].mT @ sum_EP1.reciprocal()))[..., 0]
+        total_EK = total_EK.clamp_min(torch.finfo(logits_EPK.dtype).tiny)
         share_EK = total_EK / total_EK.mean(dim=1, keepdim=True)
         open_E1 = ((share_EK - 1).abs() > TOLERANCE).any(dim=1, keepdim=True)
         if not open_E1.any():
             break
         weight_EK = torch.where(open_E1, weight_EK - share_EK.log(), weight_EK)
+        far_E1 = ((weight_EK - base_EK).abs() > FAR).any(dim=1, keepdim=True)
+        if far_E1.any():
+            base_EK = torch.where(far_E1, weight_EK, base_EK)
+            resp_EPK = torch.where(far_E1[..., None], _responsibilities(background, logits_EPK, base_EK), resp_EPK)
     return weight_EK
+
+
+def _responsibilities(background: float | None, logits_EPK: Tensor, weight_EK: Tensor) -> Tensor:
+    """Softmax of the weighted logits, with the background component as the last column if there is one."""
+    return torch.softmax(with_background(logits_EPK + weight_EK[:, None], background), dim=2)
