@@ -71,7 +71,7 @@ class TrainSettings(Section):
     channels_last: bool = True
     """Memory format of the convolutions; channels last is faster on most devices."""
     compile: bool = False
-    """Whether `torch.compile` compiles the step."""
+    """Whether `torch.compile` compiles the networks; of `maml` only an encoder that stays frozen."""
     selection: Literal["last", "best", "best-first-shot"] = "last"
     """Model selection [paper: last, code: best; best-first-shot on Mini-ImageNet]. `last`: the last model; `best`: per
     shot, the best on validation; `best-first-shot`: the best at the first of `validation.shots`, for every shot."""

@@ -53,6 +53,7 @@ def test_labels_that_the_dataset_does_not_have(
     [
         ("omniglot-maml-oracle", {"method__way": 31}, ("method.way is 31", "only 30 classes", "lower")),
         ("omniglot-maml-oracle", {"method__way": 4}, ("validation.way is 5", "up to 4 classes", "method.way")),
+        ("omniglot-umtra", {"train__compile": "true"}, ("train.compile is true", "of maml cannot", "set it to false")),
         ("omniglot-umtra", {"method__way": 601}, ("method.way is 601", "600 images")),
         ("omniglot-umtra", {"method__shot": 2}, ("method: shot (2) must be 1",)),
         ("omniglot-maml-oracle", {"method__network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),

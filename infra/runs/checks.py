@@ -43,13 +43,18 @@ def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
 
     Raises:
         EncoderError: there is no such encoder, or it does not accept such images.
-        SettingsError: the model cannot classify the tasks of the validation.
+        SettingsError: the model cannot classify the tasks of the validation, or not be compiled.
     """
     settings = inputs.settings
     if kind == "encoder":
         build_encoder_model(settings.model, inputs.image_shape, seed=0)
         return
     model = build_model(settings.model, inputs.image_shape, 0, settings.method)
+    if settings.train.compile and not model.compiled_networks:
+        raise SettingsError(
+            f"train.compile is true, but the network of {settings.method.name} cannot be compiled, because its "
+            "gradient steps differentiate it; set it to false"
+        )
     most, way = model.most_classes, settings.validation.way
     if settings.validation.every and most is not None and way > most:
         raise SettingsError(f"validation.way is {way}, but the model classifies up to {most} classes (method.way)")

@@ -57,6 +57,11 @@ class MAML(TaskLearner):
         """Number of outputs of the classifier."""
         return self.settings.way
 
+    @property
+    def compiled_networks(self) -> list[nn.Module]:
+        """The encoder, if it is not the body: `torch.func.grad` runs a compiled network uncompiled, in silence."""
+        return [] if self.own_body is None else [self.encoder]
+
     def forward(self, x: Tensor) -> Tensor:
         """What the body reads, (n, ...) -> logits of the classes, (n, `method.way`)."""
         return at_least_float32(self.classifier(self.body(x)))

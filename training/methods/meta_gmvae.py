@@ -79,6 +79,11 @@ class MetaGMVAE(MetaLearner):
             else ConvDecoder(image_shape, channels, latent, width)
         )
 
+    @property
+    def compiled_networks(self) -> list[nn.Module]:
+        """Encoder, set encoder and decoder."""
+        return [self.encoder, self.attention, self.decoder]
+
     def scale_features(self, h: Tensor) -> Tensor:
         """Raw features of the encoder, f(x) of Eq. 5, (n, F) -> the features that the model works on, (n, F).
 

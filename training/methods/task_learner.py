@@ -53,6 +53,11 @@ class TaskLearner(MetaLearner):
         """The network that is meta-trained, (n, C, H, W) in [0, 1] or (n, F) -> (n, `body_dim`)."""
         return self.encoder if self.own_body is None else self.own_body
 
+    @property
+    def compiled_networks(self) -> list[nn.Module]:
+        """Encoder and body."""
+        return [self.encoder, *([] if self.own_body is None else [self.own_body])]
+
     def body_inputs(self, x: Tensor) -> Tensor:
         """What the body reads, of images in [0, 1], (n, C, H, W): the images, or their scaled features, (n, F)."""
         return self.scale(at_least_float32(self.encoder(x))) if self.on_features else x

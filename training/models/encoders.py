@@ -175,6 +175,11 @@ class EncoderModel(nn.Module):
         size = self.encoder.size if isinstance(self.encoder, MultiCropEncoder) else self.image_shape[1:]
         return (self.image_shape[0], *size)
 
+    @property
+    def compiled_networks(self) -> list[nn.Module]:
+        """Networks that `train.compile` compiles."""
+        return [self.encoder]
+
     @staticmethod
     def scale_images(images: Tensor) -> Tensor:
         """uint8 (..., C, H, W) -> float32 in [0, 1]."""

@@ -19,7 +19,6 @@ from metagmvae.pipelines.sampling.factory import image_batches
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.device import distributed
 from metagmvae.training.methods.frozen_features import CHUNK, ScaledRows, fit_feature_scaling
-from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.method import MethodData
 from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encode_images import encode_images
@@ -124,10 +123,8 @@ class _Trainer:
         if self.settings.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if self.settings.train.compile:
-            model.encoder.compile()
-            if isinstance(model, MetaGMVAE):
-                model.attention.compile()
-                model.decoder.compile()
+            for network in model.compiled_networks:
+                network.compile()
         return model
 
     def fit(self) -> TrainState:
