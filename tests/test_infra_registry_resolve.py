@@ -14,7 +14,7 @@ from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.posterior_calibration import (
-    FittedTemperature,
+    FittedMap,
     PosteriorCalibration,
     write_calibration,
 )
@@ -58,7 +58,7 @@ def test_the_calibration_travels_into_the_registry_and_with_the_run(tmp_path):
         data_fingerprint="d",
         adapt=load_model(run).settings.adapt,
         temperatures=(
-            FittedTemperature(
+            FittedMap(
                 mode="inductive",
                 way=5,
                 shot=1,

@@ -109,17 +109,17 @@ def evaluate_heads(
 def _with_reliability(
     result: EpisodeResults, loaded: LoadedModel, features: SplitFeatures, task: Mapping[str, Any]
 ) -> EpisodeResults:
-    """Add the calibration of the probabilities of the head, at the temperature of its calibration if it has one."""
+    """Add the calibration of the probabilities of the head, which are calibrated if the encoder was with this head."""
     assert isinstance(loaded.model, HeadModel)
     assert result.tuning is not None
     mode, adapt, way, shot = MODES[result.head], loaded.settings.adapt, task["way"], task["shot"]
     chosen = HeadSettings(way=way, shot=shot, settings=dict(result.tuning.settings))
     model = HeadModel(loaded.model, FittedHead(name=result.head, tasks=(chosen,)))
-    temperature = loaded.posterior_temperature(adapt, mode, way, shot)
-    options: dict[str, Any] = {"mode": mode, "posterior_temperature": temperature}
+    calibration = loaded.calibration_map(adapt, mode, way, shot)
+    options: dict[str, Any] = {"mode": mode, "calibration": calibration}
     measured = evaluate_features(model, adapt, features.by_kind["scaled"], features.labels, **options, **task)
     return replace(
-        result, reliability=measured.reliability, temperature=temperature, uncalibrated=measured.uncalibrated
+        result, reliability=measured.reliability, calibration=calibration, uncalibrated=measured.uncalibrated
     )
 
 

@@ -22,6 +22,7 @@ from metagmvae.pipelines.records import ProgressCallback, Rows
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.models.posterior_calibration import UNCALIBRATED, CalibrationMap
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class EpisodeResults:
     """Alpha of the Dirichlet distribution of the proportions of the classes; None: not drawn from one."""
     capped: int = 0
     """Episodes in which a class had fewer images than the Dirichlet-drawn queries asked for (`QuerySampler`)."""
-    temperature: float = 1.0
-    """Of the posterior, as in `predict.calibrated`."""
+    calibration: CalibrationMap = UNCALIBRATED
+    """Of the probabilities, as in `predict.calibrated`."""
     uncalibrated: Reliability | None = None
-    """Calibration at temperature 1; None if that is the temperature."""
+    """Reliability without it; None if it changes nothing."""
 
     @property
     def mean(self) -> float:
@@ -112,7 +113,8 @@ class EpisodeResults:
             "ece": self.reliability.calibration_error,
             "ece_uncalibrated": raw.calibration_error,
             "confidence": self.reliability.mean_confidence,
-            "temperature": self.temperature,
+            "temperature": self.calibration.temperature,
+            "uniform": self.calibration.uniform,
         }
 
     def write_parquet(self, path: str | Path) -> None:
@@ -212,7 +214,7 @@ def evaluate_features(
     mode: PredictionMode = "transductive",
     unbalanced: bool = False,
     dirichlet: float | None = None,
-    posterior_temperature: float = 1.0,
+    calibration: CalibrationMap = UNCALIBRATED,
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
     """Evaluate a model on features by `encode_images`, over episodes 0 to `episodes` - 1 of a seed.
@@ -233,7 +235,7 @@ def evaluate_features(
         unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
         dirichlet: alpha of the Dirichlet distribution that the proportions of the classes are drawn from
             (`QuerySampler`); None: balanced queries.
-        posterior_temperature: as in `calibrated`; the accuracy does not depend on it.
+        calibration: as in `calibrated`; the accuracy does not depend on it.
         on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
@@ -246,8 +248,8 @@ def evaluate_features(
     batches = posterior_batches(model, adapt, h_nF, sampler, episodes, mode=mode, on_progress=on_progress)
     for log_p_EPK, truth_EP in batches:
         truth = truth_EP.flatten().cpu().numpy()
-        for collected, temperature in ((reliability, posterior_temperature), (uncalibrated, 1.0)):
-            collected.add(calibrated(log_p_EPK, temperature).flatten(0, 1).cpu().numpy(), truth)
+        for collected, by in ((reliability, calibration), (uncalibrated, UNCALIBRATED)):
+            collected.add(calibrated(log_p_EPK, by).flatten(0, 1).cpu().numpy(), truth)
         accuracies.append((log_p_EPK.argmax(dim=2) == truth_EP).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
@@ -263,6 +265,6 @@ def evaluate_features(
         unbalanced=unbalanced,
         dirichlet=dirichlet,
         capped=sampler.capped,
-        temperature=posterior_temperature,
-        uncalibrated=None if posterior_temperature == 1 else uncalibrated,
+        calibration=calibration,
+        uncalibrated=None if calibration.is_identity else uncalibrated,
     )

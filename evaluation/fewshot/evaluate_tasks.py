@@ -86,8 +86,8 @@ def evaluate_tasks(
         title = f"{task['way']}-way {task['shot']}-shot"
         with progress(f"{title} episodes") as on_progress:
             adapt = loaded.settings.adapt
-            temperature = loaded.posterior_temperature(adapt, mode, task["way"], task["shot"])
-            options: dict[str, Any] = {"mode": mode, "posterior_temperature": temperature, "on_progress": on_progress}
+            calibration = loaded.calibration_map(adapt, mode, task["way"], task["shot"])
+            options: dict[str, Any] = {"mode": mode, "calibration": calibration, "on_progress": on_progress}
             result = evaluate_features(model, adapt, h_nF, labels, **options, **task)
         if baselines:
             with progress(f"{title} baselines") as on_progress:

@@ -1,7 +1,7 @@
 """Class probabilities of the queries of few-shot episodes with equal shots, many episodes at a time.
 
-A temperature T of the posterior calibrates the probabilities: p(k)^(1/T), divided by the sum over k (`calibrated`). It
-is another temperature than `AdaptSettings.temperature`, which acts inside EM.
+`calibrated` makes the probabilities agree with the accuracy. Its temperature is another one than
+`AdaptSettings.temperature`, which acts inside EM.
 
 Notation: E episodes, K ways, S shots, P queries of an episode.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.models.posterior_calibration import CalibrationMap
 
 
 @torch.inference_mode()
@@ -29,7 +30,7 @@ def predict_episodes(
 ) -> Tensor:
     """Return the class probabilities of every query, (E, P, K). Arguments and errors are those of `log_posteriors`.
 
-    These are the probabilities of the model itself, at posterior temperature 1.
+    These are the probabilities of the model itself, not calibrated.
     """
     log_p_EPK = log_posteriors(model, adapt, support_EKS, query_EP, mode=mode, seed_by_episode=seed_by_episode)
     return log_p_EPK.exp().to(query_EP.dtype)
@@ -61,11 +62,13 @@ def log_posteriors(
     )
 
 
-def calibrated(log_p_EPK: Tensor, temperature: float) -> Tensor:
-    """Return p^(1 / temperature), divided by its sum over the classes: (..., K), float64 log p -> probabilities.
+def calibrated(log_p_EPK: Tensor, by: CalibrationMap) -> Tensor:
+    """Return (1 - u) p^(1 / T) / sum p^(1 / T) + u / K: (..., K), float64 log p -> probabilities.
 
-    The order of the classes stays the same, so accuracy does not depend on the temperature. Above 1 the probabilities
-    become less certain, below 1 more certain. The result is float64: rounding to float32 can make the two most probable
-    classes equal.
+    The order of the classes stays the same, so accuracy does not depend on the map. The result is float64: rounding to
+    float32 can make the two most probable classes equal.
     """
-    return log_p_EPK.exp() if temperature == 1 else torch.softmax(log_p_EPK / temperature, dim=-1)
+    if by.is_identity:
+        return log_p_EPK.exp()
+    q_EPK = torch.softmax(log_p_EPK / by.temperature, dim=-1)
+    return (1 - by.uniform) * q_EPK + by.uniform / q_EPK.shape[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.predict import calibrated
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.models.posterior_calibration import UNCALIBRATED, CalibrationMap
 
 
 @torch.inference_mode()
@@ -26,10 +27,10 @@ def predict_queries(
     *,
     mode: PredictionMode = "transductive",
     seed: int = 0,
-    posterior_temperature: float = 1.0,
+    calibration: CalibrationMap = UNCALIBRATED,
     background: float | None = None,
 ) -> Tensor:
-    """Return p(y | x, D) of every query (Eq. 10 and 11), (P, K); float64 at another temperature than 1.
+    """Return p(y | x, D) of every query (Eq. 10 and 11), (P, K); float64 if they are calibrated.
 
     In both modes the result does not depend on the order of the support and the names of the classes: the support is
     sorted by content first. In transductive mode it depends on the order of the queries, by the Monte Carlo noise.
@@ -44,7 +45,7 @@ def predict_queries(
         h_PF: features of the queries.
         mode: as in `predict_episodes`.
         seed: of the Monte Carlo noise.
-        posterior_temperature: as in `calibrated`.
+        calibration: as in `calibrated`.
         background: as in `log_posteriors`; the last column is then the probability that a query is of no labelled
             class, (P, K + 1).
 
@@ -61,8 +62,8 @@ def predict_queries(
         [model.log_posteriors(adapt, support_1T, sorted_T, query[None], **options)[0] for query in batches]
     )
     columns = [*rank_K.tolist(), *range(len(rank_K), log_p_PK.shape[1])]
-    p_PK = calibrated(log_p_PK[:, columns], posterior_temperature)
-    return p_PK.to(h_PF.dtype) if posterior_temperature == 1 else p_PK
+    p_PK = calibrated(log_p_PK[:, columns], calibration)
+    return p_PK.to(h_PF.dtype) if calibration.is_identity else p_PK
 
 
 def _canonical_order(h_TF: Tensor, label_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 SEED = 1_000
-"""Added to the seed of the episodes, so that the temperature is fitted on other images and views."""
+"""Added to the seed of the episodes, so that the calibration is fitted on other images and views."""
 
 
 @torch.inference_mode()
@@ -56,8 +56,8 @@ def evaluate_augmented(
     features, results = SplitFeatures(split, labels, {"scaled": h_nF}), []
     for shot in shots:
         task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "episodes": episodes, "seed": seed}
-        temperature = loaded.posterior_temperature(adapt, "transductive", way, shot)
-        result = evaluate_features(model, adapt, h_nF, labels, posterior_temperature=temperature, **task)
+        calibration = loaded.calibration_map(adapt, "transductive", way, shot)
+        result = evaluate_features(model, adapt, h_nF, labels, calibration=calibration, **task)
         results.append(replace(result, baselines=evaluate_baselines(features, None, task)))
     return results
 

@@ -1,4 +1,4 @@
-"""Fits what makes the probabilities of a model mean something: temperatures, and the level of the background component.
+"""Fits what makes the probabilities of a model mean something: their map, and the level of the background component.
 
 Both are fitted on episodes of validation classes, or of augmented images where there are no labelled classes.
 
@@ -22,14 +22,21 @@ from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability
+from metagmvae.evaluation.fewshot.predict import calibrated
 from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
 from metagmvae.evaluation.uncertainty.background import search_background
-from metagmvae.evaluation.uncertainty.temperature import fit_temperature, negative_log_likelihood
+from metagmvae.evaluation.uncertainty.temperature import fit_map, negative_log_likelihood
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
-from metagmvae.training.models.posterior_calibration import FittedBackground, FittedTemperature, PosteriorCalibration
+from metagmvae.training.models.posterior_calibration import (
+    UNCALIBRATED,
+    CalibrationMap,
+    FittedBackground,
+    FittedMap,
+    PosteriorCalibration,
+)
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 LOG = logging.getLogger(__name__)
@@ -70,7 +77,7 @@ def fit_calibration(
     split: str | None = None,
     progress: ProgressBar = no_progress,
 ) -> PosteriorCalibration:
-    """Fit the temperature of each way, shot and mode, and the level of the background component.
+    """Fit the map of each way, shot and mode, and the level of the background component.
 
     The settings of the head of an encoder alone are chosen first, on the same classes.
 
@@ -96,7 +103,7 @@ def fit_calibration(
         sizes = [(way, shot, _queries(data.labels, shot, plan)) for way, shot in tasks]
         head = fit_head(model, features, sizes, plan.seed)
         model = HeadModel(model, head)
-    temperatures, backgrounds = [], []
+    maps, backgrounds = [], []
     steps = [(way, shot, mode) for way, shot in tasks for mode in model.modes]
     with progress("calibration") as on_progress:
         for done, (way, shot, mode) in enumerate(steps, start=1):
@@ -106,7 +113,7 @@ def fit_calibration(
                 "query": _queries(data.labels, shot, plan),
                 "seed": plan.seed,
             }
-            temperatures.append(_fit(model, adapt, data, task, mode, plan.episodes))
+            maps.append(_fit(model, adapt, data, task, mode, plan.episodes))
             may_be_open = plan.background and model.has_background
             if may_be_open and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
                 backgrounds.append(fit)
@@ -117,7 +124,7 @@ def fit_calibration(
         split=data.split,
         data_fingerprint=dataset.fingerprint,
         adapt=adapt,
-        temperatures=tuple(temperatures),
+        temperatures=tuple(maps),
         backgrounds=tuple(backgrounds),
         head=head,
     )
@@ -180,10 +187,10 @@ def _fit(
     task: dict[str, Any],
     mode: PredictionMode,
     episodes: int,
-) -> FittedTemperature:
+) -> FittedMap:
     sampler = QuerySampler(data.labels, **task)
     log_p_nK, labels = _collect(posterior_batches(model, adapt, data.h_nF, sampler, episodes, mode=mode))
-    return FittedTemperature(mode=mode, way=task["way"], shot=task["shot"], **_temperature(log_p_nK, labels))
+    return FittedMap(mode=mode, way=task["way"], shot=task["shot"], **_map_fields(log_p_nK, labels))
 
 
 def _fit_background(
@@ -213,7 +220,7 @@ def _fit_background(
         background=background,
         open_classes=open_classes,
         accuracy=float((log_p_nK.argmax(axis=1) == labels).mean()),
-        **_temperature(log_p_nK, labels),
+        **_map_fields(log_p_nK, labels),
     )
 
 
@@ -223,20 +230,20 @@ def _collect(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.n
     return np.concatenate([log_p for log_p, _ in pairs]), np.concatenate([truth for _, truth in pairs])
 
 
-def _temperature(log_p_nK: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The fitted temperature with its effect, as fields of `FittedTemperature`."""
-    temperature = fit_temperature(log_p_nK, labels)
+def _map_fields(log_p_nK: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The fitted map with its effect, as fields of `FittedMap`."""
+    fitted = fit_map(log_p_nK, labels)
     return {
-        "temperature": temperature,
+        **fitted.model_dump(),
         "queries": len(labels),
-        "nll": negative_log_likelihood(log_p_nK, labels, temperature),
-        "nll_uncalibrated": negative_log_likelihood(log_p_nK, labels, 1.0),
-        "ece": _calibration_error(log_p_nK, labels, temperature),
-        "ece_uncalibrated": _calibration_error(log_p_nK, labels, 1.0),
+        "nll": negative_log_likelihood(log_p_nK, labels, fitted),
+        "nll_uncalibrated": negative_log_likelihood(log_p_nK, labels, UNCALIBRATED),
+        "ece": _calibration_error(log_p_nK, labels, fitted),
+        "ece_uncalibrated": _calibration_error(log_p_nK, labels, UNCALIBRATED),
     }
 
 
-def _calibration_error(log_p_nK: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+def _calibration_error(log_p_nK: np.ndarray, labels: np.ndarray, by: CalibrationMap) -> float:
     reliability = Reliability()
-    reliability.add(torch.softmax(torch.as_tensor(log_p_nK) / temperature, dim=1).numpy(), labels)
+    reliability.add(calibrated(torch.as_tensor(log_p_nK), by).numpy(), labels)
     return reliability.calibration_error

@@ -124,7 +124,7 @@ def evaluate_open(
         scores.append(log_p_nK.max(axis=1) if background is None else known_score(log_p_nK))
         truths.append(truth_n)
         if background is not None:
-            probabilities_nK = calibrated(log_p_EPK, background.temperature).flatten(0, 1).cpu().numpy()
+            probabilities_nK = calibrated(log_p_EPK, background).flatten(0, 1).cpu().numpy()
             reliability.add(probabilities_nK, truth_n)
     auroc = roc_auc_score(np.concatenate(truths) < way, np.concatenate(scores))
     return OpenResults(
@@ -134,7 +134,7 @@ def evaluate_open(
         torch.cat(known).double().numpy(),
         torch.cat(answered).numpy(),
         float(auroc),
-        {} if background is None else {"background": background.background, "temperature": background.temperature},
+        {} if background is None else background.model_dump(include={"background", "temperature", "uniform"}),
         None if background is None else reliability,
         time.perf_counter() - start,
     )

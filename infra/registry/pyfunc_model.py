@@ -101,10 +101,8 @@ class Predictor:
         h_nF = encode_images(model, np.concatenate([support, query]), self.device)
         h_TF, h_PF = h_nF[: len(support)], h_nF[len(support) :]
         way = int(label_T.max()) + 1
-        temperature = self.loaded.posterior_temperature(adapt, mode, way, len(label_T) / way)
-        answer = predict_queries(
-            model, adapt, h_TF, label_T, h_PF, mode=mode, seed=seed, posterior_temperature=temperature
-        )
+        calibration = self.loaded.calibration_map(adapt, mode, way, len(label_T) / way)
+        answer = predict_queries(model, adapt, h_TF, label_T, h_PF, mode=mode, seed=seed, calibration=calibration)
         return answer.double().cpu().numpy()
 
 

@@ -96,11 +96,11 @@ class _Task:
         model, adapt = require_learner(self.loaded, self.loaded.settings.name), self.loaded.settings.adapt
         mode, way = self.options.mode, len(self.names)
         shot, background = len(self.label_T) / way, None
-        temperature = self.loaded.posterior_temperature(adapt, mode, way, shot)
+        calibration = self.loaded.calibration_map(adapt, mode, way, shot)
         if self.options.unknown:
-            fit = require_background(self.loaded, mode, way, shot, self.loaded.settings.name)
-            background, temperature = fit.background, fit.temperature
-        options: dict[str, Any] = {"posterior_temperature": temperature, "background": background}
+            calibration = fit = require_background(self.loaded, mode, way, shot, self.loaded.settings.name)
+            background = fit.background
+        options: dict[str, Any] = {"calibration": calibration, "background": background}
         p_PK = predict_queries(model, adapt, self.h_TF, self.label_T, h_PF, mode=mode, **options)
         return p_PK.cpu().numpy()
 

@@ -23,7 +23,7 @@ from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
-from metagmvae.training.models.posterior_calibration import PosteriorCalibration
+from metagmvae.training.models.posterior_calibration import UNCALIBRATED, CalibrationMap, PosteriorCalibration
 from metagmvae.training.objectives.class_posterior import classify_latents
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
@@ -179,7 +179,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 queries,
                 mode=answer_mode(self._network, self.mode),
                 seed=self.random_state,
-                posterior_temperature=self._posterior_temperature(self._network),
+                calibration=self._calibration_map(self._network),
             )
         return probabilities.cpu().numpy()
 
@@ -188,11 +188,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(axis=1)]
 
-    def _posterior_temperature(self, network: MetaLearner) -> float:
+    def _calibration_map(self, network: MetaLearner) -> CalibrationMap:
         if self._calibration is None:
-            return 1.0
+            return UNCALIBRATED
         way, mode = len(self.classes_), answer_mode(network, self.mode)
-        return self._calibration.temperature(self._adapt, mode, way, len(self._label_T) / way)
+        return self._calibration.nearest_map(self._adapt, mode, way, len(self._label_T) / way)
 
     def _check_mode(self) -> None:
         if self.mode not in ("inductive", "transductive"):

@@ -1,7 +1,9 @@
 """The record of how the probabilities of a model were calibrated. It travels with the model.
 
-Temperatures are fitted by `evaluation.uncertainty`. A temperature T of the posterior replaces the probabilities p(k)
-by p(k)^(1/T), divided by their sum, which changes no prediction (Guo et al., ICML 2017).
+The maps are fitted by `evaluation.uncertainty`. A map of temperature T and uniform weight u replaces the probabilities
+p(k) of K classes by (1 - u) p(k)^(1/T) / sum_j p(j)^(1/T) + u / K, which changes no prediction. At u = 0 this is
+temperature scaling (Guo et al., ICML 2017). The uniform distribution is a component of ensemble temperature scaling
+(Zhang et al., ICML 2020); it bounds the confidence where some confident predictions are wrong.
 """
 
 from __future__ import annotations
@@ -26,10 +28,28 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class FittedTemperature(BaseModel):
-    """The temperature of the posterior for one kind of episodes, and the fit that it comes from."""
+class CalibrationMap(BaseModel):
+    """A map of the probabilities of a model that keeps the order of the classes; see the module."""
 
     model_config = ConfigDict(frozen=True, strict=True)
+
+    temperature: Temperature = 1.0
+    """T: above 1 the probabilities become less certain, below 1 more certain."""
+    uniform: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """u: weight of the uniform distribution over the classes. Fits of older versions have none."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves the probabilities as they are."""
+        return self.temperature == 1 and self.uniform == 0
+
+
+UNCALIBRATED = CalibrationMap()
+"""Leaves the probabilities as they are."""
+
+
+class FittedMap(CalibrationMap):
+    """The map for one kind of episodes, and the fit that it comes from."""
 
     mode: Literal["transductive", "inductive"]
     way: PositiveInt
@@ -38,16 +58,16 @@ class FittedTemperature(BaseModel):
     queries: PositiveInt
     """Queries that it was fitted on."""
     nll: Finite
-    """Mean negative log-likelihood of the true class of these queries, in nats, with the temperature."""
+    """Mean negative log-likelihood of the true class of these queries, in nats, with the map."""
     nll_uncalibrated: Finite
-    """The same at temperature 1."""
+    """The same without."""
     ece: Fraction
-    """Expected calibration error of these queries with the temperature."""
+    """Expected calibration error of these queries with the map."""
     ece_uncalibrated: Fraction
 
 
-class FittedBackground(FittedTemperature):
-    """The level of the background component that takes queries of no labelled class, and its temperature."""
+class FittedBackground(FittedMap):
+    """The level of the background component that takes queries of no labelled class, and its map."""
 
     background: Finite
     """Log density, as in `training.objectives.mixture.fit_semi_supervised`."""
@@ -68,7 +88,7 @@ class HeadSettings(BaseModel):
 
 
 class FittedHead(BaseModel):
-    """The head of an encoder alone that the temperatures hold for."""
+    """The head of an encoder alone that the maps hold for."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -77,15 +97,15 @@ class FittedHead(BaseModel):
     tasks: Annotated[tuple[HeadSettings, ...], Strict(False)] = ()
 
     def settings(self, way: int, shot: float) -> dict[str, float | int | str]:
-        """Return the settings for the nearest task, as `PosteriorCalibration.temperature`; empty: the defaults."""
+        """Return the settings for the nearest task, as `PosteriorCalibration.nearest_map`; empty: the defaults."""
         nearest = min(self.tasks, key=lambda task: _distance(task, way, shot), default=None)
         return {} if nearest is None else nearest.settings
 
 
-Fit = TypeVar("Fit", bound=FittedTemperature)
+Fit = TypeVar("Fit", bound=FittedMap)
 
 
-def _distance(fit: FittedTemperature | HeadSettings, way: int, shot: float) -> float:
+def _distance(fit: FittedMap | HeadSettings, way: int, shot: float) -> float:
     return abs(math.log(shot / fit.shot)) + abs(math.log(way / fit.way))
 
 
@@ -100,14 +120,15 @@ class PosteriorCalibration(BaseModel):
     split: str
     data_fingerprint: str
     adapt: AdaptSettings
-    """The settings of EM that the temperatures hold for."""
-    temperatures: Annotated[tuple[FittedTemperature, ...], Strict(False)]
+    """The settings of EM that the maps hold for."""
+    temperatures: Annotated[tuple[FittedMap, ...], Strict(False)]
+    """The maps. They have the name of what older versions fitted, so that these read new files."""
     backgrounds: Annotated[tuple[FittedBackground, ...], Strict(False)] = ()
     head: FittedHead | None = None
     """Of an encoder alone; None for a model that classifies."""
 
-    def temperature(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> float:
-        """Return the temperature of the fit nearest to a task; 1 for other settings of EM or another mode.
+    def nearest_map(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> CalibrationMap:
+        """Return the fit nearest to a task; `UNCALIBRATED` for other settings of EM or another mode.
 
         The nearest fit is that with the smallest |log shot/S| + |log way/K|.
 
@@ -118,10 +139,10 @@ class PosteriorCalibration(BaseModel):
             shot: labelled images per class; their mean where they differ.
         """
         fit = self._nearest(self.temperatures, adapt, mode, way, shot)
-        return 1.0 if fit is None else fit.temperature
+        return UNCALIBRATED if fit is None else fit
 
     def background(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> FittedBackground | None:
-        """Return the fit of the background nearest to a task, as `temperature` does; None if there is none."""
+        """Return the fit of the background nearest to a task, as `nearest_map` does; None if there is none."""
         return self._nearest(self.backgrounds, adapt, mode, way, shot)
 
     def _nearest(self, fits: Iterable[Fit], adapt: AdaptSettings, mode: str, way: int, shot: float) -> Fit | None:

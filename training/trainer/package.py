@@ -24,7 +24,12 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
-from metagmvae.training.models.posterior_calibration import PosteriorCalibration, read_calibration
+from metagmvae.training.models.posterior_calibration import (
+    UNCALIBRATED,
+    CalibrationMap,
+    PosteriorCalibration,
+    read_calibration,
+)
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.checkpoint import CHECKPOINT, load_state
 from metagmvae.training.trainer.checkpoint_checks import ImageShape
@@ -61,11 +66,11 @@ class LoadedModel:
     """What `metagmvae prepare` did to the training images; `pipelines.sources.image_decoding.apply_preprocessing` does
     the same to others. None: not recorded, because an older version wrote the data set or the model."""
     calibration: PosteriorCalibration | None = None
-    """The temperatures of its probabilities; None: not calibrated, all temperatures are 1."""
+    """The maps that calibrate its probabilities; None: not calibrated."""
 
-    def posterior_temperature(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> float:
-        """Return the temperature for a task, as `PosteriorCalibration.temperature`; 1 if the model has none."""
-        return 1.0 if self.calibration is None else self.calibration.temperature(adapt, mode, way, shot)
+    def calibration_map(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> CalibrationMap:
+        """Return the map for a task, as `PosteriorCalibration.nearest_map`; `UNCALIBRATED` if the model has none."""
+        return UNCALIBRATED if self.calibration is None else self.calibration.nearest_map(adapt, mode, way, shot)
 
 
 def save_package(path: str | Path, loaded: LoadedModel) -> Path:
