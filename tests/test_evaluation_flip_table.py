@@ -181,3 +181,10 @@ def test_page_shows_rows_with_results_and_reasons_and_counts_the_others(tmp_path
     assert any(line.startswith("Differences: percentage points above the base row") for line in lines)
     with pytest.raises(DataError, match="no row has a result"):
         page_table(tmp_path, "flips,budget=61")
+
+
+def test_results_of_another_table_are_not_reported_as_near_to_a_row(tmp_path):
+    write(tmp_path, RELU, FLIPPED[0])
+    write(tmp_path, ("model.width=128",), FLIPPED[0])
+    near = table_document(1, table_parts(1), read_result_folder(tmp_path), tmp_path).near
+    assert near == ["model.width=128-seed0.json is not of omniglot-5way-paper: model.width is 128"]

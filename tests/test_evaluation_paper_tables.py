@@ -282,6 +282,7 @@ COSTS = ("train.decode_samples", "method.partitions", "train.precision")
     [
         ("meta-gmvae", "omniglot-5way-paper", (32, 100, "float32"), []),
         ("meta-gmvae", "omniglot-5way-paper", (1, 10, "float32"), ["train.decode_samples=1 instead of 32"]),
+        ("scratch", "omniglot-scratch", (7, 10, "float32"), []),
         ("cactus-maml", "omniglot-cactus-acai-maml", (7, 10, "float32"), ["method.partitions=10 instead of 100"]),
         (
             "protonets",

@@ -17,6 +17,7 @@ from metagmvae.evaluation.comparison.result_files import (
     RecordedResult,
     read_results,
 )
+from metagmvae.evaluation.paper_tables.table_rows import paper_tables
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
@@ -41,6 +42,8 @@ Decoding R of the N samples estimates the same expected loss without bias, at a 
 """
 COST_SETTINGS = ("method.partitions", "train.decode_samples", "train.precision")
 """Those of them that change the variance or the rounding of a step; tables name them where they are not the row's."""
+WITHOUT_TASKS = ("meta-gmvae", "scratch")
+"""Methods that are not trained on few-shot tasks."""
 SPLIT, QUERY = "test", 15
 """Classes and queries per class of the paper's evaluation."""
 
@@ -149,10 +152,10 @@ def cost_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     Those that an older file does not have are the defaults.
     """
     flat = _defaults() | dict(flatten(dict(tree)))
-    generative = flat["method.name"] == "meta-gmvae"
+    method = flat["method.name"]
     used = {
-        "method.partitions": not generative and flat["method.tasks"] == "clusters",
-        "train.decode_samples": generative,
+        "method.partitions": method not in WITHOUT_TASKS and flat["method.tasks"] == "clusters",
+        "train.decode_samples": method == "meta-gmvae",
     }
     return {key: flat[key] if used.get(key, True) else None for key in COST_SETTINGS}
 
@@ -217,7 +220,7 @@ def results_of(
 
 
 def near_results(folder: ResultFolder, parts: Sequence[TablePart]) -> list[str]:
-    """Say of each file that belongs to no row because of a single setting of its training, which one it is."""
+    """Say of each file that belongs to no row of any table because of a single setting, which one it is."""
     recipes = {recipe for part in parts for row in part.rows for recipe in row.recipes.values()}
     datasets = {column.dataset for part in parts for column in part.columns}
     lines: dict[str, None] = {}
@@ -225,9 +228,16 @@ def near_results(folder: ResultFolder, parts: Sequence[TablePart]) -> list[str]:
         if item.result.images.name not in datasets or item.result.split != SPLIT:
             continue
         differences = {recipe: differing_keys(recipe, item.flat) for recipe in recipes}
-        if [] in differences.values():
+        near = any(keys is not None and len(keys) == 1 for keys in differences.values())
+        if [] in differences.values() or not near or any(differing_keys(r, item.flat) == [] for r in _all_recipes()):
             continue
         for recipe, keys in sorted(differences.items(), key=lambda pair: pair[0].label):
             if keys is not None and len(keys) == 1 and not keys[0].startswith("adapt."):
                 lines[f"{item.file} is not of {recipe.label}: {keys[0]} is {item.flat.get(keys[0])}"] = None
     return list(lines)
+
+
+@lru_cache(maxsize=1)
+def _all_recipes() -> tuple[Recipe, ...]:
+    parts = (part for table in paper_tables().values() for part in table)
+    return tuple({recipe: None for part in parts for row in part.rows for recipe in row.recipes.values()})

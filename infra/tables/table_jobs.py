@@ -94,7 +94,7 @@ def plan_jobs(
 
     The jobs are in the order of the seeds, so that there is a training of each row first, and then of their cost.
     """
-    seeds = [(f"train.seed={seed}",) for seed in request.seeds] or [()]
+    seeds: list[tuple[str, ...]] = [(f"train.seed={seed}",) for seed in request.seeds] or [()]
     plans = [
         _plan_seed(parts, folder, given, replace(request, overrides=(*request.overrides, *seed))) for seed in seeds
     ]
