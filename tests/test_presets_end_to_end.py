@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from command_words import set_words
 from photographs import picture
 
+from metagmvae.configs.describe import preset_text
 from metagmvae.configs.load import flatten, load_settings, presets, to_json
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import save_pyfunc
@@ -28,6 +28,7 @@ from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.methods.methods_by_name import find_method
+from metagmvae.training.models import resnet12
 from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import LoadedModel, load_model, save_package
 
@@ -121,8 +122,8 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
 def trained_by(preset: str) -> str:
     """The command in the head of a preset, `train` or `pretrain`; the demo trains."""
-    text = resources.files("metagmvae.configs").joinpath("presets", f"{preset}.toml").read_text()
-    return re.findall(r"^#.* metagmvae (train|pretrain|demo)\b", text, re.MULTILINE)[-1].replace("demo", "train")
+    commands = re.findall(r"^#.* metagmvae (train|pretrain|demo)\b", preset_text(preset), re.MULTILINE)
+    return str(commands[-1]).replace("demo", "train")
 
 
 def words(preset: str, data: Path, out: Path) -> list[str]:
@@ -134,6 +135,12 @@ def words(preset: str, data: Path, out: Path) -> list[str]:
             several = isinstance(value, list)
             small[key] = str([min(each, LIMITS[key]) for each in value] if several else min(value, LIMITS[key]))
     return [trained_by(preset), preset, *set_words(here | small)]
+
+
+@pytest.fixture(autouse=True)
+def _narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-12 has no setting of its channels, and its checkpoints are of 150 MB."""
+    monkeypatch.setattr(resnet12, "WIDTHS", (4, 4, 4, 8))
 
 
 @pytest.fixture(params=presets())
