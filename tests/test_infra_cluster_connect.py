@@ -10,14 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from command_words import TINY, set_words
 from mlflow_template import closed_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-HOSTILE = 'raise RuntimeError("a module of the user was imported in place of ours")\n'
 TOKEN = "a" * 32
-SETTINGS = TINY | {"pretrain.steps": 0, "train.batch": 2, "run.engine": "ray", "run.workers": 2, "run.figures": "false"}
 PRINT_CODE_OF_A_WORKER = """
 import sys, ray
 from metagmvae.configs.load import SettingsError
@@ -77,21 +74,6 @@ def head(environment):
 def code_of_a_worker(address, environment, folder):
     command = [sys.executable, "-c", PRINT_CODE_OF_A_WORKER, address]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
-
-
-def test_workers_do_not_import_folders_and_modules_of_the_user(data, tmp_path):
-    """Neither from the working folder nor from PYTHONPATH."""
-    for name in ("configs", "training", "infra"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(HOSTILE)
-    (tmp_path / "evaluation.py").write_text(HOSTILE)
-    (tmp_path / "pipelines.py").write_text(HOSTILE)
-    words = set_words(SETTINGS | {"data.uri": data, "run.out": "run"})
-    command = [sys.executable, "-m", "metagmvae", "train", "omniglot-5way", *words]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
 def test_existing_cluster_runs_the_code_of_the_driver_and_requires_its_token(head, environment, tmp_path):

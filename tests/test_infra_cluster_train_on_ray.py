@@ -25,6 +25,7 @@ from metagmvae.training.trainer.checkpoint import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
+HOSTILE = 'raise RuntimeError("a module of the user was imported in place of ours")\n'
 STEPS = 40
 SETTINGS = TINY | {
     "pretrain.steps": 0,
@@ -48,8 +49,11 @@ def command(data: Path, out: Path, *more: str, **settings: object) -> list[str]:
 
 
 def start(data: Path, out: Path, *more: str, **settings: object) -> subprocess.Popen:
-    """Start a driver in a new session, by which the processes that it leaves behind are found."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Start a driver in a new session, by which the processes that it leaves behind are found.
+
+    Modules in its working folder can be imported, as with PYTHONPATH=. of the user.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(out.parent)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.parent / f"{out.name}.log", "a") as log:
         return subprocess.Popen(
@@ -85,9 +89,15 @@ def running(data: Path, out: Path) -> Iterator[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def reference_run(data, tmp_path_factory):
-    """A run without interruption."""
-    out = tmp_path_factory.mktemp("reference") / "run"
-    assert end(start(data, out)) == 0, (out.parent / "run.log").read_text()
+    """A run without interruption, in a folder with modules of the user that have the names of our packages."""
+    folder = tmp_path_factory.mktemp("reference")
+    for name in ("configs", "training", "infra"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(HOSTILE)
+    for name in ("evaluation", "pipelines"):
+        (folder / f"{name}.py").write_text(HOSTILE)
+    out = folder / "run"
+    assert end(start(data, out)) == 0, (folder / "run.log").read_text()
     return out
 
 
@@ -99,6 +109,11 @@ def assert_equal_runs(out: Path, reference_run: Path) -> None:
     for key, value in expected["model"].items():
         assert torch.equal(state["model"][key], value), key
     assert state["best"]["5w1s"]["accuracy"] == expected["best"]["5w1s"]["accuracy"]
+
+
+def test_modules_of_the_user_are_not_imported(reference_run):
+    """Neither the driver nor its workers import them, from the working folder or from PYTHONPATH."""
+    assert load_state(reference_run / CHECKPOINT)["step"] == STEPS
 
 
 def test_killed_worker_is_replaced_and_training_continues_from_the_last_checkpoint(data, reference_run, tmp_path):
