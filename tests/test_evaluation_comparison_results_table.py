@@ -12,7 +12,7 @@ from metagmvae.evaluation.comparison.record_tables import (
     promotion_table,
     sweep_table,
 )
-from metagmvae.evaluation.comparison.results_table import paired_table, results_table
+from metagmvae.evaluation.comparison.results_table import calibration_table, paired_table, results_table
 from metagmvae.evaluation.provenance import KNOWN_DATASETS, dataset_origin, known_dataset
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
@@ -157,6 +157,15 @@ def test_paired_table_shows_differences_and_the_settings_of_the_baselines(tmp_pa
     write(tmp_path, "b")
     with pytest.raises(DataError, match="hold no differences; evaluate with --baselines"):
         paired_table(tmp_path, "b")
+
+
+def test_calibration_table_shows_the_map_and_older_files_without_a_uniform_part(tmp_path):
+    fitted = {"ece": 0.0123, "ece_uncalibrated": 0.2, "temperature": 0.5}
+    write(tmp_path, "new", **fitted, uniform=0.034)
+    write(tmp_path, "old", **fitted)
+    new, old = calibration_table(tmp_path, "new,old").splitlines()[2:]
+    assert new.endswith("| 20.00 | 1.23 | 0.50 | 3.40 |")
+    assert old.endswith("| 20.00 | 1.23 | 0.50 | 0.00 |")
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*way-*shot.json")), ids=lambda file: file.stem)

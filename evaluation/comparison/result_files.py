@@ -61,8 +61,10 @@ class RecordedAccuracy(BaseModel):
     ece: Fraction | None = None
     """Expected calibration error; None: not recorded, or no probabilities."""
     ece_uncalibrated: Fraction | None = None
-    """The same at temperature 1."""
+    """The same of the model's own probabilities."""
     temperature: float = 1.0
+    uniform: Fraction = 0.0
+    """Of the calibration, with the temperature; 0 in files of older versions."""
 
 
 class RecordedBaseline(RecordedAccuracy):

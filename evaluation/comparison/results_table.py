@@ -120,7 +120,7 @@ def paired_table(results: Path, name: str) -> str:
 
 
 def calibration_table(results: Path, names: str) -> str:
-    """Accuracy and expected calibration error in percent, before and after the temperature, one row for each result.
+    """Accuracy and expected calibration error in percent, before and after calibration, one row for each result.
 
     Raises:
         DataError: a name has no result, or a result has no calibration error.
@@ -130,9 +130,10 @@ def calibration_table(results: Path, names: str) -> str:
         for task, (result, *_) in sorted(_require(results, name).items()):
             if result.ece is None or result.ece_uncalibrated is None:
                 raise DataError(f"{results}: {name} {task_name(task)} has no calibration error; record it again")
-            values = f"{100 * result.ece_uncalibrated:.2f}", f"{100 * result.ece:.2f}", f"{result.temperature:.2f}"
-            rows.append([task_name(task), result.mode, percent(result.accuracy, result.ci95), *values])
-    head = ["(way,shot)", "mode", "accuracy", "calibration error at temperature 1", "calibration error", "temperature"]
+            errors = f"{100 * result.ece_uncalibrated:.2f}", f"{100 * result.ece:.2f}"
+            fitted = f"{result.temperature:.2f}", f"{100 * result.uniform:.2f}"
+            rows.append([task_name(task), result.mode, percent(result.accuracy, result.ci95), *errors, *fitted])
+    head = ["(way,shot)", "mode", "accuracy", "calibration error before", "calibration error", "temperature", "uniform"]
     return markdown_table(head, rows)
 
 

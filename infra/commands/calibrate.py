@@ -14,8 +14,8 @@ from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progr
 def add(parsers: Parsers) -> None:
     """Add the command of this module to the parser."""
     example = "metagmvae calibrate runs/first --data data/omniglot"
-    description = "fit the temperature of a model's probabilities, and the level for queries of no labelled class, on "
-    description += "validation episodes, and store both with the model; predictions do not change"
+    description = "fit the map that calibrates the probabilities of a model, and the level for queries of no labelled "
+    description += "class, on validation episodes, and store both with the model; predictions do not change"
     parser = add_command(parsers, "calibrate", calibrate, description, example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -25,13 +25,13 @@ def add(parsers: Parsers) -> None:
     help_text += "images where it has no labelled classes)"
     parser.add_argument("--split", help=help_text)
     parser.add_argument("--way", type=int, nargs="+", default=[5], metavar="K", help="classes per episode (default: 5)")
-    help_text = "labelled images per class; each has a temperature of its own (default: 1 5)"
+    help_text = "labelled images per class; each has a map of its own (default: 1 5)"
     parser.add_argument("--shot", type=int, nargs="+", default=[1, 5], metavar="S", help=help_text)
     parser.add_argument("--query", type=int, default=15, metavar="Q", help="queries per class (default: 15)")
     help_text = "episodes for each way, shot and mode (default: 100)"
     parser.add_argument("--episodes", type=int, default=100, metavar="N", help=help_text)
     parser.add_argument("--seed", type=int, default=1, help="seed of the episodes (default: 1)")
-    help_text = "only temperatures: `classify --unknown` and `evaluate --open` then have no level to use"
+    help_text = "only the probabilities: `classify --unknown` and `evaluate --open` then have no level to use"
     parser.add_argument("--no-unknown", action="store_true", help=help_text)
     add_head(parser)
     help_text = "new folder for a model package with the calibration (default: store it in MODEL; a registered model "
