@@ -1,4 +1,4 @@
-"""The partitions of CACTUs: k-means of scaled dimensions; all ranks have those of rank 0."""
+"""The partitions of CACTUs: k-means of scaled dimensions, computed once, by all ranks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_tasks
 import torch
 import torch.distributed as dist
 from rank_processes import run_on_two_ranks
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from test_training_trainer_stages import FolderContext, assert_equal
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods import cactus
 from metagmvae.training.methods.cactus import feature_partitions, partition_scale
+from metagmvae.training.trainer.checkpoint import load_state, save_state
+from metagmvae.training.trainer.context import TrainState
+from metagmvae.training.trainer.stages import train
 
 
 def settings(**changes: int) -> MethodSettings:
@@ -36,7 +41,7 @@ def test_partitions_of_separated_clusters_are_those_of_scikit_learn() -> None:
     partitions = feature_partitions(features_nF, settings(partitions=5), seed=0)
     assert len(partitions) == 5
     for labels in partitions:
-        assert labels.dtype == np.int64
+        assert labels.dtype == np.int16
         assert set(labels) == {0, 1, 2, 3}
     scores = [adjusted_rand_score(theirs, labels) for labels in partitions]
     assert adjusted_rand_score(theirs, label_n) == 1
@@ -93,17 +98,55 @@ def test_too_few_images_are_one_line() -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    """Each rank has other features: the partitions must be those of rank 0."""
+    """Each rank has other features, so that a partition shows which rank computed it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
         partitions = feature_partitions(separated(rank)[0], settings(), seed=0)
-        torch.save([torch.as_tensor(labels) for labels in partitions], f"{folder}/rank{rank}.pt")
+        torch.save(torch.as_tensor(partitions), f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def test_all_ranks_have_the_partitions_of_rank_0(tmp_path: Path) -> None:
-    expected = feature_partitions(separated(0)[0], settings(), seed=0)
+def test_ranks_take_turns_and_all_have_the_same_partitions(tmp_path: Path) -> None:
+    alone = [feature_partitions(separated(rank)[0], settings(), seed=0) for rank in range(2)]
+    expected = np.stack([alone[0][0], alone[1][1], alone[0][2]])
+    assert not np.array_equal(alone[0][1], alone[1][1])
     for found in run_on_two_ranks(worker, tmp_path):
-        assert len(found) == 3
-        assert all(np.array_equal(ours.numpy(), theirs) for ours, theirs in zip(found, expected, strict=True))
+        assert np.array_equal(found, expected)  # type: ignore[arg-type]
+
+
+def test_more_clusters_than_int16_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 2**15 + 5
+    monkeypatch.setattr(cactus, "k_means", lambda features_nF, *_, **__: (np.arange(len(features_nF)), None))
+    labels_Pn = feature_partitions(np.zeros((n, 1), dtype=np.float32), settings(clusters=n, partitions=1), seed=0)
+    assert np.array_equal(labels_Pn[0], np.arange(n))
+
+
+def run(folder: Path, killed_at: int | None = None) -> TrainState:
+    """Train ProtoNets on clusters, 4 steps of pre-training and 9 of meta-training, with a checkpoint every 4 steps."""
+    options = small_tasks.settings({"name": "protonets", "tasks": "clusters"}, pretrain={"steps": 4})
+    folder.mkdir(exist_ok=True)
+    return train(options, small_tasks.images(), small_tasks.SHAPE, "data", FolderContext(folder, killed_at))
+
+
+def test_a_resumed_run_has_the_partitions_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed once: another machine could find others. An older checkpoint has none, and finds the same."""
+    whole = run(tmp_path / "whole")
+    assert whole["remembered"]["partitions"].shape == (2, 50)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "parts", killed_at=4 + 7)
+    path = tmp_path / "parts" / "checkpoint.pt"
+    saved = load_state(path)
+    assert (saved["stage"], saved["step"]) == ("meta", 4)
+    older = {key: value for key, value in saved.items() if key != "remembered"}
+    other = saved | {"remembered": {"partitions": saved["remembered"]["partitions"][:, :40].clone()}}
+    assert_equal(whole, run(tmp_path / "parts"))
+
+    save_state(path, older)
+    assert_equal(whole, run(tmp_path / "parts"))
+    save_state(path, saved)
+    monkeypatch.setattr(cactus, "k_means", None)
+    assert_equal(whole, run(tmp_path / "parts"))
+    save_state(path, other)
+    with pytest.raises(DataError, match=r"its partitions have the shape \(2, 40\) instead of \(2, 50\); restore"):
+        run(tmp_path / "parts")

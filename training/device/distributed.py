@@ -51,13 +51,13 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def from_rank_0(values: np.ndarray) -> np.ndarray:
-    """The array of rank 0, on every rank; all ranks give one of the same shape and type."""
+def from_rank(values: np.ndarray, source: int) -> np.ndarray:
+    """The array of one rank, on every rank; all ranks give one of the same shape and type."""
     if world_size() == 1:
         return values
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     tensor = torch.as_tensor(values).to(device)
-    dist.broadcast(tensor, src=0)
+    dist.broadcast(tensor, src=source)
     return tensor.cpu().numpy()
 
 

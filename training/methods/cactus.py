@@ -20,10 +20,10 @@ COST = {"iterations": 25, "points_per_cluster": 64}
 """Limits of k-means: with all points and up to 100 iterations, 100 partitions of Omniglot take hours of a CPU core."""
 
 
-def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: int) -> list[np.ndarray]:
-    """Cluster the embedding P times; return the clusters of all images in each partition, int64 (n,).
+def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: int) -> np.ndarray:
+    """Cluster the embedding P times; return the clusters of all images in each partition, int16 or int32, (P, n).
 
-    All ranks return the partitions of rank 0.
+    Each rank computes some of the partitions, and all ranks return the same ones.
 
     Args:
         features_nF: embedding of the training images.
@@ -35,15 +35,15 @@ def feature_partitions(features_nF: np.ndarray, settings: MethodSettings, seed: 
     """
     n, F = features_nF.shape
     check_clusters(n, settings)
-    partitions = []
+    rank, world = distributed.rank(), distributed.world_size()
+    labels_Pn = np.zeros((settings.partitions, n), dtype=np.int16 if settings.clusters <= 2**15 else np.int32)
+    for partition in range(rank, settings.partitions, world):
+        scale_F = partition_scale(F, settings.partitions, seed, partition)
+        labels_Pn[partition], _ = k_means(features_nF * scale_F, settings.clusters, seed=partition, **COST)
     for partition in range(settings.partitions):
-        if distributed.rank() == 0:
-            scale_F = partition_scale(F, settings.partitions, seed, partition)
-            labels_n, _ = k_means(features_nF * scale_F, settings.clusters, seed=partition, **COST)
-        else:
-            labels_n = np.zeros(n, dtype=np.int64)
-        partitions.append(distributed.from_rank_0(labels_n))
-    return partitions
+        # Neither gloo nor nccl sends int16.
+        labels_Pn[partition] = distributed.from_rank(labels_Pn[partition].astype(np.int32), partition % world)
+    return labels_Pn
 
 
 def check_clusters(images: int, settings: MethodSettings) -> None:

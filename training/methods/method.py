@@ -34,6 +34,9 @@ class MethodData:
     """Classes of the rows, int64 (n,); only if the method asks for them (`needs_labels`)."""
     embedding: Callable[[], np.ndarray]
     """Returns the features of the frozen encoder for all images, float32 (n, F)."""
+    remember: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda name, compute: compute()
+    """Returns the array of a name that the checkpoint holds, or else the result of a function, the same on all ranks.
+    Later checkpoints hold it, so that a resumed run does not compute it again."""
 
 
 class Method(ABC):

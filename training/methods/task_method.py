@@ -5,6 +5,7 @@ Notation: b tasks of this rank, K ways, S labelled images and Q queries per clas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,15 +104,32 @@ class TaskMethod(Method):
         method = settings.method
         rows = data.images if method.tasks == "images" else data.rows
         assert not isinstance(rows, StreamedImages)  # refused by the settings
-        partitions: list[np.ndarray] = []
+        partitions: Sequence[np.ndarray] = []
         if method.tasks == "labels":
             assert data.labels is not None
             partitions = [data.labels]
         elif method.tasks == "clusters":
-            partitions = feature_partitions(data.embedding(), method, settings.train.seed)
+            partitions = self._partitions(data, settings)
         per_class = method.shot + method.query if partitions else 1
         options = {"batch": settings.train.batch, "way": method.way, "per_class": per_class}
         return TaskStream(rows, partitions, **options, **position)
+
+    def _partitions(self, data: MethodData, settings: Settings) -> list[np.ndarray]:
+        """Clusters of all images in each partition, (n,).
+
+        Raises:
+            DataError: the checkpoint holds others; or as `feature_partitions`.
+        """
+        shape = settings.method.partitions, len(data.images)
+        labels_Pn = data.remember(
+            "partitions", lambda: feature_partitions(data.embedding(), settings.method, settings.train.seed)
+        )
+        if labels_Pn.shape != shape:
+            raise DataError(
+                f"checkpoint: its partitions have the shape {labels_Pn.shape} instead of {shape}; restore another one, "
+                "or start a new run in another folder (run.out)"
+            )
+        return list(labels_Pn)
 
     def images_per_step(self, settings: Settings) -> int:
         """Images of a step, queries included."""

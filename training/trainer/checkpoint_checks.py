@@ -59,6 +59,7 @@ class CheckpointSchema(BaseModel):
     best: dict[Annotated[str, Field(pattern=r"^\d{1,9}w\d{1,9}s$")], _Best]
     rng: dict[str, Any]
     window: _Window | None = None
+    remembered: Weights = {}
 
 
 def check_archive(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -115,6 +115,7 @@ class _Trainer:
         self.model = self._prepare(model)
         self.projector = build_auxiliary(self.model, settings, len(self.data)).to(device)
         self.best: dict[str, dict[str, Any]] = {}
+        self.remembered: dict[str, torch.Tensor] = {}
         self.elapsed = 0.0
 
     def _prepare(self, model: EncoderModel) -> EncoderModel:
@@ -136,6 +137,7 @@ class _Trainer:
                 self.model.load_state_dict(saved["model"])
                 self.projector.load_state_dict(saved["projector"])
             self.best = saved["best"]
+            self.remembered = saved.get("remembered", {})
             self.elapsed = saved["elapsed"]
         first = self.stages.index(saved["stage"]) if saved is not None else 0
         last = self.stages[-1]
@@ -193,6 +195,7 @@ class _Trainer:
             "schedule": schedule,
             "rng": random_state(),
             "best": self.best,
+            "remembered": self.remembered,
             "elapsed": self.elapsed,
         }
 
@@ -238,8 +241,14 @@ class _Trainer:
         if not position["steps"]:
             return ()
         every_row = np.arange(len(self.data))
-        data = MethodData(rows, self.data, self.labels, lambda: np.asarray(raw()[every_row]))
+        data = MethodData(rows, self.data, self.labels, lambda: np.asarray(raw()[every_row]), self._remember)
         return self.method.stream(data, self.settings, **position)
+
+    def _remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of this name in the checkpoint, or a new one, which all later checkpoints have."""
+        if name not in self.remembered:
+            self.remembered[name] = torch.from_numpy(compute())
+        return self.remembered[name].numpy()
 
     def _scaled_features(self, raw: Rows, start: int) -> ScaledRows | DeviceRows:
         """Training features, scaled. Step 0 fits the scaling, and initialises the model by them.
