@@ -36,7 +36,7 @@ class ConvBlock(nn.Module):
     follow exactly from the mean and covariance of the 3x3 input patches. The largest feature map of the network is then
     written once, instead of being written, read for its statistics and written again. The patch statistics carry no
     gradient to the input, so the folded form is used only where the input needs none. On a GPU it is not used: `unfold`
-    launches a kernel per image there.
+    launches a kernel per image there. In evaluation mode the normalisation is folded into every block.
     """
 
     def __init__(self, inputs: int, channels: int, round_up: bool = True, relu: bool = True) -> None:
@@ -48,7 +48,8 @@ class ConvBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        folded = self.fold and not x.requires_grad and x.device.type == "cpu"
+        foldable = self.fold or self._running_statistics() is not None
+        folded = foldable and not x.requires_grad and x.device.type == "cpu"
         x = self._folded_norm(x) if folded else self.norm(self.conv(x))
         pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
         return F.relu(pooled) if self.relu else pooled
@@ -60,14 +61,21 @@ class ConvBlock(nn.Module):
         weight = self.conv.weight * factor[:, None, None, None]
         return F.conv2d(x, weight, self.norm.bias - mean * factor, padding=1)
 
+    def _running_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance that evaluation mode uses; None where the statistics are those of the batch."""
+        norm = self.norm
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return None
+        return norm.running_mean, norm.running_var
+
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of the convolution's outputs, (channels,) each; updates the running statistics.
 
         Without running statistics (as MAML has its networks) they are always those of the batch.
         """
-        norm = self.norm
-        if not norm.training and norm.running_mean is not None and norm.running_var is not None:
-            return norm.running_mean, norm.running_var
+        norm, fixed = self.norm, self._running_statistics()
+        if fixed is not None:
+            return fixed
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
             count = patches.shape[0] * patches.shape[2]
