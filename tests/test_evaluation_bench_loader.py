@@ -72,6 +72,8 @@ def test_photographs_are_read_from_every_form(stores, monkeypatch):
     }
     assert len(rows) == 11
     assert all(row["samples_per_s"] > 0 for row in rows.values())
+    without_time = {name for name, row in rows.items() if not row.get("samples_per_cpu_s", 0) > 0}
+    assert without_time == {"encoded shards by Ray Data, read_webdataset"}
     sizes = [rows[name]["bytes_per_image"] for name in ("shards in memory", "encoded shards by webdataset.WebLoader")]
     assert sizes[0] > SIDE * SIDE * 3 > sizes[1] > 0
     assert set(answer["waiting_share_in_training"]) == {"memory", "mmap", "encoded"}

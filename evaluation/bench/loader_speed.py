@@ -9,13 +9,14 @@ Notation: B episodes, M points per episode.
 from __future__ import annotations
 
 import os
-import statistics
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metagmvae.configs.schema import ModelSettings, TrainSettings
@@ -46,7 +47,8 @@ def bench_loader(
 ) -> dict[str, Any]:
     """Measure samples per second of each reader, and the fraction of time that training waits for data.
 
-    The readers take turns, so that a change of the machine's load affects all of them. The median is reported.
+    The readers take turns, so that a change of the machine's load affects all of them. The median is reported. Samples
+    per second of processor time, of this process and its workers, hardly depend on other load: the speed of one core.
 
     Args:
         dataset: local data set of images.
@@ -67,13 +69,16 @@ def bench_loader(
         copies = copy_pictures(dataset, split, Path(folder), min(image_count, count))
         readers = _readers(dataset if copies.decoded is None else copies.decoded, split, copies.files)
         readers |= _encoded_readers(copies, split, ray_reader)
-        rates: dict[str, list[float]] = {name: [] for name in readers}
+        rates: dict[str, list[np.ndarray]] = {name: [] for name in readers}
         for _ in range(repeats):
             for name, (reader, _) in readers.items():
                 rates[name].append(reader())
         rows: list[dict[str, Any]] = []
         for name, values in rates.items():
-            rows.append({"reader": name, "samples_per_s": statistics.median(values)})
+            per_s, per_cpu_s = np.median(values, axis=0).tolist()
+            rows.append({"reader": name, "samples_per_s": per_s})
+            if np.isfinite(per_cpu_s):
+                rows[-1]["samples_per_cpu_s"] = per_cpu_s
             if copies.encoded is not None:
                 rows[-1]["bytes_per_image"] = bytes_per_image(readers[name][1], min(image_count, count))
         fractions = _waiting_fractions(dataset, copies, split)
@@ -88,8 +93,14 @@ def bench_loader(
     }
 
 
-Readers = dict[str, tuple[Callable[[], float], Path]]
-"""By name: what measures images per second, and the folder that it reads."""
+Readers = dict[str, tuple[Callable[[], np.ndarray], Path]]
+"""By name: what measures images per second, in all and of processor time, and the folder that it reads."""
+
+
+def _now() -> np.ndarray:
+    """Seconds of the clock, and of processor time of this process and of its worker processes that have ended."""
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return np.array([time.perf_counter(), time.process_time() + workers.ru_utime + workers.ru_stime])
 
 
 def _readers(dataset: Dataset, split: str, files: Path) -> Readers:
@@ -133,25 +144,25 @@ def _waiting_fractions(dataset: Dataset, copies: PictureCopies, split: str) -> d
     }
 
 
-def _stream_rate(dataset: Dataset, split: str, reader: Any, steps: int) -> Callable[[], float]:
+def _stream_rate(dataset: Dataset, split: str, reader: Any, steps: int) -> Callable[[], np.ndarray]:
     """A function that measures samples per second of unlabelled sets from shards."""
 
-    def rate() -> float:
+    def rate() -> np.ndarray:
         images = dataset.images(split, reader)  # opened per pass: files that stay mapped cannot leave the page cache
         stream = SetStream(images, batch=BATCH, set_size=SET_SIZE, seed=0, split=split, steps=steps)
-        start = time.perf_counter()
+        start = _now()
         for batch in stream:
             torch.as_tensor(batch.images).float().sum()
-        return steps * BATCH * SET_SIZE / (time.perf_counter() - start)
+        return steps * BATCH * SET_SIZE / (_now() - start)
 
     return rate
 
 
-def _open_rate(dataset: Dataset, split: str) -> float:
+def _open_rate(dataset: Dataset, split: str) -> np.ndarray:
     """Images per second from tar files to one array in memory, including the checksums."""
-    start = time.perf_counter()
+    start = _now()
     images = dataset.images(split, "memory")
-    return len(images) / (time.perf_counter() - start)
+    return len(images) / (_now() - start)
 
 
 def _evict_split(dataset: Dataset, split: str) -> Dataset:
@@ -172,25 +183,26 @@ def _evict_from_cache(folder: Path) -> Path:
     return folder
 
 
-def _webdataset_rate(shards: Sequence[Path]) -> float:
+def _webdataset_rate(shards: Sequence[Path]) -> np.ndarray:
     """Images per second of one epoch with webdataset alone: shuffle buffer, decoding, batches, worker processes."""
     import webdataset as wds
 
     samples = wds.WebDataset([str(path) for path in shards], shardshuffle=len(shards), seed=0, empty_check=False)
     read = samples.shuffle(BATCH * SET_SIZE).decode("torchrgb").to_tuple("jpg;webp").batched(BATCH * SET_SIZE)
-    images, start = 0, time.perf_counter()
+    images, start = 0, _now()
     for (batch,) in wds.WebLoader(read, batch_size=None, num_workers=LOADER_WORKERS):
         batch.sum()
         images += len(batch)
-    return images / (time.perf_counter() - start)
+    return images / (_now() - start)
 
 
-def _ray_rate(read: RayReader, shards: Sequence[Path]) -> float:
+def _ray_rate(read: RayReader, shards: Sequence[Path]) -> np.ndarray:
+    """Without processor time: the workers of Ray are no children of this process."""
     start = time.perf_counter()
-    return read(shards) / (time.perf_counter() - start)
+    return np.array([read(shards) / (time.perf_counter() - start), np.nan])
 
 
-def _folder_rate(folder: Path, channels: int) -> float:
+def _folder_rate(folder: Path, channels: int) -> np.ndarray:
     """Images per second of one conventional epoch: ImageFolder, PIL, ToTensor, shuffled batches, worker processes."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -200,10 +212,10 @@ def _folder_rate(folder: Path, channels: int) -> float:
         str(folder), transform=Compose([Grayscale(), ToTensor()] if channels == 1 else [ToTensor()])
     )
     loader = DataLoader(images_in_folder, batch_size=BATCH * SET_SIZE, shuffle=True, num_workers=LOADER_WORKERS)
-    start = time.perf_counter()
+    start = _now()
     for images, _ in loader:
         images.sum()
-    return len(images_in_folder) / (time.perf_counter() - start)
+    return len(images_in_folder) / (_now() - start)
 
 
 def waiting_fraction(dataset: Dataset, split: str, reader: Any, steps: int) -> float:

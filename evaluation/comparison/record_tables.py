@@ -55,6 +55,7 @@ COLUMNS = {
     "seconds": ("seconds per step", "{:.3g}"),
     "seconds_per_episode": ("seconds per episode", "{:.3f}"),
     "samples_per_s": ("images per second", "{:,.0f}"),
+    "samples_per_cpu_s": ("images per second of processor time", "{:,.0f}"),
     "images_per_s": ("images per second", "{:,.0f}"),
     "bytes_per_image": ("bytes per image on disk", "{:,.0f}"),
     "times_faster": ("speed-up", "{:.1f}"),
