@@ -228,19 +228,38 @@ def test_an_inductive_answer_depends_on_no_other_query_and_a_transductive_one_do
 
 @pytest.mark.parametrize("kind", [MAML, Scratch])
 @pytest.mark.parametrize("method", [{}, {"network": "mlp"}], ids=["images", "features"])
-def test_inductive_queries_are_classified_with_one_inner_loop_and_as_if_alone(
+def test_a_support_is_fitted_once_and_inductive_queries_are_classified_as_if_alone(
     kind: type[MAML], method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answers for all queries of a task, with unequal shots, equal those for each alone, bit for bit."""
+    """In a task with unequal shots; bit for bit, with all queries in one call or each in its own."""
     model = network(kind, **method)
     support, query = (part[0].flatten(0, 1) for part in tasks(model, b=1))
     labels, loops = np.array([2, 0, 1, 1, 0, 1]), []
     fit = model.fit
     monkeypatch.setattr(model, "fit", lambda *arguments: loops.append(1) or fit(*arguments))
-    together = predict_queries(model, ADAPT, support, labels, query, mode="inductive", seed=3)
+
+    def predict(net: MAML, query: Tensor, **changes: Any) -> Tensor:
+        task = {"h_TF": support, "label_T": labels, "mode": "inductive", "seed": 3} | changes
+        return predict_queries(net, ADAPT, h_PF=query, **task)
+
+    together = predict(model, query)
     assert len(loops) == 1
-    alone = [predict_queries(model, ADAPT, support, labels, each[None], mode="inductive", seed=3)[0] for each in query]
+    alone = [predict(network(kind, **method), each[None])[0] for each in query]
     assert torch.equal(torch.stack(alone), together)
+    # A stream of queries is one support.
+    assert torch.equal(torch.cat([predict(model, each[None]) for each in query]), together)
+    assert len(loops) == 1
+    # Another support, other labels, another seed and other weights are others.
+    others = ({"h_TF": support.flip(0)}, {"label_T": np.repeat([0, 1, 2], 2)}, {"seed": 4})
+    for number, changes in enumerate(others, start=2):
+        assert torch.equal(predict(model, query, **changes), predict(network(kind, **method), query, **changes))
+        assert len(loops) == number
+    other = network(kind, **method)
+    for net in (model, other):
+        with torch.no_grad():
+            net.classifier.weight.mul_(2)
+    assert torch.equal(predict(model, query), predict(other, query))
+    assert len(loops) == 5
 
 
 def test_more_classes_than_outputs_are_refused_in_one_line() -> None:

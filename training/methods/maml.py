@@ -51,6 +51,7 @@ class MAML(TaskLearner):
         # Running statistics could not be updated under vmap, and nothing would read them.
         replace_all_batch_norm_modules_(self.body)
         self.normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.body.modules())
+        self._last_fit: tuple[tuple[Any, ...], Tensor, Parameters] | None = None
 
     @property
     def most_classes(self) -> int | None:
@@ -138,10 +139,9 @@ class MAML(TaskLearner):
         Raises:
             DataError: there are more classes than the classifier has outputs, or a probability is not a number.
         """
-        way, settings = int(label_T.max()) + 1, self.settings
+        way = int(label_T.max()) + 1
 
-        def query_logits(parameters: Parameters, support_T: Tensor, query_P: Tensor) -> Tensor:
-            fitted = self.fit(parameters, support_T, labels, way, settings.test_steps)
+        def query_logits(fitted: Parameters, support_T: Tensor, query_P: Tensor) -> Tensor:
             if mode == "transductive":
                 return self.logits(fitted, query_P, way)
             together_with = support_T if self.normalises else support_T[:0]
@@ -150,12 +150,33 @@ class MAML(TaskLearner):
 
         # Evaluation calls this in inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.no_grad():
-            labels = label_T.to(query_EP.device).clone()
-            parameters = self.episode_parameters(way, seed_by_episode)
-            logits_EPK = self.over_tasks(query_logits, parameters, support_ET.clone(), query_EP.clone())
+            support_ET = support_ET.clone()
+            fitted_E = self._fitted(support_ET, label_T.to(support_ET.device).clone(), way, seed_by_episode)
+            logits_EPK = self.over_tasks(query_logits, fitted_E, support_ET, query_EP.clone())
         return log_probabilities(logits_EPK)
 
-    def over_tasks(self, function: Callable[..., Tensor], *arguments: Tensor | Parameters) -> Tensor:
+    def _fitted(self, support_ET: Tensor, label_T: Tensor, way: int, seed_by_episode: Sequence[int]) -> Parameters:
+        """Parameters after `method.test_steps` steps on each support, with a leading dimension E.
+
+        Those of a single support are kept for the next call with the same one, because a stream of queries comes in
+        many calls. What the weights are is seen by the memory that they are in, and the count of changes that torch
+        keeps of it.
+        """
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        key = (self.settings, weights, label_T.tolist(), list(seed_by_episode))
+        last = self._last_fit
+        if last is not None and last[0] == key and torch.equal(last[1], support_ET):
+            return last[2]
+
+        def fit(parameters: Parameters, support_T: Tensor) -> Parameters:
+            return self.fit(parameters, support_T, label_T, way, self.settings.test_steps)
+
+        fitted_E: Parameters = self.over_tasks(fit, self.episode_parameters(way, seed_by_episode), support_ET)
+        if len(support_ET) == 1:
+            self._last_fit = key, support_ET, fitted_E
+        return fitted_E
+
+    def over_tasks(self, function: Callable[..., Any], *arguments: Tensor | Parameters) -> Any:
         """Apply a function to every task: all arguments have a leading dimension of tasks, and the result has too.
 
         On features one call computes all tasks (vmap). On images they are computed one after the other, because the
@@ -166,7 +187,10 @@ class MAML(TaskLearner):
         if self.on_features:
             return vmap(function)(*arguments)
         tasks = range(len(next(argument for argument in arguments if isinstance(argument, Tensor))))
-        return torch.stack([function(*(_task(argument, task) for argument in arguments)) for task in tasks])
+        results = [function(*(_task(argument, task) for argument in arguments)) for task in tasks]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)
+        return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
     def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
         """Return how many episodes fit one call; one on images, of which each is computed alone."""
