@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from metagmvae.pipelines.records import Rows
 from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.device.precision import Precision, autocast
 from metagmvae.training.device.seeding import to_device
 from metagmvae.training.models.encoders import EncoderModel
 
@@ -24,7 +27,9 @@ def encode_images(
     batch: int = 512,
     *,
     raw: bool = False,
+    view: Callable[[Tensor], Tensor] | None = None,
     channels_last: bool = True,
+    precision: Precision = "float32",
     to: torch.device | None = None,
 ) -> Tensor:
     """Encode images in evaluation mode, in batches: uint8 (n, C, H, W) -> features (n, F).
@@ -37,7 +42,10 @@ def encode_images(
         device: where the model runs.
         batch: images per forward pass.
         raw: return the features of the encoder as float32, instead of `model.scale_features` of them.
+        view: encode this view of the images instead, (n, C, H, W) in [0, 1] -> the same; None: the images.
         channels_last: memory format of the images.
+        precision: of the networks, as `train.precision`. Features for evaluation are always computed in float32, so
+            that they are the same on every machine.
         to: device of the result; None: `device`.
     """
     if device.type == "cpu":
@@ -50,8 +58,11 @@ def encode_images(
         count = len(rows)
         rows = np.resize(rows, max(count, SMALLEST_BATCH))
         x = model.scale_images(to_device(images[rows], device))
+        if view is not None:
+            x = view(x)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        h = encode(x)[:count]
+        with autocast(device, precision):
+            h = encode(x)[:count]
         pieces.append((h.float() if raw else h).to(to or device))
     return torch.cat(pieces)
