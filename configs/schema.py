@@ -27,7 +27,7 @@ from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.mlflow_names import Alias, ExperimentName, ModelName, TrackingUri, default_experiment
 from metagmvae.configs.training_settings import PretrainSettings, TrainSettings, ValidationSettings
 
-Average = Literal["none", "mirror", "crops"]
+Average = Literal["none", "mirror", "crops", "affine"]
 """Views of an image for multi-crop averaging of features (`training.models.multi_crop`)."""
 
 
@@ -63,13 +63,15 @@ class ModelSettings(Section):
     pre-training gives much better ones."""
     average: Average = "none"
     """Multi-crop averaging of features: mean over `mirror`: the image and its mirror image; `crops`: twelve views, with
-    crops of the four corners and the centre (85% of the side). For photographs; costs two or twelve times the time."""
+    crops of the four corners and the centre (85% of the side), both for photographs; `affine`: five views, four of them
+    slightly turned and shifted, for strokes on black. Costs two, twelve or five times the time."""
     reconstruct: Literal["pixels", "features"] = "pixels"
     """Reconstruction target of p(x|z): pixels (Bernoulli, Tables 3 and 4), or features of the frozen encoder (Gaussian,
     "Visual feature reconstruction" of section 3.2, Tables 7 and 8)."""
-    features: Literal["standard", "whitened", "raw"] = "standard"
+    features: Literal["standard", "whitened", "view-whitened", "raw"] = "standard"
     """Feature scaling before reconstruction. `standard`: centred, divided by the standard deviation, of equal length;
-    `whitened`: signed square root, centred, half-whitened, of equal length; `raw`: unscaled, final ReLU of Table 8."""
+    `whitened`: signed square root, centred, half-whitened, of equal length; `view-whitened`: of equal length, centred,
+    half-whitened by the covariance between random views of an image; `raw`: unscaled, final ReLU of Table 8."""
     normalise: Literal["none", "imagenet"] = "none"
     """Input normalisation of Conv4, Conv5 and ResNet-12 [code of SimCLR: imagenet]: none, or subtract ImageNet's mean
     colour and divide by its standard deviation. Networks of torchvision and timm have that of their weights."""
@@ -118,6 +120,10 @@ class AdaptSettings(Section):
     """Iterations of EM."""
     samples: Repetitions = 32
     """Monte Carlo samples N of the posterior of each data point."""
+    inductive: Literal["latents", "features"] = "latents"
+    """Space of the class means and variances in inductive mode, which fits them to the support alone. `latents`: as in
+    transductive mode, in a set of the support and one query. `features`: the scaled features of the encoder; more
+    accurate for single queries, and much faster. Transductive mode always uses the latents."""
     proportions: Literal["equal", "estimated", "balanced"] = "equal"
     """Class weights in EM and in the final posterior. `equal`: 1/K as in Eq. 10, for balanced queries. `estimated`:
     from the queries, under a Dirichlet prior; for transductive use where the classes may be unbalanced. `balanced`:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,3 +92,48 @@ def test_average_of_a_model_is_changed_in_both_directions(data: Path, tmp_path: 
     images = torch.from_numpy(np.asarray(Dataset.open(data).images("test")[:4])).float() / 255
     with torch.no_grad():
         assert np.allclose(plain.net(images).numpy(), encoded, atol=1e-4)
+
+
+def test_evaluation_with_affine_views_equals_that_on_features_of_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate --set model.average` changes a trained model or encoder, without calibration and stored result."""
+    common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "train.precision": "float32"}
+    run, encoder, features = tmp_path / "model", tmp_path / "encoder", tmp_path / "features"
+    assert main(["train", "omniglot-cpu", "--json", *set_words(HEAD | ENCODER | common | {"run.out": run})]) == 0
+    assert main(["pretrain", "omniglot-cpu", "--json", *set_words(ENCODER | common | {"run.out": encoder})]) == 0
+    words = ["--data", str(data), "--out", str(features), "--average", "affine", "--dtype", "float32"]
+    assert main(["features", str(run), "--json", *words]) == 0
+    capsys.readouterr()
+
+    def answer(model: Path, dataset: Path, *words: str) -> dict[str, Any]:
+        common = ["--json", "--way", "3", "--shot", "1", "--query", "3", "--episodes", "20"]
+        assert main(["evaluate", str(model), "--data", str(dataset), *common, *words]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    affine = ("--set", "model.average=affine")
+    on_images, on_features = (answer(run, uri, *affine) for uri in (data, features))
+    assert on_images["accuracy"] == on_features["accuracy"] != answer(run, data)["accuracy"]
+    assert "kept" not in on_images
+    assert on_images["temperature"] == 1.0
+    assert answer(encoder, data, *affine)["accuracy"] != answer(encoder, data)["accuracy"]
+    for value, message in (("model.average=corners", "model.average"), ("adapt.samples=2", "is an encoder alone")):
+        assert main(["evaluate", str(encoder), "--data", str(data), "--set", value]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+
+
+def test_view_whitening_of_stored_features_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "run.out": tmp_path / "encoder"}
+    assert main(["pretrain", "omniglot-cpu", "--json", *set_words(ENCODER | common)]) == 0
+    features = tmp_path / "features"
+    assert main(["features", str(tmp_path / "encoder"), "--data", str(data), "--out", str(features)]) == 0
+    capsys.readouterr()
+    changed = {"data.uri": features, "run.out": tmp_path / "model", "model.features": "view-whitened"}
+    assert main(["train", "omniglot-cpu", *set_words(HEAD | common | changed)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.features" in line
+    assert "whitened" in line
+    assert not (tmp_path / "model").exists()

@@ -12,8 +12,8 @@ from metagmvae.infra.fitting.fit_plan import (
     make_plan,
     parse_budget,
 )
-from metagmvae.infra.fitting.fit_schedule import FitSchedule, sizes_for
-from metagmvae.infra.runs.training_speed import measure_episode_s
+from metagmvae.infra.fitting.fit_schedule import VIEWS, FitSchedule, affordable_average, sizes_for
+from metagmvae.infra.runs.training_speed import Speed, measure_episode_s
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.glyphs import open_glyphs
 
@@ -187,3 +187,21 @@ def test_the_speed_of_the_baselines_is_measured():
 def test_the_overrides_are_settings():
     settings = load_settings("photos-cpu", schedule().overrides)
     assert (settings.pretrain.steps, settings.train.steps, settings.train.components) == (1000, 100, 20)
+
+
+@pytest.mark.parametrize(
+    ("average", "seconds", "expected"),
+    [
+        ("crops", 12.0, ("crops", 12.0)),
+        ("crops", 11.0, ("mirror", 2.0)),  # and not the views for strokes
+        ("crops", 1.5, ("none", 1.0)),
+        ("affine", 5.0, ("affine", 5.0)),
+        ("affine", 4.0, ("none", 1.0)),  # strokes have no mirror image of the same class
+        ("none", 0.1, ("none", 1.0)),
+    ],
+)
+def test_fewer_views_are_averaged_where_time_is_short(average, seconds, expected):
+    """The views of the settings take as many seconds as they are."""
+    settings = load_settings("photos-cpu", [f"model.average={average}"])
+    speed = Speed("cpu", 1.0, 1.0, float(VIEWS[average]))
+    assert affordable_average(settings, speed, seconds) == expected

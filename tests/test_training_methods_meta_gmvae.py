@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from metagmvae.configs.schema import AdaptSettings
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 
 
@@ -102,3 +103,35 @@ def test_samples_follow_the_posterior() -> None:
     mean, log_variance = torch.tensor([1.5]).double(), torch.tensor([np.log(0.25)]).double()
     z = sample_latents(mean, log_variance, noise)
     assert kstest(z[:, 0].numpy(), "norm", args=(1.5, 0.5)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("covariance", ["identity", "diagonal"])
+def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(covariance: str) -> None:
+    """Of unequal shots, against plain loops; it depends neither on the latents nor on the other queries."""
+    model = tiny()
+    adapt = AdaptSettings.model_validate(
+        {"inductive": "features", "e_step": covariance, "final_covariance": covariance, "temperature": 3.0}
+    )
+    rng = np.random.default_rng(0)
+    labels = [0, 1, 0, 1, 2, 2, 2]
+    support, queries = rng.normal(size=(7, model.feature_dim)), rng.normal(size=(4, model.feature_dim))
+    options: dict[str, Any] = {"mode": "inductive", "seed_by_episode": [0]}
+    given = torch.from_numpy(support)[None], torch.tensor(labels), torch.from_numpy(queries)[None]
+    log_p_PK = model.log_posteriors(adapt, *given, **options)[0]
+    for query, log_p_K in zip(queries, log_p_PK, strict=True):
+        logits = []
+        for k in range(3):
+            rows = [support[i] for i in range(7) if labels[i] == k]
+            mean = sum(rows) / len(rows)
+            variance = sum((row - mean) ** 2 for row in rows) / len(rows)
+            variance = variance if covariance == "diagonal" else np.ones_like(mean)
+            logits.append(-0.5 * sum((query - mean) ** 2 / variance + np.log(variance)) / 3.0)
+        expected = np.array(logits) - np.logaddexp.reduce(logits)
+        assert np.allclose(log_p_K.numpy(), expected, rtol=1e-3, atol=1e-6)
+    alone = model.log_posteriors(adapt, *given[:2], given[2][:, 2:3], **options)[0, 0]
+    assert torch.allclose(alone, log_p_PK[2])
+    with torch.no_grad():
+        model.head.weight.mul_(-2)
+    assert torch.equal(model.log_posteriors(adapt, *given, **options)[0], log_p_PK)
+    other = model.log_posteriors(adapt.model_copy(update={"inductive": "latents"}), *given, **options)
+    assert not torch.allclose(other[0], log_p_PK)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, power_transform
+from metagmvae.training.models.feature_scaling import (
+    FeatureScale,
+    FeatureWhitening,
+    ViewWhitening,
+    power_transform,
+)
 
 
 def test_feature_scale_standardises_and_normalises() -> None:
@@ -47,6 +52,28 @@ def test_feature_whitening_equals_numpy() -> None:
     scaled = scale(torch.from_numpy(h))
     assert np.allclose(scaled.numpy(), expected, rtol=0, atol=1e-6)
     assert torch.allclose(scaled.square().sum(dim=1), torch.full((400,), 6.0).double())
+    assert set(scale.state_dict()) == {"mean", "whitening"}  # stored with the model
+
+
+def test_view_whitening_equals_numpy() -> None:
+    rng = np.random.default_rng(2)
+    h, views = rng.normal(size=(40, 6)) + 1.0, rng.normal(size=(40, 2, 6)) * np.arange(1, 7)
+    within = np.zeros((6, 6))
+    for first, second in views:
+        for view in (first, second):
+            deviation = view - (first + second) / 2
+            within += np.outer(deviation, deviation) / 40
+    unit = np.stack([row / np.sqrt((row**2).sum()) for row in h])
+    scale = ViewWhitening(6).double()
+    scale.set_statistics(torch.from_numpy(unit.mean(axis=0)), torch.from_numpy(within))
+
+    variance, axes = np.linalg.eigh(within)
+    std = np.sqrt(variance)
+    expected = (unit - unit.mean(axis=0)) @ axes @ np.diag(1 / np.sqrt(std + 1e-3 * std.max())) @ axes.T
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True) * np.sqrt(6)
+    assert np.allclose(scale(torch.from_numpy(h)).numpy(), expected, rtol=0, atol=1e-9)
+    # The length of a feature vector means nothing.
+    assert np.allclose(scale(torch.from_numpy(3 * h)).numpy(), expected, rtol=0, atol=1e-9)
     assert set(scale.state_dict()) == {"mean", "whitening"}  # stored with the model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.feature_source import FeatureSource, open_features
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.models.encoders import EncoderModel, encoder_digest
+from metagmvae.training.models.encoders import EncoderModel, configured_encoder, encoder_digest
 from metagmvae.training.trainer.builders import build_encoder_model
 from metagmvae.training.trainer.package import CARD, WEIGHTS, LoadedModel, load_package, save_package
 
@@ -142,11 +143,17 @@ def encoder_only(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=EncoderModel(loaded.model.encoder, loaded.image_shape))
 
 
-def with_encoder_average(loaded: LoadedModel, average: Average) -> LoadedModel:
-    """Return the encoder of a model with another multi-crop average (`model.average`) than it was trained with."""
+def with_average(loaded: LoadedModel, average: Average) -> LoadedModel:
+    """Return a model whose features are averaged over other views (`model.average`) than it was trained with.
+
+    It has no calibration: that of the model was fitted to its own features.
+    """
     settings = loaded.settings.model_copy(
         update={"model": loaded.settings.model.model_copy(update={"average": average})}
     )
-    model = build_encoder_model(settings.model, loaded.image_shape, seed=0)
-    model.encoder.load_state_dict(loaded.model.encoder.state_dict())
-    return replace(loaded, model=model.to(memory_format=torch.channels_last).eval(), settings=settings)
+    encoder = configured_encoder(settings.model, loaded.image_shape)
+    encoder.load_state_dict(loaded.model.encoder.state_dict())
+    model = copy.deepcopy(loaded.model)
+    model.encoder = encoder
+    model = model.to(memory_format=torch.channels_last).eval()
+    return replace(loaded, model=model, settings=settings, calibration=None)

@@ -52,7 +52,8 @@ def add(parsers: Parsers) -> None:
     )
     help_text += "an encoder alone, whose head is fitted on the validation classes)"
     parser.add_argument("--open", type=int, default=0, metavar="N", dest="open_classes", help=help_text)
-    help_text = "change a setting of the adaptation, for example adapt.proportions=estimated; may be repeated"
+    help_text = "change a setting of the adaptation, for example adapt.proportions=estimated, or model.average (views "
+    help_text += "whose features are averaged); may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
     parser.add_argument("--episodes", type=int, default=1000, metavar="N", help="number of episodes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
@@ -150,18 +151,25 @@ def _load(arguments: Namespace, dataset: Dataset) -> LoadedModel:
     from dataclasses import replace
 
     from metagmvae.configs.load import SettingsError, settings_from_json, to_json
+    from metagmvae.evaluation.fewshot.encoder_package import with_average
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.training.models.meta_learner import MetaLearner
 
     loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     for override in arguments.overrides:
-        if not override.strip().startswith("adapt."):
-            raise SettingsError(f"--set {override}: a trained model only takes other settings of adapt.…")
+        key = override.partition("=")[0].strip()
+        if key != "model.average" and not key.startswith("adapt."):
+            raise SettingsError(
+                f"--set {override}: a trained model only takes other settings of adapt.…, and model.average"
+            )
+        if key != "model.average" and not isinstance(loaded.model, MetaLearner):
+            raise SettingsError(f"--set {override}: {arguments.model} is an encoder alone; choose its --head")
     if not arguments.overrides:
         return loaded
-    if not isinstance(loaded.model, MetaLearner):
-        raise SettingsError(f"--set {arguments.overrides[0]}: {arguments.model} is an encoder alone; choose its --head")
-    return replace(loaded, settings=settings_from_json(to_json(loaded.settings), arguments.overrides))
+    settings = settings_from_json(to_json(loaded.settings), arguments.overrides)
+    if settings.model.average != loaded.settings.model.average:
+        loaded = with_average(loaded, settings.model.average)
+    return replace(loaded, settings=settings)
 
 
 def _answer(

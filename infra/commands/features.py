@@ -27,8 +27,8 @@ def add(parsers: Parsers) -> None:
     help_text = "number format of the features (default: float16)"
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help=help_text)
     help_text = "views whose features are averaged: none (the image alone), mirror (and its mirror image), crops "
-    help_text += "(twelve views); default: as in the settings of the model"
-    parser.add_argument("--average", choices=("none", "mirror", "crops"), help=help_text)
+    help_text += "(twelve views), affine (five views of strokes); default: as in the settings of the model"
+    parser.add_argument("--average", choices=("none", "mirror", "crops", "affine"), help=help_text)
     help_text = "shot whose best model is used, if the run keeps a best model per shot"
     parser.add_argument("--shot", type=int, metavar="S", help=help_text)
     add_tracking(parser)
@@ -61,14 +61,14 @@ def _add_ceiling(parsers: Parsers) -> None:
 
 def features(arguments: Namespace) -> Answer:
     """Run `metagmvae features`."""
-    from metagmvae.evaluation.fewshot.encoder_package import feature_source, with_encoder_average
+    from metagmvae.evaluation.fewshot.encoder_package import encoder_only, feature_source, with_average
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.pipelines.shards.dataset import Dataset
 
     dataset = Dataset.open(arguments.data)
     loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     if arguments.average is not None:
-        loaded = with_encoder_average(loaded, arguments.average)
+        loaded = with_average(encoder_only(loaded), arguments.average)
     with (
         feature_source(loaded, dataset, arguments.dtype) as source,
         task_mapper(arguments, gpu=True) as map_tasks,

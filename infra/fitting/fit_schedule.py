@@ -30,7 +30,7 @@ STARTUP_S = 8.0
 LEAST_EPISODES, MOST_EPISODES = 100, 600
 MOST_CHECKPOINT_S = 60.0
 """Time between two checkpoints."""
-VIEWS: Mapping[Average, int] = {"crops": 12, "mirror": 2, "none": 1}
+VIEWS: Mapping[Average, int] = {"crops": 12, "affine": 5, "mirror": 2, "none": 1}
 """Views of an image that are encoded, by `model.average`."""
 
 
@@ -120,7 +120,7 @@ def make_schedule(
     meta_steps = max(LEAST_STEPS, min(settings.train.steps, int(META_SHARE * budget_s / speed.meta_step_s)))
     # Training images for the statistics; held-out ones for validation, calibration and each evaluation.
     encoded = samples["train"] + (2 + len(shots)) * (samples.get("validation", 0) + samples.get("test", 0))
-    average, encode_s = _affordable_average(settings, speed, ENCODE_SHARE * budget_s / encoded)
+    average, encode_s = affordable_average(settings, speed, ENCODE_SHARE * budget_s / encoded)
     evaluation_s = min(TASK_SHARE * budget_s, STARTUP_S + measure_episode_s(5, 5, 15) * TUNING_EPISODES)
     reserved = meta_steps * speed.meta_step_s + encode_s * encoded + len(shots) * evaluation_s
     reserved += CALIBRATION_S + 2 * STARTUP_S + compared_s
@@ -146,10 +146,13 @@ def make_schedule(
     )
 
 
-def _affordable_average(settings: Settings, speed: Speed, image_s: float) -> tuple[Average, float]:
+def affordable_average(settings: Settings, speed: Speed, image_s: float) -> tuple[Average, float]:
     """Return the views of `model.average` that can be encoded in some seconds per image, and the seconds they take."""
     most = VIEWS[settings.model.average]
-    choices = [(average, speed.encode_s * views / most) for average, views in VIEWS.items() if views <= most]
+    # Averages with fewer views; those of `affine` are for strokes, and the mirror image for photographs.
+    skipped: Average = "mirror" if settings.model.average == "affine" else "affine"
+    fewer = {average: views for average, views in VIEWS.items() if views <= most and average != skipped}
+    choices = [(average, speed.encode_s * views / most) for average, views in fewer.items()]
     return next(((average, seconds) for average, seconds in choices if seconds <= image_s), choices[-1])
 
 

@@ -45,6 +45,11 @@ def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
     settings = without_validation(settings, dataset)
     if dataset.kind != "features":
         return TrainingInputs(settings, dataset, None)
+    if settings.model.features == "view-whitened" and settings.model.reconstruct == "features":
+        raise SettingsError(
+            f'model.features is "view-whitened", which encodes views of the training images, and {dataset.uri} holds '
+            'features: set data.uri to the images, or model.features to "whitened"'
+        )
     encoder = load_dataset_encoder(dataset)
     for key in ENCODER_KEYS:
         requested, actual = getattr(settings.model, key), getattr(encoder.settings.model, key)

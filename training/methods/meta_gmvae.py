@@ -20,7 +20,7 @@ from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
 from metagmvae.training.models.encoders import build_encoder
-from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening
+from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, ViewWhitening
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.set_attention import SetAttention
 from metagmvae.training.objectives.class_posterior import classify_latents
@@ -49,7 +49,7 @@ class MetaGMVAE(MetaLearner):
         averaging: Average = "none",
         normalise: Literal["none", "imagenet"] = "none",
         reconstruct: Literal["pixels", "features"] = "pixels",
-        scaling: Literal["standard", "whitened", "raw"] = "standard",
+        scaling: Literal["standard", "whitened", "view-whitened", "raw"] = "standard",
         variance: Literal["calibrated", "unit", "half"] = "calibrated",
         latent: int = 64,
         channels: int = 64,
@@ -70,7 +70,7 @@ class MetaGMVAE(MetaLearner):
         self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
         self.reconstruct = reconstruct
         self.variance = variance
-        scales = {"standard": FeatureScale, "whitened": FeatureWhitening}
+        scales = {"standard": FeatureScale, "whitened": FeatureWhitening, "view-whitened": ViewWhitening}
         scaled = reconstruct == "features" and scaling in scales
         self.scale = scales[scaling](self.feature_dim) if scaled else nn.Identity()
         self.decoder: nn.Module = (
@@ -119,9 +119,15 @@ class MetaGMVAE(MetaLearner):
 
         Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode.
         Inductive: each query is classified alone, in a set of the support and this query; the class means and variances
-        come from the support latents only. The probabilities of a query depend neither on other queries, nor on its
-        position among them, nor on the order of the classes and of the support images.
+        come from the support only, from its latents or, without any set, from its features (`AdaptSettings.inductive`).
+        The probabilities of a query depend neither on other queries, nor on its position among them, nor on the order
+        of the classes and of the support images.
         """
+        if mode == "inductive" and adapt.inductive == "features":
+            support_ETNF, query_EPNF = support_ET[:, :, None], query_EP[:, :, None]
+            return classify_latents(
+                adapt, support_ETNF, label_T, query_EPNF, fit_on_queries=False, background=background
+            )
         if mode == "inductive":
             episodes = zip(support_ET, query_EP, seed_by_episode, strict=True)
             return torch.stack([self._classify_alone(adapt, *item, label_T, background) for item in episodes])

@@ -1,6 +1,6 @@
-"""Scaling of encoder features for the VAE: standardisation, or half-whitening.
+"""Scaling of encoder features: standardisation, or half-whitening by one of two covariances.
 
-Notation: n features of size F. Both modules return features of length sqrt(F).
+Notation: n features of size F. All modules return features of length sqrt(F).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FeatureWhitening(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
-        """Set mean (F,) and covariance (F, F) of `power_transform(h)`; float64 for a stable eigendecomposition."""
+        """Set mean (F,) and covariance (F, F) of `transform(h)`; float64 for a stable eigendecomposition."""
         variance, basis = torch.linalg.eigh(covariance)
         std = variance.clamp_min(0).sqrt()
         # The floor keeps nearly constant directions, which are noise, from being amplified.
@@ -75,8 +75,28 @@ class FeatureWhitening(nn.Module):
         self.whitening.copy_((basis * factor) @ basis.T)
 
     def forward(self, h: Tensor) -> Tensor:
-        centred = (power_transform(at_least_float32(h)) - self.mean) @ self.whitening
+        centred = (self.transform(at_least_float32(h)) - self.mean) @ self.whitening
         return F.normalize(centred, dim=-1) * math.sqrt(h.shape[-1])
+
+    @staticmethod
+    def transform(h: Tensor) -> Tensor:
+        """Transform features before they are centred: signed square root, then unit length."""
+        return power_transform(h)
+
+
+class ViewWhitening(FeatureWhitening):
+    """Unit length, half-whitening by the covariance within images, then length sqrt(F): (n, F) -> (n, F).
+
+    `set_statistics` gets the mean of the features of the training images, and the covariance of the features of random
+    views about the mean of their image. It estimates without labels the covariance within classes of linear
+    discriminant analysis: directions that change between views of an image tell classes apart badly. Whitening by the
+    covariance of all features (`FeatureWhitening`) also shrinks the directions that do tell them apart.
+    """
+
+    @staticmethod
+    def transform(h: Tensor) -> Tensor:
+        """Transform features before they are centred: unit length."""
+        return F.normalize(h, dim=-1)
 
 
 def power_transform(h: Tensor) -> Tensor:

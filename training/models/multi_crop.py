@@ -1,7 +1,8 @@
-"""Resizing of images to the encoder's input size, and multi-crop averaging of features."""
+"""Resizing of images to the encoder's input size, and averaging of features over views (test-time augmentation)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +12,10 @@ from metagmvae.configs.schema import Average
 
 CROP = 0.85
 """Side of a crop, as a fraction of the image's side."""
+ROTATION = math.radians(10)
+"""Angle of the views of `affine`."""
+SHIFT = 1 / 28
+"""Shift of the views of `affine` along each side, as a fraction of it: one pixel of Omniglot's images."""
 INNER = "net."
 """Prefix of the weights of the wrapped network among the modules of `MultiCropEncoder`."""
 
@@ -20,7 +25,8 @@ class MultiCropEncoder(nn.Module):
 
     In evaluation mode the features are the mean over several views of each image (10-crop testing, Krizhevsky et al.,
     NeurIPS 2012). `mirror`: the image and its horizontal flip. `crops`: these two, and the four corner crops and the
-    centre crop with their flips, 12 views. In training mode each image is encoded once.
+    centre crop with their flips, 12 views. `affine`: the image and four views shifted towards the corners and rotated,
+    for strokes on a black background (`affine_views`). In training mode each image is encoded once.
 
     The state dict is that of `net`: neither resizing nor averaging is part of the weights. Names of weights that begin
     with `net.`, as older versions wrote them, are read too.
@@ -43,7 +49,7 @@ class MultiCropEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or self.averaging == "none":
             return self._encode(x)
-        views = [x, x.flip(-1)]
+        views = [x, *(affine_views(x) if self.averaging == "affine" else [x.flip(-1)])]
         if self.averaging == "crops":
             from torchvision.transforms.v2.functional import ten_crop
 
@@ -57,6 +63,26 @@ class MultiCropEncoder(nn.Module):
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         return self.net(x)
+
+
+def affine_views(x: Tensor) -> list[Tensor]:
+    """Four views of each image, (n, C, H, W) -> 4 times the same shape; black (0) outside of the image.
+
+    Each samples the image (bilinear) at coordinates that are rotated about its centre by `ROTATION`, in alternate
+    directions, and shifted by `SHIFT` towards one corner.
+    """
+    views = []
+    for right in (1, -1):
+        for down in (1, -1):
+            # Coordinates are in units of half the side; the rotation is one in pixels, also for oblong images.
+            angle, ratio = ROTATION * right * down, x.shape[-2] / x.shape[-1]
+            rows = [
+                [math.cos(angle), -math.sin(angle) * ratio, 2 * SHIFT * right],
+                [math.sin(angle) / ratio, math.cos(angle), 2 * SHIFT * down],
+            ]
+            grid = F.affine_grid(x.new_tensor(rows).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+            views.append(F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    return views
 
 
 def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

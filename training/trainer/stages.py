@@ -18,10 +18,9 @@ from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.factory import image_batches
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.device import distributed
-from metagmvae.training.methods.frozen_features import CHUNK, ScaledRows, fit_feature_scaling
+from metagmvae.training.methods.frozen_features import ScaledRows, fit_feature_scaling
 from metagmvae.training.methods.method import MethodData
 from metagmvae.training.methods.methods_by_name import find_method
-from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.pretraining.objectives_by_name import build_auxiliary, build_pretrain_step
@@ -38,6 +37,7 @@ from metagmvae.training.trainer.context import MetricLine, RunContext, TrainStat
 from metagmvae.training.trainer.device_rows import DeviceRows
 from metagmvae.training.trainer.loop import Hooks, Stage, fit_stage
 from metagmvae.training.trainer.resume import check_same_run, restoring, stored_kind
+from metagmvae.training.trainer.training_features import training_features, view_features
 
 ModelKind = Literal["learner", "encoder"]
 """What a run trains: the model of a method, or an encoder only."""
@@ -256,8 +256,10 @@ class _Trainer:
         Every rank encodes all images with equal weights and buffers, so the result is the same on all ranks.
         """
         assert isinstance(self.model, MetaLearner)
+        assert not isinstance(self.data, StreamedImages)
         if start == 0:
-            fit_feature_scaling(self.model, raw)
+            encode_views = partial(view_features, self.model, self.settings, self.data, self.context.device)
+            fit_feature_scaling(self.model, raw, encode_views)
         scaled = ScaledRows(raw, copy.deepcopy(self.model.scale).cpu())
         if start == 0:
             self.method.start(self.model, self.settings, scaled)
@@ -268,9 +270,7 @@ class _Trainer:
         assert not isinstance(self.data, StreamedImages)  # refused by the settings
         if self.encoder is not None:
             return self.data
-        device, channels_last, cpu = self.context.device, self.settings.train.channels_last, torch.device("cpu")
-        features = encode_images(self.model, self.data, device, CHUNK, raw=True, channels_last=channels_last, to=cpu)
-        return features.numpy()
+        return training_features(self.model, self.settings, self.data, self.context.device)
 
     def _after_step(self, name: str, step: int) -> MetricLine:
         """The global step, and the validation results where validation is due."""
