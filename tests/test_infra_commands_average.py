@@ -115,7 +115,7 @@ def test_evaluation_with_affine_views_equals_that_on_features_of_them(
     on_images, on_features = (answer(run, uri, *affine) for uri in (data, features))
     assert on_images["accuracy"] == on_features["accuracy"] != answer(run, data)["accuracy"]
     assert "kept" not in on_images
-    assert on_images["temperature"] == 1.0
+    assert on_images["temperature"] == 1.0 != answer(run, data)["temperature"]
     assert answer(encoder, data, *affine)["accuracy"] != answer(encoder, data)["accuracy"]
     for value, message in (("model.average=corners", "model.average"), ("adapt.samples=2", "is an encoder alone")):
         assert main(["evaluate", str(encoder), "--data", str(data), "--set", value]) == 2
