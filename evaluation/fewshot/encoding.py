@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset, Reader
+from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, encoder_digest
 from metagmvae.training.models.meta_learner import MetaLearner
@@ -40,6 +41,8 @@ def encode_split(
     if isinstance(model, MetaLearner) and not model.reads_features:
         raise DataError(f"{dataset.uri}: holds features, and the model adapts on images; give the dataset of images")
     check_encoder(model, dataset)
+    if device.type == "cpu":
+        keep_freed_memory()  # as `encode_images` does: episodes make and free large arrays
     raw = dataset.rows(split, reader, memory_limit_mb)
     pieces = [
         np.asarray(raw[np.arange(first, min(first + FEATURE_ROWS, len(raw)))])
