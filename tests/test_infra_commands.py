@@ -51,6 +51,7 @@ def test_bench_episodes_and_loader(data, tmp_path, capsys, monkeypatch):
     size = ["--data", str(data), "--split", "validation"]
     few = ["--episodes", "3", "--literal-episodes", "2", "--record", str(record)]
     answer = answer_of(capsys, "bench", "episodes", *size, *few)
+    assert all(row["processor_seconds_per_episode"] > 0 for row in answer["rows"])
     assert answer["largest_difference_in_accuracy"] == 0
     assert [row["episodes"] for row in answer["rows"]] == [2, 3]
     assert json.loads(record.read_text())["environment"]["versions"]["torch"]

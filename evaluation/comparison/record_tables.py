@@ -54,6 +54,7 @@ COLUMNS = {
     "road": ("input pipeline: what is measured", "{}"),
     "seconds": ("seconds per step", "{:.3g}"),
     "seconds_per_episode": ("seconds per episode", "{:.3f}"),
+    "processor_seconds_per_episode": ("processor seconds per episode", "{:.3f}"),
     "samples_per_s": ("images per second", "{:,.0f}"),
     "samples_per_cpu_s": ("images per second of processor time", "{:,.0f}"),
     "images_per_s": ("images per second", "{:,.0f}"),
