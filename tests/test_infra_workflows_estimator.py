@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.pixel_arrays import PixelWarning, image_rows
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.workflows import estimator
@@ -52,6 +53,17 @@ def test_probabilities_are_those_of_predict_queries(loaded, mode):
     np.testing.assert_allclose(classifier.predict_proba(queries), expected, rtol=1e-4, atol=1e-6)
     assert classifier.classes_.tolist() == ["a", "b"]
     assert classifier.predict(queries).tolist() == [["a", "b"][k] for k in expected.argmax(1)]
+
+
+def test_every_setting_of_the_adaptation_is_an_argument(loaded):
+    assert AdaptSettings.model_fields.keys() <= FewShotClassifier().get_params().keys()
+    support, queries = random_images(6), random_images(5, seed=1)
+    probabilities = [
+        FewShotClassifier(loaded, inductive=space).fit(support, list("ababab")).predict_proba(queries)
+        for space in (None, "latents", "features")
+    ]
+    np.testing.assert_array_equal(probabilities[0], probabilities[1])
+    assert abs(probabilities[2] - probabilities[0]).max() > 1e-6
 
 
 @pytest.mark.parametrize("mode", ["inductive", "transductive"])

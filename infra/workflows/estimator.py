@@ -56,6 +56,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             the paper; the prediction of a query then depends on the others.
         iterations: as all arguments down to `proportions_prior`, see `AdaptSettings`; None: the value of the model.
         samples: Monte Carlo samples N.
+        inductive: space of the classes in inductive mode, `latents` or `features` of the encoder.
         e_step: covariance in the E-step.
         final_covariance: covariance in the final posterior.
         temperature: divides the log-likelihoods in EM.
@@ -85,6 +86,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         mode: PredictionMode = "inductive",
         iterations: int | None = None,
         samples: int | None = None,
+        inductive: Literal["latents", "features"] | None = None,
         e_step: Literal["diagonal", "identity"] | None = None,
         final_covariance: Literal["diagonal", "identity"] | None = None,
         temperature: float | None = None,
@@ -99,6 +101,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.mode = mode
         self.iterations = iterations
         self.samples = samples
+        self.inductive = inductive
         self.e_step = e_step
         self.final_covariance = final_covariance
         self.temperature = temperature

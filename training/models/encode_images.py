@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def encode_images(
             x = view(x)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
+        with nullcontext() if precision == "float32" else autocast(device, precision):
             h = encode(x)[:count]
         pieces.append((h.float() if raw else h).to(to or device))
     return torch.cat(pieces)
