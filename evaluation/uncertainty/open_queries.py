@@ -87,7 +87,7 @@ def evaluate_open(
     *,
     mode: PredictionMode,
     background: FittedBackground | None,
-    name: str = "Meta-GMVAE",
+    name: str,
     on_progress: ProgressCallback | None = None,
 ) -> OpenResults:
     """Evaluate a model on episodes with queries of no labelled class.
