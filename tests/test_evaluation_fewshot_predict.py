@@ -111,6 +111,22 @@ def test_prediction_does_not_depend_on_names_and_order(sharp, features, mode, co
             assert torch.equal(predict(rows, queries=queries[p : p + 1])[0], expected[p])
 
 
+@pytest.mark.parametrize(
+    ("mode", "fits", "calls"), [("inductive", False, 7), ("inductive", True, 1), ("transductive", False, 1)]
+)
+def test_inductive_queries_come_in_calls_of_their_own_unless_each_would_fit_the_support(
+    model, features, mode, fits, calls, monkeypatch
+):
+    seen = []
+    log_posteriors = model.log_posteriors
+    monkeypatch.setattr(model, "fits_support", fits)
+    monkeypatch.setattr(
+        model, "log_posteriors", lambda *args, **options: seen.append(1) or log_posteriors(*args, **options)
+    )
+    predict_queries(model, ADAPT, features[:6], np.repeat([0, 1, 2], 2), features[9:16], mode=mode)
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("mode", ["inductive", "transductive"])
 def test_episodes_and_single_tasks_agree(sharp, features, mode):
     """Transductive: for a support that is sorted by content, as `predict_queries` sorts it."""

@@ -255,11 +255,21 @@ def test_a_support_is_fitted_once_and_inductive_queries_are_classified_as_if_alo
         assert torch.equal(predict(model, query, **changes), predict(network(kind, **method), query, **changes))
         assert len(loops) == number
     other = network(kind, **method)
-    for net in (model, other):
-        with torch.no_grad():
+    with torch.no_grad():
+        for net in (model, other):
             net.classifier.weight.mul_(2)
-    assert torch.equal(predict(model, query), predict(other, query))
+    assert torch.equal(predict(model, query, **changes), predict(other, query, **changes))
     assert len(loops) == 5
+
+
+def test_the_same_support_with_other_labels_is_fitted_again() -> None:
+    model = network()
+    support, query = tasks(model, b=1)
+    for labels in ([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0]):
+        found, expected = (
+            answer(net, support, torch.tensor(labels), query.flatten(1, 2), "inductive") for net in (model, network())
+        )
+        assert torch.equal(found, expected)
 
 
 def test_more_classes_than_outputs_are_refused_in_one_line() -> None:
