@@ -290,6 +290,19 @@ def test_two_datasets_of_the_same_images_are_refused(table, data, capsys):
     assert "is the second dataset of images of glyphs" in capsys.readouterr().err
 
 
+def test_names_of_trainings_with_many_settings_fit_into_file_names_and_differ(data, tmp_path):
+    """The row UMTRA on SimCLR's features of Table 10 changes 11 settings of its preset."""
+    from metagmvae.infra.tables.table_request import TableRequest
+
+    request = TableRequest(1, (str(data),), tmp_path, tmp_path, 60, 5, ())
+    common = tuple(f"pretrain.{key}=8" for key in ("batch", "steps", "shots", "query_views", "clusters", "queue"))
+    recipes = [Recipe("omniglot-umtra", (*common, f"pretrain.learning_rate={rate}")) for rate in (0.1, 0.2)]
+    settings = load_settings("omniglot-umtra")
+    names = {_new_job(recipe, settings, Dataset.open(data), 1, request).name for recipe in recipes}
+    assert len(names) == 2
+    assert all(len(name) == 150 for name in names)
+
+
 def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overrides: str) -> TableJob:
     from metagmvae.infra.tables.table_request import TableRequest
 

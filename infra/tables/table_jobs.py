@@ -26,6 +26,9 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.methods_by_name import find_method
 
+MAX_NAME = 150
+"""Longest name of a training, in characters; those of its result files are longer, and file systems allow 255."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -226,6 +229,8 @@ def _new_job(recipe: Recipe, settings: Settings, dataset: Dataset, cost: int, re
     preset = load_settings(recipe.preset, recipe.overrides)
     ours, theirs = (cost_settings(json.loads(each.model_dump_json())) for each in (settings, preset))
     name += "".join(f"-{_slug(f'{key}-{ours[key]}')}" for key in ours if ours[key] != theirs[key])
+    if len(name) > MAX_NAME:
+        name = f"{name[: MAX_NAME - 9]}-{sha256_json(name)[:8]}"
     return TableJob(
         name,
         recipe.preset,
