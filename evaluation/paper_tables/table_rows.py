@@ -37,7 +37,7 @@ LOGISTIC_REGRESSION = "logistic regression, features unscaled"
 EMBEDDING: dict[DatasetName, str] = {"omniglot": "acai", "mini-imagenet": "deepcluster"}
 """The second embedding of CACTUs, beside BiGAN."""
 BEST: dict[DatasetName, tuple[str, str]] = {
-    "omniglot": ("omniglot-best-5way", "omniglot-best-20way"),
+    "omniglot": ("omniglot-best", "omniglot-best"),
     "mini-imagenet": ("mini-imagenet-cpu", "mini-imagenet-cpu"),
 }
 """Our best settings of Meta-GMVAE for 5 and for 20 ways."""
