@@ -74,7 +74,7 @@ def test_a_calibrated_encoder_uses_its_own_level_and_settings(
     words = ["evaluate", own, "--data", data, *WORDS]
     fitted = rows(capsys, *words, "--head", "soft-k-means")
     assert [row["mode"] for row in fitted] == ["transductive"] * 2
-    assert [set(row["settings"]) for row in fitted] == [{"temperature", "background", "head"}, {"head"}]
+    assert [set(row["settings"]) for row in fitted] == [{"temperature", "uniform", "background", "head"}, {"head"}]
     assert [set(row["settings"]["head"]) for row in fitted] == [{"temperature"}] * 2
     assert not (own / CALIBRATION).exists()
     calibrate = ["calibrate", own, "--data", data, "--head", "soft-k-means", "--way", 3, "--shot", 2, "--query", 4]
