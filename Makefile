@@ -21,10 +21,10 @@ types:
 test:
 	$(PYTHON) -m pytest -q -n auto -m 'not (ray or mlflow or browser or s3 or slow or real_data)'
 
-# Slow tests run in parallel too; the others start servers and clusters, so they run one by one.
+# Tests with a Ray cluster run one by one: each cluster takes all cores.
 test-all:
-	$(PYTHON) -m pytest -q -n auto -m 'not (ray or mlflow or browser or s3 or real_data)'
-	$(PYTHON) -m pytest -q -m 'ray or mlflow or browser or s3 or real_data'
+	$(PYTHON) -m pytest -q -n auto -m 'not (ray or real_data)'
+	$(PYTHON) -m pytest -q -m 'ray or real_data'
 
 # Do the tests notice wrong formulas and wrong data? Takes 10 to 20 minutes.
 mutation:
