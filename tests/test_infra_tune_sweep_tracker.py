@@ -92,7 +92,10 @@ def test_parent_run_and_trials_with_their_statuses(sweep, store):
 def test_report_names_the_run_of_the_best_trial(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
         run_some(sweep, [[0.3, 0.5]])
-        finish(sweep, tracker)
+        answer = finish(sweep, tracker)
+    # A damaged checkpoint, as here, does not cost the report.
+    assert list(answer["not_calibrated"]) == [str(answer["best"]["number"])]
+    assert "not a readable checkpoint" in answer["not_calibrated"][str(answer["best"]["number"])]
     (trial,) = [trial for trial in read_trials(sweep.folder.table) if trial.status == "finished"]
     assert trial.run_id
     assert json.loads((sweep.folder.root / "summary.json").read_text())["best"]["run_id"] == trial.run_id

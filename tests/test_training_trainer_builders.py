@@ -14,6 +14,7 @@ from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.photos import photo_view
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
 from metagmvae.training.models.feature_scaling import FeatureWhitening
+from metagmvae.training.models.set_attention import elu
 from metagmvae.training.trainer.builders import (
     build_encoder_model,
     build_model,
@@ -53,7 +54,7 @@ def test_model_depends_on_settings_and_seed_only() -> None:
         ({"attention_scale": "model"}, lambda m: m.attention.blocks[0].scale == 1 / math.sqrt(8)),
         ({"attention_block": "transformer"}, lambda m: m.attention.blocks[0].output is not None),
         ({"attention_block": "set-attention"}, lambda m: m.attention.blocks[0].output is None),
-        ({"attention_activation": "elu"}, lambda m: m.attention.blocks[0].activation is nn.functional.elu),
+        ({"attention_activation": "elu"}, lambda m: m.attention.blocks[0].activation is elu),
         ({"attention_activation": "relu"}, lambda m: m.attention.blocks[0].activation is nn.functional.relu),
         ({"posterior": "isotropic"}, lambda m: m.head.out_features == 4),
         ({"posterior": "diagonal"}, lambda m: m.head.out_features == 6),

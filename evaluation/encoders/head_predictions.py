@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metagmvae.evaluation.fewshot.baselines import fit_logistic_regression
 from metagmvae.evaluation.fewshot.query_assignments import (
     laplacian_logits,
     optimal_transport_posterior,
     soft_k_means_cosines,
 )
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
 from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
 
 COSINE_TEMPERATURE = 20.0
@@ -54,14 +54,11 @@ def head_logits(
         DataError: `optimal-transport` has fewer queries than classes, which it gives the same number of queries each.
     """
     h_TF, h_PF = h_TF.flatten(1).float(), h_PF.flatten(1).float()
-    if head == "logistic-regression":
-        model = fit_logistic_regression(h_TF.cpu(), label_T, settings.get("strength", 1.0))
-        decision = model.decision_function(F.normalize(h_PF, dim=1).cpu().numpy())
-        # Of two classes it is one number, the log-odds of the second.
-        logits_PK = np.stack([-decision / 2, decision / 2], axis=1) if decision.ndim == 1 else decision
-        return torch.as_tensor(logits_PK, device=h_PF.device).double()
     support_1KSF, mask_1KS = _padded(h_TF, label_T)
     query_1PF = h_PF[None]
+    if head == "logistic-regression":
+        unit_1KSF, unit_1PF = F.normalize(support_1KSF, dim=3), F.normalize(query_1PF, dim=2)
+        return logistic_regression_logits(unit_1KSF, unit_1PF, settings.get("strength", 1.0), mask_1KS)[0]
     if head == "nearest-mean":
         mean_KF = F.normalize((F.normalize(support_1KSF, dim=3) * mask_1KS[..., None]).sum(dim=2)[0], dim=1)
         return (COSINE_TEMPERATURE * F.normalize(h_PF, dim=1) @ mean_KF.T).double()

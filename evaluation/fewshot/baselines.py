@@ -6,11 +6,10 @@ Notation: n images, E episodes, F features, K ways, S shots, P queries of an epi
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,9 +26,6 @@ from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """Support (K, S, F) and queries (P, F) of an episode -> predicted class of each query, 0 to K - 1, (P,)."""
@@ -127,25 +123,6 @@ def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1
         return logistic_regression_logits(support_EKSF, query_EPF, strength).argmax(dim=2)
 
     return evaluate_batches(classify, "inductive", x_nF, labels, **task)
-
-
-def fit_logistic_regression(h_TF: Tensor, label_T: np.ndarray, strength: float) -> LogisticRegression:
-    """Fit scikit-learn's logistic regression to the normalised support of one task, whose classes may differ in shots.
-
-    Args:
-        h_TF: vectors of the T labelled images, on the CPU.
-        label_T: their classes.
-        strength: as in `logistic_regression`.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    # Classes of equal weight: with unequal shots the larger ones would win by their number.
-    model = LogisticRegression(C=strength, max_iter=1000, class_weight="balanced")
-    with warnings.catch_warnings():
-        # An unfinished fit would be a weaker baseline than the one that is named.
-        warnings.simplefilter("error", ConvergenceWarning)
-        return model.fit(F.normalize(h_TF, dim=1).numpy(), label_T)
 
 
 def em_on_features(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, TUNING_EPISODES, SplitFeatures
-from metagmvae.evaluation.fewshot.baselines import VALUES_PER_BATCH, fit_logistic_regression
+from metagmvae.evaluation.fewshot.baselines import VALUES_PER_BATCH
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import calibrated
@@ -33,6 +33,7 @@ from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import FittedBackground
+from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
 from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
 
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -148,13 +149,8 @@ def nearest_class_mean_scores(support_EKSF: Tensor, query_EPF: Tensor) -> tuple[
 
 def logistic_regression_scores(support_EKSF: Tensor, query_EPF: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Score a query by the log-probability of its most probable class."""
-    pairs = zip(support_EKSF.flatten(1, 2).cpu(), query_EPF.cpu(), strict=True)
-    label_T = np.repeat(np.arange(support_EKSF.shape[1]), support_EKSF.shape[2])
-    log_p = [
-        fit_logistic_regression(support, label_T, strength).predict_log_proba(F.normalize(query, dim=1).numpy())
-        for support, query in pairs
-    ]
-    return _best(torch.as_tensor(np.stack(log_p)).to(query_EPF.device))
+    support_EKSF, query_EPF = F.normalize(support_EKSF, dim=3), F.normalize(query_EPF, dim=2)
+    return _best(logistic_regression_logits(support_EKSF, query_EPF, strength).log_softmax(dim=2))
 
 
 def soft_k_means_scores(support_EKSF: Tensor, query_EPF: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

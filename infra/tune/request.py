@@ -21,7 +21,7 @@ from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
 from metagmvae.infra.tune.sweep_state import BEST, SweepState, check_validation_interval
 from metagmvae.infra.tune.sweep_tracker import SweepTracker
 from metagmvae.pipelines.optional_packages import optional_package
-from metagmvae.pipelines.records import ProgressCallback
+from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
 
 DEFAULT_TRIALS = 20
@@ -127,7 +127,7 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
 
     root = sweep.folder.root
     best = sweep.write_best()
-    calibrate_kept(sweep)
+    not_calibrated = calibrate_kept(sweep)
     tracker.flush()  # creates the MLflow runs of the last trials; the table and the report contain their IDs
     trials = tracker.with_runs(sweep.trials())
     sweep.folder.rewrite_trials(trials)
@@ -135,6 +135,7 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
     tracker.close()
     counts = Counter(trial.status for trial in trials)
     answer: dict[str, Any] = {"sweep": str(root), "name": sweep.plan.name, "trials": dict(counts)}
+    answer |= {"not_calibrated": not_calibrated} if not_calibrated else {}
     if best is None or best.last is None:
         return answer | {"best": None, "why": _last_reason(sweep)}
     score = {"number": best.number, "accuracy": best.last.accuracy, "ci95": best.last.ci95, "task": sweep.plan.task}
@@ -142,16 +143,28 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
     return answer | {"best": score, "settings": best.settings} | files
 
 
-def calibrate_kept(sweep: SweepState) -> None:
-    """Calibrate the trials whose checkpoints are kept, as `metagmvae train` does; those that already are, stay so."""
+def calibrate_kept(sweep: SweepState) -> dict[str, str]:
+    """Calibrate the trials whose checkpoints are kept, as `metagmvae train` does; those that already are, stay so.
+
+    Returns:
+        Number of each trial that cannot be calibrated, such as one with a damaged checkpoint, and the reason.
+    """
     from metagmvae.infra.workflows.calibrate import calibrate_run
+    from metagmvae.training.trainer.checkpoint import CheckpointError
     from metagmvae.training.trainer.package import load_model
 
+    reasons: dict[str, str] = {}
     for trial in sweep.trials():
         folder = sweep.folder.trial_folder(trial.number)
         usable = trial.status in ("finished", "stopped") and trial.curve
-        if usable and (folder / CHECKPOINT).is_file() and load_model(folder).calibration is None:
-            calibrate_run(folder, sweep.folder.trial_settings(trial.number), sweep.dataset)
+        if not (usable and (folder / CHECKPOINT).is_file()):
+            continue
+        try:
+            if load_model(folder).calibration is None:
+                calibrate_run(folder, sweep.folder.trial_settings(trial.number), sweep.dataset)
+        except (CheckpointError, DataError) as error:
+            reasons[str(trial.number)] = str(error)
+    return reasons
 
 
 def _last_reason(sweep: SweepState) -> str:

@@ -18,18 +18,22 @@ HALVINGS = 30
 
 
 @torch.no_grad()
-def logistic_regression_logits(support_EKSF: Tensor, query_EPF: Tensor, strength: float) -> Tensor:
+def logistic_regression_logits(
+    support_EKSF: Tensor, query_EPF: Tensor, strength: float, mask_EKS: Tensor | None = None
+) -> Tensor:
     """Fit a logistic regression to the support of each episode; return the logits of its queries, float64, (E, P, K).
 
-    The fit minimises |W|^2 / 2 + strength * sum of the cross-entropies, with biases without penalty: for three classes
-    or more scikit-learn's `LogisticRegression(C=strength)`, and for two the same with half of the strength, as
+    The fit minimises |W|^2 / 2 + strength * weighted sum of the cross-entropies, with biases without penalty, and such
+    weights that classes of unequal shots count alike: for three classes or more scikit-learn's
+    `LogisticRegression(C=strength, class_weight="balanced")`, and for two the same with half of the strength, as
     scikit-learn has one vector of weights then. W is a combination of the labelled points x, W = sum_t x_t a_t, so that
     a task has T * K unknowns, however many features. Each episode stops when it has converged, whatever the others do.
 
     Args:
-        support_EKSF: labelled points by class.
+        support_EKSF: labelled points by class; 0 where the mask is 0.
         query_EPF: points to classify.
         strength: C of scikit-learn, the inverse of the L2 penalty.
+        mask_EKS: 1 for labelled points, 0 for padding, where classes differ in shots; None: no padding.
 
     Raises:
         DataError: the fit of an episode did not converge.
@@ -37,44 +41,54 @@ def logistic_regression_logits(support_EKSF: Tensor, query_EPF: Tensor, strength
     K, S = support_EKSF.shape[1:3]
     x_ETF = support_EKSF.flatten(1, 2).double()
     target_TK = torch.eye(K, dtype=x_ETF.dtype, device=x_ETF.device).repeat_interleave(S, dim=0)
-    a_ETK, bias_E1K = _fit(x_ETF @ x_ETF.mT, target_TK, strength / 2 if K == 2 else strength)
+    real_EKS = x_ETF.new_ones(support_EKSF.shape[:3]) if mask_EKS is None else mask_EKS.double()
+    count_EK1 = real_EKS.sum(dim=2, keepdim=True)
+    weight_EKS = real_EKS * count_EK1.sum(dim=1, keepdim=True) / (K * count_EK1)
+    strength_ET1 = (strength / 2 if K == 2 else strength) * weight_EKS.flatten(1)[..., None]
+    try:
+        a_ETK, bias_E1K = _fit(x_ETF @ x_ETF.mT, target_TK, strength_ET1)
+    except FloatingPointError as error:
+        raise DataError(
+            f"logistic regression with strength {strength:g} did not converge in {NEWTON_STEPS} steps: the features "
+            "are too large or not finite"
+        ) from error
     weights_EFK = (x_ETF.mT @ a_ETK).to(query_EPF.dtype)
     return (query_EPF @ weights_EFK).double() + bias_E1K
 
 
-def _fit(gram_ETT: Tensor, target_TK: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+def _fit(gram_ETT: Tensor, target_TK: Tensor, strength_ET1: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights a of the labelled points, (E, T, K), and the biases, (E, 1, K).
 
-    With z = G a + b and p = softmax(z), the gradient has the parts a + C (p - y) and C sum_t (p - y)_t, in the inner
-    product <a, a'> = a^T G a' of vectors of weights W.
+    With z = G a + b, p = softmax(z) and the strength C of each point, the gradient has the parts a + C (p - y) and
+    sum_t C_t (p - y)_t, in the inner product <a, a'> = a^T G a' of vectors of weights W.
+
+    Raises:
+        FloatingPointError: no convergence.
     """
     a_ETK = gram_ETT.new_zeros(len(gram_ETT), *target_TK.shape)
     bias_E1K, z_ETK = torch.zeros_like(a_ETK[:, :1]), torch.zeros_like(a_ETK)  # z without the bias: G a
     for _ in range(NEWTON_STEPS):
         p_ETK = torch.softmax(z_ETK + bias_E1K, dim=2)
-        error_ETK = strength * (p_ETK - target_TK)
+        error_ETK = strength_ET1 * (p_ETK - target_TK)
         gradient_a, gradient_b = a_ETK + error_ETK, error_ETK.sum(dim=1, keepdim=True)
         gram_gradient = gram_ETT @ gradient_a
         open_E = ~(_dot(gradient_a, gram_gradient, gradient_b, gradient_b) <= TOLERANCE**2)  # also where it is NaN
         if not open_E.any():
             return a_ETK, bias_E1K
-        steps = _newton_step(gram_ETT, strength * p_ETK, p_ETK, (gradient_a, gradient_b, gram_gradient))
+        steps = _newton_step(gram_ETT, strength_ET1 * p_ETK, p_ETK, (gradient_a, gradient_b, gram_gradient))
         length_E = open_E.to(gram_ETT)
-        old_E = _objective(a_ETK, bias_E1K, z_ETK, target_TK, strength)
+        old_E = _objective(a_ETK, bias_E1K, z_ETK, target_TK, strength_ET1)
         for _ in range(HALVINGS):
             new_a, new_bias, new_z = (
                 value + length_E[:, None, None] * step
                 for value, step in zip((a_ETK, bias_E1K, z_ETK), steps, strict=True)
             )
-            worse_E = _objective(new_a, new_bias, new_z, target_TK, strength) > old_E + 1e-12 * old_E.abs()
+            worse_E = _objective(new_a, new_bias, new_z, target_TK, strength_ET1) > old_E + 1e-12 * old_E.abs()
             if not worse_E.any():
                 break
             length_E = torch.where(worse_E, length_E / 2, length_E)
         a_ETK, bias_E1K, z_ETK = new_a, new_bias, new_z
-    raise DataError(
-        f"logistic regression with strength {strength:g} did not converge in {NEWTON_STEPS} steps: the features are "
-        "too large or not finite"
-    )
+    raise FloatingPointError
 
 
 def _newton_step(
@@ -111,7 +125,7 @@ def _dot(a: Tensor, gram_a: Tensor, b: Tensor, other_b: Tensor) -> Tensor:
     return (a * gram_a).sum(dim=(1, 2)) + (b * other_b).sum(dim=(1, 2))
 
 
-def _objective(a_ETK: Tensor, bias_E1K: Tensor, z_ETK: Tensor, target_TK: Tensor, strength: float) -> Tensor:
+def _objective(a_ETK: Tensor, bias_E1K: Tensor, z_ETK: Tensor, target_TK: Tensor, strength_ET1: Tensor) -> Tensor:
     """The minimised function of each episode, (E,)."""
     log_p_ETK = torch.log_softmax(z_ETK + bias_E1K, dim=2)
-    return 0.5 * (a_ETK * z_ETK).sum(dim=(1, 2)) - strength * (log_p_ETK * target_TK).sum(dim=(1, 2))
+    return 0.5 * (a_ETK * z_ETK).sum(dim=(1, 2)) - (strength_ET1 * log_p_ETK * target_TK).sum(dim=(1, 2))
