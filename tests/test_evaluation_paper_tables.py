@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from metagmvae.configs.load import load_settings
+from metagmvae.evaluation.fewshot.baselines import BASELINES
 from metagmvae.evaluation.paper_tables.match_results import differing_keys, read_result_folder, results_of
 from metagmvae.evaluation.paper_tables.paper_table import TableDocument, table_document
 from metagmvae.evaluation.paper_tables.table_layout import markdown_document
@@ -239,6 +240,16 @@ def test_baseline_on_the_features_of_a_row(tmp_path):
     ((_, row),) = results_of(read_result_folder(tmp_path), recipe, COLUMN, "inductive")
     assert row.accuracy == 0.7
     assert results_of(read_result_folder(tmp_path), recipe, COLUMN, "transductive") == []
+
+
+def test_baselines_of_the_rows_are_those_that_evaluate_gives_their_models():
+    """A model that does not scale its features has no baselines on unscaled ones."""
+    rows = [row for parts in paper_tables().values() for part in parts for row in part.rows]
+    recipes = {recipe for row in rows for recipe in row.recipes.values() if recipe.baseline}
+    assert recipes
+    for recipe in recipes:
+        assert load_settings(recipe.preset, recipe.overrides).model.features == "raw"
+        assert recipe.baseline in BASELINES
 
 
 def test_unknown_preset_has_no_results(tmp_path):

@@ -300,7 +300,7 @@ def test_names_of_trainings_with_many_settings_fit_into_file_names_and_differ(da
     settings = load_settings("omniglot-umtra")
     names = {_new_job(recipe, settings, Dataset.open(data), 1, request).name for recipe in recipes}
     assert len(names) == 2
-    assert all(len(name) == 150 for name in names)
+    assert all(len(name) == 150 and name.endswith("-60s-seed0") for name in names)
 
 
 def job(config: Path | str, data: Path, tmp_path: Path, budget_s: float, *overrides: str) -> TableJob:

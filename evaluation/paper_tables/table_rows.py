@@ -33,7 +33,8 @@ SIMCLR = (
     "pretrain.schedule=constant",
 )
 """The pre-training of the preset mini-imagenet-simclr-paper."""
-LOGISTIC_REGRESSION = "logistic regression, features unscaled"
+LOGISTIC_REGRESSION = "logistic regression"
+"""A baseline on the features of mini-imagenet-paper, which the model does not scale."""
 EMBEDDING: dict[DatasetName, str] = {"omniglot": "acai", "mini-imagenet": "deepcluster"}
 """The second embedding of CACTUs, beside BiGAN."""
 BEST: dict[DatasetName, tuple[str, str]] = {

@@ -224,13 +224,14 @@ def _training_key(settings: Settings, data_fingerprint: str) -> str:
 
 
 def _new_job(recipe: Recipe, settings: Settings, dataset: Dataset, cost: int, request: TableRequest) -> TableJob:
-    name = "-".join(map(_slug, [settings.name, *recipe.overrides]))
-    name += f"-{dataset.fingerprint[:6]}-{request.budget_s:g}s-seed{settings.train.seed}"
     preset = load_settings(recipe.preset, recipe.overrides)
     ours, theirs = (cost_settings(json.loads(each.model_dump_json())) for each in (settings, preset))
-    name += "".join(f"-{_slug(f'{key}-{ours[key]}')}" for key in ours if ours[key] != theirs[key])
-    if len(name) > MAX_NAME:
-        name = f"{name[: MAX_NAME - 9]}-{sha256_json(name)[:8]}"
+    costs = "".join(f"-{_slug(f'{key}-{ours[key]}')}" for key in ours if ours[key] != theirs[key])
+    training = f"-{dataset.fingerprint[:6]}-{request.budget_s:g}s-seed{settings.train.seed}{costs}"
+    model = "-".join(map(_slug, [settings.name, *recipe.overrides]))
+    if len(model + training) > MAX_NAME:
+        model = f"{model[: MAX_NAME - 9 - len(training)]}-{sha256_json(model)[:8]}"
+    name = model + training
     return TableJob(
         name,
         recipe.preset,
