@@ -9,6 +9,7 @@ import mlflow_template
 import numpy as np
 import pytest
 import torch
+from calibrations import fits
 from command_words import TINY, set_words
 
 from metagmvae.configs.schema import AdaptSettings
@@ -23,8 +24,6 @@ from metagmvae.training.models.posterior_calibration import (
     CALIBRATION,
     UNCALIBRATED,
     CalibrationMap,
-    FittedMap,
-    PosteriorCalibration,
 )
 from metagmvae.training.trainer.package import CARD, load_model, save_package
 
@@ -58,18 +57,6 @@ def trained(data, tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def fits(temperature: float, **changes) -> PosteriorCalibration:
-    """A calibration with temperatures that show in every probability."""
-    values = {"queries": 10, "nll": 0.1, "nll_uncalibrated": 0.2, "ece": 0.01, "ece_uncalibrated": 0.1}
-    temperatures = tuple(
-        FittedMap(mode=mode, way=5, shot=shot, temperature=temperature * shot * factor, uniform=0.02 * shot, **values)
-        for mode, factor in (("transductive", 1.0), ("inductive", 10.0))
-        for shot in (1, 5)
-    )
-    record = {"fitted_on": "labelled classes", "split": "validation", "data_fingerprint": "d", "adapt": AdaptSettings()}
-    return PosteriorCalibration(**(record | {"temperatures": temperatures} | changes))
 
 
 def test_training_ends_with_a_calibration(run, data, capsys):

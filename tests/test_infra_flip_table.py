@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_preset import SMALL
 
 from metagmvae.evaluation.paper_tables import table_rows
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow
@@ -14,17 +15,7 @@ from metagmvae.infra.runs.training_speed import Speed
 from metagmvae.infra.tables import run_job
 
 COLUMN = Column("glyphs", 3, 1)
-PRESET = """
-name = "small"
-[model]
-channels = 4
-width = 8
-heads = 2
-latent = 4
-layers = 1
-[adapt]
-samples = 2
-iterations = 2
+TRAIN = """
 [train]
 steps = 200
 set_size = 30
@@ -42,7 +33,7 @@ def flips(tmp_path, monkeypatch) -> Path:
     Each measurement of the time of a step gives another one, as on a shared machine.
     """
     preset = tmp_path / "small.toml"
-    preset.write_text(PRESET)
+    preset.write_text(SMALL.format(name="small") + TRAIN)
 
     def row(key, *overrides, adapt=()):
         return TableRow(key, key, "transductive", {}, {}, {COLUMN: Recipe(str(preset), overrides, adapt)})

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_preset import SMALL
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables import table_rows
@@ -27,18 +28,6 @@ from metagmvae.training.trainer import loop
 from metagmvae.training.trainer.checkpoint import load_state
 
 COLUMNS = (Column("glyphs", 5, 1), Column("glyphs", 3, 1))
-SMALL = """
-name = "{name}"
-[model]
-channels = 4
-width = 8
-heads = 2
-latent = 4
-layers = 1
-[adapt]
-samples = 2
-iterations = 2
-"""
 GENERATIVE = """
 [train]
 steps = 200

@@ -1,6 +1,7 @@
 """The record of a calibration: which fit is used, files of older versions, and values that no map has."""
 
 import pytest
+from calibrations import fits
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.pipelines.files import check_document
@@ -8,21 +9,8 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.posterior_calibration import (
     UNCALIBRATED,
     CalibrationMap,
-    FittedMap,
     PosteriorCalibration,
 )
-
-
-def fits(temperature: float, **changes) -> PosteriorCalibration:
-    """A calibration with temperatures that show in every probability."""
-    values = {"queries": 10, "nll": 0.1, "nll_uncalibrated": 0.2, "ece": 0.01, "ece_uncalibrated": 0.1}
-    temperatures = tuple(
-        FittedMap(mode=mode, way=5, shot=shot, temperature=temperature * shot * factor, uniform=0.02 * shot, **values)
-        for mode, factor in (("transductive", 1.0), ("inductive", 10.0))
-        for shot in (1, 5)
-    )
-    record = {"fitted_on": "labelled classes", "split": "validation", "data_fingerprint": "d", "adapt": AdaptSettings()}
-    return PosteriorCalibration(**(record | {"temperatures": temperatures} | changes))
 
 
 def test_the_nearest_fit_is_used_and_none_for_other_settings_or_modes():

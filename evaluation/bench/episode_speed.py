@@ -7,13 +7,13 @@ Notation: K ways, S shots, Q queries per class, P = K * Q.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import torch
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.evaluation.bench.processor_time import times
 from metagmvae.evaluation.bench.reference import predict_episode
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_images
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
@@ -41,9 +41,9 @@ def bench_episodes(
     model.eval()
     half = literal_episodes // 2
     before, accuracies = _literal(model, adapt, images, labels, range(half))
-    start = _now()
+    start = times()
     result = evaluate_images(model, adapt, images, labels, way=WAY, shot=SHOT, query=QUERY, episodes=episodes)
-    fast = _now() - start
+    fast = times() - start
     after, later_accuracies = _literal(model, adapt, images, labels, range(half, literal_episodes))
     accuracies += later_accuracies
     fast_each, literal_each = (fast / episodes).tolist(), ((before + after) / literal_episodes).tolist()
@@ -74,21 +74,16 @@ def _row(form: str, episodes: int, each: list[float], times_faster: float) -> di
     }
 
 
-def _now() -> np.ndarray:
-    """Seconds of the clock, and of processor time of this process."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
 @torch.inference_mode()
 def _literal(
     model: MetaGMVAE, adapt: AdaptSettings, images: Any, labels: np.ndarray, episodes: range
 ) -> tuple[np.ndarray, list[float]]:
-    """Evaluate episodes literally; return the seconds in all, as `_now` gives them, and the accuracies."""
+    """Evaluate episodes literally; return the seconds in all, as `times` gives them, and the accuracies."""
     sampler = EpisodeSampler(labels, way=WAY, shot=SHOT, query=QUERY, seed=0)
     device = next(model.parameters()).device
     label_P = torch.arange(WAY, device=device).repeat_interleave(QUERY)
     accuracies = []
-    start = _now()
+    start = times()
     for index in episodes:
         episode = sampler.episode(index)
         support = torch.as_tensor(images[episode.support.reshape(-1)]).to(device).unflatten(0, (WAY, SHOT))
@@ -96,4 +91,4 @@ def _literal(
         noise = latent_noise(model, adapt, WAY * (SHOT + QUERY), index, device)  # that of `predict_episodes`
         predicted_P = predict_episode(model, adapt, support, query, noise).argmax(dim=1)
         accuracies.append(float((predicted_P == label_P).double().mean()))
-    return _now() - start, accuracies
+    return times() - start, accuracies

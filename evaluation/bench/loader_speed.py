@@ -9,7 +9,6 @@ Notation: B episodes, M points per episode.
 from __future__ import annotations
 
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.evaluation.bench.picture_copies import PictureCopies, bytes_per_image, copy_pictures
+from metagmvae.evaluation.bench.processor_time import times
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.indexed import SetStream
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -97,12 +97,6 @@ Readers = dict[str, tuple[Callable[[], np.ndarray], Path]]
 """By name: what measures images per second, in all and of processor time, and the folder that it reads."""
 
 
-def _now() -> np.ndarray:
-    """Seconds of the clock, and of processor time of this process and of its worker processes that have ended."""
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return np.array([time.perf_counter(), time.process_time() + workers.ru_utime + workers.ru_stime])
-
-
 def _readers(dataset: Dataset, split: str, files: Path) -> Readers:
     """Readers of decoded shards and of image files."""
     shards = dataset.root / split
@@ -150,19 +144,19 @@ def _stream_rate(dataset: Dataset, split: str, reader: Any, steps: int) -> Calla
     def rate() -> np.ndarray:
         images = dataset.images(split, reader)  # opened per pass: files that stay mapped cannot leave the page cache
         stream = SetStream(images, batch=BATCH, set_size=SET_SIZE, seed=0, split=split, steps=steps)
-        start = _now()
+        start = times()
         for batch in stream:
             torch.as_tensor(batch.images).float().sum()
-        return steps * BATCH * SET_SIZE / (_now() - start)
+        return steps * BATCH * SET_SIZE / (times() - start)
 
     return rate
 
 
 def _open_rate(dataset: Dataset, split: str) -> np.ndarray:
     """Images per second from tar files to one array in memory, including the checksums."""
-    start = _now()
+    start = times()
     images = dataset.images(split, "memory")
-    return len(images) / (_now() - start)
+    return len(images) / (times() - start)
 
 
 def _evict_split(dataset: Dataset, split: str) -> Dataset:
@@ -189,11 +183,11 @@ def _webdataset_rate(shards: Sequence[Path]) -> np.ndarray:
 
     samples = wds.WebDataset([str(path) for path in shards], shardshuffle=len(shards), seed=0, empty_check=False)
     read = samples.shuffle(BATCH * SET_SIZE).decode("torchrgb").to_tuple("jpg;webp").batched(BATCH * SET_SIZE)
-    images, start = 0, _now()
+    images, start = 0, times()
     for (batch,) in wds.WebLoader(read, batch_size=None, num_workers=LOADER_WORKERS):
         batch.sum()
         images += len(batch)
-    return images / (_now() - start)
+    return images / (times() - start)
 
 
 def _ray_rate(read: RayReader, shards: Sequence[Path]) -> np.ndarray:
@@ -212,10 +206,10 @@ def _folder_rate(folder: Path, channels: int) -> np.ndarray:
         str(folder), transform=Compose([Grayscale(), ToTensor()] if channels == 1 else [ToTensor()])
     )
     loader = DataLoader(images_in_folder, batch_size=BATCH * SET_SIZE, shuffle=True, num_workers=LOADER_WORKERS)
-    start = _now()
+    start = times()
     for images, _ in loader:
         images.sum()
-    return len(images_in_folder) / (_now() - start)
+    return len(images_in_folder) / (times() - start)
 
 
 def waiting_fraction(dataset: Dataset, split: str, reader: Any, steps: int) -> float:

@@ -47,10 +47,8 @@ def add(parsers: Parsers) -> None:
     help_text += "Dirichlet distribution, the more unequal the smaller ALPHA (not stored with the model either)"
     parser.add_argument("--queries", metavar="KIND", default="balanced", help=f"balanced (default), or {help_text}")
     help_text = "N further classes per episode with --query images and no labelled ones: accuracy, AUROC, and what the "
-    help_text += (
-        "queries of no labelled class cost the others, in both modes (needs `metagmvae calibrate`, but not for "
-    )
-    help_text += "an encoder alone, whose head is fitted on the validation classes)"
+    help_text += "queries of no labelled class cost the others, in both modes (needs `metagmvae calibrate`, but not "
+    help_text += "for an encoder alone, whose head is fitted on the validation classes)"
     parser.add_argument("--open", type=int, default=0, metavar="N", dest="open_classes", help=help_text)
     help_text = "change a setting of the adaptation, for example adapt.proportions=estimated, or model.average (views "
     help_text += "whose features are averaged); may be repeated"

@@ -106,10 +106,8 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--workers", type=int, default=0, metavar="N", help=help_text)
     help_text = "Ray cluster for --workers: host:port, auto or local (default: RAY_ADDRESS, else a new one here)"
     paper.add_argument("--address", default="", help=help_text)
-    help_text = (
-        "with --run: train each row with each of these seeds; a cell is then the mean over its trainings ± their "
-    )
-    help_text += "standard deviation (default: the seed of the preset)"
+    help_text = "with --run: train each row with each of these seeds; a cell is then the mean over its trainings ± "
+    help_text += "their standard deviation (default: the seed of the preset)"
     paper.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help=help_text)
     help_text = "with --run: for example train.decode_samples=1 or tracking.enabled=false; may be repeated"
     paper.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)

@@ -157,7 +157,7 @@ def fit_semi_supervised(
         if reweight is not None:
             offset_EK = reweight(logits_EKP.transpose(1, 2), offset_EK)
             logits_EKP = logits_EKP + offset_EK[..., None]
-        resp_EKP = torch.softmax(_with_background(logits_EKP, background), dim=1)[:, : mean_EKD.shape[1]]
+        resp_EKP = torch.softmax(with_background(logits_EKP, background, dim=1), dim=1)[:, : mean_EKD.shape[1]]
         if prior_count is not None and query_EPD.shape[1]:
             log_weight_EK = _log_weights(resp_EKP.sum(dim=2), prior_count)
         count_EK1 = labelled_EK1 + resp_EKP.sum(dim=2, keepdim=True)
@@ -199,14 +199,10 @@ def class_logits(
     return _weighted(logits_EKP, mixture.log_weight_EK).transpose(1, 2)
 
 
-def with_background(logits_EPK: Tensor, background: float | None) -> Tensor:
-    """Append the logit of the background component of `fit_semi_supervised`, if there is one: (E, P, K + 1)."""
-    return logits_EPK if background is None else torch.nn.functional.pad(logits_EPK, (0, 1), value=background)
-
-
-def _with_background(logits_EKP: Tensor, background: float | None) -> Tensor:
-    """`with_background` for the other order of the axes: (E, K + 1, P)."""
-    return logits_EKP if background is None else torch.nn.functional.pad(logits_EKP, (0, 0, 0, 1), value=background)
+def with_background(logits: Tensor, background: float | None, dim: int = 2) -> Tensor:
+    """Append the logit of the background component of `fit_semi_supervised`, if there is one, to the classes, `dim`."""
+    pad = (0, 0) * (logits.ndim - 1 - dim) + (0, 1)
+    return logits if background is None else torch.nn.functional.pad(logits, pad, value=background)
 
 
 def _weighted(logits_EKP: Tensor, log_weight_EK: Tensor | None) -> Tensor:
