@@ -30,7 +30,7 @@ test-all:
 mutation:
 	$(PYTHON) tests/mutation.py
 
-# Tables of README.md and evaluation/results/README.md from the recorded results.
+# Tables of README.md and the pages in evaluation/results from the recorded results.
 docs:
 	.venv/bin/metagmvae table --write
 

@@ -1,4 +1,4 @@
-"""Renders the tables of README.md and evaluation/results/README.md, between markers.
+"""Renders the tables of README.md and of the pages in evaluation/results, between markers.
 
 Accuracies and speeds come from the recorded results; hardware and time of the presets from the heads of their files.
 """
@@ -39,7 +39,10 @@ PRESET_TASKS = ((5, 1), (5, 5))
 
 RESULTS = Path(__file__).parents[1] / "results"
 """Recorded results of a source checkout; an installed package has none."""
-PAGES = ("README.md", "evaluation/results/README.md")
+PAGES = (
+    "README.md",
+    *(f"evaluation/results/{page}.md" for page in ("README", "omniglot", "mini-imagenet", "paper-tables", "speed")),
+)
 
 
 def preset_table(results: Path, name: str) -> str:

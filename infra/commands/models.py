@@ -78,7 +78,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("names", metavar="NAME|1|2|10|flips", nargs="*", help=help_text)
     help_text = "folder of the result files (default: evaluation/results)"
     parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
-    help_text = "write all tables of README.md and evaluation/results/README.md in place instead"
+    help_text = "write all tables of README.md and of the pages in evaluation/results in place instead"
     parser.add_argument("--write", action="store_true", help=help_text)
     paper = parser.add_argument_group("tables of the paper")
     help_text = "only results on this dataset and split of its classes; may be repeated for several datasets"
