@@ -1,5 +1,6 @@
 """`metagmvae serve`: real requests to a server of a registered version and of a run folder, and its end."""
 
+import asyncio
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from metagmvae.evaluation.encoders.head_model import with_head, with_named_head
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import register, save_pyfunc
-from metagmvae.infra.registry.serve import listen
+from metagmvae.infra.registry.serve import ShortErrors, listen
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.builders import build_encoder_model
 from metagmvae.training.trainer.package import LoadedModel, save_package
@@ -53,7 +54,7 @@ def test_server_answers_and_ends_cleanly(tmp_path, form, number):
         assert first + second == pytest.approx(1, abs=1e-6)
         status, answer = mlflow_template.post(port, {"inputs": {"images": images, "label": [3, 3, -1]}})
         assert status == 400
-        assert "1 classes and 1 queries" in answer["message"]
+        assert answer["message"].startswith("1 classes and 1 queries")  # without the images of the request
         server.send_signal(number)
         out, err = server.communicate(timeout=30)
     finally:
@@ -133,3 +134,66 @@ def test_store_of_the_option_is_used_by_one_command_only(tmp_path, monkeypatch, 
     assert main(["models"]) == 2
     assert main(["models", "--tracking", "127.0.0.1:5000"]) == 2
     assert "write http://127.0.0.1:5000" in capsys.readouterr().err
+
+
+def answers(app):
+    """Status and body of the answer to one request."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(ShortErrors(app)({"type": "http"}, None, send))
+    start, *bodies = sent
+    content = b"".join(message["body"] for message in bodies)
+    assert dict(start["headers"]).get(b"content-length", b"%d" % len(content)) == b"%d" % len(content)
+    return start["status"], content
+
+
+def replies(status, *parts):
+    async def app(scope, receive, send):
+        size = str(sum(map(len, parts))).encode()
+        headers = [(b"content-length", size), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for number, part in enumerate(parts, start=1):
+            await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
+
+    return app
+
+
+def fails(error):
+    async def app(scope, receive, send):
+        await replies(500, b"Internal Server Error")(scope, receive, send)
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("message", "short"),
+    [
+        ("Failed to predict data '{'images': ['AAAA']}'. \nError: mode is 'x'; choose", "mode is 'x'; choose"),
+        ("Invalid input. Error: 'JSONDecodeError(1)'\nInput: \nb'{'\n", "Invalid input. Error: 'JSONDecodeError(1)'"),
+        ("The input must be a JSON dictionary", "The input must be a JSON dictionary"),
+    ],
+)
+def test_an_error_gives_the_reason_without_the_request(message, short):
+    body = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": message}).encode()
+    status, content = answers(replies(400, body[:9], body[9:]))
+    assert status == 400
+    assert json.loads(content) == {"error_code": "INVALID_PARAMETER_VALUE", "message": short}
+
+
+@pytest.mark.parametrize("body", [b"plain text", b"[1]", b'{"message": 3}', b"null", b"\xff"])
+def test_other_errors_and_answers_are_passed_on(body):
+    assert answers(replies(415, body)) == (415, body)
+    assert answers(replies(200, body, body)) == (200, body + body)
+
+
+def test_a_request_that_is_nested_too_deeply_and_one_at_the_end_of_the_server_get_a_reason():
+    status, content = answers(fails(RecursionError()))
+    assert (status, json.loads(content)["error_code"]) == (400, "BAD_REQUEST")
+    status, content = answers(fails(asyncio.CancelledError()))
+    assert (status, json.loads(content)["error_code"]) == (503, "TEMPORARILY_UNAVAILABLE")
+    with pytest.raises(KeyError):
+        answers(fails(KeyError("other")))

@@ -6,10 +6,12 @@ is not run. The server is the one of `mlflow models serve`, with the same reques
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 GRACE_S = 10
 """Longest time that requests in progress have to end after a signal."""
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -85,7 +89,69 @@ def scoring_app(loaded: LoadedModel) -> Any:
         package, logged = Path(folder) / "package", Path(folder) / "model"
         save_package(package, loaded)
         save_pyfunc(logged, package, loaded)
-        return scoring_server.init(mlflow.pyfunc.load_model(str(logged)))
+        return ShortErrors(scoring_server.init(mlflow.pyfunc.load_model(str(logged))))
+
+
+class ShortErrors:
+    """The scoring server with errors that say the reason only.
+
+    MLflow repeats the request, with all its images, in the message of an error, and gives no reason at all for JSON
+    that is nested too deeply and for requests that are cancelled when the server ends.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        """Answer one request, as an ASGI application; answers with an error status are held until the app is done."""
+        start: Message | None = None
+        body = b""
+        started = False
+
+        async def hold_error(message: Message) -> None:
+            nonlocal start, body, started
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                started = True
+                await send(message)
+            else:
+                body += message.get("body", b"")
+
+        try:
+            await self.app(scope, receive, hold_error)
+        except RecursionError:
+            start, body = {"status": 400}, _error("BAD_REQUEST", "the JSON is nested too deeply; send a flat request")
+        except asyncio.CancelledError:
+            if started:
+                raise
+            reason = "the server is stopping; send the request again to another one"
+            start, body = {"status": 503}, _error("TEMPORARILY_UNAVAILABLE", reason)
+        if start is not None:
+            body = short_message(body)
+            kept = [(name, value) for name, value in start.get("headers", []) if name.lower() != b"content-length"]
+            headers = kept or [(b"content-type", b"application/json")]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await send({"type": "http.response.start", "status": start["status"], "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+
+def _error(code: str, message: str) -> bytes:
+    return json.dumps({"error_code": code, "message": message}).encode()
+
+
+def short_message(body: bytes) -> bytes:
+    """Return the body of an error of MLflow without the request that its message repeats; other bodies as they are."""
+    try:
+        error = json.loads(body)
+        message = error["message"]
+    except (ValueError, TypeError, KeyError):
+        return body
+    if not isinstance(message, str):
+        return body
+    if message.startswith("Failed to predict data "):
+        message = message.rpartition("\nError: ")[2]
+    return json.dumps(error | {"message": message.partition("\nInput: ")[0]}).encode()
 
 
 def _answer(app: Any, listener: socket.socket, stopped: Callable[[], bool]) -> None:
