@@ -132,7 +132,9 @@ class MetaGMVAE(MetaLearner):
             episodes = zip(support_ET, query_EP, seed_by_episode, strict=True)
             return torch.stack([self._classify_alone(adapt, *item, label_T, background) for item in episodes])
         points, device = support_ET.shape[1] + query_EP.shape[1], query_EP.device
-        noise = torch.stack([latent_noise(self, adapt, points, seed, device) for seed in seed_by_episode])
+        noise = torch.empty(len(seed_by_episode), points, adapt.samples, self.latent, device=device)
+        for noise_MND, seed in zip(noise, seed_by_episode, strict=True):
+            noise_MND.normal_(generator=keyed_generator(device, "predict", int(seed)))
         h_EMF = torch.cat([support_ET, query_EP], dim=1)
         return self._classify_sets(adapt, h_EMF, label_T, noise, background, fit_on_queries=True)
 
@@ -174,7 +176,7 @@ class MetaGMVAE(MetaLearner):
 
 def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """Reparameterised samples mean + exp(log_variance / 2) * noise: (..., D), (..., D), (..., N, D) -> (..., N, D)."""
-    return mean.unsqueeze(-2) + torch.exp(0.5 * log_variance).unsqueeze(-2) * noise
+    return (torch.exp(0.5 * log_variance).unsqueeze(-2) * noise).add_(mean.unsqueeze(-2))
 
 
 def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ TOLERANCE = 1e-2
 """Largest relative error of the number of points of a class."""
 FAR = 10.0
 """Change of a log weight after which the responsibilities are computed anew: factors from them would lose accuracy."""
+FEWEST = 1e-25
+"""Points of a class below which a step counts this many: its factor stays finite in float32."""
 
 
 def balancing_weights(
@@ -32,27 +34,29 @@ def balancing_weights(
         start_EK: weights to begin with; None: zero.
         iterations: at most.
     """
-    weight_EK = torch.zeros_like(logits_EPK[:, 0]) if start_EK is None else start_EK
-    K = logits_EPK.shape[2]
-    base_EK, resp_EPK = weight_EK, _responsibilities(background, logits_EPK, weight_EK)
+    # With the points as the last axis, and sums over classes and points as products with rows, a step takes half the
+    # time on a CPU.
+    logits_EKP, K = logits_EPK.mT, logits_EPK.shape[2]
+    base_EK = torch.zeros_like(logits_EPK[:, 0]) if start_EK is None else start_EK
+    factor_EK, resp_EKP = torch.ones_like(base_EK), _responsibilities(background, logits_EKP, base_EK)
     for _ in range(iterations):
         # The softmax at other weights is that at the base times factors of the classes: two products instead of exp.
-        factor_EK1 = (weight_EK - base_EK).exp()[..., None]
-        sum_EP1 = resp_EPK[..., :K] @ factor_EK1 + resp_EPK[..., K:].sum(dim=2, keepdim=True)
-        total_EK = (factor_EK1 * (resp_EPK[..., :K].mT @ sum_EP1.reciprocal()))[..., 0]
-        total_EK = total_EK.clamp_min(torch.finfo(logits_EPK.dtype).tiny)
+        sum_E1P = with_background(factor_EK, None if background is None else 1.0, dim=1)[:, None] @ resp_EKP
+        total_EK = factor_EK * (sum_E1P.reciprocal() @ resp_EKP[:, :K].mT).squeeze(1).clamp_min(FEWEST)
         share_EK = total_EK / total_EK.mean(dim=1, keepdim=True)
-        open_E1 = ((share_EK - 1).abs() > TOLERANCE).any(dim=1, keepdim=True)
-        if not open_E1.any():
+        open_EK = (share_EK - 1).abs() > TOLERANCE
+        if not open_EK.any():
             break
-        weight_EK = torch.where(open_E1, weight_EK - share_EK.log(), weight_EK)
-        far_E1 = ((weight_EK - base_EK).abs() > FAR).any(dim=1, keepdim=True)
-        if far_E1.any():
-            base_EK = torch.where(far_E1, weight_EK, base_EK)
-            resp_EPK = torch.where(far_E1[..., None], _responsibilities(background, logits_EPK, base_EK), resp_EPK)
-    return weight_EK
+        factor_EK = torch.where(open_EK.any(dim=1, keepdim=True), factor_EK / share_EK, factor_EK)
+        far_EK = factor_EK.log().abs() > FAR
+        if far_EK.any():
+            far_E1 = far_EK.any(dim=1, keepdim=True)
+            base_EK = torch.where(far_E1, base_EK + factor_EK.log(), base_EK)
+            factor_EK = torch.where(far_E1, 1.0, factor_EK)
+            resp_EKP = torch.where(far_E1[..., None], _responsibilities(background, logits_EKP, base_EK), resp_EKP)
+    return base_EK + factor_EK.log()
 
 
-def _responsibilities(background: float | None, logits_EPK: Tensor, weight_EK: Tensor) -> Tensor:
-    """Softmax of the weighted logits, with the background component as the last column if there is one."""
-    return torch.softmax(with_background(logits_EPK + weight_EK[:, None], background), dim=2)
+def _responsibilities(background: float | None, logits_EKP: Tensor, weight_EK: Tensor) -> Tensor:
+    """Softmax of the weighted logits over the classes, (E, K, P), with a last row for the background component."""
+    return torch.softmax(with_background(logits_EKP + weight_EK[..., None], background, dim=1), dim=1)

@@ -144,7 +144,8 @@ def fit_semi_supervised(
         support_EKTD = support_EKTD * mask_EKT[..., None]
     support_sum_EKD, support_square_EKD = support_EKTD.sum(dim=2), support_EKTD.square().sum(dim=2)
     square_EPD = query_EPD.square()
-    norm_E1P = square_EPD.sum(dim=2)[:, None]
+    # Equal for all classes, so that it cancels in the softmax, but for a background component.
+    norm_E1P = None if background is None else square_EPD.sum(dim=2)[:, None]
     mean_EKD = support_sum_EKD / labelled_EK1
     variance_EKD = torch.ones_like(mean_EKD)
     log_weight_EK = offset_EK = None
@@ -232,7 +233,8 @@ def _diagonal_logits(
     return torch.baddbmm(linear_EKP, precision_EKD / (-2 * temperature), square_EPD.mT)
 
 
-def _identity_logits(z_EPD: Tensor, norm_E1P: Tensor, mean_EKD: Tensor, temperature: float) -> Tensor:
-    """`_diagonal_logits` for variances of 1, half the work; `norm_E1P` holds |z|^2."""
+def _identity_logits(z_EPD: Tensor, norm_E1P: Tensor | None, mean_EKD: Tensor, temperature: float) -> Tensor:
+    """`_diagonal_logits` for variances of 1, half the work; `norm_E1P` holds |z|^2, None leaves this term out."""
     norm_EK1 = mean_EKD.square().sum(dim=2, keepdim=True)
-    return torch.baddbmm((norm_EK1 + norm_E1P) / (-2 * temperature), mean_EKD / temperature, z_EPD.mT)
+    norm_EKP = norm_EK1 if norm_E1P is None else norm_EK1 + norm_E1P
+    return torch.baddbmm(norm_EKP / (-2 * temperature), mean_EKD / temperature, z_EPD.mT)
