@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_stored_features_equal_those_of_the_encoder(data: Path, encoder: Path, f
             expected = loaded.model.encode_images(x).numpy()
         np.testing.assert_allclose(encoded.rows(split), expected, rtol=1e-4, atol=1e-5)
     assert encoder_digest(load_dataset_encoder(encoded).model.encoder) == encoded.manifest["encoder"]["sha256"]
+
+
+def test_images_of_another_shape_name_the_options_of_prepare(data: Path, encoder: Path) -> None:
+    larger = replace(load_model(encoder), image_shape=(3, 32, 32))
+    with (
+        pytest.raises(DataError, match=r"\(3, 32, 32\); prepare them with --size 32 --channels 3$"),
+        feature_source(larger, Dataset.open(data), "float16"),
+    ):
+        pass
 
 
 @pytest.mark.ray

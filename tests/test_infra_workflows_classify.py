@@ -246,6 +246,18 @@ def test_recursion_and_files_that_cannot_be_read(folders, loaded):
         run_classify(loaded, support, query)
 
 
+def test_one_image_file_is_classified_like_a_folder_that_holds_only_it(folders, loaded):
+    support, query, _ = folders
+    answer = run_classify(loaded, support, query / "1.png")
+    for other in ("0.png", "2.png"):
+        (query / other).unlink()
+    assert answer == run_classify(loaded, support, query)
+    assert [row["query"] for row in answer["queries"]] == ["1.png"]
+    (query / "list.csv").write_text("1.png")
+    with pytest.raises(DataError, match=r"list.csv: not a folder, zip file or tar file; check the path"):
+        run_classify(loaded, support, query / "list.csv")
+
+
 def test_too_many_queries_for_one_set_are_classified_in_random_sets(folders, loaded, monkeypatch):
     support, query, _ = folders
     for i in range(3, 10):

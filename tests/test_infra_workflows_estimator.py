@@ -3,6 +3,7 @@
 import warnings
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow_template
 import numpy as np
@@ -250,7 +251,8 @@ def test_files_and_images_of_pillow_are_preprocessed_as_recorded(inverting, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = FewShotClassifier(inverting).fit(arrays[:4], labels).predict_proba(arrays[4:])
-        for kind in (list, lambda p: [str(path) for path in p], lambda p: [Image.open(path) for path in p]):
+        kinds = (Path, str, Path.read_bytes, Image.open)
+        for kind in [lambda paths, one=one: [one(path) for path in paths] for one in kinds]:
             classifier = FewShotClassifier(inverting).fit(kind(paths[:4]), labels)
             np.testing.assert_array_equal(classifier.predict_proba(kind(paths[4:])), expected)
         np.testing.assert_array_equal(classifier.predict_proba(arrays[4:]), expected)  # and arrays after files
@@ -275,6 +277,8 @@ def test_black_files_are_images_too(inverting, tmp_path):
         (lambda paths: [*paths[:2], Image.new("F", (9, 9))], r"X\[2\]: floating-point"),
         (lambda paths: paths[0], "give a list"),
         (lambda paths: str(paths[0]), "give a list"),
+        (lambda paths: paths[0].read_bytes(), "X is one bytes; give a list"),
+        (lambda paths: [*paths[:2], b"no image"], r"X\[2\]: broken image"),
     ],
 )
 def test_wrong_files_are_refused(inverting, tmp_path, X, reason):

@@ -108,7 +108,11 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
             network of the method is no encoder of single images.
     """
     if dataset.kind == "images" and dataset.image_shape != loaded.image_shape:
-        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the encoder takes {loaded.image_shape}")
+        channels, size = loaded.image_shape[0], loaded.image_shape[-1]
+        raise DataError(
+            f"{dataset.uri}: images are {dataset.image_shape} and the encoder takes {loaded.image_shape}; prepare them "
+            f"with --size {size} --channels {channels}"
+        )
     encoder = encoder_only(loaded)
     new = build_encoder_model(encoder.settings.model, loaded.image_shape, seed=0)
     if encoder.model.state_dict().keys() != new.state_dict().keys():

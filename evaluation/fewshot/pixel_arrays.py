@@ -31,7 +31,7 @@ class PixelWarning(UserWarning):
 
 
 def decode_images(X: Any, preprocessing: Preprocessing | None) -> np.ndarray | None:
-    """Decode and preprocess paths of image files and images of Pillow as `metagmvae classify` does.
+    """Decode and preprocess image files, as paths or bytes, and images of Pillow as `metagmvae classify` does.
 
     Args:
         X: a list of them; anything else is not of this kind.
@@ -43,7 +43,7 @@ def decode_images(X: Any, preprocessing: Preprocessing | None) -> np.ndarray | N
     Raises:
         DataError: an image cannot be read, the list also holds something else, or the model records no preprocessing.
     """
-    kinds = (str, os.PathLike, Image.Image)
+    kinds = (str, bytes, os.PathLike, Image.Image)
     if isinstance(X, kinds):
         raise DataError(f"X is one {type(X).__name__}; give a list of images, for example [image]")
     if not isinstance(X, list | tuple | np.ndarray) or not len(X) or not any(isinstance(x, kinds) for x in X):
@@ -55,12 +55,12 @@ def decode_images(X: Any, preprocessing: Preprocessing | None) -> np.ndarray | N
         )
     images = []
     for number, x in enumerate(X):
-        if isinstance(x, Image.Image):
+        if isinstance(x, Image.Image | bytes):
             images.append(apply_preprocessing(x, f"X[{number}]", preprocessing))
         elif isinstance(x, str | os.PathLike):
             images.append(apply_preprocessing(_file_content(Path(x)), os.fspath(x), preprocessing))
         else:
-            raise DataError(f"X[{number}] is {type(x).__name__}; give only paths and images of Pillow, or one array")
+            raise DataError(f"X[{number}] is {type(x).__name__}; give only files and images of Pillow, or one array")
     return np.stack(images)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources.image_decoding import SUFFIXES
 from metagmvae.pipelines.sources.image_files import list_images
 
-Files = tuple[list[str], list[dict[str, str]]]
-"""Names of the files to read, and `file` and `reason` of those that are left out."""
+Files = tuple[Path, list[str], list[dict[str, str]]]
+"""Folder or archive, names of the files to read in it, and `file` and `reason` of those that are left out."""
 
 
 def labelled_files(support: Path) -> tuple[list[str], list[str], np.ndarray, list[dict[str, str]]]:
@@ -31,15 +32,17 @@ def labelled_files(support: Path) -> tuple[list[str], list[str], np.ndarray, lis
 
 
 def query_files(query: Path, *, recursive: bool) -> Files:
-    """Files to classify, directly in the folder or, if `recursive`, in its sub-folders too.
+    """Files to classify, directly in the folder or, if `recursive`, in its sub-folders too; or one image file.
 
     Raises:
         DataError: the folder is missing or holds no images.
     """
+    if query.is_file() and query.suffix.lower() in SUFFIXES:
+        return query.parent, [query.name], []
     files, left_out, _ = _list(query, lambda depth: recursive or depth == 1, "in a sub-folder")
     if not files:
         raise DataError(f"{query}: holds no images; give a folder of image files, QUERY/*.png")
-    return files, left_out
+    return query, files, left_out
 
 
 def _list(root: Path, wanted: Callable[[int], bool], reason: str) -> tuple[list[str], list[dict[str, str]], list[str]]:

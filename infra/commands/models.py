@@ -35,7 +35,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or {ENCODER_HELP} with published weights")
     help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png"
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
-    parser.add_argument("--query", required=True, metavar="DIR", help="folder of images to classify: DIR/*.png")
+    parser.add_argument("--query", required=True, metavar="DIR", help="images to classify: DIR/*.png, or one file")
     parser.add_argument("--recursive", action="store_true", help="also classify the images in sub-folders of --query")
     help_text = "transductive: images are classified together, at most 500 in a random set; inductive: each alone, for "
     help_text += "streams (default: transductive)"

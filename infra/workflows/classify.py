@@ -122,7 +122,7 @@ def classify_folders(
     Args:
         loaded: the model.
         support: folder or archive that holds `<class>/*.png` for two or more classes; shots may differ between classes.
-        query: folder or archive that holds `*.png`.
+        query: folder or archive that holds `*.png`, or one image file.
         figure: as in `ClassifyOptions`.
         invert: as in `ClassifyOptions`.
         options: all options; `figure` and `invert` are then ignored.
@@ -143,7 +143,7 @@ def classify_folders(
     """
     options = options or ClassifyOptions(figure=figure, invert=invert)
     names, support_files, label_T, left_out = labelled_files(support)
-    files, queries_left_out = query_files(query, recursive=options.recursive)
+    query, files, queries_left_out = query_files(query, recursive=options.recursive)
     if options.unknown and UNKNOWN in names:
         raise DataError(f"{support}: class folder {UNKNOWN!r} has the name of the answer of --unknown; rename it")
     way = len(names)

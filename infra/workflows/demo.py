@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def run_demo(out: Path, workers: int) -> dict[str, Any]:
         "classified": f"{correct} of {len(class_of_file)} images correct, by {reference}",
         "picture": answer["figure"],
         "figures": str(run_dir / FIGURES),
-        "look": f"mlflow ui --backend-store-uri {store}",
+        "look": shlex.join(["mlflow", "ui", "--backend-store-uri", store]),
         "next": "metagmvae fit IMAGES --budget 20m --out models/mine",
         "out": str(out),
     }

@@ -48,10 +48,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Args:
         model: the result of `metagmvae.load_model`, or a reference that it takes: the path of a run folder, checkpoint
             or package, or `models:/name@alias`. X then holds images: an array (n, H, W) for one channel,
-            (n, C, H, W), (n, H, W, C), or rows (n, C * H * W); or a list of paths of image files and images of Pillow,
-            which are preprocessed as the model records it (crop, size, inversion), as by `metagmvae classify`. None: X
-            holds features, (n, values). They are centred and divided by one common standard deviation (few labels say
-            little about that of each feature), and serve as latents without noise.
+            (n, C, H, W), (n, H, W, C), or rows (n, C * H * W); or a list of image files (paths, or their content as
+            bytes) and images of Pillow, which are preprocessed as the model records it (crop, size, inversion), as by
+            `metagmvae classify`. None: X holds features, (n, values). They are centred and divided by one common
+            standard deviation (few labels say little about that of each feature), and serve as latents without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
         iterations: as all arguments down to `proportions_prior`, see `AdaptSettings`; None: the value of the model.

@@ -85,7 +85,7 @@ def _format_once(path: str, size: int, modified_ns: int) -> Format:
         return "zip"  # with bytes in front, as self-extracting archives have
     if path.lower().endswith(".zip"):
         raise DataError(f"{path}: not a complete zip file (unknown content); download it again")
-    raise DataError(f"{path}: not a folder, zip file or tar file; check --source")
+    raise DataError(f"{path}: not a folder, zip file or tar file; check the path")
 
 
 def _is_tar_header(head: bytes, path: str) -> bool:

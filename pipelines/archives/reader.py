@@ -85,7 +85,7 @@ def _open_tree(root: Path) -> FileTree:
     if root.is_dir():
         return FolderFiles(root)
     if not root.is_file():
-        raise DataError(f"{root}: no such file or folder; check --source")
+        raise DataError(f"{root}: no such file or folder; check the path")
     return ZipFiles(root) if archive_format(root) == "zip" else open_tar(root)
 
 
