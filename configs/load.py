@@ -6,6 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ fingerprint, so recorded results stay valid. Append new settings here."""
 MAX_SHOWN = 100
 """Characters of a key or value in an error message."""
 TABLE_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
+FORMS = {
+    "bool_type": "; write true or false",
+    "string_type": '; write it in quotes: "{0}"',
+    "tuple_type": "; write a list: [{0}]",
+}
+"""How a value is written, by the type of a pydantic error about another form."""
 MAX_REASON = 500
 MAX_TOML_BYTES = 2**20
 
@@ -180,7 +187,7 @@ def read_toml(file: Any) -> dict[str, Any]:
     if len(raw) > MAX_TOML_BYTES:
         raise SettingsError(f"{file}: larger than {MAX_TOML_BYTES:,} bytes, so it is not a file of settings")
     try:
-        return tomllib.loads(raw.decode())
+        return tomllib.loads(raw.decode("utf-8-sig"))  # editors on Windows put a byte order mark first
     except RecursionError as error:
         raise SettingsError(f"{file}: not valid TOML: nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -196,16 +203,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise SettingsError(f"--set {_short(override)}: write it as section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
+    value = _override_value(text)
+    if isinstance(value, dict):
+        raise SettingsError(
+            f"--set {_short(override)}: would replace all of {_short(key)}; set one key: {_short(key)}.KEY=VALUE"
+        )
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise SettingsError(f"--set {_short(override)}: {_short(section)} is a value, not a section")
     tree[last] = value
+
+
+def _override_value(text: str) -> Any:
+    """A text that is exactly one TOML value: this value; else, and for a date, the text itself.
+
+    As one item of an array, a text with a comment, a second value or a second line is not taken for its beginning.
+    """
+    try:
+        tree = tomllib.loads(f"array = [0, {text}, 0]")
+        (_, value, _) = tree.pop("array")
+    except (ValueError, RecursionError):
+        return text.strip()
+    return text.strip() if tree or isinstance(value, date | time) else value
 
 
 def _validate(tree: Any, context: dict[str, bool] | None = None) -> Settings:
@@ -227,6 +248,9 @@ def _one_line(error: ValidationError) -> str:
         if len(first["loc"]) == 1 and isinstance(inner, dict) and inner:
             key += f".{next(iter(inner))}"  # the section is wrong: its first key says what is meant
         text = f"{_short(key)}: no such key{setting_suggestion(key[:MAX_SHOWN], setting_keys())}"
+    elif first["type"] in FORMS and isinstance(first["input"], str | int | float):
+        value = first["input"] if isinstance(first["input"], str) else json.dumps(first["input"])
+        text += FORMS[first["type"]].format(_short(value))
     return text + (f" (and {len(more)} more mistakes)" if more else "")
 
 

@@ -103,8 +103,13 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     """End of an error message: the known words that are meant or spelt alike, or all of them."""
     close = similar(word, known)
     if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
+        return did_you_mean(close)
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """End of an error message that offers these names."""
+    return f"; did you mean {' or '.join(map(repr, names))}?"
 
 
 def similar(word: str, known: Iterable[str]) -> list[str]:
@@ -138,7 +143,7 @@ def setting_suggestion(dotted: str, keys: Sequence[str]) -> str:
         section = close[0] if close else ""
     in_section = {key.partition(".")[2]: key for key in keys if section and key.startswith(f"{section}.")}
     if word in in_section:
-        return f"; did you mean {in_section[word]!r}?"
+        return did_you_mean([in_section[word]])
     found = [in_section[name] for name in similar(word, in_section)]
     by_name: dict[str, list[str]] = {}
     for key in keys:
@@ -146,7 +151,7 @@ def setting_suggestion(dotted: str, keys: Sequence[str]) -> str:
     if not found:
         found = [key for name in similar(word, by_name) for key in by_name[name]][:4]
     if found:
-        return f"; did you mean {' or '.join(map(repr, found))}?"
+        return did_you_mean(found)
     known = list(in_section) or [*sections, *(key for key in keys if "." not in key)]
     return f"; known{f' in [{section}]' if in_section else ''}: {', '.join(known)}"
 

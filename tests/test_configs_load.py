@@ -116,6 +116,15 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
         ("model.heads=3", "width (256) must be a multiple of heads (3)"),
         ("train.denoise=true", "train.denoise (true) augments images"),
         ("train", "write it as section.key=value"),
+        ("train={steps=5}", "--set train={steps=5}: would replace all of train; set one key: train.KEY=VALUE"),
+        ("name=2024", 'name = 2024: input should be a valid string; write it in quotes: "2024"'),
+        ("validation.shots=1", "validation.shots = 1: input should be a valid array; write a list: [1]"),
+        ("validation.shots=1,5", 'validation.shots = "1,5": input should be a valid array; write a list: [1,5]'),
+        ("train.compile=True", 'train.compile = "True": input should be a valid boolean; write true or false'),
+        ("train.steps=3 # note", 'train.steps = "3 # note": input should be a valid integer'),
+        ("train.steps=3\nfoo=4", 'train.steps = "3\\nfoo=4": input should be a valid integer'),
+        ("train.steps=3]\nfoo=[4", "input should be a valid integer"),
+        ("train.steps=3,", 'train.steps = "3,": input should be a valid integer'),
     ],
 )
 def test_mistakes_give_one_error_line(override, message):
@@ -123,6 +132,35 @@ def test_mistakes_give_one_error_line(override, message):
         load_settings("omniglot-cpu", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", ""),
+        ('""', ""),
+        ("runs/a#b", "runs/a#b"),
+        ("'a\"b'", 'a"b'),
+        ("日本 語", "日本 語"),
+        ("2024-01-02T10:00", "2024-01-02T10:00"),
+        ("10:30", "10:30"),
+        ("a=b", "a=b"),
+        ("1, 2", "1, 2"),
+        ("[1, 2]", "[1, 2]"),
+    ],
+)
+def test_text_that_is_no_value_of_toml_is_taken_as_it_is(text, value):
+    if text == "[1, 2]":
+        assert load_settings("omniglot-cpu", [f"validation.shots={text}"]).validation.shots == (1, 2)
+    else:
+        assert load_settings("omniglot-cpu", [f"name={text}"]).name == value
+
+
+def test_files_of_windows_editors_are_read(tmp_path):
+    """With a byte order mark, and lines that end with a carriage return."""
+    (tmp_path / "mine.toml").write_bytes(b'\xef\xbb\xbfname = "mine"\r\n[train]\r\nsteps = 7\r\n')
+    settings = load_settings(tmp_path / "mine.toml")
+    assert (settings.name, settings.train.steps) == ("mine", 7)
 
 
 def test_unknown_presets_and_invalid_toml(tmp_path):

@@ -133,7 +133,7 @@ def test_published_rows_are_found_by_name_and_tables_1_and_2_agree():
     assert cross.percent[20, 1] == table_1["meta-gmvae"].percent[20, 1]
     assert len(cross.percent) == 8
     assert len({r.ref for r in PUBLISHED}) == len(PUBLISHED) == 33
-    with pytest.raises(DataError, match="did you mean paper:omniglot/umtra"):
+    with pytest.raises(DataError, match="did you mean 'paper:omniglot/umtra'"):
         published_rows("paper:omniglot/umtr")
     with pytest.raises(DataError, match="no such row of the paper"):
         published_rows("paper:nothing")

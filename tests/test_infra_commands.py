@@ -84,7 +84,9 @@ def test_bench_features_and_prepare(tmp_path, capsys):
         (["bench", "loader", "--data", "DATA", "--split", "test", "--pictures", "900"], "holds 240"),
         (["bench", "episodes", "--data", "DATA", "--split", "test"], "way 20 exceeds the 6"),
         (["bench", "episodes", "--data", "DATA", "--split", "x"], "no split 'x'"),
-        (["table", "nobody", "--results", "DATA"], "no result of 'nobody'"),
+        (["table", "nobody", "--results", "DATA"], "no result of 'nobody'; expected nobody-5way-1shot.json or similar"),
+        (["table", "flip", "--results", "DATA"], "no result of 'flip'; did you mean 'flips'?"),
+        (["table", "nobody", "--results", "DATA/none"], "/none: no such folder; give the folder of the files of eval"),
     ],
 )
 def test_wrong_request_is_one_error_line(data, capsys, words, message):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from metagmvae.configs.suggestions import suggestion
 from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.pipelines.records import DataError
 
@@ -133,7 +133,5 @@ def published_rows(ref: str) -> list[PublishedResult]:
     rows = [row for row in PUBLISHED if ref == row.ref or (ref == f"paper:{row.dataset}" and row.where != "Table 2")]
     if not rows:
         known = [*(f"paper:{name}" for name in DATA), *BY_REF]
-        closest = difflib.get_close_matches(ref, known, n=1)
-        hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(known)}"
-        raise DataError(f"{ref}: no such row of the paper; {hint}")
+        raise DataError(f"{ref}: no such row of the paper{suggestion(ref, known)}")
     return rows

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from metagmvae.configs.suggestions import did_you_mean, similar
 from metagmvae.evaluation.comparison.formatting import (
     Task,
     format_value,
@@ -221,7 +222,12 @@ def results_by_task(results: Path, name: str) -> ByTask:
 def _require(results: Path, name: str) -> ByTask:
     by_task = results_by_task(results, name)
     if not by_task:
-        raise DataError(f"{results}: no result of {name!r}; expected {name}-5way-1shot.json or similar")
+        if not results.is_dir():
+            raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
+        files = (re.fullmatch(r"(.+?)(?:-seed\d+)?-\d+way-\d+shot\.json", path.name) for path in results.iterdir())
+        close = similar(name, sorted({"flips", *(match[1] for match in files if match)}))
+        expected = did_you_mean(close) if close else f"; expected {name}-5way-1shot.json or similar"
+        raise DataError(f"{results}: no result of {name!r}{expected}")
     return by_task
 
 

@@ -28,9 +28,7 @@ from metagmvae.training.objectives.logistic_regression import logistic_regressio
 from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
-"""Support (K, S, F) and queries (P, F) of an episode -> predicted class of each query, 0 to K - 1, (P,)."""
-BatchClassifier = Callable[[Tensor, Tensor], Tensor]
-"""The same for a batch of episodes: (E, K, S, F), (E, P, F) -> (E, P)."""
+"""Support (E, K, S, F) and queries (E, P, F) of a batch of episodes -> class of each query, 0 to K - 1, (E, P)."""
 
 VALUES_PER_BATCH = 2**21
 """Maximum number of feature values in a batch of episodes (8 MB): small batches fit the caches of a CPU."""
@@ -154,23 +152,9 @@ def em_on_features(
     return evaluate_batches(classify, "transductive", x_nF, labels, **task)
 
 
-def evaluate_classifier(
-    classify: Classifier, mode: PredictionMode, x_nF: Tensor, labels: np.ndarray, **task: Any
-) -> EpisodeResults:
-    """Evaluate a classifier of one episode, in float32 on the CPU.
-
-    Arguments and errors are those of `evaluate_batches`; only `classify` takes one episode at a time.
-    """
-
-    def classify_each(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        return torch.stack([classify(*episode) for episode in zip(support_EKSF, query_EPF, strict=True)])
-
-    return evaluate_batches(classify_each, mode, x_nF.cpu(), labels, **task)
-
-
 @torch.inference_mode()
 def evaluate_batches(
-    classify: BatchClassifier,
+    classify: Classifier,
     mode: PredictionMode,
     x_nF: Tensor,
     labels: np.ndarray,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metagmvae.configs.suggestions import similar
+from metagmvae.configs.suggestions import suggestion
 from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.maml import MAML
@@ -31,9 +31,7 @@ def find_method(name: str) -> Method:
     make = load_extension("metagmvae.methods", name)
     if make is None:
         known = [*METHODS, *extension_names("metagmvae.methods")]
-        close = similar(name, known)
-        meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise DataError(f"method.name ({name}): no such method{meant}; known: {', '.join(known)}")
+        raise DataError(f"method.name ({name}): no such method{suggestion(name, known)}")
     try:
         method = make()
     except Exception as error:  # whatever the code of another package raises
