@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -47,7 +49,8 @@ def _clock(seconds: float) -> str:
 class LiveLine:
     """Follows the metric lines of a run in a thread, whichever engine writes them.
 
-    A terminal shows the newest line; elsewhere it is logged every 30 s.
+    A terminal shows the newest line; elsewhere it is logged every 30 s. Where no metric lines come, because features
+    are computed or the trained model is evaluated, the text says so, and for how long.
     """
 
     def __init__(self, run_dir: Path, total_steps: int, *, quiet: bool = False) -> None:
@@ -55,8 +58,19 @@ class LiveLine:
         self.total_steps = total_steps
         self.terminal = sys.stderr.isatty()
         self.active = not (self.terminal and quiet)
+        self._work = ""
+        self._since = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live-line", daemon=True)
+
+    @contextmanager
+    def working_on(self, work: str) -> Iterator[None]:
+        """Show this text instead of the newest metric line inside the block: work that follows the training steps."""
+        self._work, self._since = work, time.monotonic()
+        try:
+            yield
+        finally:
+            self._work = ""
 
     def __enter__(self) -> LiveLine:
         if self.active:
@@ -82,8 +96,9 @@ class LiveLine:
                 status.update(text)
 
     def _texts(self, interval_s: float) -> Iterator[str]:
-        """Yield the text of the newest metric line, every `interval_s` seconds until the run ends."""
+        """Yield what the run does, every `interval_s` seconds until it ends: the newest metric line, or other work."""
         accuracies: dict[str, float] = {}
+        newest: MetricLine = {}
         while not self._stop.wait(interval_s):
             lines = read_lines(self.path)
             for line in lines:
@@ -92,5 +107,19 @@ class LiveLine:
                     for key, value in line.items()
                     if key.startswith("validation/") and not key.endswith("_ci95")
                 }
-            if lines:
-                yield progress_text(lines[-1], self.total_steps, accuracies)
+            if lines and lines[-1] != newest:
+                newest = lines[-1]
+                if not self._work:
+                    self._since = time.monotonic()
+            waiting_s = time.monotonic() - self._since
+            so_far = f"{_clock(waiting_s)} so far"
+            if self._work:
+                yield f"{self._work}, {so_far}"
+            elif newest:
+                text = progress_text(newest, self.total_steps, accuracies)
+                stage_is_done = newest["step"] == newest["steps"] and int(newest["global_step"]) < self.total_steps
+                if stage_is_done:
+                    text = f"{newest['stage']} {int(newest['steps']):,} steps done, preparing the next stage, {so_far}"
+                elif waiting_s >= LOG_S:
+                    text += f"  (no new numbers for {_clock(waiting_s)})"
+                yield text

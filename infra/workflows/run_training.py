@@ -120,12 +120,14 @@ def run_training(settings: Settings, *, kind: ModelKind = "learner", resume: boo
     """
     with checked_training(settings, kind, resume) as plan, _claimed_folder(plan):
         run_dir, tracking = plan.run_dir, plan.inputs.settings.tracking
-        with RunTracker(run_dir, tracking), LiveLine(run_dir, plan.total_steps, quiet=quiet):
+        with RunTracker(run_dir, tracking), LiveLine(run_dir, plan.total_steps, quiet=quiet) as live:
             _train(plan)
             if plan.kind == "learner":
-                calibrate_run(run_dir, plan.inputs.settings, plan.inputs.dataset)
+                with live.working_on("calibrating on validation episodes"):
+                    calibrate_run(run_dir, plan.inputs.settings, plan.inputs.dataset)
             if plan.inputs.settings.run.figures:
-                _draw_figures(run_dir, plan.inputs)
+                with live.working_on("drawing figures"):
+                    _draw_figures(run_dir, plan.inputs)
     return run_dir
 
 
