@@ -31,6 +31,8 @@ Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
 
 
 def _check_folder(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"{path!r} is no folder; give its path")
     if path.startswith(("file:///", "file://localhost/")):
         return url2pathname(path.removeprefix("file://").removeprefix("localhost"))
     if "://" in path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -31,10 +32,26 @@ from metagmvae.infra.commands.output import (
     start_logging,
     write_line,
 )
-from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parser, VersionAction, complete, format_answer
+from metagmvae.infra.commands.parsing import (
+    Answer,
+    FailedAnswer,
+    Parser,
+    VersionAction,
+    WrongOptions,
+    complete,
+    format_answer,
+)
 from metagmvae.infra.runs.stop_signals import explain_stop, raised_signals
 
 LOG = logging.getLogger(__name__)
+OS_REMEDIES = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "free some space, and run the command again",
+    errno.EDQUOT: "free some space, and run the command again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions, or choose another one",
+}
+"""For errors of the operating system that are met in a place without a message of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(parser, words)
     except SystemExit as stop:  # --help, --version and wrong options
+        if isinstance(stop, WrongOptions) and "--json" in words:
+            write_line(answer_text(_failure(stop.reason, 2)), sys.stdout)
         if flush_streams():
             raise SystemExit(1) from None
         raise stop from None
@@ -71,18 +90,33 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
             stop.add_note(arguments.interrupted)
         reason, code = explain_stop(stop)
         LOG.error("%s: %s", name, reason)
-        return code
     except Exception as error:
         if arguments.debug:
             raise
-        if type(error).__module__.split(".")[0] != "metagmvae":
-            reason = ": ".join([type(error).__name__, *str(error)[:300].splitlines()[:1]])
-            unexpected = f"unexpected error in {arguments.command}: {reason}; --debug shows the traceback"
-            LOG.error("metagmvae: %s", unexpected, exc_info=True)
-            return 1
-        LOG.error("%s: %s", name, str(error).removeprefix(f"{arguments.command}: "), exc_info=True)
-        # The ValueErrors of this package (one line each) are wrong requests; its other errors are failures.
-        return 2 if isinstance(error, ValueError) else 1
+        reason, code = _explain(error, arguments.command)
+        LOG.error("%s: %s", "metagmvae" if reason.startswith("unexpected error") else name, reason, exc_info=True)
+    if arguments.json:
+        write_line(answer_text(_failure(reason, code)), sys.stdout)
+    return code
+
+
+def _explain(error: Exception, command: str) -> tuple[str, int]:
+    """The reason of a failed command in one line, and its exit code.
+
+    The ValueErrors of this package (one line each) are wrong requests; its other errors are failures.
+    """
+    if type(error).__module__.split(".")[0] == "metagmvae":
+        return str(error).removeprefix(f"{command}: "), 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, OSError) and error.errno in OS_REMEDIES:
+        where = f"{str(error.filename)[:100]}: " if error.filename else ""
+        return f"{where}{error.strerror}; {OS_REMEDIES[error.errno]}", 2 if error.errno == errno.ENAMETOOLONG else 1
+    reason = ": ".join([type(error).__name__, *str(error)[:300].splitlines()[:1]])
+    return f"unexpected error in {command}: {reason}; --debug shows the traceback", 1
+
+
+def _failure(reason: str, code: int) -> Answer:
+    """What `--json` prints on standard output for a command that failed."""
+    return {"error": redact(reason), "exit_code": code}
 
 
 def _print(answer: Answer, as_json: bool, name: str) -> int:

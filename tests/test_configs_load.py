@@ -117,6 +117,8 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
         ("train.denoise=true", "train.denoise (true) augments images"),
         ("train", "write it as section.key=value"),
         ("train={steps=5}", "--set train={steps=5}: would replace all of train; set one key: train.KEY=VALUE"),
+        ("run.out=", "run.out: '' is no folder; give its path"),
+        ('run.out="a\\u0000b"', "run.out: 'a\\x00b' is no folder; give its path"),
         ("name=2024", 'name = 2024: input should be a valid string; write it in quotes: "2024"'),
         ("validation.shots=1", "validation.shots = 1: input should be a valid array; write a list: [1]"),
         ("validation.shots=1,5", 'validation.shots = "1,5": input should be a valid array; write a list: [1,5]'),

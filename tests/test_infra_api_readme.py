@@ -128,7 +128,7 @@ def test_a_broken_method_is_one_line(text: str, tmp_path: Path, monkeypatch: pyt
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(DataError, match=r"no such method; did you mean 'protonets'\?"):
         find_method("protonet")
-    with pytest.raises(DataError, match="no such method; known: meta-gmvae, .*, other"):
+    with pytest.raises(DataError, match=r"no such method; known: meta-gmvae, .*, other"):
         find_method("unheard-of")
 
 

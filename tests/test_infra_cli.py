@@ -1,5 +1,8 @@
 """Exit codes and error lines of the command, whatever goes wrong."""
 
+import errno
+import json
+
 import pytest
 
 from metagmvae.configs.load import load_settings
@@ -29,12 +32,58 @@ def raising(monkeypatch):
         (KeyError("name"), 1, "metagmvae: unexpected error in verify: KeyError: 'name'; --debug shows the traceback"),
         (AssertionError(), 1, "metagmvae: unexpected error in verify: AssertionError; --debug shows the traceback"),
         (ValueError("a\nb"), 1, "metagmvae: unexpected error in verify: ValueError: a; --debug shows the traceback"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "metagmvae verify: No space left on device; free some space, and run the command again",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b"),
+            1,
+            "metagmvae verify: a/b: Permission denied; change its permissions, or choose another one",
+        ),
+        (KeyboardInterrupt(), 130, None),
     ],
 )
 def test_every_error_is_one_line_with_its_exit_code(raising, capsys, error, code, line):
     raising(error)
     assert main(["verify", "x"]) == code
-    assert capsys.readouterr().err == line + "\n"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (f"{line}\n" if line else printed.err)
+    assert main(["verify", "x", "--json"]) == code
+    answer, again = capsys.readouterr()
+    assert again == printed.err
+    failure = json.loads(answer)
+    assert failure["exit_code"] == code
+    assert printed.err.endswith(f": {failure['error']}\n")
+
+
+@pytest.mark.parametrize("words", [["verify"], ["verify", "x", "--none"], ["bench", "stpe"], ["trian"]])
+def test_wrong_options_are_one_json_object_too(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--json"])
+    answer, error = capsys.readouterr()
+    assert json.loads(answer)["exit_code"] == 2
+    assert json.loads(answer)["error"] in error
+
+
+def test_names_that_are_too_long_are_one_line_wherever_they_stand(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "n" * 300
+    for words in (
+        ["train", name],
+        ["train", "omniglot-cpu", "--set", f"data.uri={data}", "--set", f"run.out={name}"],
+        ["evaluate", name, "--data", str(data)],
+        ["compare", name, name],
+        ["table", "x", "--results", name],
+        ["figure", name, "--out", "o"],
+    ):
+        assert main(words) == 2, words
+        error = capsys.readouterr().err
+        assert error.endswith("File name too long; choose a shorter name\n"), error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback(raising):

@@ -26,6 +26,7 @@ LOST = (
             RuntimeError("\n  ray.exceptions.OutOfMemoryError: killed\nSet RAY_x"),
             "its node ran out of memory",
         ),
+        (RuntimeError("2 worker(s) were killed due to the node running low on memory"), "its node ran out of memory"),
         (RuntimeError(LOST), "killed (SIGKILL), most likely because its node ran out of memory"),
         (WorkerCrashedError(), "killed (SIGKILL)"),
         (RuntimeError("Traceback\n  in step\nValueError: batch is 0\n\n"), "ValueError: batch is 0"),

@@ -1,5 +1,6 @@
 """Standard streams that are full, closed or ASCII-only, and the log of a command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from metagmvae.infra.cli import build_parser, main
 from metagmvae.infra.commands.check import _check_lines
 from metagmvae.infra.commands.output import answer_text
-from metagmvae.infra.commands.parsing import progress_bar
+from metagmvae.infra.commands.parsing import format_answer, progress_bar
 
 COMMANDS = sorted(next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict)))
 PYTHON = f"{sys.executable} -m metagmvae"
@@ -63,8 +64,10 @@ def test_streams_that_cannot_be_written(data, tmp_path, words, out, code, error)
 
 
 def test_a_closed_error_stream_does_not_move_errors_to_the_answer(tmp_path):
-    code, printed, _ = shell("$RUN verify none --json 2>&-", tmp_path)
-    assert (code, printed) == (2, "")
+    code, printed, _ = shell("$RUN verify none 2>&-; $RUN verify none --json 2>&-", tmp_path)
+    assert code == 2
+    (line,) = printed.splitlines()
+    assert json.loads(line).keys() == {"error", "exit_code"}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,9 @@ def test_names_that_an_ascii_stream_cannot_show_are_escaped(tmp_path, environmen
     code, printed, errors = shell("$RUN verify größe; echo $?; $RUN verify größe --json", tmp_path, **environment)
     assert code == 2
     assert "Traceback" not in errors
-    assert printed == "2\n"
+    code_of_first, failure = printed.splitlines()
+    assert code_of_first == "2"
+    assert "no dataset.json there" in json.loads(failure)["error"]
     assert errors.count("no dataset.json there") == 2
 
 
@@ -118,6 +123,12 @@ def test_long_work_without_a_terminal_is_logged(monkeypatch, caplog):
         "shards: 60 of 100, about 40 s left",
         "shards: 90 of 100, about 10 s left",
     ]
+
+
+def test_small_numbers_are_shown():
+    assert format_answer({"learning_rate": 3e-5, "zero": 0.0, "loss": -0.00123, "rate": 0.25, "speed": 12345.6}) == (
+        "learning_rate: 3e-05\nzero: 0.0000\nloss: -0.0012\nrate: 0.2500\nspeed: 12,346"
+    )
 
 
 def test_numbers_that_are_not_finite_become_null():

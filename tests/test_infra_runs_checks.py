@@ -64,6 +64,7 @@ def test_labels_that_the_dataset_does_not_have(
         ("omniglot-scratch", {"train__steps": 5}, ("train.steps is 5", "scratch is not meta-trained", "0")),
         ("omniglot-maml-oracle", {"method__name": "mamml"}, ("method.name (mamml): no such method", "maml")),
         ("omniglot-maml-oracle", {"data__reader": "stream"}, ("data.reader", "set it to mmap")),
+        ("omniglot-cpu", {"validation__shots": "[]"}, ("validation.shots is empty", "set validation.every to 0")),
     ],
 )
 def test_settings_that_do_not_fit(

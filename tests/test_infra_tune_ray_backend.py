@@ -6,14 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from command_words import set_words
 from driver_processes import end, kill_all, processes_of
+from small_sweep import open_sweep
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.sweeps.trials import read_trials
 from metagmvae.infra.runs.run_folder import METRICS, read_lines
+from metagmvae.infra.tune import ray_backend
+from metagmvae.pipelines.records import WorkError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -131,6 +136,16 @@ def test_killing_driver_and_worker_repeats_no_step_of_any_trial(data, tmp_path):
     settings = load_settings(out / "best.toml")
     assert settings.train.em_iterations == answer["settings"]["train.em_iterations"]
     assert not (out / ".ray").exists()
+
+
+def test_a_sweep_whose_own_processes_are_lost_says_how_it_continues(plan, dataset, tmp_path, monkeypatch):
+    """Ray Tune raises a plain RuntimeError if its own worker runs out of memory, and not only those of its trials."""
+    text = "Caught unexpected exception: 2 worker(s) were killed due to the node running low on memory. It was 0.96"
+    tuner = SimpleNamespace(fit=Mock(side_effect=RuntimeError(text)))
+    monkeypatch.setattr(ray_backend, "_tuner", lambda *arguments: tuner)
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    with pytest.raises(WorkError, match=r"^Ray Tune failed: .* out of memory: use fewer .*; continue with --resume$"):
+        ray_backend.run_sweep(sweep, 1, 0.0, lambda: None)
 
 
 POSSIBLE = """

@@ -22,7 +22,8 @@ def failure_reason(error: BaseException | str) -> str:
     'ValueError: batch is 0'
     """
     text = str(error)
-    if isinstance(error, OutOfMemoryError) or "OutOfMemoryError" in text or "memory usage threshold" in text:
+    signs = ("OutOfMemoryError", "memory usage threshold", "running low on memory")
+    if isinstance(error, OutOfMemoryError) or any(sign in text for sign in signs):
         return f"a worker was stopped because its node ran out of memory: {MEMORY_REMEDY}"
     if LOST in text or "died unexpectedly" in text or "WorkerCrashedError" in text:
         crash = _crash(text)

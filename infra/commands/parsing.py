@@ -34,13 +34,21 @@ class FailedAnswer(dict[str, Any]):
     """An answer that reports damage or a failed check: it is printed as usual, but the exit code is 1."""
 
 
+class WrongOptions(SystemExit):
+    """Exit code 2 for options that cannot be parsed, after the reason has been printed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(2)
+        self.reason = reason
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a wrong request in one line, with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
         write_line(_printable(redact(f"{self.prog}: {message}; see `{self.prog} --help`")), sys.stderr)
-        raise SystemExit(2)
+        raise WrongOptions(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print the help; argparse itself would not notice that it cannot be written."""
@@ -207,6 +215,8 @@ def _cell(name: str, value: Any) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, float):
+        if 0 < abs(value) < 0.001:  # four decimals would show nothing of it
+            return f"{value:.3g}"
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, dict):
         return ", ".join(f"{_printable(str(k))} {_plain(v)}" for k, v in value.items())

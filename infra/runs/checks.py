@@ -33,6 +33,8 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
         dataset.rows(settings.data.train_split, "mmap", check=False)
     validation = settings.validation
     if validation.every:
+        if not validation.shots:
+            raise SettingsError("validation.shots is empty; give a number of shots, or set validation.every to 0")
         labels = dataset.labels(settings.data.validation_split)
         for shot in validation.shots:
             EpisodeSampler(labels, way=validation.way, shot=shot, query=validation.query, seed=validation.seed)

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -96,11 +97,14 @@ def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str,
     checkpoint in another run of Tune.
 
     Raises:
-        WorkError: a whole run of Tune ended no trial.
+        WorkError: a whole run of Tune ended no trial, or a process that Tune itself needs was lost.
     """
     while True:
         ended_before = len(sweep.ended)
-        _tuner(sweep, callback, resources, at_once).fit()
+        try:
+            _tuner(sweep, callback, resources, at_once).fit()
+        except (RayError, tune.TuneError, RuntimeError) as error:
+            raise WorkError(f"Ray Tune failed: {failure_reason(error)}; continue with --resume") from error
         if callback.error is not None:
             raise callback.error
         if not sweep.running:
