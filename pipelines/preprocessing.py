@@ -28,8 +28,9 @@ class Preprocessing(BaseModel):
     size: Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]
     """(height, width) in pixels; they are equal."""
     resample: Literal["lanczos"] = "lanczos"
-    crop: Literal["center square"] = "center square"
-    """The largest centred square is cut out before the image is resized."""
+    crop: Literal["center square", "none"] = "center square"
+    """`center square`: the largest centred square is cut out before the image is resized. `none`: the whole image is
+    resized to the square, which changes its aspect ratio."""
     sixteen_bit_white: PositiveInt = 65535
     """The value of images with more than 8 bits that becomes 255; 4095 if all of them have 12-bit values."""
 
@@ -47,5 +48,5 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _check_square(self) -> Self:
         if self.size[0] != self.size[1]:
-            raise ValueError(f"size is {self.size[0]} x {self.size[1]}; the crop is square")
+            raise ValueError(f"size is {self.size[0]} x {self.size[1]}; the images are square")
         return self

@@ -211,11 +211,12 @@ def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, c
     assert f"Training {words[best['verdict']]} the frozen encoder timm:test_resnet with {best['head']}" in report
 
 
-def test_an_older_state_without_an_encoder_is_read(fitted):
+def test_an_older_state_without_encoder_and_crop_is_read(fitted):
     _, model, _, _ = fitted
     state = json.loads((model / "fit.json").read_text())
-    del state["plan"]["encoder"]
-    assert FitState.model_validate_json(json.dumps(state)).plan.encoder is None
+    del state["plan"]["encoder"], state["plan"]["crop"]
+    plan = FitState.model_validate_json(json.dumps(state)).plan
+    assert (plan.encoder, plan.crop) == (None, True)
 
 
 def test_again_it_does_nothing_and_with_other_options_it_refuses(fitted, frozen, tmp_path):
@@ -231,6 +232,9 @@ def test_again_it_does_nothing_and_with_other_options_it_refuses(fitted, frozen,
     code, _, lines = fit(pictures, "--out", model)
     assert (code, len(lines)) == (2, 1)
     assert "encoder differ" in lines[0]
+    code, _, lines = fit(pictures, "--out", model, "--no-crop", *frozen)
+    assert (code, len(lines)) == (2, 1)
+    assert "crop differ" in lines[0]
     more = tmp_path / "letters"
     shutil.copytree(pictures, more)
     shutil.copy(next(more.rglob("*.png")), more / next(more.iterdir()).name / "more.png")
@@ -263,9 +267,11 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_flat_folder_with_labelled_pictures(tmp_path):
     pictures = write_glyphs(tmp_path / "flat", 6, 8, flat=True)
-    code, answer, lines = fit(pictures, "--out", tmp_path / "plain")
+    code, answer, lines = fit(pictures, "--out", tmp_path / "plain", "--no-crop")
     assert code == 0, lines
     assert any("no classes are held out" in line for line in lines)
+    assert any("28 x 28 pixels, grey, inverted, so that strokes are bright, not cropped" in line for line in lines)
+    assert metagmvae.load_model(tmp_path / "plain").preprocessing.crop == "none"
     assert commands(lines) == ["prepare", "train"]
     assert [row["on"] for row in answer["accuracy"]] == ["augmented views of training images, no classes"] * 2
     labelled = write_glyphs(tmp_path / "labelled", 3, 5)

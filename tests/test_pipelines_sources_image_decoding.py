@@ -109,6 +109,22 @@ def test_reduced_decoding_of_a_large_jpeg_agrees_with_full_decoding():
     assert np.abs(pixels.astype(int) - full).max() <= 3
 
 
+@pytest.mark.parametrize("size", [(128, 44), (3, 40), (20, 20)])
+def test_without_the_crop_the_whole_image_is_resized(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    whole = np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    side = min(size)
+    left, top = (size[0] - side) / 2, (size[1] - side) / 2
+    box = (left, top, left + side, top + side)
+    square = np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS, box)).transpose(2, 0, 1)
+    cropped = Preprocessing.of_shape((3, 28, 28), invert=False)
+    uncropped = cropped.model_copy(update={"crop": "none"})
+    array = np.asarray(image).transpose(2, 0, 1)
+    for form in (encoded(image), image, array):
+        np.testing.assert_array_equal(apply_preprocessing(form, "x", uncropped), whole)
+        np.testing.assert_array_equal(apply_preprocessing(form, "x", cropped), square)
+
+
 def assert_refused(data, *words):
     with pytest.raises(DataError) as caught:
         decode_image(data, "cat/1.png", size=4, channels=1)

@@ -51,6 +51,24 @@ def test_images_in_one_folder_are_unlabelled_training_images(tmp_path):
     assert source.report["skipped"] == []
 
 
+def test_a_crop_that_leaves_out_much_is_said_and_can_be_turned_off(tmp_path):
+    """Spectrograms of 128 x 44 pixels: the middle square is 34% of them."""
+    ramp = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (44, 1)))
+    for number in range(3):
+        (tmp_path / "wide").mkdir(exist_ok=True)
+        ramp.save(tmp_path / "wide" / f"{number}.png")
+    cropped = open_source("folder", str(tmp_path / "wide"), size=44)
+    assert cropped.files["crop"].startswith("the middle square of each image is used, 34% of the area of the median")
+    assert np.ptp(cropped.load_block("train", [0])) < 50
+    whole = open_source("folder", str(tmp_path / "wide"), size=44, crop=False)
+    assert "crop" not in whole.files
+    assert np.ptp(whole.load_block("train", [0])) > 120
+    assert (cropped.preprocessing.crop, whole.preprocessing.crop) == ("center square", "none")
+    assert cropped.fingerprint != whole.fingerprint
+    tree(tmp_path / "square", {f"{number}.png": png(number, (40, 37)) for number in range(3)})
+    assert "crop" not in open_source("folder", str(tmp_path / "square"), size=28).files
+
+
 def test_several_folders_are_classes_named_by_their_paths(tmp_path):
     source = open_source(
         "folder", str(tree(tmp_path, ["dog/1.png", "wild/cat/1.png", "wild/cat/2.png", "wild/ox/1.png"]))

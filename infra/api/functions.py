@@ -68,7 +68,7 @@ def train(
         config: path of a TOML file, name of a preset, or folder of a run: its settings.
         overrides: values by dotted key (`section.key`); they replace those of the file.
         resume: continue from the checkpoint in the run folder (`run.out`), if it has one.
-        kind: `meta-gmvae`, or `encoder`: as `metagmvae pretrain`.
+        kind: `learner`, or `encoder`: as `metagmvae pretrain`.
 
     Raises:
         SettingsError: a key or value is wrong, cannot be used on this machine, or differs from the run to resume.

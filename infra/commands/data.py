@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 SOURCE_OPTIONS = (
-    *("split", "size", "channels", "invert", "classes", "fractions", "validation_classes", "test_classes"),
+    *("split", "size", "channels", "invert", "crop", "classes", "fractions", "validation_classes", "test_classes"),
     *("max_broken", "allow_missing"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
@@ -59,6 +59,9 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--channels", type=int, help="folder: 1 for grey or 3 for RGB (default: as the images)")
     help_text = "folder: invert the images; use it for dark strokes on a bright background"
     parser.add_argument("--invert", action="store_true", default=None, help=help_text)
+    help_text = "folder: resize whole images to squares, which changes their aspect ratio, instead of cutting out the "
+    help_text += "middle square; use it for spectrograms and lines of text"
+    parser.add_argument("--no-crop", action="store_false", dest="crop", default=None, help=help_text)
     help_text = "folder: sub-folders are not classes; everything becomes the training split"
     parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
     help_text = "folder: fractions of the classes for the three splits"

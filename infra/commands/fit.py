@@ -30,6 +30,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--encoder", metavar="NAME", help=help_text)
     add_encoder_options(parser, head=False)
     parser.add_argument("--unlabelled", action="store_true", help="sub-folders of PICTURES are not classes")
+    help_text = "resize whole images to squares instead of cutting out the middle square, as in `prepare folder`"
+    parser.add_argument("--no-crop", action="store_false", dest="crop", help=help_text)
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the held-out classes and the training (default: 0)"
     )
@@ -63,7 +65,8 @@ def fit(arguments: Namespace) -> Answer:
     budget_s = parse_budget(arguments.budget)
     weights = Path(arguments.weights) if arguments.weights else None
     encoder = (arguments.encoder, weights, arguments.image_size)
-    request = FitRequest(pictures, labelled, out, budget_s, arguments.seed, arguments.unlabelled, *encoder)
+    options = (arguments.seed, arguments.unlabelled, *encoder, arguments.crop)
+    request = FitRequest(pictures, labelled, out, budget_s, *options)
     if arguments.dry_run:
         plan, stored = plan_fit(request)
         begun = {"continues": str(out)} if stored else {}

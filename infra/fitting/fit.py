@@ -89,6 +89,7 @@ def plan_fit(request: FitRequest) -> tuple[FitPlan, FitState | None]:
         raise DataError(f"--out {out}: lies in the folder of the pictures; choose a folder outside of it")
     stored = read_state(out)
     options: dict[str, Any] = {"unlabelled": request.unlabelled, "encoder": requested_encoder(request)}
+    options["crop"] = request.crop
     plan = make_plan(request.pictures, request.labelled, request.budget_s, request.seed, **options)
     if stored is not None:
         check_same(out, stored.plan, plan)
@@ -121,15 +122,16 @@ class _Fit(FitCall):
             return
         plan = self.plan
         words = ["prepare", "folder", "--source", plan.pictures, "--out", str(self.out / DATA)]
-        words += ["--size", str(plan.size), "--channels", str(plan.data_channels), "--seed", str(plan.seed)]
-        if plan.invert:
-            words.append("--invert")
+        words += ["--seed", str(plan.seed)]
+        words += plan.preprocessing_words
         if plan.unlabelled:
             words.append("--unlabelled")
         elif plan.classes and not plan.split_folders:
             words += ["--validation-classes", str(plan.validation_classes), "--test-classes", str(plan.test_classes)]
         with self.timed("prepare"):
             answer = self.command(*words)
+        if "crop" in answer:
+            LOG.info(answer["crop"])
         files = answer["files"]
         if files["left_out"]:
             LOG.info(f"{files['left_out']} of {files['seen']} files were left out: {answer['left_out']}")

@@ -25,9 +25,8 @@ def evaluate_all(call: FitCall, dataset: Dataset) -> dict[str, list[dict[str, An
     if call.plan.labelled is not None:
         folder = call.out / LABELLED
         if not (folder / "dataset.json").exists():
-            size, channels = str(call.plan.size), str(call.plan.data_channels)
-            words = ["prepare", "folder", "--source", call.plan.labelled, "--out", str(folder), "--size", size]
-            words += ["--channels", channels, *(["--invert"] if call.plan.invert else [])]
+            words = ["prepare", "folder", "--source", call.plan.labelled, "--out", str(folder)]
+            words += call.plan.preprocessing_words
             call.command(*words, "--validation-classes", "0", "--test-classes", "0")
         evaluated[LABELLED_PICTURES] = _evaluate(call, Dataset.open(folder), "train", LABELLED)
     return evaluated or {"augmented views of training images, no classes": _evaluate_views(call, dataset)}

@@ -74,6 +74,8 @@ class FitPlan(BaseModel):
     budget_s: float
     seed: int
     encoder: FrozenEncoder | None = None
+    crop: bool = True
+    """Whether the middle square of each image is cut out."""
 
     @property
     def found(self) -> list[str]:
@@ -109,13 +111,18 @@ class FitPlan(BaseModel):
                 "no classes are held out; the model is evaluated on episodes of augmented views instead, in which "
                 "every image is a class of its own"
             )
-        compared = f"comparison with the frozen encoder {self.encoder.name}" if self.encoder else ""
         return [
-            f"images of {self.size} x {self.size} pixels, {kind}{inverted}",
+            f"images of {self.size} x {self.size} pixels, {kind}{inverted}{'' if self.crop else ', not cropped'}",
             held_out,
             f"preset {self.preset}, as many steps as fit into {format_seconds(self.budget_s)}",
-            *([compared] if compared else []),
+            *([f"comparison with the frozen encoder {self.encoder.name}"] if self.encoder else []),
         ]
+
+    @property
+    def preprocessing_words(self) -> list[str]:
+        """Options of `prepare folder` that say how images are preprocessed."""
+        flags = ["--invert"] * self.invert + ["--no-crop"] * (not self.crop)
+        return ["--size", str(self.size), "--channels", str(self.data_channels), *flags]
 
     @property
     def data_channels(self) -> int:
@@ -154,6 +161,7 @@ def make_plan(
     *,
     unlabelled: bool,
     encoder: FrozenEncoder | None = None,
+    crop: bool = True,
 ) -> FitPlan:
     """Look at the pictures and decide; nothing is written.
 
@@ -164,6 +172,7 @@ def make_plan(
         seed: of the division of the classes and of the training.
         unlabelled: ignore the folders of the pictures.
         encoder: to compare with.
+        crop: cut out the middle square of each image.
 
     Raises:
         DataError: there are too few images, a folder cannot be read as a data set, or there are no classes to compare
@@ -208,6 +217,7 @@ def make_plan(
         budget_s=budget_s,
         seed=seed,
         encoder=encoder,
+        crop=crop,
     )
 
 
@@ -271,10 +281,7 @@ def check_labelled(labelled: Path) -> str:
         raise DataError(f"--labelled {labelled}: needs two or more class folders, LABELLED/CLASS/*.png")
     smallest = min(classes, key=lambda folder: classes[folder])
     if classes[smallest] < 2:
-        raise DataError(
-            f"--labelled {labelled}: class {printable(names[smallest])} has 1 image; give at least 2 per class, one to "
-            "learn from and one to test"
-        )
+        raise DataError(f"--labelled {labelled}: class {printable(names[smallest])} has 1 image; give 2 or more")
     return _content(listing.entries)
 
 

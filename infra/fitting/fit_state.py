@@ -40,6 +40,8 @@ class FitRequest:
     """File of its weights; None: the published ones."""
     image_size: int | None = None
     """Side to which its images are resized; None: its published input size."""
+    crop: bool = True
+    """Whether the middle square of each image is cut out."""
 
 
 class FitState(BaseModel):

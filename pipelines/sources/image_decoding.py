@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO
 
 import numpy as np
@@ -59,21 +59,29 @@ def apply_preprocessing(image: bytes | np.ndarray | Image.Image, name: str, prep
         DataError: the file cannot be decoded (see `decode_image`), or the array has another type or shape.
     """
     size, channels, invert = preprocessing.size[0], preprocessing.channels, preprocessing.invert
-    white = preprocessing.sixteen_bit_white
+    white, crop = preprocessing.sixteen_bit_white, preprocessing.crop != "none"
     if isinstance(image, bytes):
-        return decode_image(image, name, size=size, channels=channels, invert=invert, white=white)
+        return decode_image(image, name, size=size, channels=channels, invert=invert, white=white, crop=crop)
     if isinstance(image, Image.Image):
         _check_area(image, name)
         with _damage(name):
-            return _to_square(_eight_bit(_upright(_without_empty_alpha(image)), channels, name, white), size, invert)
+            opaque = _eight_bit(_upright(_without_empty_alpha(image)), channels, name, white)
+            return _to_square(opaque, size, invert, crop)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in MODES or 0 in image.shape:
         raise DataError(f"{name}: pixels are {image.dtype} {image.shape}; give uint8 (1, H, W) or (3, H, W)")
     opened = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
-    return _to_square(opened.convert(MODES[channels]), size, invert)
+    return _to_square(opened.convert(MODES[channels]), size, invert, crop)
 
 
 def decode_image(
-    data: bytes, name: str, *, size: int, channels: int, invert: bool = False, white: int = SIXTEEN_BIT
+    data: bytes,
+    name: str,
+    *,
+    size: int,
+    channels: int,
+    invert: bool = False,
+    white: int = SIXTEEN_BIT,
+    crop: bool = True,
 ) -> np.ndarray:
     """Decode an image, crop it to a centred square and resize it (Lanczos).
 
@@ -87,6 +95,7 @@ def decode_image(
         channels: 1 (grey) or 3 (RGB).
         invert: replace each value by 255 - value, for dark strokes on a bright background.
         white: the grey value of an image with more than 8 bits that becomes 255.
+        crop: False resizes the whole image to the square.
 
     Returns:
         uint8, (channels, size, size).
@@ -103,7 +112,7 @@ def decode_image(
                 image.draft(None, (2 * size, 2 * size))
             image.load()
             opaque = _without_empty_alpha(image)
-            return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert)
+            return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert, crop)
 
 
 @contextmanager
@@ -176,10 +185,10 @@ def _without_empty_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_square(image: Image.Image, size: int, invert: bool) -> np.ndarray:
-    """Crop an "L" or "RGB" image to a centred square and resize it: uint8, (1 or 3, size, size)."""
-    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square, dtype=np.uint8)
+def _to_square(image: Image.Image, size: int, invert: bool, crop: bool) -> np.ndarray:
+    """Crop an "L" or "RGB" image to a centred square, if asked for, and resize it: uint8, (1 or 3, size, size)."""
+    resize = partial(ImageOps.fit, image) if crop else image.resize
+    pixels = np.asarray(resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
     if invert:
         pixels = 255 - pixels
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))

@@ -42,6 +42,7 @@ def open_folder(
     size: int | None = None,
     channels: int | None = None,
     invert: bool = False,
+    crop: bool = True,
     classes: bool = True,
     fractions: Sequence[float] | None = None,
     validation_classes: int | None = None,
@@ -50,7 +51,7 @@ def open_folder(
     max_broken: float = 0.01,
     map_tasks: MapTasks | None = None,
 ) -> ImageSource:
-    """Read the images of a folder or archive: uint8, (channels, size, size), cropped to centred squares.
+    """Read the images of a folder or archive: uint8, (channels, size, size), cropped to centred squares by default.
 
     Every image is decoded once to find broken ones. They are skipped and listed in `report["skipped"]`. `files`
     counts the files that are left out and the images of a single value.
@@ -60,6 +61,7 @@ def open_folder(
         size: side in pixels; None: 28 for drawings, else the median shorter side of the images, from 28 to 84.
         channels: 1 (grey) or 3 (RGB); None: 3 if an image has colour, else 1.
         invert: replace each value by 255 - value, for dark strokes on a bright background.
+        crop: cut out the largest centred square; False: resize the whole image to the square.
         classes: False uses all images as unlabelled training images and ignores their folders.
         fractions: fractions of the classes for train, validation and test.
         validation_classes: number of classes for validation; None: `splits.default_held_out`.
@@ -91,6 +93,8 @@ def open_folder(
         if survey.inverted and not invert:
             notes["note"] = NOT_INVERTED
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
+    if not crop:
+        preprocessing = preprocessing.model_copy(update={"crop": "none"})
     scan = scan_images(source, [entry.name for entry in listing.entries], preprocessing, max_broken, map_tasks)
     load = partial(load_image, str(source), preprocessing=scan.preprocessing)
     intact = [image for image in images if image.file.name not in scan.broken]
@@ -105,6 +109,8 @@ def open_folder(
         content.append((split, Entry(image.key, image.file.crc, image.file.size)))
     splits = {split: splits[split] for split in SPLITS if split in splits}
     options: dict[str, Any] = {"size": size, "channels": channels, "invert": invert, "classes": classes}
+    if not crop:  # the fingerprint of other datasets stays
+        options["crop"] = "none"
     report: dict[str, Any] = {
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},

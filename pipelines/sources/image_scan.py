@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,12 +11,14 @@ from typing import Any, cast
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, MapTasks
-from metagmvae.pipelines.sources.image_decoding import WHITES, apply_preprocessing, highest_deep_value
+from metagmvae.pipelines.sources.image_decoding import WHITES, apply_preprocessing, highest_deep_value, image_header
 from metagmvae.pipelines.sources.image_files import EXAMPLES
 from metagmvae.pipelines.sources.source import first_few
 
 IMAGES_PER_TASK = 512
 """Images that one task decodes."""
+MOSTLY_KEPT = 0.9
+"""If the square has a smaller fraction of the area of the median image, the report says so."""
 
 
 @dataclass
@@ -30,6 +33,8 @@ class ScanResult:
     """Images of a single value after the preprocessing."""
     highest: dict[str, int] = field(default_factory=dict)
     """Highest value by name of the images with more than 8 bits."""
+    square: list[float] = field(default_factory=list)
+    """Fraction of the area of each image that its largest square has."""
 
     @property
     def report(self) -> dict[str, Any]:
@@ -41,6 +46,12 @@ class ScanResult:
             white = self.preprocessing.sixteen_bit_white
             values = f"values up to {max(self.highest.values())}, of which {white} becomes 255"
             report["images_above_8_bits"] = f"{len(self.highest)}, {values}"
+        kept = statistics.median(self.square)
+        if self.preprocessing.crop != "none" and kept < MOSTLY_KEPT:
+            report["crop"] = (
+                f"the middle square of each image is used, {kept:.0%} of the area of the median image; --no-crop "
+                "resizes whole images to squares"
+            )
         return report
 
 
@@ -82,6 +93,7 @@ def _scan(root: str, names: Sequence[str], preprocessing: Preprocessing, map_tas
         result.broken |= part.broken
         result.blank += part.blank
         result.highest |= part.highest
+        result.square += part.square
     return result
 
 
@@ -95,6 +107,8 @@ def scan_some(root: str, names: Sequence[str], preprocessing: Preprocessing) -> 
         except DataError as error:
             result.broken[name] = str(error)
             continue
+        width, height = image_header(data, name)[0]
+        result.square.append(min(width, height) / max(width, height))
         if pixels.min() == pixels.max():
             result.blank.append(name)
         if (highest := highest_deep_value(data)) is not None:
