@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 SOURCE_OPTIONS = (
-    *("split", "size", "channels", "invert", "crop", "classes", "fractions", "validation_classes", "test_classes"),
-    *("max_broken", "allow_missing"),
+    *("split", "size", "channels", "invert", "crop", "classes", "labels", "fractions", "validation_classes"),
+    *("test_classes", "max_broken", "allow_missing"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 
@@ -64,6 +64,9 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--no-crop", action="store_false", dest="crop", default=None, help=help_text)
     help_text = "folder: sub-folders are not classes; everything becomes the training split"
     parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
+    help_text = "folder: CSV file with the columns file and label (and split, if wanted): the classes of the images; "
+    help_text += "their folders then mean nothing, and images without a row are left out"
+    parser.add_argument("--labels", metavar="FILE.csv", help=help_text)
     help_text = "folder: fractions of the classes for the three splits"
     parser.add_argument("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help=help_text)
     help_text = "folder: number of classes for the validation split, drawn at random (default: a fifth of the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -59,6 +59,29 @@ def parse_paths(source: str, entries: Sequence[Entry], classes: bool) -> list[Fo
             "/".join(parts[1:-1] if in_splits else parts[:-1]),
         )
         for entry, parts in zip(entries, below, strict=True)
+    ]
+
+
+def table_images(table: str, entries: Sequence[Entry], rows: Mapping[str, tuple[str, str]]) -> list[FolderImage]:
+    """Images with the classes and splits of a table; the class takes the place of the folder.
+
+    Args:
+        table: name for error messages.
+        entries: image files.
+        rows: class and name of the split of some of them (`label_file.read_labels`); others are left out.
+
+    Raises:
+        DataError: the name of a split is unknown, or only some rows have one.
+    """
+    names = sorted({name for _, name in rows.values()})
+    unknown = [name for name in names if split_of(name) is None]
+    if unknown and names != [""]:
+        raise DataError(f"{table}: split {unknown[0]!r}; write train, validation or test in every row")
+    return [
+        FolderImage(entry, entry.name, split_of(name) or "train", label)
+        for entry in entries
+        if entry.name in rows
+        for label, name in [rows[entry.name]]
     ]
 
 

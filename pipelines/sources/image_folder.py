@@ -6,7 +6,8 @@ The meaning of the folders follows from the tree (`folder_layout`); a tree that 
 - images in several folders: each folder is a class, named by its path; some classes are drawn at random for validation
   and test (`splits`);
 - folders `train`, `validation` and `test`, or other usual names of the splits (`splits`) and nothing beside them:
-  the splits, each interpreted as above.
+  the splits, each interpreted as above;
+- with a table of labels (`label_file`): its classes and splits, whatever the folders.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
+from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.label_file import read_labels
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
-from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths
+from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths, table_images
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
@@ -44,6 +48,7 @@ def open_folder(
     invert: bool = False,
     crop: bool = True,
     classes: bool = True,
+    labels: str | None = None,
     fractions: Sequence[float] | None = None,
     validation_classes: int | None = None,
     test_classes: int | None = None,
@@ -63,6 +68,8 @@ def open_folder(
         invert: replace each value by 255 - value, for dark strokes on a bright background.
         crop: cut out the largest centred square; False: resize the whole image to the square.
         classes: False uses all images as unlabelled training images and ignores their folders.
+        labels: CSV file with the class of each image, as `label_file.read_labels` reads it; the folders are then no
+            classes, and images without a row are left out. None: the folders are the classes.
         fractions: fractions of the classes for train, validation and test.
         validation_classes: number of classes for validation; None: `splits.default_held_out`.
         test_classes: number of classes for test; None: `splits.default_held_out`.
@@ -76,26 +83,38 @@ def open_folder(
     """
     if source is None:
         raise DataError("no folder of images given; give a folder or an archive with --source")
+    if labels is not None and not classes:
+        raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
     request = SplitRequest(fractions, validation_classes, test_classes)
     request.check(classes)
     _check_options(size, channels, seed, max_broken)
     listing = list_images(source)
     require_images(source, listing)
-    images = parse_paths(source, listing.entries, classes)
-    class_of = class_names(source, images) if classes else {}
+    unlisted: list[LeftOut] = []
+    if labels is None:
+        images = parse_paths(source, listing.entries, classes)
+    else:
+        images = table_images(labels, listing.entries, read_labels(labels, [entry.name for entry in listing.entries]))
+        listed = {image.key for image in images}
+        reason = f"not in {PurePath(labels).name}"
+        unlisted = [LeftOut(entry.name, reason) for entry in listing.entries if entry.name not in listed]
+    names = [image.file.name for image in images]
+    class_of = class_names(labels or source, images) if classes else {}
+    if labels is not None:  # the only class of a split has a name too
+        class_of = {folder: folder[1] for folder in class_of}
     sizes = Counter((image.split, image.folder) for image in images if class_of.get((image.split, image.folder)))
     in_splits = {image.split for image in images} != {"train"}
     split_of, division = assign_splits(source, sizes, request, seed, in_splits=in_splits)
     notes = {}
     if size is None or channels is None:
-        survey = survey_images(str(source), [entry.name for entry in listing.entries])
+        survey = survey_images(str(source), names)
         size, channels = size or survey.size, channels or survey.channels
         if survey.inverted and not invert:
             notes["note"] = NOT_INVERTED
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
     if not crop:
         preprocessing = preprocessing.model_copy(update={"crop": "none"})
-    scan = scan_images(source, [entry.name for entry in listing.entries], preprocessing, max_broken, map_tasks)
+    scan = scan_images(source, names, preprocessing, max_broken, map_tasks)
     load = partial(load_image, str(source), preprocessing=scan.preprocessing)
     intact = [image for image in images if image.file.name not in scan.broken]
     splits: dict[str, list[ImageRecord]] = {}
@@ -109,8 +128,11 @@ def open_folder(
         content.append((split, Entry(image.key, image.file.crc, image.file.size)))
     splits = {split: splits[split] for split in SPLITS if split in splits}
     options: dict[str, Any] = {"size": size, "channels": channels, "invert": invert, "classes": classes}
-    if not crop:  # the fingerprint of other datasets stays
+    # Only where they are used: the fingerprints of other datasets stay.
+    if not crop:
         options["crop"] = "none"
+    if labels is not None:
+        options["labels"] = sha256_json({image.key: image.folder for image in images})
     report: dict[str, Any] = {
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
@@ -120,7 +142,7 @@ def open_folder(
     if scan.preprocessing != preprocessing:
         options["sixteen_bit_white"] = scan.preprocessing.sixteen_bit_white
     fingerprint = source_fingerprint("folder", content, options)
-    left_out = [*listing.left_out, *(LeftOut(name, "broken") for name in scan.broken)]
+    left_out = [*listing.left_out, *unlisted, *(LeftOut(name, "broken") for name in scan.broken)]
     files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
     files |= {"division": division, **notes}
     return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)

@@ -1,0 +1,107 @@
+"""Reads a table with the class of each image file: CSV files as data sets and competitions publish them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from metagmvae.pipelines.records import DataError, printable
+
+COLUMNS = {
+    "file": ("file", "filename", "filepath", "path", "image", "imagename", "imagepath", "imageid", "imgname", "id"),
+    "label": ("label", "labels", "class", "classname", "classid", "category", "target", "species", "diagnosis", "dx"),
+    "split": ("split", "set", "subset", "partition"),
+}
+"""Names of the columns; case, spaces, `-` and `_` are ignored. `split` may be missing."""
+DELIMITERS = ",;\t"
+SHOWN = 3
+"""Names that an error shows."""
+
+
+def read_labels(path: str | Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Class and split of image files, from a table with a heading and the columns `file` and `label` (`COLUMNS`).
+
+    A row names a file by its path in the folder, by its name without the folder, or by that without the suffix.
+
+    Args:
+        path: the table, UTF-8, with commas, semicolons or tabs between the columns.
+        names: paths of the image files in their folder.
+
+    Returns:
+        (class, content of the column `split` or "") by the path of the file, for the files that have a row.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or has a row without a class or without a file; or two
+            rows give one file different classes.
+    """
+    rows = _rows(Path(path))
+    places = _columns(path, rows[0])
+    found: dict[str, tuple[str, str]] = {}
+    files, missing = _by_name(names), []
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]):
+            raise DataError(f"{path}: row {number} has {len(row)} columns, but the heading has {len(rows[0])}")
+        file, label = row[places["file"]].strip(), row[places["label"]].strip()
+        if not label:
+            raise DataError(f"{path}: row {number} ({printable(file)}) has no class; complete or remove it")
+        matches = files.get(file.replace("\\", "/").removeprefix("./"), [])
+        if len(matches) > 1:
+            both = " and ".join(map(printable, sorted(matches)[:2]))
+            raise DataError(f"{path}: row {number}: {printable(file)} is {both}; give paths in the folder")
+        if not matches:
+            missing.append(printable(file))
+            continue
+        given = (label, row[places["split"]].strip() if "split" in places else "")
+        if found.setdefault(matches[0], given) != given:
+            raise DataError(f"{path}: row {number} gives {printable(file)} another class than a row before; remove one")
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        shown = ", ".join(missing[:SHOWN]) + more
+        raise DataError(f"{path}: {len(missing)} of {len(rows) - 1} rows name no image of the folder ({shown})")
+    return found
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            heading = file.readline()
+            delimiter = max(DELIMITERS, key=heading.count)
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=delimiter, strict=True) if any(map(str.strip, row))]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is no CSV file in UTF-8 ({error}); export the table again") from error
+    if len(rows) < 2:
+        raise DataError(f"{path}: has no rows below a heading; give a CSV file with the columns file and label")
+    return rows
+
+
+def _columns(path: str | Path, heading: Sequence[str]) -> Mapping[str, int]:
+    """Place of each column by its meaning."""
+    plain = ["".join(character for character in name.casefold() if character not in " _-") for name in heading]
+    places = {}
+    for meaning, known in COLUMNS.items():
+        matching = [place for place, name in enumerate(plain) if name in known]
+        if len(matching) > 1:
+            exact = [place for place in matching if plain[place] == meaning]
+            matching = exact or matching
+        if len(matching) > 1 or (not matching and meaning != "split"):
+            columns = ", ".join(map(printable, heading))
+            kind = "several columns" if matching else "no column"
+            raise DataError(f"{path}: {kind} of {columns} can be {meaning}; name it {meaning} in the heading")
+        if matching:
+            places[meaning] = matching[0]
+    return places
+
+
+def _by_name(names: Sequence[str]) -> dict[str, list[str]]:
+    """Files by their path, and by shorter forms that no path has: the name, and the name without the suffix."""
+    files = {name: [name] for name in names}
+    for short in (lambda path: path.name, lambda path: path.stem):
+        counts: dict[str, list[str]] = {}
+        for name in names:
+            counts.setdefault(short(PurePosixPath(name)), []).append(name)
+        files = counts | files
+    return files

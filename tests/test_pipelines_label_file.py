@@ -1,0 +1,126 @@
+"""Tables of labels: their columns, the files that rows name, and what is refused; datasets that are made with them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metagmvae.infra.cli import main
+from metagmvae.pipelines.label_file import read_labels
+from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.sources.source import open_source
+
+NAMES = ["a/1.png", "a/2.png", "b/1.png", "b/3.v2.png"]
+
+
+def table(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file,label\na/1.png,x\n2.png,y\n3.v2,x\n",
+        "\ufeffImage ID;Class\r\n./a/1.png;x\r\n2;y\r\n3.v2.png; x \r\n\r\n",
+        'idx\tlabel\tfile_name\n0\tx\ta/1.png\n1\ty\t"a/2.png"\n2\tx\tb\\3.v2.png\n',
+        "filename,label,class_id\na/1.png,x,7\na/2.png,y,8\nb/3.v2.png,x,7\n",
+        "path,dx\na/1.png,x\na/1.png,x\na/2,y\nb/3.v2.png,x\n",
+    ],
+)
+def test_files_are_named_by_path_name_or_stem(tmp_path, text):
+    text = text.replace("\na/2,y", "\n2,y")
+    expected = {"a/1.png": ("x", ""), "a/2.png": ("y", ""), "b/3.v2.png": ("x", "")}
+    assert read_labels(table(tmp_path, text), NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "has no rows below a heading"),
+        ("file,label\n", "has no rows below a heading"),
+        ("a/1.png,x\na/2.png,y\n", "no column of a/1.png, x can be file; name it file in the heading"),
+        ("file,melanoma,nevus\na/1.png,1,0\n", "no column of file, melanoma, nevus can be label"),
+        ("image,path,label\nx,a/1.png,1\n", "several columns of image, path, label can be file"),
+        ("file,label\n1.png,x\n", "row 2: 1.png is a/1.png and b/1.png; give paths in the folder"),
+        ("file,label\na/1.png,\n", r"row 2 \(a/1.png\) has no class"),
+        ("file,label\na/1.png,x\na/1.png,y\n", "row 3 gives a/1.png another class"),
+        ("file,label\na/1.png,x,y\n", "row 2 has 3 columns, but the heading has 2"),
+        ("file,label\na/1.png,x\nc.png,y\nd.png,y\n", r"2 of 3 rows name no image of the folder \(c.png, d.png\)"),
+        ('file,label\na/1.png,"x\n', "is no CSV file in UTF-8"),
+    ],
+)
+def test_wrong_tables_are_one_line(tmp_path, text, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        read_labels(table(tmp_path, text), NAMES)
+    assert str(caught.value).startswith(f"{tmp_path}/labels.csv: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    with pytest.raises(DataError, match="is no CSV file in UTF-8"):
+        read_labels(table(tmp_path, "file,label\nä,x\n", "latin-1"), NAMES)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_labels(tmp_path / "none.csv", NAMES)
+
+
+def pictures(root, count):
+    """Images whose grey value is their number."""
+    root.mkdir()
+    for number in range(count):
+        Image.new("L", (8, 8), number).save(root / f"{number}.png")
+    return root
+
+
+def test_a_dataset_has_the_classes_and_splits_of_the_table(tmp_path, capsys):
+    folder = pictures(tmp_path / "in", 9)
+    rows = [f"{n},{'abcd'[n % 4]},{('train', 'Train', 'val', 'test')[n % 4]}" for n in range(8)]
+    labels = table(tmp_path, "\n".join(["id,label,split", *rows]))
+    words = ["--source", str(folder), "--labels", str(labels), "--size", "8", "--out", str(tmp_path / "out"), "--json"]
+    assert main(["prepare", "folder", *words]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["classes"] == {"train": 2, "validation": 1, "test": 1}
+    assert answer["left_out"] == [{"reason": "not in labels.csv", "files": 1, "names": "8.png"}]
+    dataset = Dataset.open(tmp_path / "out")
+    found = {}
+    for split in dataset.splits:
+        names = dataset.class_names(split)
+        images = dataset.images(split)[list(range(len(dataset.labels(split))))]
+        for image, label in zip(images, dataset.labels(split), strict=True):
+            assert np.ptp(image) == 0
+            found[int(image[0, 0, 0])] = (split, names[label])
+    splits = ("train", "train", "validation", "test")
+    assert found == {n: (splits[n % 4], "abcd"[n % 4]) for n in range(8)}
+
+
+def test_classes_of_the_table_are_divided_and_checked_like_folders(tmp_path):
+    folder = str(pictures(tmp_path / "in", 8))
+    rows = [f"{n}.png,{'abcd'[n % 4]}" for n in range(8)]
+    labels = str(table(tmp_path, "\n".join(["file,label", *rows])))
+    source = open_source("folder", folder, size=8, labels=labels, fractions=(0.5, 0.25, 0.25))
+    assert {split: len({r.class_name for r in records}) for split, records in source.splits.items()} == {
+        "train": 2,
+        "validation": 1,
+        "test": 1,
+    }
+    fingerprint = open_source("folder", folder, size=8, labels=labels).fingerprint
+    assert fingerprint != open_source("folder", folder, size=8).fingerprint
+    table(tmp_path, "\n".join(["file,label", *rows[::-1]]))
+    assert open_source("folder", folder, size=8, labels=labels).fingerprint == fingerprint
+    table(tmp_path, "\n".join(["file,label", *rows[:-1], "7.png,a"]))
+    assert open_source("folder", folder, size=8, labels=labels).fingerprint != fingerprint
+    for rows, reason in (
+        (["0.png,cat", "1.png,Cat", "2.png,dog"], "labels.csv: train/Cat and train/cat are classes with"),
+        (["split", "0.png,a,train", "1.png,a,test", "2.png,b,test", "3.png,c,train"], "with the same name"),
+        (["split", "0.png,a,train", "1.png,b,fold3"], "split 'fold3'; write train, validation or test in every row"),
+        (["split", "0.png,a,train", "1.png,b,"], "split ''; write train"),
+    ):
+        heading = "file,label" + (",split" if rows[0] == "split" else "")
+        table(tmp_path, "\n".join([heading, *[row for row in rows if row != "split"]]))
+        with pytest.raises(DataError, match=reason):
+            open_source("folder", folder, size=8, labels=labels)
+    with pytest.raises(DataError, match="--labels gives classes and --unlabelled takes none"):
+        open_source("folder", folder, size=8, labels=labels, classes=False)
