@@ -275,3 +275,9 @@ def test_what_the_classes_do_not_allow_is_lowered_and_said(run, data, capsys):
     assert any("way 6 instead of 9" in line for line in lines)
     assert any("query 2 instead of 5" in line for line in lines)
     assert not any("shot" in line for line in lines)
+    assert "no level" not in printed.err  # none was asked for
+    words[words.index("--no-unknown") :] = []
+    assert main([*map(str, words), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "backgrounds" not in json.loads(printed.out)
+    assert printed.err.count("no level for `classify --unknown` was fitted with way 6: the split has 6 classes") == 1

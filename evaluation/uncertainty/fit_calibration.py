@@ -104,6 +104,14 @@ def fit_calibration(
         head = fit_head(model, features, sizes, plan.seed)
         model = HeadModel(model, head)
     maps, backgrounds = [], []
+    may_be_open, classes = plan.background and model.has_background, _smallest_and_classes(data.labels)[1]
+    for way in dict.fromkeys(way for way, _ in tasks if may_be_open and way >= classes):
+        LOG.warning(
+            "no level for `classify --unknown` was fitted with way %d: the split has %d classes, and some must have no "
+            "labelled images; lower --way, or give more classes",
+            way,
+            classes,
+        )
     steps = [(way, shot, mode) for way, shot in tasks for mode in model.modes]
     with progress("calibration") as on_progress:
         for done, (way, shot, mode) in enumerate(steps, start=1):
@@ -114,7 +122,6 @@ def fit_calibration(
                 "seed": plan.seed,
             }
             maps.append(_fit(model, adapt, data, task, mode, plan.episodes))
-            may_be_open = plan.background and model.has_background
             if may_be_open and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
                 backgrounds.append(fit)
             if on_progress is not None:
