@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
-    from metagmvae.infra.api.functions import compare, evaluate, fit, load_model, prepare, train
+    from metagmvae.infra.api.functions import compare, evaluate, fit, load_model, prepare, prepare_images, train
     from metagmvae.infra.workflows.estimator import FewShotClassifier
     from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -26,6 +26,7 @@ __all__ = [
     "fit",
     "load_model",
     "prepare",
+    "prepare_images",
     "train",
 ]
 
@@ -33,7 +34,9 @@ _MODULE_BY_NAME = {
     "Dataset": "pipelines.shards.dataset",
     "FewShotClassifier": "infra.workflows.estimator",
     "evaluate_tasks": "evaluation.fewshot.evaluate_tasks",
-    **dict.fromkeys(("compare", "evaluate", "fit", "load_model", "prepare", "train"), "infra.api.functions"),
+    **dict.fromkeys(
+        ("compare", "evaluate", "fit", "load_model", "prepare", "prepare_images", "train"), "infra.api.functions"
+    ),
 }
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and report every other name

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metagmvae.infra.api.call_command import call_command, reference
 from metagmvae.infra.api.results import ComparisonResult, EvaluationResult, FitResult, PreparedData, TrainedRun
 from metagmvae.infra.registry.resolve import resolve_model
@@ -38,6 +40,40 @@ def prepare(kind: str, source: Reference | None = None, *, out: Reference, **opt
         DataError: an option or the source is wrong.
     """
     answer = call_command("prepare", kind, source=source, out=out, **options)
+    return PreparedData.from_answer(answer, uri=answer["data"])
+
+
+def prepare_images(
+    images: Sequence[Any] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray | None = None,
+    *,
+    out: Reference,
+    **options: Any,
+) -> PreparedData:
+    """Write images that Python holds as a data set: of torchvision, Hugging Face or NumPy.
+
+    >>> import metagmvae
+    >>> import numpy as np
+    >>> images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    >>> data = metagmvae.prepare_images(images, [number % 6 for number in range(60)], out="data/own", test_classes=2)
+    >>> data.image_shape, data.classes
+    ((1, 28, 28), {'train': 4, 'test': 2})
+
+    Args:
+        images: anything with a length and numbered items: arrays uint8 (H, W), (H, W, C) or (C, H, W), images of
+            Pillow, or contents of image files (bytes).
+        labels: class of each image, words or numbers; None: no classes.
+        out: new folder, or `s3://bucket/prefix`.
+        options: of `pipelines.arrays.image_arrays.open_images`: `size=84`, `crop=False`, `validation_classes=16`.
+
+    Raises:
+        DataError: an image has another form or cannot be decoded, or an option is wrong.
+    """
+    from metagmvae.infra.commands.data import write_source
+    from metagmvae.pipelines.arrays.image_arrays import open_images
+
+    seed = options.get("seed", 0)
+    answer = write_source(open_images(images, labels, **options), os.fspath(out), seed=seed)
     return PreparedData.from_answer(answer, uri=answer["data"])
 
 

@@ -18,6 +18,7 @@ from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer,
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
     from metagmvae.pipelines.shards.row_source import RowSource
+    from metagmvae.pipelines.sources.source import ImageSource
 
 
 SOURCE_OPTIONS = (
@@ -25,8 +26,11 @@ SOURCE_OPTIONS = (
     *("test_classes", "max_broken", "allow_missing"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
+DRAWN_CLASSES = ("folder", "npz")
+"""Sources that draw classes for validation and test, with `--seed`."""
 
 
+SEED_HELP = "seed of the order of the images, and of the classes that folder and npz draw (default: 0)"
 CONTINUED = "the same command continues with the shards that are finished"
 """What a stopped command that writes shards says."""
 
@@ -44,11 +48,12 @@ def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     description = "write images as a dataset: WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
-    help_text = "kind of the source: folder, omniglot, mini-imagenet, glyphs (generated, without files), or one that "
-    help_text += "another package adds"
+    help_text = "kind of the source: folder, npz (NumPy file), omniglot, mini-imagenet, glyphs (generated, without "
+    help_text += "files), or one that another package adds"
     parser.add_argument("name", metavar="KIND", help=help_text)
     help_text = (
-        "folder of images, or folder with the archives of the dataset (Omniglot is downloaded if this is left out)"
+        "folder or file of images, or folder with the archives of the dataset (Omniglot is downloaded if this is left "
+        "out)"
     )
     parser.add_argument("--source", metavar="PATH", help=help_text)
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
@@ -80,7 +85,7 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
     help_text = "option of a source that another package adds; may be given several times"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options", help=help_text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     help_text = "images per shard; plain webdataset needs at least one shard for each of its workers (default: 8192)"
     parser.add_argument("--rows-per-shard", type=int, default=8192, metavar="N", help=help_text)
     help_text = "decoded stores pixels; encoded stores photographs as JPEG or WebP files, in a tenth to a half of the "
@@ -102,7 +107,6 @@ def add_worker_options(parser: ArgumentParser) -> None:
 
 def prepare(arguments: Namespace) -> Answer:
     """Run `metagmvae prepare`."""
-    from metagmvae.pipelines.shards.writer import write_dataset
     from metagmvae.pipelines.sources.source import check_integer, open_source
 
     check_integer("--rows-per-shard", arguments.rows_per_shard, 1)
@@ -114,6 +118,8 @@ def prepare(arguments: Namespace) -> Answer:
     }
     given = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None} | _further(arguments.options)
+    if arguments.name in DRAWN_CLASSES:
+        options["seed"] = arguments.seed
     # Absolute, because Ray workers have other working directories.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
     with task_mapper(arguments) as map_tasks:
@@ -121,17 +127,22 @@ def prepare(arguments: Namespace) -> Answer:
         if arguments.dry_run:
             answer = describe_output(source, arguments.out, **layout)
             return answer | {"skipped": source.report.get("skipped", [])}
-        with (
-            open_output(arguments.out) as (out, uri),
-            progress_bar("shards", arguments.json) as on_progress,
-        ):
-            manifest = write_dataset(
-                source,
-                out,
-                **layout,
-                map_tasks=map_tasks,
-                on_progress=on_progress,
-            )
+        with progress_bar("shards", arguments.json) as on_progress:
+            return write_source(source, arguments.out, map_tasks=map_tasks, on_progress=on_progress, **layout)
+
+
+def write_source(source: ImageSource, out: str, **options: Any) -> Answer:
+    """Write images as a dataset; return the answer of `metagmvae prepare`.
+
+    Args:
+        source: the images.
+        out: folder or `s3://bucket/prefix`.
+        options: of `write_dataset`.
+    """
+    from metagmvae.pipelines.shards.writer import write_dataset
+
+    with open_output(out) as (folder, uri):
+        manifest = write_dataset(source, folder, **options)
     return {
         "data": uri,
         "name": manifest["name"],

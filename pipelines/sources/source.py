@@ -22,6 +22,7 @@ OPENERS = {
     "folder": "metagmvae.pipelines.sources.image_folder:open_folder",
     "glyphs": "metagmvae.pipelines.sources.glyphs:open_glyphs",
     "mini-imagenet": "metagmvae.pipelines.sources.mini_imagenet:open_mini_imagenet",
+    "npz": "metagmvae.pipelines.arrays.image_arrays:open_npz",
     "omniglot": "metagmvae.pipelines.sources.omniglot:open_omniglot",
 }
 """Module and function by name of the source; the module is imported when the source is opened."""

@@ -1,0 +1,1 @@
+"""Images from Python: arrays, and objects of other libraries."""

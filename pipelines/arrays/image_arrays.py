@@ -1,0 +1,205 @@
+"""Images that Python holds or other libraries read: arrays, images of Pillow, contents of files; and NumPy files."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.preprocessing import Preprocessing
+from metagmvae.pipelines.records import DataError, ImageRecord
+from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing, image_header
+from metagmvae.pipelines.sources.image_survey import SIZES
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer
+from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, assign_splits
+
+Items = Sequence[Any] | np.ndarray
+PARTS = (("train", "val", "test"), ("images", "labels"))
+"""Names of the arrays of MedMNIST: `train_images`, `train_labels`, `val_images`, …"""
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+"""Modes of Pillow without colour."""
+IMAGES, LABELS = ("images", "x", "data"), ("labels", "y", "targets")
+"""Names of the arrays of other files, in any case."""
+
+
+def open_images(
+    images: Items,
+    labels: Items | None = None,
+    *,
+    name: str = "images",
+    size: int | None = None,
+    channels: int | None = None,
+    invert: bool = False,
+    crop: bool = True,
+    fractions: Sequence[float] | None = None,
+    validation_classes: int | None = None,
+    test_classes: int | None = None,
+    seed: int = 0,
+) -> ImageSource:
+    """Images of a sequence: uint8, (channels, size, size). Each is read twice: here, and when it is written.
+
+    Args:
+        images: anything with a length and numbered items, such as a column of a data set of Hugging Face: arrays uint8
+            (H, W), (H, W, C) or (C, H, W), images of Pillow, or contents of image files (bytes).
+        labels: class of each image, words or numbers; None: no classes, and all images are in `train`.
+        name: of the dataset.
+        size: side in pixels; None: the shorter side of the first image, from 28 to 84.
+        channels: 1 (grey) or 3 (RGB); None: as the first image.
+        invert: as all further options, see `image_folder.open_folder`.
+
+    Raises:
+        DataError: there are no images, one has another form or cannot be decoded, or an option is invalid.
+    """
+    request = SplitRequest(fractions, validation_classes, test_classes)
+    request.check(labels is not None)
+    if not len(images):
+        raise DataError("there are no images; give at least one")
+    classes = [""] * len(images) if labels is None else _class_names(labels, len(images))
+    side, depth = _look(_as_image(images[0], "image 0"), "image 0")
+    size = min(max(side, SIZES[0]), SIZES[1]) if size is None else size
+    channels = depth if channels is None else channels
+    check_integer("size", size, 1, MAX_SIDE)
+    if channels not in MODES:
+        raise DataError(f"channels is {channels!r}; choose 1 (grey) or 3 (RGB)")
+    preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
+    if not crop:
+        preprocessing = preprocessing.model_copy(update={"crop": "none"})
+    sizes = Counter(("train", label) for label in classes if label)
+    split_of, division = assign_splits(name, sizes, request, seed, in_splits=False)
+    load = partial(load_item, images, preprocessing=preprocessing)
+    pixels = hashlib.sha256()
+    splits: dict[str, list[ImageRecord]] = {}
+    for number, label in enumerate(classes):
+        pixels.update(load(number).tobytes())
+        record = ImageRecord(f"{number:08d}", label, partial(load, number))
+        splits.setdefault(split_of.get(("train", label), "train"), []).append(record)
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    report = {
+        "images": {split: len(records) for split, records in splits.items()},
+        "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
+    }
+    keys = {split: [record.key for record in records] for split, records in splits.items()}
+    content = {"pixels": pixels.hexdigest(), "classes": classes, "splits": keys}
+    content["preprocessing"] = preprocessing.model_dump(mode="json")
+    shape = (channels, size, size)
+    files = {"division": division}
+    return ImageSource(name, shape, splits, sha256_json({"source": "images", **content}), report, preprocessing, files)
+
+
+def open_npz(
+    source: str | None = None,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    invert: bool = False,
+    crop: bool = True,
+    fractions: Sequence[float] | None = None,
+    validation_classes: int | None = None,
+    test_classes: int | None = None,
+    seed: int = 0,
+) -> ImageSource:
+    """Images of a NumPy file, `.npz` or `.npy`; see `open_images`.
+
+    The images of MedMNIST's three parts are joined, because they have the same classes: the classes are divided, as
+    those of a folder. Other `.npz` files hold `images` and, if they have classes, `labels`; a `.npy` file holds images.
+
+    Raises:
+        DataError: the file cannot be read, holds Python objects, or has arrays of other names.
+    """
+    if source is None:
+        raise DataError("no NumPy file given; give a .npz or .npy file with --source")
+    arrays = _read(source)
+    first, second = PARTS
+    parts = [part for part in first if f"{part}_{second[0]}" in arrays]
+    if parts:
+        images = np.concatenate([arrays[f"{part}_{second[0]}"] for part in parts])
+        given = [arrays[f"{part}_{second[1]}"] for part in parts if f"{part}_{second[1]}" in arrays]
+        labels = np.concatenate(given) if len(given) == len(parts) else None
+    else:
+        found = [[arrays[key] for key in arrays if key.casefold() in names] for names in (IMAGES, LABELS)]
+        if len(found[0]) != 1 or len(found[1]) > 1:
+            raise DataError(f"{source}: holds the arrays {', '.join(arrays)}; name them images and labels")
+        images, labels = found[0][0], found[1][0] if found[1] else None
+    try:
+        return open_images(
+            images,
+            labels,
+            name="npz",
+            size=size,
+            channels=channels,
+            invert=invert,
+            crop=crop,
+            fractions=fractions,
+            validation_classes=validation_classes,
+            test_classes=test_classes,
+            seed=seed,
+        )
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def load_item(images: Items, number: int, *, preprocessing: Preprocessing) -> np.ndarray:
+    """Preprocess one image of a sequence: uint8, (channels, size, size)."""
+    name = f"image {number}"
+    return apply_preprocessing(_as_image(images[number], name), name, preprocessing)
+
+
+def _as_image(item: Any, name: str) -> np.ndarray | Image.Image | bytes:
+    """An array as uint8 (C, H, W); other items as they are."""
+    if isinstance(item, bytes | Image.Image):
+        return item
+    given = array = np.asarray(item)
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[0] not in MODES and array.shape[2] in MODES:
+        array = array.transpose(2, 0, 1)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] not in MODES or 0 in array.shape:
+        layouts = "(H, W), (H, W, 3) or (3, H, W)"
+        raise DataError(f"{name} is {given.dtype} {given.shape}; give uint8 from 0 to 255, {layouts}")
+    return array
+
+
+def _look(image: np.ndarray | Image.Image | bytes, name: str) -> tuple[int, int]:
+    """Shorter side and channels of an image."""
+    if isinstance(image, np.ndarray):
+        return min(image.shape[1:]), len(image)
+    if isinstance(image, bytes):
+        (width, height), colour = image_header(image, name)
+        return min(width, height), 3 if colour else 1
+    return min(image.size), 1 if image.mode in GREY_MODES else 3
+
+
+def _class_names(labels: Items, images: int) -> list[str]:
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or len(array) != images:
+        raise DataError(f"labels have shape {array.shape} for {images} images; give one class for each image")
+    if array.dtype.kind not in "iuU":
+        raise DataError(f"labels are {array.dtype}; give whole numbers or words")
+    names = [str(label) for label in array.tolist()]
+    if "" in names:
+        raise DataError(f"label {names.index('')} is empty; give every image a class, or no labels")
+    return names
+
+
+def _read(source: str) -> dict[str, np.ndarray]:
+    try:
+        with open(source, "rb") as file:  # NumPy leaves a damaged file open
+            loaded = np.load(file, allow_pickle=False)
+            return {"images": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror or error}); check the path") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{source}: no NumPy file of numbers; write arrays with numpy.savez (Python objects, such as pickle files, "
+            "are never read)"
+        ) from error
