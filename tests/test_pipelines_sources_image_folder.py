@@ -69,6 +69,19 @@ def test_a_crop_that_leaves_out_much_is_said_and_can_be_turned_off(tmp_path):
     assert "crop" not in open_source("folder", str(tmp_path / "square"), size=28).files
 
 
+def test_splits_with_the_same_classes_are_joined_if_asked_for(tmp_path):
+    """The layout of supervised learning."""
+    files = [f"{split}/{name}/{n}.png" for split in ("train", "val", "test") for name in "abcd" for n in range(2)]
+    assert_refused(tree(tmp_path, files), "test/a and train/a are classes with the same name", "--join-splits")
+    source = open_source("folder", str(tmp_path), size=8, join_splits=True, fractions=(0.5, 0.25, 0.25))
+    found = {name: split for split, names in classes(source).items() for name in names}
+    assert sorted(found) == list("abcd")
+    for split, records in source.splits.items():
+        assert {record.key for record in records} == {file for file in files if found[file.split("/")[1]] == split}
+    (tmp_path / "train").rename(tmp_path / "one")
+    assert_refused(tmp_path / "one", "has no folders of the splits to join; omit --join-splits", join_splits=True)
+
+
 def test_several_folders_are_classes_named_by_their_paths(tmp_path):
     source = open_source(
         "folder", str(tree(tmp_path, ["dog/1.png", "wild/cat/1.png", "wild/cat/2.png", "wild/ox/1.png"]))

@@ -14,7 +14,9 @@ from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import OPENERS, check_integer, open_source, source_fingerprint
 
 
-def test_unknown_names_and_options_are_refused():
+def test_unknown_names_and_options_are_refused(tmp_path):
+    with pytest.raises(DataError, match=f"is a path, not a kind of source; .*: folder --source {tmp_path}$"):
+        open_source(str(tmp_path))
     with pytest.raises(DataError, match="unknown source 'omniglott'; did you mean 'omniglot'"):
         open_source("omniglott")
     with pytest.raises(DataError, match="'glyphs' has no option 'size'; choose from classes, drawings, seed"):

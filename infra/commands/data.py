@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 SOURCE_OPTIONS = (
-    *("split", "size", "channels", "invert", "crop", "classes", "labels", "fractions", "validation_classes"),
-    *("test_classes", "max_broken", "allow_missing"),
+    *("split", "size", "channels", "invert", "crop", "classes", "labels", "join_splits"),
+    *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
 DRAWN_CLASSES = ("folder", "npz")
@@ -72,6 +72,9 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text = "folder: CSV file with the columns file and label (and split, if wanted): the classes of the images; "
     help_text += "their folders then mean nothing, and images without a row are left out"
     parser.add_argument("--labels", metavar="FILE.csv", help=help_text)
+    help_text = "folder: join folders of the splits that hold the same classes (train/cat, test/cat), and divide the "
+    help_text += "classes anew"
+    parser.add_argument("--join-splits", action="store_true", default=None, help=help_text)
     help_text = "folder: fractions of the classes for the three splits"
     parser.add_argument("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help=help_text)
     help_text = "folder: number of classes for the validation split, drawn at random (default: a fifth of the "

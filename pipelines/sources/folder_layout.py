@@ -171,7 +171,8 @@ def class_names(source: str, images: Sequence[FolderImage]) -> dict[tuple[str, s
                 both = f"{folder_of[name]} and {split}/{folder}"
                 raise DataError(
                     f"{source}: {both} are classes with the same name; rename or merge them, because the splits of "
-                    "few-shot learning have different classes"
+                    "few-shot learning have different classes (`prepare folder --join-splits` joins the splits and "
+                    "divides the classes)"
                 )
             folder_of[name] = f"{split}/{folder}"
             class_of[split, folder] = folder

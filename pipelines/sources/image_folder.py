@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -49,6 +50,7 @@ def open_folder(
     crop: bool = True,
     classes: bool = True,
     labels: str | None = None,
+    join_splits: bool = False,
     fractions: Sequence[float] | None = None,
     validation_classes: int | None = None,
     test_classes: int | None = None,
@@ -70,6 +72,8 @@ def open_folder(
         classes: False uses all images as unlabelled training images and ignores their folders.
         labels: CSV file with the class of each image, as `label_file.read_labels` reads it; the folders are then no
             classes, and images without a row are left out. None: the folders are the classes.
+        join_splits: join folders of the splits that hold the same classes, as for supervised learning; the classes are
+            then divided as without such folders.
         fractions: fractions of the classes for train, validation and test.
         validation_classes: number of classes for validation; None: `splits.default_held_out`.
         test_classes: number of classes for test; None: `splits.default_held_out`.
@@ -98,6 +102,10 @@ def open_folder(
         listed = {image.key for image in images}
         reason = f"not in {PurePath(labels).name}"
         unlisted = [LeftOut(entry.name, reason) for entry in listing.entries if entry.name not in listed]
+    if join_splits:
+        if {image.split for image in images} == {"train"}:
+            raise DataError(f"{source}: has no folders of the splits to join; omit --join-splits")
+        images = [replace(image, split="train") for image in images]
     names = [image.file.name for image in images]
     class_of = class_names(labels or source, images) if classes else {}
     if labels is not None:  # the only class of a split has a name too

@@ -118,6 +118,8 @@ def _opener(name: str) -> Callable[..., ImageSource]:
         return opener
     added = load_extension("metagmvae.sources", name)
     if added is None:
+        if Path(name).exists():
+            raise DataError(f"{name!r} is a path, not a kind of source; for a folder of images: folder --source {name}")
         known = [*OPENERS, *extension_names("metagmvae.sources")]
         raise DataError(f"unknown source {name!r}{suggestion(name, known)}")
     return added
