@@ -34,6 +34,7 @@ LATER_KEYS = (
     ("pretrain", "momentum", 0.99),
     ("pretrain", "beta1", 0.9),
     ("adapt", "inductive", "latents"),
+    ("adapt", "diffusion", 0.0),
 )
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""

@@ -130,6 +130,11 @@ class AdaptSettings(Section):
     such that every class gets the same number of queries (optimal transport); best if they are balanced, bad if not."""
     proportions_prior: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1.0
     """Strength of the prior of `estimated` proportions: images per class that it is worth. 0: none; large: equal."""
+    diffusion: Annotated[float, Field(ge=0, le=0.99, allow_inf_nan=False)] = 0.0
+    """Transductive mode: the features of support and queries first move towards those that are like them, set attention
+    without weights (`training.objectives.feature_diffusion`). Up to 0.99, the larger the farther; 0: not. Needs
+    scaled features (`model.reconstruct = "features"`). Select it and `temperature` on validation classes: it helps on
+    photographs with few labels, and not on Omniglot."""
 
 
 class RunSettings(Section):
@@ -199,6 +204,11 @@ class Settings(Section):
             )
         if self.train.denoise and self.model.reconstruct == "features":
             raise ValueError('train.denoise (true) augments images, but model.reconstruct is "features": change one')
+        if self.adapt.diffusion and (self.model.reconstruct != "features" or self.model.features == "raw"):
+            raise ValueError(
+                f"adapt.diffusion ({self.adapt.diffusion:g}) moves scaled features, and the model has none: set it to "
+                '0, or model.reconstruct to "features" and model.features to another value than "raw"'
+            )
         return self
 
     @model_validator(mode="after")

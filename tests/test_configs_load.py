@@ -115,6 +115,7 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
         ("train.learning_rate=nan", "train.learning_rate"),
         ("model.heads=3", "width (256) must be a multiple of heads (3)"),
         ("train.denoise=true", "train.denoise (true) augments images"),
+        ("adapt.diffusion=1", "adapt.diffusion = 1: input should be less than or equal to 0.99"),
         ("train", "write it as section.key=value"),
         ("train={steps=5}", "--set train={steps=5}: would replace all of train; set one key: train.KEY=VALUE"),
         ("run.out=", "run.out: '' is no folder; give its path"),
@@ -134,6 +135,13 @@ def test_mistakes_give_one_error_line(override, message):
         load_settings("omniglot-cpu", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [["model.reconstruct=pixels", "train.start=random"], ["model.features=raw"]])
+def test_diffusion_needs_scaled_features(overrides):
+    assert load_settings("omniglot-cpu", ["adapt.diffusion=0.5"]).adapt.diffusion == 0.5
+    with pytest.raises(SettingsError, match=r"adapt.diffusion \(0.5\) moves scaled features, and the model has none"):
+        load_settings("omniglot-cpu", ["adapt.diffusion=0.5", *overrides])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.models.encode_images import encode_images
+from metagmvae.training.objectives.class_posterior import fit_and_classify
+from metagmvae.training.objectives.feature_diffusion import diffuse_features
 from metagmvae.training.objectives.mixture import fit_semi_supervised
 from metagmvae.training.trainer.package import load_model
 
@@ -118,6 +120,24 @@ def test_features_are_classified_without_a_model():
     assert cross_val_score(FewShotClassifier(), features, labels, cv=3).mean() > 0.95
     few = FewShotClassifier(mode="transductive").fit(features[::30], labels[::30])
     assert few.score(features, labels) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["inductive", "transductive"])
+def test_features_without_a_model_are_diffused_in_transductive_mode(mode):
+    rng = np.random.default_rng(0)
+    labels, X = np.repeat([0, 1, 2], 10), rng.normal(0, 1, (30, 8)) + np.eye(3, 8)[np.repeat([0, 1, 2], 10)]
+    support, query = np.arange(0, 30, 5), np.setdiff1d(np.arange(30), np.arange(0, 30, 5))
+    options = {"mode": mode, "e_step": "identity", "final_covariance": "identity"}
+    plain = FewShotClassifier(**options).fit(X[support], labels[support]).predict_proba(X[query])
+    diffused = FewShotClassifier(**options, diffusion=0.5).fit(X[support], labels[support]).predict_proba(X[query])
+    if mode == "inductive":
+        np.testing.assert_array_equal(plain, diffused)
+        return
+    z = torch.as_tensor((X - X[support].mean(axis=0)) / X[support].std())[None]
+    z = diffuse_features(torch.cat([z[:, support], z[:, query]], dim=1), 0.5)
+    adapt = AdaptSettings(e_step="identity", final_covariance="identity")
+    _, expected = fit_and_classify(adapt, z[:, :6].unflatten(1, (3, 2)), z[:, 6:, None])
+    np.testing.assert_allclose(diffused, expected[0].numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize(

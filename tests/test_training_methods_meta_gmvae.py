@@ -10,7 +10,9 @@ import torch
 from scipy.stats import kstest
 
 from metagmvae.configs.schema import AdaptSettings
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
+from metagmvae.training.objectives.feature_diffusion import diffuse_features
 
 
 def tiny(**settings: Any) -> MetaGMVAE:
@@ -135,3 +137,34 @@ def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(covari
     assert torch.equal(model.log_posteriors(adapt, *given, **options)[0], log_p_PK)
     other = model.log_posteriors(adapt.model_copy(update={"inductive": "latents"}), *given, **options)
     assert not torch.allclose(other[0], log_p_PK)
+
+
+@pytest.mark.parametrize("mode", ["transductive", "inductive"])
+def test_diffusion_moves_the_features_of_transductive_episodes_only(mode: str) -> None:
+    model = tiny(reconstruct="features")
+    h_EMF = torch.randn(2, 9, model.feature_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label_T = torch.tensor([0, 1, 2, 1])
+
+    def answer(sets: torch.Tensor, diffusion: float) -> torch.Tensor:
+        adapt = AdaptSettings(samples=2, diffusion=diffusion)
+        options: dict[str, Any] = {"mode": mode, "seed_by_episode": [3, 4]}
+        return model.log_posteriors(adapt, sets[:, :4], label_T, sets[:, 4:], **options)
+
+    moved = diffuse_features(h_EMF, 0.6) if mode == "transductive" else h_EMF
+    assert torch.allclose(answer(h_EMF, 0.6), answer(moved, 0.0), atol=1e-12)
+    assert torch.allclose(answer(h_EMF, 0.6), answer(h_EMF, 0.0)) == (mode == "inductive")
+
+
+@pytest.mark.parametrize("settings", [{}, {"reconstruct": "features", "scaling": "raw"}])
+def test_diffusion_is_refused_for_features_without_scaling(settings: dict[str, Any]) -> None:
+    model = tiny(**settings)
+    h_EMF = torch.randn(1, 5, model.feature_dim).double()
+    with pytest.raises(DataError, match=r"adapt.diffusion \(0.5\): the model has no scaled features"):
+        model.log_posteriors(
+            AdaptSettings(diffusion=0.5),
+            h_EMF[:, :2],
+            torch.tensor([0, 1]),
+            h_EMF[:, 2:],
+            mode="transductive",
+            seed_by_episode=[0],
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import AdaptSettings, Average
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
@@ -24,6 +25,7 @@ from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhite
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.set_attention import SetAttention
 from metagmvae.training.objectives.class_posterior import classify_latents
+from metagmvae.training.objectives.feature_diffusion import diffuse_features
 
 MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
 """Maximum number of latent values (points x samples x D) in a batch, by device type; about four such arrays exist.
@@ -117,11 +119,15 @@ class MetaGMVAE(MetaLearner):
     ) -> Tensor:
         """Return log p(y | x, D) of every query (Eq. 10 and 11), as `MetaLearner.log_posteriors`, from features.
 
-        Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode.
+        Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode
+        (with `AdaptSettings.diffusion`, their diffused features).
         Inductive: each query is classified alone, in a set of the support and this query; the class means and variances
         come from the support only, from its latents or, without any set, from its features (`AdaptSettings.inductive`).
         The probabilities of a query depend neither on other queries, nor on its position among them, nor on the order
         of the classes and of the support images.
+
+        Raises:
+            DataError: diffusion is asked for, and the model does not scale its features.
         """
         if mode == "inductive" and adapt.inductive == "features":
             support_ETNF, query_EPNF = support_ET[:, :, None], query_EP[:, :, None]
@@ -136,6 +142,10 @@ class MetaGMVAE(MetaLearner):
         for noise_MND, seed in zip(noise, seed_by_episode, strict=True):
             noise_MND.normal_(generator=keyed_generator(device, "predict", int(seed)))
         h_EMF = torch.cat([support_ET, query_EP], dim=1)
+        if adapt.diffusion:
+            if isinstance(self.scale, nn.Identity):
+                raise DataError(f"adapt.diffusion ({adapt.diffusion:g}): the model has no scaled features; set it to 0")
+            h_EMF = diffuse_features(h_EMF, adapt.diffusion)
         return self._classify_sets(adapt, h_EMF, label_T, noise, background, fit_on_queries=True)
 
     def _classify_alone(
