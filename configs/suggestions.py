@@ -101,15 +101,12 @@ def same_meaning(word: str, table: dict[str, str] = SAME_MEANING) -> list[str]:
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """End of an error message: the known words that are meant or spelt alike, or all of them."""
-    close = similar(word, known)
-    if close:
-        return did_you_mean(close)
-    return f"; known: {', '.join(known)}" if known else ""
+    return did_you_mean(similar(word, known)) or (f"; known: {', '.join(known)}" if known else "")
 
 
-def did_you_mean(names: Iterable[str]) -> str:
-    """End of an error message that offers these names."""
-    return f"; did you mean {' or '.join(map(repr, names))}?"
+def did_you_mean(names: Sequence[str]) -> str:
+    """End of an error message that offers these names; empty without any."""
+    return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
 def similar(word: str, known: Iterable[str]) -> list[str]:

@@ -127,9 +127,17 @@ def test_every_folder_is_in_the_wheel():
     assert sorted(listed) == sorted({"metagmvae", *folders})
 
 
-@pytest.mark.parametrize("module", ["metagmvae", "metagmvae.infra.cli"])
-def test_importing_is_light(module):
-    heavy = ("torch", "ray", "mlflow", "matplotlib", "numpy", "pydantic")
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("metagmvae", ("torch", "ray", "mlflow", "matplotlib", "numpy", "pydantic")),
+        ("metagmvae.infra.cli", ("torch", "ray", "mlflow", "matplotlib", "numpy", "pydantic")),
+        # Every worker of a training imports it: what it does not need would delay the start of all of them.
+        ("metagmvae.infra.runs.train_in_process", ("ray", "mlflow", "matplotlib", "sklearn", "scipy", "pandas")),
+        ("metagmvae.infra.workflows.run_training", ("ray", "mlflow", "matplotlib", "sklearn", "scipy.stats", "pandas")),
+    ],
+)
+def test_importing_is_light(module, heavy):
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

@@ -18,6 +18,7 @@ from ray._private import ray_constants
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
+from metagmvae.infra.cli import main
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.cluster.train_on_ray import _use_gpu
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
@@ -216,9 +217,11 @@ def test_workers_get_gpus_of_the_cluster_not_of_the_driver(monkeypatch, device, 
         ("nonsense", "give host:port, ray://host:port, auto or local"),
     ],
 )
-def test_wrong_address_is_one_error_line(data, tmp_path, address, reason):
-    out = tmp_path / "run"
-    assert end(start(data, out, **{"run.address": address}), 120) == 2
-    log = (tmp_path / "run.log").read_text()
+def test_wrong_address_is_one_error_line(data, tmp_path, address, reason, capfd):
+    words = command(data, tmp_path / "run", **{"run.address": address})
+    assert main(words[3:]) == 2
+    printed, log = capfd.readouterr()
+    assert printed == ""
     assert reason in log
     assert log.count("\n") == 1
+    assert not (tmp_path / "run").exists()

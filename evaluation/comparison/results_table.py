@@ -140,11 +140,7 @@ def calibration_table(results: Path, names: str) -> str:
 
 QUERIES = {"balanced": "balanced", "dirichlet-2": "Dirichlet(2)", "dirichlet-0.5": "Dirichlet(0.5)"}
 """Part of a file name -> title of the kind of queries."""
-WEIGHTS = {
-    "equal": "model, class weights 1/K",
-    "estimated": "model, class weights estimated",
-    "inductive": "model",
-}
+WEIGHTS = {"equal": "model, class weights 1/K", "estimated": "model, class weights estimated", "inductive": "model"}
 """Part of a file name -> label of the model."""
 
 
@@ -220,15 +216,13 @@ def results_by_task(results: Path, name: str) -> ByTask:
 
 
 def _require(results: Path, name: str) -> ByTask:
-    by_task = results_by_task(results, name)
-    if not by_task:
-        if not results.is_dir():
-            raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
-        files = (re.fullmatch(r"(.+?)(?:-seed\d+)?-\d+way-\d+shot\.json", path.name) for path in results.iterdir())
-        close = similar(name, sorted({"flips", *(match[1] for match in files if match)}))
-        expected = did_you_mean(close) if close else f"; expected {name}-5way-1shot.json or similar"
-        raise DataError(f"{results}: no result of {name!r}{expected}")
-    return by_task
+    if by_task := results_by_task(results, name):
+        return by_task
+    if not results.is_dir():
+        raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
+    files = (re.fullmatch(r"(.+?)(?:-seed\d+)?-\d+way-\d+shot\.json", path.name) for path in results.iterdir())
+    hint = did_you_mean(similar(name, sorted({"flips", *(match[1] for match in files if match)})))
+    raise DataError(f"{results}: no result of {name!r}{hint or f'; expected {name}-5way-1shot.json or similar'}")
 
 
 def _one_dataset(recorded: Mapping[str, ByTask]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.metrics import mean_ci95
@@ -116,6 +115,8 @@ def _p_values(difference: np.ndarray) -> tuple[float, float]:
     """Return the p-values of the t-test and of Wilcoxon's test that the differences are centred at zero."""
     if not difference.any():
         return 1.0, 1.0
+    from scipy import stats  # takes most of a second, and most commands need no test
+
     wilcoxon = float(stats.wilcoxon(difference).pvalue)
     if np.ptp(difference) == 0:
         # All episodes differ by the same amount: the t statistic is infinite.
@@ -131,5 +132,7 @@ def across_seeds(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 2:
         raise ValueError(f"{len(values)} training gives no confidence interval over trainings; give at least 2")
+    from scipy import stats
+
     standard_error = float(np.std(values, ddof=1)) / np.sqrt(len(values))
     return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * standard_error)

@@ -23,7 +23,6 @@ from metagmvae.configs.load import (
     to_toml,
 )
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.figures.gallery import draw_gallery
 from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.runs.checks import check_model, check_settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
@@ -233,6 +232,8 @@ def _train(plan: TrainingPlan) -> None:
 
 def _draw_figures(run_dir: Path, inputs: TrainingInputs) -> None:
     """Write the figures of the trained model; print a line on stderr where the data do not allow them."""
+    from metagmvae.evaluation.figures.gallery import draw_gallery  # imports Matplotlib
+
     data = inputs.settings.data
     split = data.validation_split if has_samples(inputs.dataset, data.validation_split) else data.train_split
     try:

@@ -1,6 +1,8 @@
 """K-means, for the pseudo-labels of DeepCluster and the partitions of CACTUs.
 
 Notation: n points, F feature size, k clusters.
+
+scikit-learn is imported where it is used: every process of a training imports this module, few cluster.
 """
 
 from __future__ import annotations
@@ -8,9 +10,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.cluster import KMeans, kmeans_plusplus
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import pairwise_distances_argmin
 
 
 def k_means(
@@ -44,6 +43,9 @@ def k_means(
     Raises:
         ValueError: k is not in 1 to n, or a feature is not finite.
     """
+    from sklearn.cluster import kmeans_plusplus
+    from sklearn.metrics import pairwise_distances_argmin
+
     x_nF = np.ascontiguousarray(features_nF, dtype=np.float32)
     if not 1 <= k <= len(x_nF):
         raise ValueError(f"k-means with {k} clusters needs at least as many points, not {len(x_nF)}; change one")
@@ -69,6 +71,9 @@ def k_means(
 
 def _lloyd(x_nF: np.ndarray, init_kF: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels and centroids from initial centroids, by scikit-learn."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer than k different points: documented
         result = KMeans(len(init_kF), init=init_kF, n_init=1, max_iter=iterations).fit(x_nF)
