@@ -36,12 +36,16 @@ class Column:
         return Image.fromarray(RGB[number])
 
 
-def test_all_forms_of_an_image_give_the_same_dataset():
+def test_all_forms_of_an_image_give_the_same_dataset(tmp_path):
+    for number, pixels in enumerate(RGB):
+        (tmp_path / f"{number}.png").write_bytes(png(pixels))
     forms = [
         RGB,
         RGB.transpose(0, 3, 1, 2),
         [Image.fromarray(pixels) for pixels in RGB],
         [png(pixels) for pixels in RGB],
+        [tmp_path / f"{number}.png" for number in range(24)],
+        [f"{tmp_path}/{number}.png" for number in range(24)],
         Column(),
     ]
     sources = [open_images(form, LABELS, validation_classes=2, test_classes=2, seed=3) for form in forms]
@@ -53,6 +57,8 @@ def test_all_forms_of_an_image_give_the_same_dataset():
                 np.testing.assert_array_equal(record.load(), RGB[number].transpose(2, 0, 1))
                 assert record.class_name == str(LABELS[number])
         assert [len(source.splits[split]) for split in ("train", "validation", "test")] == [8, 8, 8]
+    words = np.array([f"class {label}" for label in LABELS], dtype=object)
+    assert {record.class_name for record in open_images(RGB, words).splits["train"]} == set(words)
     grey = open_images(RGB[..., 0])
     assert (grey.image_shape, list(grey.splits), grey.splits["train"][5].class_name) == ((1, 28, 28), ["train"], "")
 
@@ -88,6 +94,9 @@ def test_size_and_crop_are_those_of_image_files():
         (RGB / 255, None, {}, r"image 0 is float64 \(28, 28, 3\); give uint8 from 0 to 255"),
         ([RGB[0], RGB[0, 0, 0]], None, {}, r"image 1 is uint8 \(3,\)"),
         ([RGB[0], b"none"], None, {}, "image 1: broken image"),
+        ([RGB[0], "none.png"], None, {}, r"image 1: none.png cannot be read \(No such file"),
+        ((pixels for pixels in RGB), None, {}, "images are one generator, without a length; give a list"),
+        (None, None, {}, "images are one NoneType, without a length"),
         ([b"none"], None, {}, "image 0: broken image"),
         (RGB, LABELS[:5], {}, r"labels have shape \(5,\) for 24 images"),
         (RGB, np.zeros((24, 14)), {}, r"labels have shape \(24, 14\)"),

@@ -147,6 +147,12 @@ def test_values_in_the_html_are_escaped() -> None:
         (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", way=2.5), "invalid int value: '2.5'"),  # type: ignore[arg-type]
         (lambda: metagmvae.compare([]), "required: WHAT"),
         (lambda: metagmvae.compare(["runs/none"]), "runs/none"),
+        (lambda: metagmvae.compare("runs/none"), "runs/none: not found"),
+        (lambda: metagmvae.prepare_images([[1, 2]], out="x"), "image 0 is int64"),
+        # Numbers of NumPy are numbers.
+        (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", way=np.int64(99)), "way 99 exceeds"),
+        (lambda: metagmvae.train("glyphs-demo", {"train.steps": np.int64(-7)}), "train.steps = -7"),
+        (lambda: metagmvae.train("glyphs-demo", {"train.learning_rate": np.float32(-0.5)}), "rate = -0.5"),
         (lambda: metagmvae.fit("nowhere", out="x"), "nowhere"),
     ],
 )
@@ -163,6 +169,13 @@ def test_wrong_arguments_are_one_line(
     assert len(str(caught.value).splitlines()) == 1
     assert capsys.readouterr() == ("", "")
     assert not (workspace / "x").exists()
+
+
+def test_a_dataset_shows_what_it_holds(workspace: Path) -> None:
+    uri = workspace / "data" / "glyphs"
+    splits = metagmvae.Dataset.open(uri).manifest["splits"]
+    counts = ", ".join(f"{split} {splits[split]['samples']:,}" for split in ("train", "validation", "test"))
+    assert repr(metagmvae.Dataset.open(uri)) == f"<Dataset {uri}: images 1 x 28 x 28; {counts}>"
 
 
 def test_result_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any
 
+import numpy as np
+
 from metagmvae.evaluation.provenance import COMMAND
 from metagmvae.infra.cli import build_parser, public_word
 from metagmvae.infra.commands.parsing import Answer
@@ -60,6 +62,11 @@ def reference(value: Any) -> str:
     raise DataError(f"{kind} is no name: give a path, a URI, models:/NAME@ALIAS, or a result of this API")
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy as a number of Python, and what stands for a name as its word; for settings in JSON."""
+    return value.item() if isinstance(value, np.generic) else reference(value)
+
+
 def _option(option: str, value: Any) -> list[str]:
     if value is None or value is False:
         return []
@@ -69,4 +76,4 @@ def _option(option: str, value: Any) -> list[str]:
         return [word for key, item in value.items() for word in (option, f"{key}={item}")]
     if isinstance(value, list | tuple):
         return [option, *map(str, value)]
-    return [f"{option}={value if isinstance(value, int | float) else reference(value)}"]
+    return [f"{option}={value if isinstance(value, int | float) else plain(value)}"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metagmvae.infra.api.call_command import call_command, reference
+from metagmvae.infra.api.call_command import call_command, plain
 from metagmvae.infra.api.results import ComparisonResult, EvaluationResult, FitResult, PreparedData, TrainedRun
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -61,7 +61,7 @@ def prepare_images(
 
     Args:
         images: anything with a length and numbered items: arrays uint8 (H, W), (H, W, C) or (C, H, W), images of
-            Pillow, or contents of image files (bytes).
+            Pillow, or image files (paths, or their content as bytes).
         labels: class of each image, words or numbers; None: no classes.
         out: new folder, or `s3://bucket/prefix`.
         options: of `pipelines.arrays.image_arrays.open_images`: `size=84`, `crop=False`, `validation_classes=16`.
@@ -113,7 +113,7 @@ def train(
         TrackingError: MLflow is not installed or cannot be reached.
     """
     # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
-    settings = {key: json.dumps(value, default=reference) for key, value in (overrides or {}).items()}
+    settings = {key: json.dumps(value, default=plain) for key, value in (overrides or {}).items()}
     command = {"learner": "train", "encoder": "pretrain"}.get(kind, kind)
     answer = call_command(command, config, set=settings, resume=resume)
     return TrainedRun.from_answer(answer, path=Path(answer["run"]))
@@ -163,7 +163,9 @@ def evaluate(
     return EvaluationResult.from_answer(answer)
 
 
-def compare(models: Sequence[Reference], data: Reference | Dataset | None = None, **options: Any) -> ComparisonResult:
+def compare(
+    models: Reference | Sequence[Reference], data: Reference | Dataset | None = None, **options: Any
+) -> ComparisonResult:
     """Compare models, runs, sweeps and the paper, as `metagmvae compare` does; the first one is the reference.
 
     >>> import metagmvae
@@ -172,13 +174,15 @@ def compare(models: Sequence[Reference], data: Reference | Dataset | None = None
     ['glyphs', 'paper: UMTRA']
 
     Args:
-        models: run folders, result files, sweep folders, `models:/NAME`, `models:/NAME@ALIAS`, `paper:DATASET/ROW`.
+        models: one or several run folders, result files, sweep folders, `models:/NAME`, `models:/NAME@ALIAS`,
+            `paper:DATASET/ROW`.
         data: evaluate every model on episodes of this data set; None: their stored results.
         options: as in `metagmvae compare --help`: `way=[5, 20]`, `shot=[1, 5]`, `episodes=1000`, `html="page.html"`.
 
     Raises:
         DataError: a model or the data set does not exist, there is no stored result, or an option is wrong.
     """
+    models = [models] if isinstance(models, str | os.PathLike) else models
     return ComparisonResult.from_answer(call_command("compare", *models, data=data, **options))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +50,7 @@ def open_images(
 
     Args:
         images: anything with a length and numbered items, such as a column of a data set of Hugging Face: arrays uint8
-            (H, W), (H, W, C) or (C, H, W), images of Pillow, or contents of image files (bytes).
+            (H, W), (H, W, C) or (C, H, W), images of Pillow, or image files (paths, or their content as bytes).
         labels: class of each image, words or numbers; None: no classes, and all images are in `train`.
         name: of the dataset.
         size: side in pixels; None: the shorter side of the first image, from 28 to 84.
@@ -60,6 +62,8 @@ def open_images(
     """
     request = SplitRequest(fractions, validation_classes, test_classes)
     request.check(labels is not None)
+    if not hasattr(images, "__len__"):
+        raise DataError(f"images are one {type(images).__name__}, without a length; give a list")
     if not len(images):
         raise DataError("there are no images; give at least one")
     classes = [""] * len(images) if labels is None else _class_names(labels, len(images))
@@ -153,9 +157,14 @@ def load_item(images: Items, number: int, *, preprocessing: Preprocessing) -> np
 
 
 def _as_image(item: Any, name: str) -> np.ndarray | Image.Image | bytes:
-    """An array as uint8 (C, H, W); other items as they are."""
+    """An array as uint8 (C, H, W); the content of a file; an image of Pillow as it is."""
     if isinstance(item, bytes | Image.Image):
         return item
+    if isinstance(item, str | os.PathLike):
+        try:
+            return Path(item).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {item} cannot be read ({error.strerror}); check the path") from error
     given = array = np.asarray(item)
     if array.ndim == 2:
         array = array[None]
@@ -183,7 +192,7 @@ def _class_names(labels: Items, images: int) -> list[str]:
         array = array[:, 0]
     if array.ndim != 1 or len(array) != images:
         raise DataError(f"labels have shape {array.shape} for {images} images; give one class for each image")
-    if array.dtype.kind not in "iuU":
+    if array.dtype.kind not in "iuU" and not all(isinstance(label, str) for label in array):
         raise DataError(f"labels are {array.dtype}; give whole numbers or words")
     names = [str(label) for label in array.tolist()]
     if "" in names:

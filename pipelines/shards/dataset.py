@@ -70,6 +70,11 @@ class Dataset:
         later = any(key in manifest for key in LATER_KEYS)
         self.fingerprint = dataset_fingerprint(manifest) if later else sha256_file(root / MANIFEST)
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.row_shape))
+        counts = ", ".join(f"{split} {part['samples']:,}" for split, part in self.manifest["splits"].items())
+        return f"<Dataset {self.uri}: {self.kind} {shape}; {counts}>"
+
     @classmethod
     def open(cls, uri: str | Path) -> Dataset:
         """Open the dataset in a folder or under a prefix (`s3://bucket/prefix`).
