@@ -123,3 +123,16 @@ def test_elastic_deformation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     left_half[..., :14] = 1.0
     edge = stroke_view(left_half, generator(0), elastic=0.25)[:, 0, 7:21].sum(dim=2)
     assert 1.0 < float((edge - 14).abs().max()) < 2 * 3.5 * 1.2
+
+
+@pytest.mark.parametrize("size", [(20, 28), (2, 3), (1, 1)])
+def test_largest_neighbours_equal_those_of_pooling_bit_for_bit(size: tuple[int, int]) -> None:
+    x = torch.randn(3, 1, *size, generator=generator("pixels"))
+    pooled = torch.nn.functional.max_pool2d(x, 3, stride=1, padding=1)
+    assert torch.equal(strokes_module._largest_neighbour(x), pooled)
+    windows = [
+        x[..., max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2].amax((1, 2, 3))
+        for r in range(size[0])
+        for c in range(size[1])
+    ]
+    assert torch.equal(torch.stack(windows, 1), pooled.flatten(1))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.training.device.precision import at_least_float32
-from metagmvae.training.models.conv import ConvBlock, ConvDecoder, ConvEncoder, FeatureDecoder, pooled_sizes
+from metagmvae.training.models.conv import (
+    ConvBlock,
+    ConvDecoder,
+    ConvEncoder,
+    FeatureDecoder,
+    max_pool,
+    pooled_sizes,
+)
 
 
 def unfolded(block: ConvBlock) -> nn.Sequential:
@@ -34,6 +41,19 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
             layer.weight.data = torch.randn(layer.weight.shape, generator=generator, dtype=layer.weight.dtype)
             layer.bias.data = torch.randn(layer.bias.shape, generator=generator, dtype=layer.bias.dtype)
     return module
+
+
+@pytest.mark.parametrize("round_up", [True, False])
+@pytest.mark.parametrize("size", [(4, 6), (4, 5), (7, 6), (3, 3)])
+def test_pooling_for_inference_equals_that_for_training_bit_for_bit(size: tuple[int, int], round_up: bool) -> None:
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0, 0] = float("nan")
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        expected = nn.MaxPool2d(2, ceil_mode=round_up)(images)
+        with torch.inference_mode():
+            pooled = max_pool(images, round_up)
+        torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
+        assert pooled.stride() == expected.stride()
 
 
 def test_feature_maps_have_the_sizes_of_table_3() -> None:

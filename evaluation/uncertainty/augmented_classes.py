@@ -10,6 +10,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.augment.build_view import build_view
+from metagmvae.training.device.memory_format import channels_last
 from metagmvae.training.device.seeding import keyed_generator, to_device
 from metagmvae.training.models.encode_images import SMALLEST_BATCH
 from metagmvae.training.trainer.package import LoadedModel
@@ -52,5 +53,5 @@ def augmented_features(
     features = []
     for number in range(views):
         generator = keyed_generator(device, "augmented classes", seed, number)
-        features.append(loaded.model.encode_images(view(x, generator).contiguous(memory_format=torch.channels_last)))
+        features.append(loaded.model.encode_images(channels_last(view(x, generator))))
     return torch.cat(features), np.tile(np.arange(len(rows)), views)

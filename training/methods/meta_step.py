@@ -24,6 +24,7 @@ from metagmvae.pipelines.sampling.factory import unlabelled_sets
 from metagmvae.pipelines.sampling.stream import Stream
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.augment.view import View
+from metagmvae.training.device.memory_format import channels_last
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import episode_generators, to_device
 from metagmvae.training.methods.frozen_features import init_from_features
@@ -131,7 +132,7 @@ class MetaStep(nn.Module):
         x = self.model.scale_images(data.flatten(0, 1))
         inputs = x if views is None else views
         if self.settings.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = channels_last(inputs)
         with self._autocast(data.device):
             return x, self.model.encode_images(inputs).unflatten(0, data.shape[:2])
 

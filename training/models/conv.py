@@ -28,6 +28,18 @@ def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list
     return sizes
 
 
+def max_pool(x: Tensor, round_up: bool) -> Tensor:
+    """2x2 max pooling: (n, C, H, W) -> (n, C, H/2, W/2).
+
+    For inference on a CPU as maxima of slices, where the sides are even: half the time, because PyTorch's function also
+    stores the positions of the maxima.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[-2] % 2 or x.shape[-1] % 2:
+        return F.max_pool2d(x, 2, ceil_mode=round_up)
+    columns = torch.maximum(x[..., ::2], x[..., 1::2])
+    return torch.maximum(columns[..., ::2, :], columns[..., 1::2, :])
+
+
 class ConvBlock(nn.Module):
     """conv 3x3, batch normalisation, ReLU (if `relu`), 2x2 max pooling: (n, C, s, s) -> (n, channels, s/2, s/2).
 
@@ -51,8 +63,8 @@ class ConvBlock(nn.Module):
         foldable = self.fold or self._running_statistics() is not None
         folded = foldable and not x.requires_grad and x.device.type == "cpu"
         x = self._folded_norm(x) if folded else self.norm(self.conv(x))
-        pooled = F.max_pool2d(x, 2, ceil_mode=self.round_up)
-        return F.relu(pooled) if self.relu else pooled
+        pooled = max_pool(x, self.round_up)
+        return F.relu(pooled, inplace=True) if self.relu else pooled
 
     def _folded_norm(self, x: Tensor) -> Tensor:
         """norm(conv(x)) as one convolution."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metagmvae.pipelines.records import Rows
 from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.device.memory_format import channels_last as in_channels_last
 from metagmvae.training.device.precision import Precision, autocast
 from metagmvae.training.device.seeding import to_device
 from metagmvae.training.models.encoders import EncoderModel
@@ -62,7 +63,7 @@ def encode_images(
         if view is not None:
             x = view(x)
         if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = in_channels_last(x)
         with nullcontext() if precision == "float32" else autocast(device, precision):
             h = encode(x)[:count]
         pieces.append((h.float() if raw else h).to(to or device))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import Average
+from metagmvae.training.device.memory_format import channels_last
 
 CROP = 0.85
 """Side of a crop, as a fraction of the image's side."""
@@ -81,7 +82,8 @@ def affine_views(x: Tensor) -> list[Tensor]:
                 [math.sin(angle) / ratio, math.cos(angle), 2 * SHIFT * down],
             ]
             grid = F.affine_grid(x.new_tensor(rows).expand(len(x), 2, 3), list(x.shape), align_corners=False)
-            views.append(F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+            view = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            views.append(channels_last(view))
     return views
 
 

@@ -26,6 +26,7 @@ from metagmvae.pipelines.sampling.indexed import batches_per_epoch
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device import distributed
+from metagmvae.training.device.memory_format import channels_last
 from metagmvae.training.device.precision import autocast
 from metagmvae.training.device.seeding import keyed_generator, to_device
 from metagmvae.training.models.encoders import EncoderModel
@@ -112,7 +113,7 @@ class PretrainStep(nn.Module):
 
     def _in_format(self, x: Tensor) -> Tensor:
         """Images in the memory format of the settings."""
-        return x.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else x
+        return channels_last(x) if self.settings.channels_last else x
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return autocast(device, self.settings.precision)
