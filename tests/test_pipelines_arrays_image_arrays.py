@@ -74,6 +74,8 @@ def test_the_fingerprint_changes_with_pixels_classes_splits_and_options():
         open_images(RGB, LABELS, **options, seed=1).fingerprint,
         open_images(RGB, LABELS, **options, invert=True).fingerprint,
         open_images(RGB).fingerprint,
+        open_images(RGB, LABELS).fingerprint,
+        open_images(RGB, LABELS[::-1]).fingerprint,  # all of these are in `train`
     ]
     assert len(set(fingerprints)) == len(fingerprints)
 
@@ -83,6 +85,8 @@ def test_size_and_crop_are_those_of_image_files():
     assert open_images(wide).image_shape == (1, 44, 44)
     assert np.ptp(open_images(wide).splits["train"][0].load()) < 50
     assert np.ptp(open_images(wide, crop=False, size=20).splits["train"][0].load()) > 110
+    narrow = np.stack([np.full((40, 3), value, np.uint8) for value in (10, 20, 30)])  # (C, H, W)
+    assert open_images(narrow[None], size=5).splits["train"][0].load()[:, 0, 0].tolist() == [10, 20, 30]
     assert open_images(np.zeros((1, 300, 400, 3), np.uint8)).image_shape == (3, 84, 84)
     assert open_images(np.zeros((1, 8, 9), np.uint8), channels=3).image_shape == (3, 28, 28)
 

@@ -37,6 +37,13 @@ def test_files_are_named_by_path_name_or_stem(tmp_path, text):
     assert read_labels(table(tmp_path, text), NAMES) == expected
 
 
+def test_a_path_comes_before_shorter_names(tmp_path):
+    """`1.png` is a path and also the name of another file; `a` is a name and the stem of a third one."""
+    names = ["1.png", "a/1.png", "b/a", "c/a.png"]
+    found = read_labels(table(tmp_path, "file,label\n1.png,x\na/1.png,y\na,z\nc/a.png,x\n"), names)
+    assert {name: label for name, (label, _) in found.items()} == dict(zip(names, "xyzx", strict=True))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
