@@ -43,8 +43,20 @@ def check_output(path: str | Path) -> None:
     mode = output_mode(path)
     if mode is not None and not stat.S_ISREG(mode):
         return
-    folder = Path(os.path.realpath(path)).parent
-    while not folder.exists():  # missing folders are created
+    check_output_folder(Path(os.path.realpath(path)).parent, path)
+
+
+def check_output_folder(folder: Path, path: str | Path) -> None:
+    """Refuse a folder that neither exists nor can be created, or that cannot be written.
+
+    Args:
+        folder: absolute path; missing folders above it are created too.
+        path: of the output, as the message names it.
+
+    Raises:
+        DataError: naming the path and the reason.
+    """
+    while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise DataError(f"{path}: cannot be written, because {folder} is no writable folder; choose another one")

@@ -16,7 +16,7 @@ from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.infra.tune import ray_backend
 from metagmvae.infra.tune.request import SweepRequest, run
-from metagmvae.infra.tune.sweep_folder import SweepPlan
+from metagmvae.infra.tune.sweep_folder import SweepFolder, SweepPlan
 from metagmvae.pipelines.records import DataError
 
 
@@ -155,8 +155,10 @@ def test_a_folder_with_other_files_is_refused(plan, dataset, tmp_path):
         with pytest.raises(DataError, match="mine: not"):
             open_sweep(plan, dataset, tmp_path / "mine", resume=resume)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot be created"):
-        open_sweep(plan, dataset, tmp_path / "file" / "sweep")
+    for out in (tmp_path / "file", tmp_path / "file" / "sweep"):
+        for resume in (False, True):
+            with pytest.raises(DataError, match=rf"--out {out}: cannot be written, because .*/file is no writable"):
+                SweepFolder(out).check(resume)
 
 
 HOLD = """

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,22 @@ from command_words import TINY
 from metagmvae.configs.load import load_settings, presets, settings_from_json, to_json
 from metagmvae.evaluation.fewshot import encoder_package
 from metagmvae.infra.cli import main
+from metagmvae.infra.runs import local_context
 from metagmvae.infra.runs.folder_lock import lock_run_folder
-from metagmvae.infra.runs.run_folder import CHECKPOINT, CONFIG, FIGURES, TRAINING_LOCK, read_settings
+from metagmvae.infra.runs.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    FIGURES,
+    METRICS,
+    TRAINING_LOCK,
+    append_lines,
+    read_settings,
+)
 from metagmvae.infra.runs.training_inputs import load_inputs
+from metagmvae.infra.tracking import live_tracker
 from metagmvae.infra.workflows import run_training as run_training_module
 from metagmvae.infra.workflows.run_training import run_training
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, WorkError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
@@ -82,7 +93,7 @@ def test_resume_without_checkpoint_prints_that_training_starts_at_step_1(data, t
     [
         ({"data.train_split": "nowhere"}, "no split 'nowhere'"),
         ({"validation.every": 1, "validation.way": 9}, "6 classes"),
-        ({"run.out": "{tmp}/file/run"}, "cannot be created"),
+        ({"run.out": "{tmp}/file/run"}, "file is no writable folder; choose another"),
         ({"model.encoder": "resnet99"}, "resnet99"),
         ({"model.encoder": "vgg11", "model.image_size": 8}, "vgg11"),
         ({"run.engine": "ray", "run.address": "127.0.0.1:9"}, "no Ray cluster answers there"),
@@ -119,6 +130,28 @@ def test_corrected_command_needs_neither_resume_nor_another_folder(data, tmp_pat
     assert [path.name for path in (tmp_path / "run").iterdir()] == [TRAINING_LOCK]
     monkeypatch.undo()
     run_training(settings(data, tmp_path / "run"))
+
+
+def test_full_disk_ends_the_run_with_the_first_error_and_the_run_is_resumed(data, tmp_path, monkeypatch):
+    """Neither the metric line nor the status can be written; what was saved before stays."""
+    whole = run_training(settings(data, tmp_path / "whole"))
+
+    def full(path, lines):
+        (tmp_path / "run" / METRICS).write_text('{"stage": "meta", "st')  # as much as there was space for
+        append_lines(Path("/dev/full"), lines)
+
+    def refuse(folder, status):
+        raise DataError(f"{folder}: cannot be written")
+
+    monkeypatch.setattr(local_context, "append_lines", full)
+    monkeypatch.setattr(live_tracker, "write_status", lambda *what: None if what[1] == "RUNNING" else refuse(*what))
+    with pytest.raises(WorkError, match=r"No space left on device\); mend this and continue with --resume$"):
+        run_training(settings(data, tmp_path / "run"))
+    monkeypatch.undo()
+    run = run_training(settings(data, tmp_path / "run"), resume=True)
+    ours, theirs = (load_state(folder / CHECKPOINT) for folder in (run, whole))
+    assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
+    assert ours["step"] == theirs["step"]
 
 
 def test_files_of_the_user_and_of_a_run_that_has_saved_something_stay(data, tmp_path, monkeypatch):
@@ -168,6 +201,11 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(data, tmp_path, caps
     assert answer["engine"].startswith("local, ")
     assert main([command, "omniglot-5way", *words, "--set=model.encoder=resnet99"]) == 2
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "a" / "run"
+    for more in ([], ["--resume"]):
+        assert main([command, "omniglot-5way", *words, f"--set=run.out={below}", *more]) == 2
+        assert f"run.out = {below}: cannot be written, because {tmp_path / 'file'} is no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -18,7 +18,7 @@ from metagmvae.pipelines.files import (
     read_text,
     remove_temporary_files,
 )
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, WorkError
 from metagmvae.training.models.posterior_calibration import CALIBRATION as CALIBRATION
 from metagmvae.training.trainer.checkpoint import CHECKPOINT as CHECKPOINT
 from metagmvae.training.trainer.context import MetricLine, TrainState
@@ -65,9 +65,16 @@ def append_lines(path: Path, lines: list[MetricLine]) -> None:
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold.
+        WorkError: the disk is full, or the file cannot be written.
     """
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise WorkError(
+            f"{path}: cannot be written ({error.strerror}); mend this and continue with --resume"
+        ) from error
 
 
 class _MetricLine(BaseModel):

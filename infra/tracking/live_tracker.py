@@ -12,6 +12,7 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.runs.status import ENDED, write_status
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.tracking_errors import WarnOnce
+from metagmvae.pipelines.records import DataError
 
 PATIENCE_S = 120.0
 """Longest wait for the last upload to a store that answers: the last checkpoint may be large."""
@@ -66,7 +67,12 @@ class LiveTracker(ABC):
         if status not in ENDED:
             raise ValueError(f"status {status!r} is not one of {', '.join(ENDED)}")
         self._closed = True
-        write_status(self.folder, status)
+        try:
+            write_status(self.folder, status)
+        finally:
+            self._end_thread()
+
+    def _end_thread(self) -> None:
         if self._thread is None:
             return
         self._ending.set()
@@ -81,8 +87,13 @@ class LiveTracker(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        except DataError:
+            if kind is None:
+                raise  # else the error of the work counts; a full disk is the reason of both
 
     def _patience(self) -> float:
         return PATIENCE_DOWN_S if self._failing else PATIENCE_S

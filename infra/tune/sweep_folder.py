@@ -27,6 +27,7 @@ from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, read_t
 from metagmvae.infra.runs.run_folder import METRICS, RAY_FOLDER, SETTINGS, TRAINING_LOCK, read_lines, read_settings
 from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
+from metagmvae.pipelines.output_target import check_output_folder
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -80,8 +81,9 @@ class SweepFolder:
         """Check that the folder does not exist, is empty, or holds the sweep to resume.
 
         Raises:
-            DataError: the folder is not empty, or is not the folder of a sweep.
+            DataError: the folder is not empty, is not the folder of a sweep, or cannot be written.
         """
+        check_output_folder(self.root.absolute(), f"--out {self.root}")
         names = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
         names -= {TRAINING_LOCK, RAY_FOLDER}
         if not any((self.root / TRIAL_FOLDERS).glob("*")):

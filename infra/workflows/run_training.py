@@ -50,6 +50,7 @@ from metagmvae.infra.tracking.store import store_uri
 from metagmvae.infra.workflows.calibrate import calibrate_run
 from metagmvae.pipelines.files import atomic_file, read_text, write_json
 from metagmvae.pipelines.optional_packages import optional_package
+from metagmvae.pipelines.output_target import check_output_folder
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state
@@ -252,6 +253,7 @@ def _check_folder(run_dir: Path, inputs: TrainingInputs, kind: ModelKind, resume
         _check_same_run(run_dir, inputs, kind)
     elif contents:
         raise DataError(f"{run_dir}: not a run folder (no {SETTINGS}); choose another one: --set run.out=…")
+    check_output_folder(run_dir, f"run.out = {run_dir}")
 
 
 def _check_same_run(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> None:
