@@ -108,9 +108,11 @@ def _dimension(key: str, entry: Any) -> Dimension:
     section = key.partition(".")[0]
     if section in NOT_SEARCHABLE and (key in setting_keys() or key == section):
         raise SettingsError(f"{key}: a sweep cannot vary it, because {NOT_SEARCHABLE[section]}; set it with --set")
-    if key not in setting_keys():
-        raise SettingsError(f"{key}: no such setting{setting_suggestion(key, setting_keys())}")
     words = KIND_BY_WORD.keys() & entry.keys() if isinstance(entry, Mapping) else set()
+    if key not in setting_keys():
+        if isinstance(entry, Mapping) and entry and not words:
+            key += f".{next(iter(entry))}"  # the section is wrong: its first key says what is meant
+        raise SettingsError(f"{key}: no such setting{setting_suggestion(key, setting_keys())}")
     if len(words) != 1:
         raise SettingsError(f"{key} = {json.dumps(entry, default=str)}: write it as {FORMS}")
     (word,) = words

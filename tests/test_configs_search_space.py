@@ -58,6 +58,7 @@ FORMS = "write it as { choice"
             "train.em_iteration = {choice=[1]}",
             "train.em_iteration: no such setting; did you mean 'train.em_iterations'?",
         ),
+        ("[trian]\nem_iterations = {choice=[1]}", "trian.em_iterations: no such setting; did you mean 'train.em_iter"),
         ("em_iterations = {choice=[1]}", "did you mean 'train.em_iterations'?"),
         ("nonsense = {choice=[1]}", "nonsense: no such setting; known: data, method, model"),
         ("train = {choice=[1]}", "train: no such setting"),
