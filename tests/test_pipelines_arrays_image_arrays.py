@@ -184,6 +184,7 @@ def test_prepare_images_writes_a_dataset_of_python_objects(tmp_path):
         np.testing.assert_array_equal(image, RGB[int(row["key"])].transpose(2, 0, 1))
     again = metagmvae.prepare_images(RGB, LABELS, out=tmp_path / "out", test_classes=2, seed=2)
     assert again == data
+    assert metagmvae.prepare_images(RGB, out=tmp_path / "plain").classes == {"train": 0}
     with pytest.raises(DataError, match="contains another dataset"):
         metagmvae.prepare_images(RGB, LABELS, out=tmp_path / "out", test_classes=3)
 

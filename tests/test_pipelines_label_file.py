@@ -87,8 +87,12 @@ def test_a_dataset_has_the_classes_and_splits_of_the_table(tmp_path, capsys):
     rows = [f"{n},{'abcd'[n % 4]},{('train', 'Train', 'val', 'test')[n % 4]}" for n in range(8)]
     labels = table(tmp_path, "\n".join(["id,label,split", *rows]))
     words = ["--source", str(folder), "--labels", str(labels), "--size", "8", "--out", str(tmp_path / "out"), "--json"]
+    assert main(["prepare", "folder", *words, "--dry-run"]) == 0
+    dry_run = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
     assert main(["prepare", "folder", *words]) == 0
     answer = json.loads(capsys.readouterr().out)
+    assert all(dry_run[key] == answer[key] for key in ("files", "left_out", "division", "samples"))
     assert answer["classes"] == {"train": 2, "validation": 1, "test": 1}
     assert answer["left_out"] == [{"reason": "not in labels.csv", "files": 1, "names": "8.png"}]
     dataset = Dataset.open(tmp_path / "out")

@@ -129,7 +129,7 @@ def prepare(arguments: Namespace) -> Answer:
         source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
         if arguments.dry_run:
             answer = describe_output(source, arguments.out, **layout)
-            return answer | {"skipped": source.report.get("skipped", [])}
+            return answer | {"skipped": source.report.get("skipped", []), **source.files}
         with progress_bar("shards", arguments.json) as on_progress:
             return write_source(source, arguments.out, map_tasks=map_tasks, on_progress=on_progress, **layout)
 
@@ -152,7 +152,7 @@ def write_source(source: ImageSource, out: str, **options: Any) -> Answer:
         "image_shape": manifest["image_shape"],
         "channels": manifest["image_shape"][0],
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
-        "classes": {split: part["classes"] for split, part in manifest["splits"].items()},
+        "classes": {split: len({r.class_name for r in records} - {""}) for split, records in source.splits.items()},
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         **_encoded_images(manifest),
         "skipped": source.report.get("skipped", []),
