@@ -165,3 +165,13 @@ def test_pickle_with_the_file_name_of_the_weights_is_refused(uri, run, tmp_path)
     with pytest.raises(ValueError, match="safetensors"):
         resolve_model("models:/disguised/1", tracking_uri=uri)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_version_that_has_lost_a_file_is_named_with_the_way_out(uri, run, tmp_path, name):
+    source = tmp_path / f"lost-{name[6:]}"
+    save_package(source / "artifacts" / "package", resolve_model(run))
+    (source / "artifacts" / "package" / name).unlink()
+    register_files(uri, source)
+    with pytest.raises(DataError, match=rf"package has lost {name}: restore it, or register .* deleted in MLflow"):
+        resolve_model(f"models:/{source.name}/1", tracking_uri=uri)

@@ -144,7 +144,13 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
 def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> Path:
     """Download the two files of a model package, after checking that the folder has them."""
     names = _file_names(store, uri)
-    if not {"model.json", "model.safetensors"} <= set(names):
+    missing = {"model.json", "model.safetensors"} - set(names)
+    if len(missing) == 1:
+        raise DataError(
+            f"{ref}: {redact(uri)} has lost {missing.pop()}: restore it, or register the run again; an alias of "
+            "this version can be deleted in MLflow, and the next promotion then needs no comparison with it"
+        )
+    if missing:
         present = ", ".join(names or _file_names(store, root)) or "nothing"
         raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; it has: {present})")
     target = Path(folder) / "package"
