@@ -127,7 +127,7 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
         ("train.compile=True", 'train.compile = "True": input should be a valid boolean; write true or false'),
         ("train.steps=3 # note", 'train.steps = "3 # note": input should be a valid integer'),
         ("train.steps=3\nfoo=4", 'train.steps = "3\\nfoo=4": input should be a valid integer'),
-        ("train.steps=3]\nfoo=[4", "input should be a valid integer"),
+        ("train.steps=3, 0]\nfoo=[4", "input should be a valid integer"),
         ("train.steps=3,", 'train.steps = "3,": input should be a valid integer'),
     ],
 )

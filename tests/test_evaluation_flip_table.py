@@ -128,6 +128,21 @@ def test_difference_over_trainings_pairs_equal_seeds(tmp_path):
     assert "3 trainings" in next(line for line in text.splitlines() if line.startswith("| **row 4"))
 
 
+def test_the_longest_training_counts(tmp_path):
+    write(tmp_path, RELU, FLIPPED[0], budget_s=None, trained={"step": 20})
+    write(tmp_path, RELU, BASES[0], budget_s=None, trained={"step": 10}, shorter=True)
+    ours = cell_of(tmp_path, "row-4")[0].ours
+    assert (ours.steps, ours.trainings) == (20, 1)
+    assert ours.accuracy == pytest.approx(sum(FLIPPED[0]) / 4)
+
+
+def test_fewest_episodes_of_several_trainings_are_named(tmp_path):
+    write(tmp_path, RELU, FLIPPED[0], most_episodes=4)
+    write(tmp_path, RELU, FLIPPED[1][:3], seed=1, most_episodes=4)
+    ours = cell_of(tmp_path, "row-4")[0].ours
+    assert (ours.trainings, ours.episodes) == (2, 3)
+
+
 def test_seeds_that_the_base_row_lacks_are_not_paired_with_others(tmp_path):
     write(tmp_path, (), BASES[1], seed=1)
     for seed in (0, 1):
