@@ -21,6 +21,8 @@ MAX_EXPERIMENT, MAX_MODEL, MAX_ALIAS = 500, 240, 255
 """Longest names, in characters. Of a registered model MLflow stores 256; `-encoder` may be appended."""
 DATA = "{data}"
 """Stands for the name of the dataset in the name of a registered model."""
+FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+"""Variable that makes MLflow open a folder as its store."""
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?|\[[0-9a-fA-F:]+\](:\d+)?(/.*)?")
 
 
@@ -76,10 +78,17 @@ def check_tracking_uri(uri: str) -> str:
     """Return a tracking URI.
 
     Raises:
-        ValueError: it is a host and port without `http://`, which MLflow takes for a folder.
+        ValueError: it is a host and port without `http://`, which MLflow takes for a folder; or a folder, which MLflow
+            no longer opens unless the variable `MLFLOW_ALLOW_FILE_STORE` says so.
     """
     if HOST_AND_PORT.fullmatch(uri):
         raise ValueError(f"{uri!r}: MLflow takes this for a folder; for a server write http://{uri}")
+    is_folder = uri.startswith("file:") or not (":" in uri or uri.startswith("databricks"))
+    if is_folder and os.environ.get(FILE_STORE, "").lower() not in ("true", "1"):
+        database = PurePosixPath(uri.removeprefix("file://").removeprefix("file:")) / "mlflow.db"
+        raise ValueError(
+            f"{uri!r}: MLflow no longer opens a folder; write sqlite:///{database}, or set {FILE_STORE}=true"
+        )
     return uri
 
 

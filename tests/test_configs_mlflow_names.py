@@ -43,6 +43,28 @@ def test_what_mlflow_accepts_is_accepted(key, value):
     assert getattr(settings.tracking, key) == value
 
 
+@pytest.mark.parametrize("folder", ["mlruns", "/a/mlruns", "file:///a/mlruns", "file:/a/mlruns", "./mlruns"])
+def test_folder_is_refused_as_mlflow_refuses_it(folder, monkeypatch):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    path = "mlruns" if folder in ("mlruns", "./mlruns") else "/a/mlruns"
+    with pytest.raises(
+        SettingsError, match=rf"no longer opens a folder; write sqlite:///{path}/mlflow\.db, or set MLFLOW"
+    ):
+        load_settings("omniglot-cpu", [f"tracking.uri={folder}"])
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert load_settings("omniglot-cpu", [f"tracking.uri={folder}"]).tracking.uri == folder
+
+
+@pytest.mark.mlflow
+def test_mlflow_refuses_a_folder(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(MlflowException, match="maintenance mode"):
+        MlflowClient(str(tmp_path)).search_experiments()
+
+
 def test_settings_that_an_older_version_stored_are_read():
     stored = json.loads(to_json(Settings()))
     stored["tracking"] |= {"alias": "v1", "register_as": "a/b", "experiment": ""}
