@@ -187,7 +187,7 @@ def test_dry_run_writes_nothing(store, run_promote, data, tmp_path):
 
 def test_run_folder_is_registered_once_and_without_an_alias(store, run_promote, data, tmp_path):
     run = untrained_run(tmp_path / "worse", data, constant=True, step=7)
-    assert run_promote(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name\n")
+    assert run_promote(str(run), code=2)["error"].endswith("set tracking.register_as, or give --name")
     answer = run_promote(str(run), "--name", "glyphs", code=1)
     assert (answer["challenger"], champion(store)) == ("models:/glyphs/4", "1")
     assert run_promote(str(run), "--name", "glyphs", code=1)["challenger"] == "models:/glyphs/4"

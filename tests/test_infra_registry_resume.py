@@ -30,7 +30,7 @@ def train(tmp_path, monkeypatch, capsys):
         options = [f"--set={key}={value}" for key, value in settings.items()]
         assert main(["train", "omniglot-5way", *options, *words, "--json"]) == code
         out, err = capsys.readouterr()
-        return json.loads(out) if out else err
+        return err if code else json.loads(out)
 
     return train
 
