@@ -136,6 +136,15 @@ def test_the_longest_training_counts(tmp_path):
     assert ours.accuracy == pytest.approx(sum(FLIPPED[0]) / 4)
 
 
+def test_of_equally_long_trainings_those_with_the_most_seeds_count(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, RELU, FLIPPED[seed], seed=seed, environment={"time": "2026-01-01"})
+    other = {"name": "omniglot", "options": {"split": "vinyals"}}
+    write(tmp_path, RELU, FLIPPED[2], dataset=other, environment={"time": "2026-02-01"})
+    ours = cell_of(tmp_path, "row-4")[0].ours
+    assert (ours.trainings, ours.accuracy) == (2, pytest.approx(sum(FLIPPED[0] + FLIPPED[1]) / 8))
+
+
 def test_fewest_episodes_of_several_trainings_are_named(tmp_path):
     write(tmp_path, RELU, FLIPPED[0], most_episodes=4)
     write(tmp_path, RELU, FLIPPED[1][:3], seed=1, most_episodes=4)

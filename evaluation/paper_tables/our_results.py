@@ -71,13 +71,11 @@ class Difference(DocumentModel):
 
 
 def chosen_trainings(found: Sequence[Found]) -> list[Found]:
-    """Take the longest training, of equally long ones that with the most episodes and the latest; all its seeds.
+    """Take the longest training, of equally long ones that with the most episodes, the most seeds, and the latest.
 
-    Trainings for the same budget on the same hardware are equally long, whatever the steps that it allowed.
+    All its seeds on the same images are taken. Trainings for the same budget on the same hardware are equally long,
+    whatever the steps that it allowed.
     """
-
-    def rank(item: Found) -> tuple[object, ...]:
-        return *item[0].steps, item[1].episodes, item[0].result.when
 
     def kind(item: Found) -> tuple[object, ...]:
         result = item[0].result
@@ -85,9 +83,16 @@ def chosen_trainings(found: Sequence[Found]) -> list[Found]:
         length = (*item[0].steps, item[1].episodes) if result.budget_s is None else planned
         return length, item[0].costs, result.images
 
-    best = max(found, key=rank)
-    same = (item for item in sorted(found, key=lambda item: item[0].result.when) if kind(item) == kind(best))
-    return list({item[0].seed: item for item in same}.values())
+    groups: list[list[Found]] = []
+    for item in sorted(found, key=lambda item: item[0].result.when):
+        group = next((group for group in groups if kind(group[0]) == kind(item)), None)
+        groups.append([item]) if group is None else group.append(item)
+
+    def rank(group: list[Found]) -> tuple[object, ...]:
+        longest = max((*item[0].steps, item[1].episodes) for item in group)
+        return *longest, len({item[0].seed for item in group}), group[-1][0].result.when
+
+    return list({item[0].seed: item for item in max(groups, key=rank)}.values())
 
 
 def our_result(trainings: Sequence[Found]) -> OurResult:
