@@ -140,7 +140,7 @@ class MetaGMVAE(MetaLearner):
         points, device = support_ET.shape[1] + query_EP.shape[1], query_EP.device
         noise = torch.empty(len(seed_by_episode), points, adapt.samples, self.latent, device=device)
         for noise_MND, seed in zip(noise, seed_by_episode, strict=True):
-            noise_MND.normal_(generator=keyed_generator(device, "predict", int(seed)))
+            latent_noise(self, adapt, points, seed, device, out=noise_MND)
         h_EMF = torch.cat([support_ET, query_EP], dim=1)
         if adapt.diffusion:
             if isinstance(self.scale, nn.Identity):
@@ -189,10 +189,12 @@ def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     return (torch.exp(0.5 * log_variance).unsqueeze(-2) * noise).add_(mean.unsqueeze(-2))
 
 
-def latent_noise(model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device) -> Tensor:
-    """Draw the standard normal noise of the latents of one episode, (points, N, D)."""
+def latent_noise(
+    model: MetaGMVAE, adapt: AdaptSettings, points: int, seed: int, device: torch.device, out: Tensor | None = None
+) -> Tensor:
+    """Draw the standard normal noise of the latents of one episode, (points, N, D), into `out` if it is given."""
     generator = keyed_generator(device, "predict", int(seed))
-    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device)
+    return torch.randn(points, adapt.samples, model.latent, generator=generator, device=device, out=out)
 
 
 def inductive_noise(
