@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metagmvae.configs.schema import TrainSettings
+from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 
@@ -28,10 +28,10 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def model(dtype: torch.dtype = torch.float64, **changes: Any) -> MetaGMVAE:
-    """The model in evaluation mode, with changed arguments of `MetaGMVAE`."""
+    """The model in evaluation mode, with changed settings."""
     torch.manual_seed(0)
     sizes = {"latent": 2, "channels": 3, "width": 4, "heads": 2, "layers": 1}
-    net = MetaGMVAE(SHAPE, **{**sizes, **changes}).to(dtype).eval()
+    net = MetaGMVAE(ModelSettings(**{**sizes, **changes}), SHAPE).to(dtype).eval()
     for layer in net.modules():  # a constant map at zero would be at the kink of its ReLU
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.bias, 0.1, 0.5)

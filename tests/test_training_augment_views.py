@@ -9,7 +9,7 @@ import torch
 from small_model import SHAPE, M, batch, model, settings
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings
+from metagmvae.configs.schema import ModelSettings, PretrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
@@ -48,7 +48,7 @@ def test_kind_and_size_of_views_follow_the_settings_and_the_encoder() -> None:
         (3, "strokes", 0, "stroke_view"),
         (1, "photographs", 20, "photo_view"),
     ]:
-        net = MetaGMVAE((channels, 28, 28), channels=4, width=8, heads=2, layers=1, image_size=size)
+        net = MetaGMVAE(ModelSettings(channels=4, width=8, heads=2, layers=1, image_size=size), (channels, 28, 28))
         step = ContrastiveStep(
             net, nn.Identity(), settings(), PretrainSettings(views=views, crop_area=0.3, elastic=0.2)
         )

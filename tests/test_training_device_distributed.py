@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rank_processes import run_on_two_ranks
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import PretrainSettings, TrainSettings
+from metagmvae.configs.schema import ModelSettings, PretrainSettings, TrainSettings
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device import distributed
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
@@ -44,7 +44,8 @@ SETTINGS = TrainSettings(
 
 def model(reconstruct: str = "pixels") -> MetaGMVAE:
     torch.manual_seed(0)
-    net = MetaGMVAE(SHAPE, reconstruct=reconstruct, latent=2, channels=4, width=8, heads=2, layers=1).double()  # type: ignore[arg-type]
+    sizes = {"latent": 2, "channels": 4, "width": 8, "heads": 2, "layers": 1}
+    net = MetaGMVAE(ModelSettings(reconstruct=reconstruct, **sizes), SHAPE).double()
     net.scale_images = lambda images: images.double() / 255  # type: ignore[method-assign]
     return net
 
@@ -165,7 +166,7 @@ def contrastive_step() -> dict[str, Tensor]:
     """A step in evaluation mode. The views are replaced by fixed ones, because random views are keyed by rank."""
     views = iter([lambda x: x, lambda x: x.flip(-1)])
     torch.manual_seed(0)
-    net = MetaGMVAE(SHAPE, latent=2, channels=8, width=8, heads=2, layers=1)
+    net = MetaGMVAE(ModelSettings(latent=2, channels=8, width=8, heads=2, layers=1), SHAPE)
     images = np.random.default_rng(3).integers(0, 256, (8, *SHAPE), dtype=np.uint8)
     step_module = ContrastiveStep(net, nn.Linear(net.feature_dim, 4), SETTINGS, PretrainSettings(temperature=0.2))
     step_module.view = lambda x, generator: next(views)(x)  # type: ignore[assignment]

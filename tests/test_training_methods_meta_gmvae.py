@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from metagmvae.configs.schema import AdaptSettings
+from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.objectives.feature_diffusion import diffuse_features
@@ -18,7 +18,7 @@ from metagmvae.training.objectives.feature_diffusion import diffuse_features
 def tiny(**settings: Any) -> MetaGMVAE:
     torch.manual_seed(0)
     sizes = {"latent": 3, "channels": 4, "width": 8, "heads": 2, "layers": 2}
-    return MetaGMVAE((1, 8, 8), **{**sizes, **settings}).double().eval()
+    return MetaGMVAE(ModelSettings(**{**sizes, **settings}), (1, 8, 8)).double().eval()
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -69,7 +69,7 @@ def test_isotropic_posterior_has_one_variance_per_point() -> None:
 
 
 def test_sizes_of_table_3() -> None:
-    model = MetaGMVAE((1, 28, 28))
+    model = MetaGMVAE(ModelSettings(), (1, 28, 28))
     assert isinstance(model.inlet, torch.nn.Identity)  # F = 256 is the width already
     assert (model.head.in_features, model.head.out_features) == (256, 128)
     h = model.encode_images(torch.rand(10, 1, 28, 28))
@@ -79,7 +79,7 @@ def test_sizes_of_table_3() -> None:
 
 
 def test_other_image_sizes_get_an_input_projection() -> None:
-    model = MetaGMVAE((3, 84, 84), channels=64, width=256)
+    model = MetaGMVAE(ModelSettings(channels=64, width=256), (3, 84, 84))
     assert isinstance(model.inlet, torch.nn.Linear)
     mean, _ = model.posterior(model.encode_images(torch.rand(4, 3, 84, 84))[None])
     assert mean.shape == (1, 4, 64)
@@ -155,7 +155,7 @@ def test_diffusion_moves_the_features_of_transductive_episodes_only(mode: str) -
     assert torch.allclose(answer(h_EMF, 0.6), answer(h_EMF, 0.0)) == (mode == "inductive")
 
 
-@pytest.mark.parametrize("settings", [{}, {"reconstruct": "features", "scaling": "raw"}])
+@pytest.mark.parametrize("settings", [{}, {"reconstruct": "features", "features": "raw"}])
 def test_diffusion_is_refused_for_features_without_scaling(settings: dict[str, Any]) -> None:
     model = tiny(**settings)
     h_EMF = torch.randn(1, 5, model.feature_dim).double()

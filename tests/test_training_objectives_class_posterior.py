@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from metagmvae.configs.schema import AdaptSettings
+from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.class_posterior import classify_latents, fit_log_posteriors, rows_by_class
 
@@ -68,7 +68,7 @@ def test_equal_shots_equal_the_latents_by_class() -> None:
 def test_a_model_answers_for_a_support_in_any_order(mode: str, label_T: torch.Tensor) -> None:
     """Inductive: the same answer. Transductive: with the same noise of each point, which follows the order."""
     torch.manual_seed(0)
-    model = MetaGMVAE((1, 8, 8), latent=2, channels=4, width=8, heads=2, layers=1).double().eval()
+    model = MetaGMVAE(ModelSettings(latent=2, channels=4, width=8, heads=2, layers=1), (1, 8, 8)).double().eval()
     rng = torch.Generator().manual_seed(6)
     support, query = (20 * torch.randn(1, n, 4, generator=rng, dtype=torch.float64) for n in (6, 4))
     order = torch.argsort(label_T, stable=True)

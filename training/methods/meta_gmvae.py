@@ -10,17 +10,16 @@ D latent size; in q(z | x, D), D is the set. E episodes, K classes, T labelled i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metagmvae.configs.schema import AdaptSettings, Average
+from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.models.conv import ConvDecoder, FeatureDecoder
-from metagmvae.training.models.encoders import build_encoder
+from metagmvae.training.models.encoders import configured_encoder
 from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhitening, ViewWhitening
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.set_attention import SetAttention
@@ -31,55 +30,47 @@ MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
 """Maximum number of latent values (points x samples x D) in a batch, by device type; about four such arrays exist.
 On a CPU small batches are the fast ones, because they fit its caches (a quarter faster than 2^25, measured)."""
 
+SCALES: dict[str, type[nn.Module]] = {
+    "standard": FeatureScale,
+    "whitened": FeatureWhitening,
+    "view-whitened": ViewWhitening,
+}
+"""Scaling of features that are reconstructed, by `model.features`; `raw` has none."""
+
 
 class MetaGMVAE(MetaLearner):
     """Variational autoencoder whose posterior depends on the whole set (Tables 3, 4, 7 and 8).
 
     The prior is no part of it: `training.objectives.mixture` fits the mixture to each episode. Names of submodules are
-    keys of stored checkpoints. The settings are described in `configs.schema.ModelSettings`.
+    keys of stored checkpoints.
     """
 
     has_background = True
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        *,
-        encoder: str = "conv4",
-        image_size: int = 0,
-        final_relu: bool = True,
-        averaging: Average = "none",
-        normalise: Literal["none", "imagenet"] = "none",
-        reconstruct: Literal["pixels", "features"] = "pixels",
-        scaling: Literal["standard", "whitened", "view-whitened", "raw"] = "standard",
-        variance: Literal["calibrated", "unit", "half"] = "calibrated",
-        latent: int = 64,
-        channels: int = 64,
-        width: int = 256,
-        heads: int = 4,
-        layers: int = 2,
-        attention_scale: Literal["head", "model"] = "head",
-        attention_block: Literal["transformer", "set-attention"] = "transformer",
-        attention_activation: Literal["elu", "relu"] = "elu",
-        posterior: Literal["isotropic", "diagonal"] = "diagonal",
-    ) -> None:
-        net = build_encoder(encoder, image_shape, channels, image_size, final_relu, averaging, normalise)
-        super().__init__(net, image_shape)
-        self.latent = latent
+    def __init__(self, settings: ModelSettings, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(configured_encoder(settings, image_shape), image_shape)
+        width, self.latent = settings.width, settings.latent
         # Conv4 on 28x28 images has F = 256, the width of the set encoder in Table 3; other sizes need a projection.
         self.inlet = nn.Identity() if self.feature_dim == width else nn.Linear(self.feature_dim, width)
-        self.attention = SetAttention(width, heads, layers, attention_scale, attention_block, attention_activation)
-        self.head = nn.Linear(width, latent + (latent if posterior == "diagonal" else 1))
-        self.reconstruct = reconstruct
-        self.variance = variance
-        scales = {"standard": FeatureScale, "whitened": FeatureWhitening, "view-whitened": ViewWhitening}
-        scaled = reconstruct == "features" and scaling in scales
-        self.scale = scales[scaling](self.feature_dim) if scaled else nn.Identity()
-        self.decoder: nn.Module = (
-            FeatureDecoder(self.feature_dim, latent, final_relu=final_relu and scaling == "raw")
-            if reconstruct == "features"
-            else ConvDecoder(image_shape, channels, latent, width)
+        self.attention = SetAttention(
+            width,
+            settings.heads,
+            settings.layers,
+            settings.attention_scale,
+            settings.attention_block,
+            settings.attention_activation,
         )
+        self.head = nn.Linear(width, self.latent + (self.latent if settings.posterior == "diagonal" else 1))
+        self.reconstruct, self.variance = settings.reconstruct, settings.variance
+        self.scale: nn.Module = nn.Identity()
+        self.decoder: nn.Module
+        if settings.reconstruct == "features":
+            if settings.features in SCALES:
+                self.scale = SCALES[settings.features](self.feature_dim)
+            final_relu = settings.rectified and settings.features == "raw"
+            self.decoder = FeatureDecoder(self.feature_dim, self.latent, final_relu=final_relu)
+        else:
+            self.decoder = ConvDecoder(image_shape, settings.channels, self.latent, width)
 
     @property
     def compiled_networks(self) -> list[nn.Module]:

@@ -151,26 +151,7 @@ class MetaGMVAEMethod(Method):
 
     def build(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> MetaGMVAE:
         """A new model; the method has no settings of its own."""
-        return MetaGMVAE(
-            image_shape,
-            encoder=model.encoder,
-            image_size=model.image_size,
-            final_relu=model.rectified,
-            averaging=model.average,
-            normalise=model.normalise,
-            reconstruct=model.reconstruct,
-            scaling=model.features,
-            variance=model.variance,
-            latent=model.latent,
-            channels=model.channels,
-            width=model.width,
-            heads=model.heads,
-            layers=model.layers,
-            attention_scale=model.attention_scale,
-            attention_block=model.attention_block,
-            attention_activation=model.attention_activation,
-            posterior=model.posterior,
-        )
+        return MetaGMVAE(model, image_shape)
 
     def step(self, model: MetaGMVAE, settings: Settings) -> nn.Module:
         """The step module."""
