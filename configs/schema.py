@@ -55,7 +55,8 @@ class ModelSettings(Section):
 
     encoder: Annotated[str, Field(pattern=r"^((torchvision|timm):)?[a-z0-9_.]+$")] = "conv4"
     """Encoder: `conv4` (Table 3), `conv5` (Table 6), `resnet12`, or `torchvision:NAME` or `timm:NAME` without its last
-    layer, newly initialised. If the dataset contains features, the encoder is the one that computed them."""
+    layer, newly initialised. If the dataset contains features, the encoder is the one that computed them, and if it
+    contains vectors (`prepare vectors`), `vectors`, which returns them as they are."""
     image_size: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Image size: side to which images are resized before the encoder, in pixels; 0: as stored."""
     rectified: bool = True

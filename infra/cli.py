@@ -103,10 +103,12 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
 def _explain(error: Exception, command: str) -> tuple[str, int]:
     """The reason of a failed command in one line, and its exit code.
 
-    The ValueErrors of this package (one line each) are wrong requests; its other errors are failures.
+    The ValueErrors of this package (one line each) are wrong requests; its other errors (and `NoSpaceError`, which is
+    both) are failures.
     """
     if type(error).__module__.split(".")[0] == "metagmvae":
-        return str(error).removeprefix(f"{command}: "), 2 if isinstance(error, ValueError) else 1
+        wrong_request = isinstance(error, ValueError) and not isinstance(error, RuntimeError)
+        return str(error).removeprefix(f"{command}: "), 2 if wrong_request else 1
     if isinstance(error, OSError) and error.errno in OS_REMEDIES:
         where = f"{str(error.filename)[:100]}: " if error.filename else ""
         return f"{where}{error.strerror}; {OS_REMEDIES[error.errno]}", 2 if error.errno == errno.ENAMETOOLONG else 1

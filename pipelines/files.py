@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from metagmvae.configs.load import mistake_text
-from metagmvae.pipelines.output_target import output_mode, standard_stream, stream_into
+from metagmvae.pipelines.output_target import cannot_write, output_mode, standard_stream, stream_into
 from metagmvae.pipelines.records import DataError
 
 Document = TypeVar("Document", bound=BaseModel)
@@ -55,8 +55,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     instead.
 
     Raises:
-        DataError: `path` is a folder, a socket, a disk or a pipe that nothing reads; or it cannot be written, or the
-            disk is full. The temporary file is deleted.
+        DataError: `path` is a folder, a socket, a disk or a pipe that nothing reads; or it cannot be written. The
+            temporary file is deleted.
+        NoSpaceError: the disk is full. The temporary file is deleted.
     """
     path = Path(path)
     mode = output_mode(path)
@@ -71,7 +72,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        raise cannot_write(path, error, "choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -81,7 +82,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, target)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror}); the partial file was deleted") from error
+        raise cannot_write(path, error, "the partial file was deleted") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -62,6 +62,33 @@ def read_labels(path: str | Path, names: Sequence[str]) -> dict[str, tuple[str, 
     return found
 
 
+def read_row_labels(path: str | Path, count: int) -> tuple[list[str], list[str] | None]:
+    """Classes, and contents of the column `split` if there is one, of vectors in their order.
+
+    Args:
+        path: table with a heading and the column `label`, one row for each vector; else as in `read_labels`.
+        count: number of vectors.
+
+    Raises:
+        DataError: the table cannot be read, lacks the column, has another number of rows, or a row without a class.
+    """
+    rows = _rows(Path(path))
+    places = _columns(path, rows[0], ("label", "split"))
+    if len(rows) - 1 != count:
+        raise DataError(f"{path}: {len(rows) - 1:,} rows for {count:,} vectors; give one for each, in their order")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]) or not row[places["label"]].strip():
+            raise DataError(f"{path}: row {number} has no class or another number of columns; complete it")
+    labels, splits = ([row[places[c]].strip() for row in rows[1:]] if c in places else None for c in ("label", "split"))
+    assert labels is not None
+    return labels, splits
+
+
+def plain_name(name: str) -> str:
+    """Name of a column or array as `COLUMNS` has it: without case, spaces, `-` and `_`."""
+    return "".join(character for character in name.casefold() if character not in " _-")
+
+
 def _rows(path: Path) -> list[list[str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -78,12 +105,12 @@ def _rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def _columns(path: str | Path, heading: Sequence[str]) -> Mapping[str, int]:
+def _columns(path: str | Path, heading: Sequence[str], meanings: Sequence[str] = tuple(COLUMNS)) -> Mapping[str, int]:
     """Place of each column by its meaning."""
-    plain = ["".join(character for character in name.casefold() if character not in " _-") for name in heading]
+    plain = list(map(plain_name, heading))
     places = {}
-    for meaning, known in COLUMNS.items():
-        matching = [place for place, name in enumerate(plain) if name in known]
+    for meaning in meanings:
+        matching = [place for place, name in enumerate(plain) if name in COLUMNS[meaning]]
         if len(matching) > 1:
             exact = [place for place in matching if plain[place] == meaning]
             matching = exact or matching

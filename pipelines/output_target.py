@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, NoSpaceError
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def output_mode(path: str | Path) -> int | None:
@@ -62,6 +64,24 @@ def check_output_folder(folder: Path, path: str | Path) -> None:
         raise DataError(f"{path}: cannot be written, because {folder} is no writable folder; choose another one")
 
 
+def check_outside(out: Path, source: Path) -> None:
+    """Refuse an output folder inside the folder of the source, where its files would be read as a part of it next time.
+
+    Raises:
+        DataError: naming both.
+    """
+    if out.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"--out {out}: lies in the source {source}; choose a folder outside of it")
+
+
+def cannot_write(path: str | Path, error: OSError, remedy: str) -> DataError:
+    """The error to raise where an output cannot be written; `remedy` is for other reasons than a full disk."""
+    if error.errno in OUT_OF_SPACE:
+        return NoSpaceError(f"{path}: cannot be written ({error.strerror}); free some space, and run the command again")
+    reason = "no program reads from this pipe" if error.errno == errno.ENXIO else error.strerror
+    return DataError(f"{path}: cannot be written ({reason}); {remedy}")
+
+
 def standard_stream(path: Path) -> int | None:
     """Descriptor of the standard output or error of this process if `path` is the same file: it is written to, because
     replacing the file would lose what the process prints."""
@@ -76,7 +96,7 @@ def stream_into(path: Path, content: IO[bytes]) -> None:
     """Copy an open file into a pipe, a device or a standard stream. A pipe that nothing reads is an error, not a wait.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it cannot be written; `NoSpaceError` if it is full.
     """
     descriptor = standard_stream(path)
     try:
@@ -90,5 +110,4 @@ def stream_into(path: Path, content: IO[bytes]) -> None:
         with os.fdopen(out, "wb") as target:
             shutil.copyfileobj(content, target)
     except OSError as error:
-        reason = "no program reads from this pipe" if error.errno == errno.ENXIO else error.strerror
-        raise DataError(f"{path}: cannot be written ({reason}); choose another file") from error
+        raise cannot_write(path, error, "choose another file") from error

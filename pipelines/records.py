@@ -30,6 +30,10 @@ class WorkError(RuntimeError):
     """The request was right, but the work failed. The message is one line."""
 
 
+class NoSpaceError(WorkError, DataError):
+    """A disk is full. Also a `DataError`, so that whoever handles an output that cannot be written handles it too."""
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """One image of a data source, decoded on demand."""

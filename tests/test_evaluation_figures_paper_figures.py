@@ -138,7 +138,7 @@ def test_features_have_figure_4_only(data, tmp_path, capsys):
     assert main(["figure", "4", *words, "--json"]) == 0
     capsys.readouterr()
     assert main(["figure", "3", *words]) == 2
-    assert "holds features, and figure 3 shows images: give the dataset of images" in capsys.readouterr().err
+    assert "holds features, and figure 3 shows images: use the dataset of the images" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"latents.png"}
     assert Dataset.open(features).kind == "features"
 

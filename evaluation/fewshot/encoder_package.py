@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from metagmvae.configs.load import fingerprint
-from metagmvae.configs.schema import Average
+from metagmvae.configs.schema import Average, ModelSettings, Settings
 from metagmvae.evaluation.fewshot.encoding import check_encoder
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.feature_source import FeatureSource, open_features
+from metagmvae.pipelines.vectors import VECTORS
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, configured_encoder, encoder_digest
@@ -33,9 +34,17 @@ ENCODER_FOLDER = "encoder"
 def load_dataset_encoder(dataset: Dataset) -> LoadedModel:
     """Load the encoder that made the features of a data set, from the package inside the data set.
 
+    That of a dataset of vectors returns them as they are, and needs no package.
+
     Raises:
         DataError: the package is missing or was altered, or its encoder is not the one named in the manifest.
     """
+    if dataset.content == VECTORS:
+        # Vectors have both signs, unlike the output of a final ReLU.
+        settings = Settings(name=VECTORS, model=ModelSettings(encoder=VECTORS, rectified=False))
+        model = build_encoder_model(settings.model, dataset.image_shape, seed=0)
+        check_encoder(model, dataset)
+        return LoadedModel(model.eval(), settings, dataset.image_shape, {})
     card = dataset.attachment(f"{ENCODER_FOLDER}/{CARD}")
     dataset.attachment(f"{ENCODER_FOLDER}/{WEIGHTS}")
     loaded = load_package(card.parent)
@@ -57,7 +66,7 @@ def encoder_origin(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     digest = encoder_digest(loaded.model.encoder)
     if "weights" in info:
         return {"sha256": digest, "trained": {"by": "its publisher", "weights": info["weights"]}}
-    if not settings.pretrain.steps and settings.model.reconstruct == "features":
+    if dataset.content == VECTORS or (not settings.pretrain.steps and settings.model.reconstruct == "features"):
         return {"sha256": digest, "trained": None}
     pretrained = {"pretrain": settings.pretrain.model_dump(mode="json")} if settings.pretrain.steps else {}
     trained = {
@@ -107,6 +116,8 @@ def feature_source(loaded: LoadedModel, dataset: Dataset, dtype: str) -> Iterato
         DataError: the images have another shape than the encoder takes, the data set holds features, or the
             network of the method is no encoder of single images.
     """
+    if loaded.model.takes_vectors or dataset.content == VECTORS:
+        raise DataError(f"{dataset.uri}: vectors are features already, and no encoder reads them; train on the dataset")
     if dataset.kind == "images" and dataset.image_shape != loaded.image_shape:
         channels, size = loaded.image_shape[0], loaded.image_shape[-1]
         raise DataError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset, Reader
+from metagmvae.pipelines.vectors import VECTORS, describe_shape, image_remedy
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.encoders import EncoderModel, encoder_digest
@@ -34,12 +35,12 @@ def encode_split(
         DataError: the images have another shape than the model takes, another encoder made the features, or the method
             reads images and the dataset holds features.
     """
-    if dataset.image_shape != model.image_shape:
-        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the model takes {model.image_shape}")
+    check_shape(model, dataset)
     if dataset.kind == "images":
         return encode_images(model, dataset.images(split, reader, memory_limit_mb), device)
     if isinstance(model, MetaLearner) and not model.reads_features:
-        raise DataError(f"{dataset.uri}: holds features, and the model adapts on images; give the dataset of images")
+        remedy = image_remedy(dataset.content)
+        raise DataError(f"{dataset.uri}: holds {dataset.content}, and the model adapts on images; {remedy}")
     check_encoder(model, dataset)
     if device.type == "cpu":
         keep_freed_memory()  # as `encode_images` does: episodes make and free large arrays
@@ -56,6 +57,21 @@ def encode_split(
 def scale_features(model: EncoderModel, raw_nF: Tensor) -> Tensor:
     """Scale the raw features of the encoder as the model does: (n, F) -> (n, F)."""
     return torch.cat([model.scale_features(h) for h in raw_nF.split(FEATURE_ROWS)])
+
+
+def check_shape(model: EncoderModel, dataset: Dataset) -> None:
+    """Check that a model takes the images, or the vectors, of a data set.
+
+    Raises:
+        DataError: it takes others.
+    """
+    of_vectors = dataset.content == VECTORS
+    if dataset.image_shape != model.image_shape or of_vectors != model.takes_vectors:
+        held, taken = (
+            describe_shape(dataset.image_shape, vectors=of_vectors),
+            describe_shape(model.image_shape, vectors=model.takes_vectors),
+        )
+        raise DataError(f"{dataset.uri}: holds {held}, and the model takes {taken}; give data that it was trained for")
 
 
 def check_encoder(model: EncoderModel, dataset: Dataset) -> None:

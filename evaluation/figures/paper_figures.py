@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metagmvae.evaluation.fewshot.encoding import check_encoder, scale_features
+from metagmvae.evaluation.fewshot.encoding import check_encoder, check_shape, scale_features
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.mixture_modes import (
     FittedSet,
@@ -26,6 +26,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.vectors import image_remedy
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.package import LoadedModel
@@ -122,8 +123,7 @@ def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets
     model, data = loaded.model, loaded.settings.data
     if not isinstance(model, MetaGMVAE):
         raise DataError(f"{loaded.settings.name}: figures 3 and 4 show the mixture of a Meta-GMVAE, and this is none")
-    if dataset.image_shape != model.image_shape:
-        raise DataError(f"{dataset.uri}: images are {dataset.image_shape} and the model takes {model.image_shape}")
+    check_shape(model, dataset)
     if dataset.kind == "features":
         check_encoder(model, dataset)
     train_split = data.train_split if data.train_split in dataset.splits else split
@@ -138,7 +138,8 @@ def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets
 
 def _modes(loaded: LoadedModel, sets: _Sets) -> Figure:
     if sets.dataset.kind != "images":
-        raise DataError(f"{sets.dataset.uri}: holds features, and figure 3 shows images: give the dataset of images")
+        held, remedy = sets.dataset.content, image_remedy(sets.dataset.content)
+        raise DataError(f"{sets.dataset.uri}: holds {held}, and figure 3 shows images: {remedy}")
     finder = ModeFinder(sets.model, _pool(sets, sets.train_split, sets.training))
     images = sets.images(sets.train_split, sets.training)
     modes = finder.training_modes(images, loaded.settings.train)[:TRAINING_MODES]

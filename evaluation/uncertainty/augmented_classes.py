@@ -9,6 +9,7 @@ from torch import Tensor
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.vectors import image_remedy
 from metagmvae.training.augment.build_view import build_view
 from metagmvae.training.device.memory_format import channels_last
 from metagmvae.training.device.seeding import keyed_generator, to_device
@@ -41,8 +42,8 @@ def augmented_features(
     """
     if dataset.kind != "images":
         raise DataError(
-            f"{dataset.uri}: has no labelled validation classes, and features cannot be augmented; give a dataset with "
-            "labelled classes, or the dataset of images"
+            f"{dataset.uri}: has no labelled validation classes, and {dataset.content} cannot be augmented; give a "
+            f"dataset with labelled classes, or {image_remedy(dataset.content)}"
         )
     images = dataset.images(split)
     if len(images) < SMALLEST_BATCH:

@@ -69,7 +69,7 @@ def prepare_images(
     Raises:
         DataError: an image has another form or cannot be decoded, or an option is wrong.
     """
-    from metagmvae.infra.commands.data import write_source
+    from metagmvae.infra.workflows.prepare import write_source
     from metagmvae.pipelines.arrays.image_arrays import open_images
 
     seed = options.get("seed", 0)

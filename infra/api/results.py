@@ -51,8 +51,10 @@ class PreparedData(CommandResult):
 
     uri: str
     name: str
-    image_shape: tuple[int, int, int]
-    """(C, H, W)."""
+    image_shape: tuple[int, int, int] | None = None
+    """(C, H, W); None for vectors."""
+    feature_size: int | None = None
+    """Number of values of a vector; None for images."""
     samples: Mapping[str, int]
     """By split."""
     classes: Mapping[str, int]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import shutil
 from argparse import ArgumentParser, Namespace
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +13,18 @@ from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer,
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
-    from metagmvae.pipelines.shards.row_source import RowSource
-    from metagmvae.pipelines.sources.source import ImageSource
 
 
 SOURCE_OPTIONS = (
     *("split", "size", "channels", "invert", "crop", "classes", "labels", "join_splits"),
-    *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing"),
+    *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing", "dtype"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
-DRAWN_CLASSES = ("folder", "npz")
+DRAWN_CLASSES = ("folder", "npz", "vectors")
 """Sources that draw classes for validation and test, with `--seed`."""
 
 
-SEED_HELP = "seed of the order of the images, and of the classes that folder and npz draw (default: 0)"
+SEED_HELP = "seed of the order of the images, and of the classes that folder, npz and vectors draw (default: 0)"
 CONTINUED = "the same command continues with the shards that are finished"
 """What a stopped command that writes shards says."""
 
@@ -46,14 +40,14 @@ def add(parsers: Parsers) -> None:
 
 def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
-    description = "write images as a dataset: WebDataset shards with an index"
+    description = "write images or vectors as a dataset: WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
     help_text = "kind of the source: folder, npz (NumPy file), omniglot, mini-imagenet, glyphs (generated, without "
-    help_text += "files), or one that another package adds"
+    help_text += "files), vectors (of another network: .npy, .npz, .parquet), or one that another package adds"
     parser.add_argument("name", metavar="KIND", help=help_text)
     help_text = (
-        "folder or file of images, or folder with the archives of the dataset (Omniglot is downloaded if this is left "
-        "out)"
+        "folder or file of images or vectors, or folder with the archives of the dataset (Omniglot is downloaded if "
+        "this is left out)"
     )
     parser.add_argument("--source", metavar="PATH", help=help_text)
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write to")
@@ -70,8 +64,11 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text = "folder: sub-folders are not classes; everything becomes the training split"
     parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
     help_text = "folder: CSV file with the columns file and label (and split, if wanted): the classes of the images; "
-    help_text += "their folders then mean nothing, and images without a row are left out"
-    parser.add_argument("--labels", metavar="FILE.csv", help=help_text)
+    help_text += "their folders then mean nothing, and images without a row are left out; vectors: .npy, or CSV with "
+    help_text += "the column label, one row for each vector, in their order"
+    parser.add_argument("--labels", metavar="FILE", help=help_text)
+    help_text = "vectors: number format of the dataset (default: that of the vectors, float16 or float32)"
+    parser.add_argument("--dtype", choices=["float16", "float32"], help=help_text)
     help_text = "folder: join folders of the splits that hold the same classes (train/cat, test/cat), and divide the "
     help_text += "classes anew"
     parser.add_argument("--join-splits", action="store_true", default=None, help=help_text)
@@ -110,6 +107,10 @@ def add_worker_options(parser: ArgumentParser) -> None:
 
 def prepare(arguments: Namespace) -> Answer:
     """Run `metagmvae prepare`."""
+    from metagmvae.infra.workflows.prepare import describe_output, write_source
+    from metagmvae.pipelines.files import local_folder
+    from metagmvae.pipelines.output_target import check_outside
+    from metagmvae.pipelines.shards.object_store import is_remote
     from metagmvae.pipelines.sources.source import check_integer, open_source
 
     check_integer("--rows-per-shard", arguments.rows_per_shard, 1)
@@ -125,6 +126,8 @@ def prepare(arguments: Namespace) -> Answer:
         options["seed"] = arguments.seed
     # Absolute, because Ray workers have other working directories.
     folder = str(Path(arguments.source).absolute()) if arguments.source else None
+    if folder is not None and not is_remote(arguments.out):
+        check_outside(local_folder(arguments.out).absolute(), Path(folder))
     with task_mapper(arguments) as map_tasks:
         source = open_source(arguments.name, folder, map_tasks=map_tasks, **options)
         if arguments.dry_run:
@@ -132,33 +135,6 @@ def prepare(arguments: Namespace) -> Answer:
             return answer | {"skipped": source.report.get("skipped", []), **source.files}
         with progress_bar("shards", arguments.json) as on_progress:
             return write_source(source, arguments.out, map_tasks=map_tasks, on_progress=on_progress, **layout)
-
-
-def write_source(source: ImageSource, out: str, **options: Any) -> Answer:
-    """Write images as a dataset; return the answer of `metagmvae prepare`.
-
-    Args:
-        source: the images.
-        out: folder or `s3://bucket/prefix`.
-        options: of `write_dataset`.
-    """
-    from metagmvae.pipelines.shards.writer import write_dataset
-
-    with open_output(out) as (folder, uri):
-        manifest = write_dataset(source, folder, **options)
-    return {
-        "data": uri,
-        "name": manifest["name"],
-        "image_shape": manifest["image_shape"],
-        "channels": manifest["image_shape"][0],
-        "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
-        "classes": {split: len({r.class_name for r in records} - {""}) for split, records in source.splits.items()},
-        "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
-        **_encoded_images(manifest),
-        "skipped": source.report.get("skipped", []),
-        **source.files,
-        **({"missing": source.report["missing"]} if source.report.get("missing") else {}),
-    }
 
 
 def _quality(arguments: Namespace) -> Any:
@@ -180,30 +156,6 @@ def _quality(arguments: Namespace) -> Any:
     return int(given)
 
 
-def _encoded_images(manifest: dict[str, Any]) -> dict[str, Any]:
-    """How the images of a dataset are encoded, and what that saves and loses; nothing if they are stored as pixels."""
-    if "store" not in manifest:
-        return {}
-    from metagmvae.pipelines.shards.image_codec import LOSSY_JPEG
-
-    formats: Counter[str] = Counter()
-    for part in manifest["splits"].values():
-        formats.update(part["formats"])
-    lossy, total = formats[LOSSY_JPEG.removeprefix(".")], sum(formats.values())
-    quality = manifest["store"]["quality"]
-    loss = f"{lossy:,} of {total:,} images were encoded again with loss (JPEG of quality {quality})"
-    shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
-    return {
-        "store": "encoded",
-        "formats": dict(formats),
-        "loss": loss if lossy else "none: every image is decoded to exactly the pixels that were prepared",
-        "bytes": {
-            "shards": sum(shard["bytes"] for shard in shards),
-            "pixels": total * math.prod(manifest["image_shape"]),
-        },
-    }
-
-
 def _further(options: Sequence[str]) -> dict[str, Any]:
     """Values by key of `--option KEY=VALUE`; numbers, true, false and lists are written as in JSON.
 
@@ -222,50 +174,6 @@ def _further(options: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             values[key] = value
     return values
-
-
-@contextmanager
-def open_output(out: str) -> Iterator[tuple[Path, str]]:
-    """Yield the folder to write shards into and the URI of the dataset; upload the folder if `out` is remote.
-
-    Shards for an object store are written into the cache folder first. If the command is stopped, the same command
-    continues with the shards that are already there.
-    """
-    from metagmvae.pipelines.files import exclusive_lock, local_folder
-    from metagmvae.pipelines.shards.object_store import RemotePrefix, cache_root, is_remote, publish
-
-    if not is_remote(out):
-        folder = local_folder(out).absolute()
-        yield folder, str(folder)
-        return
-    remote = RemotePrefix(out)
-    remote.sizes()  # fails early if the store refuses access
-    folder = cache_root() / "writing" / hashlib.sha256(remote.uri.encode()).hexdigest()[:16]
-    busy = f"{remote.uri}: another process of this machine writes this dataset; wait for it, or choose another --out"
-    with exclusive_lock(folder.with_suffix(".lock"), busy):
-        yield folder, remote.uri
-        publish(folder, out)
-        shutil.rmtree(folder)
-
-
-def describe_output(source: RowSource, out: str, **options: Any) -> Answer:
-    """Check a dataset as before writing it, and say what would be written; nothing is."""
-    from metagmvae.pipelines.files import local_folder
-    from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote
-    from metagmvae.pipelines.shards.writer import check_dataset
-
-    remote = RemotePrefix(out) if is_remote(out) else None
-    if remote is not None:
-        remote.sizes()  # fails if the store refuses access
-    else:
-        check_dataset(source, local_folder(out).absolute(), **options)
-    return {
-        "dry run": "all checks passed, nothing was written",
-        "data": remote.uri if remote is not None else str(local_folder(out).absolute()),
-        "name": source.name,
-        "rows": " x ".join(map(str, source.row_shape)) + f" {source.dtype}",
-        "samples": {split: len(records) for split, records in source.splits.items()},
-    }
 
 
 def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextManager[MapTasks | None]:

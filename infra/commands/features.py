@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from metagmvae.infra.commands.data import CONTINUED, add_worker_options, describe_output, open_output, task_mapper
+from metagmvae.infra.commands.data import CONTINUED, add_worker_options, task_mapper
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, add_tracking, output_file, progress_bar
@@ -63,6 +63,7 @@ def features(arguments: Namespace) -> Answer:
     """Run `metagmvae features`."""
     from metagmvae.evaluation.fewshot.encoder_package import encoder_only, feature_source, with_average
     from metagmvae.infra.registry.resolve import resolve_model
+    from metagmvae.infra.workflows.prepare import describe_output
     from metagmvae.pipelines.shards.dataset import Dataset
 
     dataset = Dataset.open(arguments.data)
@@ -79,6 +80,7 @@ def features(arguments: Namespace) -> Answer:
 
 
 def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | None) -> Answer:
+    from metagmvae.infra.workflows.prepare import open_output
     from metagmvae.pipelines.shards.writer import write_dataset
 
     with (

@@ -40,7 +40,7 @@ from metagmvae.infra.fitting.frozen_encoder import (
     requested_encoder,
 )
 from metagmvae.infra.runs.run_folder import SETTINGS
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.output_target import check_outside
 from metagmvae.pipelines.shards.dataset import Dataset
 
 LOG = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ def plan_fit(request: FitRequest) -> tuple[FitPlan, FitState | None]:
         DataError: as `run_fit`.
     """
     out, pictures = request.out.absolute(), request.pictures.absolute()
-    if out.resolve().is_relative_to(pictures.resolve()):
-        raise DataError(f"--out {out}: lies in the folder of the pictures; choose a folder outside of it")
+    check_outside(out, pictures)
     stored = read_state(out)
     options: dict[str, Any] = {"unlabelled": request.unlabelled, "encoder": requested_encoder(request)}
     options["crop"] = request.crop

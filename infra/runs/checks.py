@@ -9,6 +9,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.vectors import VECTORS, image_remedy
 from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.pretraining.objectives_by_name import OBJECTIVES
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
@@ -73,24 +74,28 @@ def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind
         return
     method = find_method(settings.method.name)
     needed = 'model.reconstruct = "features"' if settings.method.name == "meta-gmvae" else _reason(settings)
+    holds = f"data.uri: {dataset.uri} holds {dataset.content}"
     if dataset.kind == "features" and not method.on_features(settings):
         remedy = needed if settings.method.name == "meta-gmvae" else 'method.network = "mlp"'
-        raise SettingsError(f"data.uri: {dataset.uri} holds features, and the method learns from images: set {remedy}")
+        raise SettingsError(f"{holds}, and the method learns from images: set {remedy}{_or_preset(dataset)}")
     if dataset.kind == "features" and settings.method.name != "meta-gmvae" and settings.method.tasks == "images":
-        raise SettingsError(
-            f'data.uri: {dataset.uri} holds features, and method.tasks = "images" augments images: train on images '
-            "with pretrain.steps above 0"
-        )
+        remedy = "set method.tasks to clusters or labels, or train on images with pretrain.steps above 0"
+        raise SettingsError(f'{holds}, and method.tasks = "images" augments images: {remedy}')
     if dataset.kind == "features" and settings.pretrain.steps:
+        held = "vectors, which no encoder reads" if dataset.content == VECTORS else "features of a trained encoder"
         raise SettingsError(
-            f"pretrain.steps is {settings.pretrain.steps}, but {dataset.uri} holds features of a trained encoder: set "
-            "it to 0"
+            f"pretrain.steps is {settings.pretrain.steps}, but {dataset.uri} holds {held}: set it to 0"
+            f"{_or_preset(dataset)}"
         )
     if dataset.kind == "images" and method.needs_encoder(settings) and not settings.pretrain.steps:
         raise SettingsError(
             f"{needed} needs a trained encoder, but {dataset.uri} holds images: set pretrain.steps above 0, or train "
             "on the output of `metagmvae features`"
         )
+
+
+def _or_preset(dataset: Dataset) -> str:
+    return ", or use the preset vectors" if dataset.content == VECTORS else ""
 
 
 def _reason(settings: Settings) -> str:
@@ -120,6 +125,9 @@ def _check_method(settings: Settings, dataset: Dataset) -> None:
 def _check_encoder_training(settings: Settings, dataset: Dataset) -> None:
     """Check the settings of `metagmvae pretrain`, which trains an encoder only."""
     if dataset.kind == "features":
-        raise SettingsError(f"data.uri: {dataset.uri} holds features; an encoder is trained on images")
+        remedy = image_remedy(dataset.content)
+        raise SettingsError(
+            f"data.uri: {dataset.uri} holds {dataset.content}; an encoder is trained on images: {remedy}"
+        )
     if not settings.pretrain.steps:
         raise SettingsError("pretrain.steps is 0: set it to the number of pre-training steps")

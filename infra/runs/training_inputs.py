@@ -11,6 +11,7 @@ from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import DataSettings, Settings
 from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.vectors import VECTORS
 from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel
 
@@ -46,14 +47,20 @@ def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
     if dataset.kind != "features":
         return TrainingInputs(settings, dataset, None)
     if settings.model.features == "view-whitened" and settings.model.reconstruct == "features":
+        to_images = "" if dataset.content == VECTORS else "data.uri to the images, or "
         raise SettingsError(
             f'model.features is "view-whitened", which encodes views of the training images, and {dataset.uri} holds '
-            'features: set data.uri to the images, or model.features to "whitened"'
+            f'{dataset.content}: set {to_images}model.features to "whitened"'
         )
     encoder = load_dataset_encoder(dataset)
     for key in ENCODER_KEYS:
         requested, actual = getattr(settings.model, key), getattr(encoder.settings.model, key)
         if requested not in (actual, type(settings.model).model_fields[key].default):
+            if dataset.content == VECTORS:
+                raise SettingsError(
+                    f"model.{key} is {requested!r}, but {dataset.uri} holds vectors, which no encoder reads: remove the "
+                    "key, or use the preset vectors"
+                )
             raise SettingsError(
                 f"model.{key} is {requested!r}, but the features of {dataset.uri} were made with {actual!r}: remove "
                 "the key, or write features with another encoder"

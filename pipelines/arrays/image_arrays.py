@@ -66,7 +66,7 @@ def open_images(
         raise DataError(f"images are one {type(images).__name__}, without a length; give a list")
     if not len(images):
         raise DataError("there are no images; give at least one")
-    classes = [""] * len(images) if labels is None else _class_names(labels, len(images))
+    classes = [""] * len(images) if labels is None else class_names(labels, len(images))
     side, depth = _look(_as_image(images[0], "image 0"), "image 0")
     size = min(max(side, SIZES[0]), SIZES[1]) if size is None else size
     channels = depth if channels is None else channels
@@ -186,17 +186,27 @@ def _look(image: np.ndarray | Image.Image | bytes, name: str) -> tuple[int, int]
     return min(image.size), 1 if image.mode in GREY_MODES else 3
 
 
-def _class_names(labels: Items, images: int) -> list[str]:
+def class_names(labels: Items, count: int, items: str = "image") -> list[str]:
+    """The class of each item as text, from whole numbers or words of shape (n,) or (n, 1).
+
+    Args:
+        labels: of all items.
+        count: number of items n.
+        items: what an item is, for messages.
+
+    Raises:
+        DataError: the number, the shape or the type of the labels is another one, or a label is empty.
+    """
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.ndim != 1 or len(array) != images:
-        raise DataError(f"labels have shape {array.shape} for {images} images; give one class for each image")
+    if array.ndim != 1 or len(array) != count:
+        raise DataError(f"labels have shape {array.shape} for {count} {items}s; give one class for each {items}")
     if array.dtype.kind not in "iuU" and not all(isinstance(label, str) for label in array):
         raise DataError(f"labels are {array.dtype}; give whole numbers or words")
     names = [str(label) for label in array.tolist()]
     if "" in names:
-        raise DataError(f"label {names.index('')} is empty; give every image a class, or no labels")
+        raise DataError(f"label {names.index('')} is empty; give every {items} a class, or no labels")
     return names
 
 

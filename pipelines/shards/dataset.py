@@ -27,6 +27,7 @@ from metagmvae.pipelines.shards.index import read_index
 from metagmvae.pipelines.shards.manifest import INDEX, LATER_KEYS, MANIFEST, dataset_fingerprint, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.unfinished import PLAN
+from metagmvae.pipelines.vectors import VECTORS, image_remedy
 
 MIB = 2**20
 SPOOL_BYTES = 64 * MIB
@@ -59,6 +60,8 @@ class Dataset:
         """(C, H, W) of the images, or of the images that the features were computed from."""
         features = self.kind == "features"
         self.row_shape: tuple[int, ...] = (manifest["feature_size"],) if features else self.image_shape
+        self.content = VECTORS if features and manifest["encoder"].get("encoder") == VECTORS else self.kind
+        """`images`, `features`, or `vectors`: features that a user computed elsewhere, of no images that are known."""
         self.dtype = np.dtype(manifest["dtype"])
         self.encoded = "store" in manifest
         """Whether the shards contain encoded images."""
@@ -206,7 +209,7 @@ class Dataset:
             DataError: the dataset contains features, or a shard is damaged.
         """
         if self.kind != "images":
-            raise DataError(f"{self.uri}: contains features, but images are needed; use the dataset of the images")
+            raise DataError(f"{self.uri}: contains {self.content}, but images are needed; {image_remedy(self.content)}")
         return self.rows(split, reader, memory_limit_mb)
 
     def attachment(self, name: str) -> Path:

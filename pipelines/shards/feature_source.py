@@ -21,6 +21,7 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import DTYPES
+from metagmvae.pipelines.vectors import image_remedy
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def open_features(
         DataError: the dataset contains features, or `dtype` is not supported.
     """
     if dataset.kind != "images":
-        raise DataError(f"{dataset.uri}: contains features; use the dataset of the images")
+        raise DataError(f"{dataset.uri}: contains {dataset.content}; {image_remedy(dataset.content)}")
     if dtype not in DTYPES["features"]:
         raise DataError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES['features'])}")
     splits: dict[str, Sequence[ImageRecord]] = {

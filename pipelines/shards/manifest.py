@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from metagmvae.pipelines.files import check_document, json_bytes, read_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.vectors import VECTORS, vector_shape
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -65,6 +66,7 @@ class _Encoder(BaseModel):
     model_config = ConfigDict(strict=True)
 
     sha256: str
+    encoder: str | None = None
 
 
 class _Store(BaseModel):
@@ -103,6 +105,9 @@ class _Manifest(BaseModel):
             raise ValueError("encoder is missing")
         if self.kind == "features" and self.store is not None:
             raise ValueError("store is given, but features are not encoded images")
+        of_vectors = self.encoder is not None and self.encoder.encoder == VECTORS
+        if of_vectors and tuple(self.image_shape) != vector_shape(self.feature_size or 0):
+            raise ValueError(f"image_shape is {self.image_shape}, but the vectors have {self.feature_size} values")
         if self.preprocessing is not None and list(self.preprocessing.image_shape) != self.image_shape:
             raise ValueError(f"preprocessing gives {self.preprocessing.image_shape}, not image_shape")
         return self

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metagmvae.configs.schema import Average, ModelSettings
 from metagmvae.pipelines.extensions import extension_names, load_extension
 from metagmvae.pipelines.optional_packages import MissingPackageError
+from metagmvae.pipelines.vectors import VECTORS, vector_digest
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.conv import ConvBlock, ConvEncoder
 from metagmvae.training.models.library_encoders import (
@@ -28,7 +29,7 @@ from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
 from metagmvae.training.models.normalisation import ImageNetNormalisation
 from metagmvae.training.models.resnet12 import ResNet12
 
-OWN_ENCODERS = ("conv4", "conv5", "resnet12")
+OWN_ENCODERS = ("conv4", "conv5", "resnet12", VECTORS)
 
 
 class EncoderError(ValueError):
@@ -47,8 +48,8 @@ def build_encoder(
     """A freshly initialised encoder.
 
     Args:
-        name: `conv4` (Table 3), `conv5` (Table 6), `resnet12`, `torchvision:NAME`, `timm:NAME`, an encoder that
-            another package adds (`metagmvae.encoders`), or the plain name of a network of torchvision.
+        name: `conv4` (Table 3), `conv5` (Table 6), `resnet12`, `vectors`, `torchvision:NAME`, `timm:NAME`, an encoder
+            that another package adds (`metagmvae.encoders`), or the plain name of a network of torchvision.
         image_shape: (C, H, W) of the images.
         channels: of each block of `conv4` and `conv5`.
         image_size: side length that images are resized to first; 0: not resized.
@@ -69,6 +70,10 @@ def build_encoder(
             net = ConvEncoder(input_shape, channels, levels=5, round_up=False, **conv)
         elif name == "resnet12":
             net = ResNet12(input_shape, normalise == "imagenet")
+        elif name == VECTORS:
+            if image_size or averaging != "none":
+                raise ValueError("vectors have no size and no views; leave out model.image_size and model.average")
+            net = VectorEncoder(input_shape)
         elif name.startswith(LIBRARIES):
             net = LibraryEncoder(name, input_shape)
             net.feature_dim = _feature_dim(net, input_shape)  # type: ignore[assignment]
@@ -94,6 +99,19 @@ def configured_encoder(settings: ModelSettings, image_shape: tuple[int, int, int
         settings.average,
         settings.normalise,
     )
+
+
+class VectorEncoder(nn.Module):
+    """The encoder of a dataset of vectors (`pipelines.vectors`): returns them as they are, (n, F, 1, 1) -> (n, F)."""
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        if image_shape[1:] != (1, 1):
+            raise ValueError(f"takes vectors, not images of {image_shape}; choose an encoder of images")
+        self.feature_dim = image_shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
 
 
 class TorchvisionEncoder(nn.Module):
@@ -176,14 +194,19 @@ class EncoderModel(nn.Module):
         return (self.image_shape[0], *size)
 
     @property
+    def takes_vectors(self) -> bool:
+        """Whether its images are vectors, float (n, F, 1, 1), instead of pixels."""
+        return isinstance(self.encoder, VectorEncoder)
+
+    @property
     def compiled_networks(self) -> list[nn.Module]:
         """Networks that `train.compile` compiles."""
         return [self.encoder]
 
     @staticmethod
     def scale_images(images: Tensor) -> Tensor:
-        """uint8 (..., C, H, W) -> float32 in [0, 1]."""
-        return images.float() / 255
+        """uint8 (..., C, H, W) -> float32 in [0, 1]; vectors, which are floats, stay as they are."""
+        return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
     def encode_images(self, x: Tensor) -> Tensor:
         """Scaled features of images: (n, C, H, W) in [0, 1] -> (n, F)."""
@@ -208,6 +231,8 @@ def build_projector(feature_dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
 
 def encoder_digest(encoder: nn.Module) -> str:
     """sha256 of the weights and running statistics of an encoder: equal digests mean equal features."""
+    if isinstance(encoder, VectorEncoder):
+        return vector_digest(encoder.feature_dim)
     digest = hashlib.sha256()
     # The weights do not show a missing ReLU, the input normalisation or multi-crop averaging, so the digest includes
     # them. (The defaults add nothing, which keeps older digests valid.)

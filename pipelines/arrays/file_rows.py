@@ -1,0 +1,95 @@
+"""Rows of numbers in a file, mapped into memory: they are read where they are used, and a worker maps them again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metagmvae.pipelines.files import reading
+from metagmvae.pipelines.records import DataError, WorkError
+
+Order = Literal["C", "F"]
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """An array (n, F) inside a file, read by row indices."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int = 0
+    """Bytes before the array."""
+    order: Order = "C"
+    stamp: tuple[int, int] = (0, 0)
+    """Inode and time stamp: a file that was replaced is mapped again."""
+    folder: Any = field(default=None, compare=False, repr=False)
+    """Temporary folder that holds the file, deleted with the last reference to these rows."""
+
+    @classmethod
+    def open(
+        cls, path: str | Path, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0, order: Order = "C"
+    ) -> FileRows:
+        """Rows of a file whose size has been compared with them.
+
+        Raises:
+            DataError: the file is shorter.
+        """
+        path = os.path.abspath(path)
+        with reading(path):
+            status = os.stat(path)
+        needed = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if status.st_size < needed:
+            raise DataError(f"{path}: has {status.st_size:,} bytes, but {needed:,} are needed; copy it again")
+        return cls(path, shape, dtype.str, offset, order, (status.st_ino, status.st_mtime_ns))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        if not all(self.shape):  # nothing can be mapped
+            return np.empty(self.shape, self.dtype)[rows]
+        return np.asarray(_map(self.path, self.shape, self.dtype, self.offset, self.order, self.stamp)[rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"folder": None}  # the first process deletes it
+
+
+@lru_cache(maxsize=64)
+def _map(path: str, shape: tuple[int, ...], dtype: str, offset: int, order: Order, stamp: tuple[int, int]) -> np.memmap:
+    with reading(path):
+        return np.memmap(path, np.dtype(dtype), "r", offset, shape, order)
+
+
+def unpack_rows(path: str | Path, blocks: Iterator[np.ndarray]) -> FileRows:
+    """Write blocks of rows, (m, F) each, one after the other into a temporary file, and return the rows of it.
+
+    For files that can only be read from the beginning to the end. The memory holds one block.
+
+    Args:
+        path: the file that is read, for messages.
+        blocks: at least one, all with the same F and number format.
+
+    Raises:
+        WorkError: the disk with the temporary folder is full.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="metagmvae-vectors-")
+    target, count = Path(folder.name) / "rows", 0
+    try:
+        with open(target, "wb") as file:
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).tobytes())
+                count += len(block)
+    except OSError as error:
+        where = f"cannot be unpacked into {tempfile.gettempdir()} ({error.strerror})"
+        raise WorkError(f"{path}: {where}; set TMPDIR to a disk with space") from error
+    rows = FileRows.open(target, (count, *block.shape[1:]), block.dtype)
+    object.__setattr__(rows, "folder", folder)
+    return rows
