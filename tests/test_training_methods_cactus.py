@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rank_processes import run_on_two_ranks
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
-from test_training_trainer_stages import FolderContext, assert_equal
+from small_runs import FolderContext, assert_equal
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.pipelines.records import DataError

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_processes import run_on_two_ranks
-from small_tasks import LABELS, SHAPE, images, settings
-from test_training_methods_task_method import run
-from test_training_trainer_stages import FolderContext, assert_equal, without_times
+from small_runs import FolderContext, assert_equal, without_times
+from small_tasks import LABELS, SHAPE, images, run, settings
 
 from metagmvae.configs.schema import Settings, TrainSettings
 from metagmvae.training.methods.method import MethodData

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from literal_maml import literal_fit, literal_logits
 from small_tasks import SHAPE
-from test_training_methods_maml import literal_fit, literal_logits
 from torch import Tensor
 
 from metagmvae.configs.method_settings import MethodSettings
