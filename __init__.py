@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
-    from metagmvae.infra.api.functions import compare, evaluate, fit, load_model, prepare, prepare_images, train
+    from metagmvae.infra.api.functions import (
+        compare,
+        evaluate,
+        fit,
+        load_model,
+        prepare,
+        prepare_images,
+        prepare_vectors,
+        train,
+    )
     from metagmvae.infra.workflows.estimator import FewShotClassifier
     from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -27,6 +36,7 @@ __all__ = [
     "load_model",
     "prepare",
     "prepare_images",
+    "prepare_vectors",
     "train",
 ]
 
@@ -35,7 +45,8 @@ _MODULE_BY_NAME = {
     "FewShotClassifier": "infra.workflows.estimator",
     "evaluate_tasks": "evaluation.fewshot.evaluate_tasks",
     **dict.fromkeys(
-        ("compare", "evaluate", "fit", "load_model", "prepare", "prepare_images", "train"), "infra.api.functions"
+        ("compare", "evaluate", "fit", "load_model", "prepare", "prepare_images", "prepare_vectors", "train"),
+        "infra.api.functions",
     ),
 }
 

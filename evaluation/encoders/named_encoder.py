@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.evaluation.fewshot.encoder_package import load_dataset_encoder
 from metagmvae.pipelines.extensions import extension_names
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.vectors import VECTORS
 from metagmvae.training.models.encoder_weights import fit_weights, read_weights, unwrapped
 from metagmvae.training.models.encoders import OWN_ENCODERS, EncoderError, EncoderModel
 from metagmvae.training.models.library_encoders import (
@@ -54,7 +56,7 @@ def named_encoder(
     means `torchvision:NAME`; `resnet12` gets ImageNet's normalisation.
 
     Args:
-        name: of the encoder, as `is_encoder_name` accepts it.
+        name: of the encoder, as `is_encoder_name` accepts it; `vectors`: the vectors of the dataset as they are.
         weights: file of weights; None: the published ones, which the library downloads if its cache lacks them.
         dataset: whose images it takes; None: colour images of its input size.
         image_size: side that images are resized to, in pixels; 0: not resized; None: the input size of the encoder.
@@ -66,6 +68,10 @@ def named_encoder(
     """
     if not name.startswith(LIBRARIES) and name not in (*OWN_ENCODERS, *extension_names("metagmvae.encoders")):
         name = f"{TORCHVISION}{name}"
+    if name == VECTORS:
+        if dataset is None or dataset.content != VECTORS or weights is not None or image_size is not None:
+            raise EncoderError(f"{name}: stands for the vectors of a dataset themselves; give one of vectors as --data")
+        return load_dataset_encoder(dataset)
     if image_size is not None and not 0 <= image_size <= MOST_PIXELS:
         raise DataError(f"--image-size {image_size}: give pixels from 0 (not resized) to {MOST_PIXELS}")
     try:

@@ -77,6 +77,41 @@ def prepare_images(
     return PreparedData.from_answer(answer, uri=answer["data"])
 
 
+def prepare_vectors(
+    vectors: Any,
+    labels: Sequence[Any] | np.ndarray | None = None,
+    *,
+    out: Reference,
+    **options: Any,
+) -> PreparedData:
+    """Write feature vectors that another network computed as a data set; train on it with the preset `vectors`.
+
+    >>> import metagmvae
+    >>> import numpy as np
+    >>> embeddings = np.random.default_rng(0).standard_normal((60, 16)).astype("float32")
+    >>> labels = [number % 6 for number in range(60)]
+    >>> data = metagmvae.prepare_vectors(embeddings, labels, out="data/vectors", test_classes=2)
+    >>> data.feature_size, data.classes
+    (16, {'train': 4, 'test': 2})
+
+    Args:
+        vectors: (n, F) finite numbers, float16 or float32.
+        labels: class of each vector, words or numbers; None: no classes.
+        out: new folder, or `s3://bucket/prefix`.
+        options: of `pipelines.arrays.vectors.open_vectors`: `splits=…`, `names=…`, `dtype="float16"`,
+            `validation_classes=16`.
+
+    Raises:
+        DataError: the vectors have another shape or format, a value is not finite, or an option is wrong.
+    """
+    from metagmvae.infra.workflows.prepare import write_source
+    from metagmvae.pipelines.arrays.vectors import open_vectors
+
+    seed = options.get("seed", 0)
+    answer = write_source(open_vectors(vectors, labels, **options), os.fspath(out), seed=seed)
+    return PreparedData.from_answer(answer, uri=answer["data"])
+
+
 def train(
     config: Reference, overrides: Mapping[str, Any] | None = None, *, resume: bool = False, kind: str = "learner"
 ) -> TrainedRun:

@@ -30,12 +30,14 @@ MODEL_HELP = "run folder, checkpoint file, model package, or registered model (m
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
     example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
-    description = "classify image files from a few labelled ones"
+    description = "classify image files, or vectors, from a few labelled ones"
     parser = add_command(parsers, "classify", classify, description, example)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or {ENCODER_HELP} with published weights")
-    help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png"
+    help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png; or, for a model of vectors, a "
+    help_text += ".npz or .parquet file with vectors and labels"
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
-    parser.add_argument("--query", required=True, metavar="DIR", help="images to classify: DIR/*.png, or one file")
+    help_text = "images to classify: DIR/*.png, or one file; or a .npy, .npz or .parquet file of vectors"
+    parser.add_argument("--query", required=True, metavar="DIR", help=help_text)
     parser.add_argument("--recursive", action="store_true", help="also classify the images in sub-folders of --query")
     help_text = "transductive: images are classified together, at most 500 in a random set; inductive: each alone, for "
     help_text += "streams (default: transductive)"
@@ -137,7 +139,7 @@ def classify(arguments: Namespace) -> Answer:
         dataset,
     )
     loaded = resolve_model(arguments.model, **encoder_options(arguments, dataset))
-    if loaded.preprocessing is None and arguments.invert is None:
+    if loaded.preprocessing is None and arguments.invert is None and not loaded.model.takes_vectors:
         LOG.warning(
             "metagmvae classify: %s does not record whether its training images were inverted; these images are not: "
             "give --invert or --no-invert",

@@ -21,7 +21,7 @@ from metagmvae.infra.tracking.mlflow_environment import ignore_warnings
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
-from metagmvae.training.models.encode_images import encode_images
+from metagmvae.training.models.encode_images import encode_images, vectors_as_images
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.trainer.package import LoadedModel, load_package, require_learner
 
@@ -63,9 +63,9 @@ class Predictor:
         Args:
             context: not used; `load_context` has loaded the model.
             model_input: `images`, n arrays (C, H, W) of whole numbers from 0 to 255, or n image files (PNG, JPEG, …) as
-                bytes or in base64; `label`, n integers or n words, -1 or None for a query (an encoder alone needs no
-                labels). Every image is used. MLflow leaves out other keys, and other parameters, and names them in the
-                log of the server.
+                bytes or in base64; or, for a model of vectors, `vectors`, n arrays of F numbers. `label`, n integers or
+                n words, -1 or None for a query (an encoder alone needs no labels). Every image is used. MLflow leaves
+                out other keys, and other parameters, and names them in the log of the server.
             params: `preprocessed`, `mode`, and, not for an encoder alone, `iterations`, `samples`, `seed`, as in the
                 signature. By default arrays are taken as preprocessed already, like those of `Dataset.images`; with
                 `preprocessed` false, what `metagmvae prepare` did to the training images is done to them (the
@@ -76,7 +76,7 @@ class Predictor:
         """
         try:
             params = dict(params or {})
-            images = self._images(list(model_input["images"]), params)
+            images = self._images(list(model_input[inputs_key(self.loaded)]), params)
             if "label" in model_input:
                 return self._probabilities(images, list(model_input["label"]), params)
             if isinstance(self.loaded.model, HeadModel):
@@ -86,7 +86,12 @@ class Predictor:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _images(self, values: list[Any], params: dict[str, Any]) -> np.ndarray:
-        """The images of a request as the model takes them, uint8 (n, C, H, W)."""
+        """The images of a request as the model takes them, uint8 (n, C, H, W); or the vectors, float32 (n, F, 1, 1)."""
+        if self.loaded.model.takes_vectors:
+            try:
+                return vectors_as_images(self.loaded.model, np.asarray(values), "vectors")
+            except ValueError as error:
+                raise DataError(str(error) if isinstance(error, DataError) else "vectors differ in length") from error
         if values and all(isinstance(value, str | bytes) for value in values):
             params.pop("preprocessed", None)
             return decode_files(self.loaded, values)
@@ -111,6 +116,11 @@ class FewShotModel(Predictor, PythonModel):
 
     It inherits `predict`, because MLflow demands type hints on a `predict` that the class itself defines.
     """
+
+
+def inputs_key(loaded: LoadedModel) -> str:
+    """Key of a request that holds what the model takes."""
+    return "vectors" if loaded.model.takes_vectors else "images"
 
 
 def _mode(name: str) -> PredictionMode:
@@ -224,19 +234,23 @@ def adapt_settings(adapt: AdaptSettings, params: Mapping[str, Any]) -> AdaptSett
 
 
 def example_request(loaded: LoadedModel) -> dict[str, np.ndarray]:
-    """Return a valid request: two classes with one image each, and one query. The images are noise."""
-    images = np.random.default_rng(0).integers(0, 256, (3, *loaded.image_shape), dtype=np.uint8)
+    """Return a valid request: two classes with one image or vector each, and one query, all of noise."""
+    rng = np.random.default_rng(0)
+    size = loaded.image_shape[0]
+    vectors = loaded.model.takes_vectors
+    inputs = rng.normal(size=(3, size)) if vectors else rng.integers(0, 256, (3, *loaded.image_shape), dtype=np.uint8)
     labels = {"label": np.array([0, 1, QUERY])} if isinstance(loaded.model, MetaLearner) else {}
-    return {"images": images, **labels}
+    return {inputs_key(loaded): inputs, **labels}
 
 
 def model_signature(loaded: LoadedModel) -> ModelSignature:
     """Return the MLflow signature of a model; the defaults of its parameters are the settings of the model."""
     adapt = loaded.settings.adapt
     # Any type: arrays or files, and integers or words.
-    inputs = [ColSpec(AnyType(), "images")]
-    inputs.append(ColSpec(AnyType(), "label", required=False))
-    params = [ParamSpec("preprocessed", "boolean", True), ParamSpec("mode", "string", "transductive")]
+    inputs = [ColSpec(AnyType(), inputs_key(loaded)), ColSpec(AnyType(), "label", required=False)]
+    params = [ParamSpec("mode", "string", "transductive")]
+    if not loaded.model.takes_vectors:
+        params.insert(0, ParamSpec("preprocessed", "boolean", True))
     if isinstance(loaded.model, MetaLearner):
         params += [
             ParamSpec("iterations", "long", adapt.iterations),

@@ -58,8 +58,8 @@ def load_inputs(settings: Settings, dataset: Dataset) -> TrainingInputs:
         if requested not in (actual, type(settings.model).model_fields[key].default):
             if dataset.content == VECTORS:
                 raise SettingsError(
-                    f"model.{key} is {requested!r}, but {dataset.uri} holds vectors, which no encoder reads: remove the "
-                    "key, or use the preset vectors"
+                    f"model.{key} is {requested!r}, but {dataset.uri} holds vectors, which no encoder reads: remove "
+                    "the key, or use the preset vectors"
                 )
             raise SettingsError(
                 f"model.{key} is {requested!r}, but the features of {dataset.uri} were made with {actual!r}: remove "

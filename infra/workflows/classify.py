@@ -1,4 +1,4 @@
-"""Classification of image files from a few labelled image files in class folders: a few files, or hundred thousands."""
+"""Classification of image files or vectors from a few labelled ones: a few queries, or hundred thousands."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from torch import Tensor
 from metagmvae.evaluation.encoders.head_model import answer_mode
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.evaluation.uncertainty.evaluate_open_task import require_background
+from metagmvae.infra.classification.answer_figure import MostCertain, draw_answer
 from metagmvae.infra.classification.classified_rows import UNKNOWN, Row, RowFormat, open_table
 from metagmvae.infra.classification.encoder_head import head_record, loaded_with_head
-from metagmvae.infra.classification.labelled_files import labelled_files, path_of, query_files
-from metagmvae.pipelines.archives.reader import read_entry
+from metagmvae.infra.classification.task_inputs import ImageInputs, TaskInputs, VectorInputs
+from metagmvae.pipelines.arrays.vector_files import SUFFIXES
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.device.default import default_device
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 FILES_PER_BATCH = 256
-"""Image files that are decoded and encoded at a time: what bounds the memory."""
+"""Queries that are read and encoded at a time: what bounds the memory."""
 LARGEST_SET = 500
 """Most queries that are classified together: the attention over a set takes memory and time by its square."""
-SHOWN = 8
-"""Images of each class in the figure, labelled and predicted ones."""
-SHOWN_CLASSES = 40
 
 
 @dataclass(frozen=True)
@@ -81,27 +78,25 @@ class ClassifyOptions:
 
 @dataclass(frozen=True)
 class _Task:
-    """The labelled images, encoded, and how to classify with them."""
+    """The labelled examples, encoded, and how to classify with them."""
 
     loaded: LoadedModel
-    preprocessing: Preprocessing
+    inputs: TaskInputs
     device: torch.device
-    names: list[str]
     h_TF: Tensor
-    label_T: np.ndarray
     options: ClassifyOptions
 
     def probabilities(self, h_PF: Tensor) -> np.ndarray:
         """Return the calibrated probabilities of some queries, (P, K), or (P, K + 1) with `unknown`."""
         model, adapt = require_learner(self.loaded, self.loaded.settings.name), self.loaded.settings.adapt
-        mode, way = self.options.mode, len(self.names)
-        shot, background = len(self.label_T) / way, None
+        mode, way, label_T = self.options.mode, len(self.inputs.names), self.inputs.label_T
+        shot, background = len(label_T) / way, None
         calibration = self.loaded.calibration_map(adapt, mode, way, shot)
         if self.options.unknown:
             calibration = fit = require_background(self.loaded, mode, way, shot, self.loaded.settings.name)
             background = fit.background
         options: dict[str, Any] = {"calibration": calibration, "background": background}
-        p_PK = predict_queries(model, adapt, self.h_TF, self.label_T, h_PF, mode=mode, **options)
+        p_PK = predict_queries(model, adapt, self.h_TF, label_T, h_PF, mode=mode, **options)
         return p_PK.cpu().numpy()
 
 
@@ -114,7 +109,7 @@ def classify_folders(
     options: ClassifyOptions | None = None,
     progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
-    """Classify image files, on a GPU if there is one; return the answer of `metagmvae classify`.
+    """Classify image files or vectors, on a GPU if there is one; return the answer of `metagmvae classify`.
 
     The preprocessing that the model records is applied to all images, as `metagmvae prepare` applied it to the
     training images. Memory is bounded by a batch of images and the features of the queries.
@@ -122,7 +117,8 @@ def classify_folders(
     Args:
         loaded: the model.
         support: folder or archive that holds `<class>/*.png` for two or more classes; shots may differ between classes.
-        query: folder or archive that holds `*.png`, or one image file.
+            For a model of vectors: file of vectors with labels (`read_vector_file`).
+        query: folder or archive that holds `*.png`, or one image file; or a file of vectors.
         figure: as in `ClassifyOptions`.
         invert: as in `ClassifyOptions`.
         options: all options; `figure` and `invert` are then ignored.
@@ -142,57 +138,70 @@ def classify_folders(
             level that is asked for, or an option is not for such a model.
     """
     options = options or ClassifyOptions(figure=figure, invert=invert)
-    names, support_files, label_T, left_out = labelled_files(support)
-    query, files, queries_left_out = query_files(query, recursive=options.recursive)
+    inputs = _open_inputs(loaded, support, query, options)
+    names, label_T = inputs.names, inputs.label_T
     if options.unknown and UNKNOWN in names:
-        raise DataError(f"{support}: class folder {UNKNOWN!r} has the name of the answer of --unknown; rename it")
+        raise DataError(f"{support}: the class {UNKNOWN!r} has the name of the answer of --unknown; rename it")
     way = len(names)
     sizes = (way, max(1, round(len(label_T) / way)))
     head_options: Any = (options.head, options.head_data, options.mode, sizes)
     loaded = loaded_with_head(loaded, *head_options, unknown=options.unknown)
     model = require_learner(loaded, loaded.settings.name)
-    options = replace(options, mode=answer_mode(model, options.mode))
-    preprocessing, device = image_preprocessing(loaded, options.invert), default_device()
-    blank: list[str] = []
-    images = np.stack([_read(support, file, preprocessing, blank) for file in support_files])
-    h_TF = encode_images(model.to(device), images, device)
-    task = _Task(loaded, preprocessing, device, names, h_TF, label_T, options)
+    options, device = replace(options, mode=answer_mode(model, options.mode)), default_device()
+    examples = inputs.support()
+    task = _Task(loaded, inputs, device, encode_images(model.to(device), examples, device), options)
     answers = [*names, UNKNOWN] if options.unknown else names
     row_format = RowFormat(names, options.unknown, options.top_k, options.threshold)
     rows: list[Row] = []
-    counts, best = Counter[str | None](), _MostCertain(way)
+    counts, best = Counter[str | None](), MostCertain(way)
     with ExitStack() as stack:
         write = stack.enter_context(open_table(options.table, row_format)) if options.table else rows.extend
-        on_progress = stack.enter_context(progress("images"))
-        for batch, p_PK in _classified(task, query, files, blank, queries_left_out):
+        on_progress = stack.enter_context(progress(inputs.kind))
+        for batch, p_PK in _classified(task):
             new = row_format.rows(batch, p_PK)
             counts.update(row["class"] for row in new)
             best.add(batch, p_PK)
             write(new)
             if on_progress is not None:
-                on_progress(sum(counts.values()), len(files))
-    classified = sum(counts.values())
-    if not classified:
-        raise DataError(f"{query}: none of its {len(files)} images can be read; {queries_left_out[-1]['reason']}")
+                on_progress(sum(counts.values()), len(inputs.queries))
+    classified, about = sum(counts.values()), inputs.about
     answer: dict[str, Any] = {
         "classes": names,
         "shots": np.bincount(label_T).tolist(),
-        "preprocessing": preprocessing.model_dump(mode="json") | {"recorded": loaded.preprocessing is not None},
+        **({"preprocessing": about.pop("preprocessing")} if "preprocessing" in about else {}),
         "calibrated": loaded.calibration is not None,
         **head_record(loaded, way, len(label_T) / way),
         "mode": options.mode,
-        "images": classified,
+        inputs.kind: classified,
         "predicted": {name: counts[name] for name in answers},
         **({"below_threshold": counts[None]} if options.threshold else {}),
-        **({"sets": -(-classified // LARGEST_SET)} if _in_sets(options, len(files)) else {}),
+        **({"sets": -(-classified // LARGEST_SET)} if _in_sets(options, len(inputs.queries)) else {}),
         **({"table": str(options.table)} if options.table else {"queries": rows}),
-        "left_out": left_out + queries_left_out,
-        "blank": blank,
+        **about,
     }
     if options.figure is not None:
-        _draw(task, images, query, best, classified, options.figure)
+        assert isinstance(inputs, ImageInputs)  # checked by _open_inputs
+        draw_answer(inputs, examples, best, classified, options.figure)
         answer["figure"] = str(options.figure)
     return answer
+
+
+def _open_inputs(loaded: LoadedModel, support: Path, query: Path, options: ClassifyOptions) -> TaskInputs:
+    """List image files, or open vectors, as the model takes them.
+
+    Raises:
+        DataError: as `classify_folders`.
+    """
+    if loaded.model.takes_vectors:
+        for option in ("recursive", "figure", "invert"):
+            if getattr(options, option) not in (None, False):
+                raise DataError(f"--{option}: is for images, and {loaded.settings.name} takes vectors; omit it")
+        return VectorInputs.open(loaded.model, support, query)
+    for path in (support, query):
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            raise DataError(f"{path}: is a file of vectors, and {loaded.settings.name} takes images; give a folder")
+    preprocessing, recorded = image_preprocessing(loaded, options.invert), loaded.preprocessing is not None
+    return ImageInputs(support, query, preprocessing, recorded, options.recursive)
 
 
 def image_preprocessing(loaded: LoadedModel, invert: bool | None = None) -> Preprocessing:
@@ -211,20 +220,16 @@ def _in_sets(options: ClassifyOptions, queries: int) -> bool:
     return options.mode == "transductive" and queries > LARGEST_SET
 
 
-def _classified(
-    task: _Task, query: Path, files: list[str], blank: list[str], left_out: list[dict[str, str]]
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield files and their probabilities, in the order of the files; in random sets if they are too many for one."""
+def _classified(task: _Task) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield names of queries and their probabilities, in their order; in random sets if they are too many for one."""
     if task.options.mode == "inductive":
-        for batch, h_PF in _encoded(task, query, files, blank, left_out):
+        for batch, h_PF in _encoded(task):
             yield batch, task.probabilities(h_PF)
         return
     read, features = [], []
-    for batch, h_PF in _encoded(task, query, files, blank, left_out):
+    for batch, h_PF in _encoded(task):
         read += batch
         features.append(h_PF)
-    if not read:
-        return
     h_nF = torch.cat(features)
     number = -(-len(read) // LARGEST_SET)
     # A random set has about the class proportions of all queries; files of one class are often neighbours by name.
@@ -236,57 +241,7 @@ def _classified(
         yield read[first : first + FILES_PER_BATCH], p_nK[first : first + FILES_PER_BATCH]
 
 
-def _encoded(
-    task: _Task, query: Path, files: list[str], blank: list[str], left_out: list[dict[str, str]]
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield batches of files with their features; a file that cannot be read is left out, with the reason."""
-    for first in range(0, len(files), FILES_PER_BATCH):
-        batch, images = [], []
-        for file in files[first : first + FILES_PER_BATCH]:
-            try:
-                images.append(_read(query, file, task.preprocessing, blank))
-            except DataError as error:
-                left_out.append({"file": path_of(query, file), "reason": str(error)})
-            else:
-                batch.append(file)
-        if batch:
-            yield batch, encode_images(task.loaded.model, np.stack(images), task.device)
-
-
-def _read(root: Path, file: str, preprocessing: Preprocessing, blank: list[str]) -> np.ndarray:
-    """One image as the model takes it; its path is added to `blank` if it has one single value."""
-    path = path_of(root, file)
-    image = apply_preprocessing(read_entry(root, file), path, preprocessing)
-    if image.min() == image.max():
-        blank.append(path)
-    return image
-
-
-class _MostCertain:
-    """The queries with the highest probability of each class, as many as the figure shows."""
-
-    def __init__(self, classes: int) -> None:
-        self.by_class: list[list[tuple[float, str, np.ndarray]]] = [[] for _ in range(classes)]
-
-    def add(self, files: list[str], p_PK: np.ndarray) -> None:
-        """Add classified files; those of no labelled class are not shown."""
-        for file, row in zip(files, p_PK, strict=True):
-            k = int(row.argmax())
-            if k < len(self.by_class):
-                ranked = sorted([*self.by_class[k], (float(row[k]), file, row)], key=lambda item: -item[0])
-                self.by_class[k] = ranked[:SHOWN]
-
-
-def _draw(task: _Task, images: np.ndarray, query: Path, best: _MostCertain, classified: int, figure: Path) -> None:
-    from metagmvae.evaluation.figures import plots
-
-    names = task.names[:SHOWN_CLASSES]
-    support = [images[task.label_T == k][:SHOWN] for k in range(len(names))]
-    chosen = [item for ranked in best.by_class[: len(names)] for item in ranked]
-    pixels = [_read(query, file, task.preprocessing, []) for _, file, _ in chosen]
-    shown = np.stack(pixels) if pixels else images[:0]
-    p_PK = np.array([row[: len(names)] for _, _, row in chosen]).reshape(len(chosen), len(names))
-    note = f"{len(chosen):,} of {classified:,} images"
-    if len(names) < len(task.names):
-        note += f", {len(names)} of {len(task.names)} classes"
-    plots.save(plots.predictions(support, names, shown, p_PK, note), figure)
+def _encoded(task: _Task) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield batches of queries with their features."""
+    for batch, queries in task.inputs.batches(FILES_PER_BATCH):
+        yield batch, encode_images(task.loaded.model, queries, task.device)

@@ -20,8 +20,9 @@ from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
+from metagmvae.pipelines.vectors import describe_shape
 from metagmvae.training.device.default import default_device
-from metagmvae.training.models.encode_images import encode_images
+from metagmvae.training.models.encode_images import encode_images, vectors_as_images
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import UNCALIBRATED, CalibrationMap, PosteriorCalibration
 from metagmvae.training.objectives.class_posterior import classify_latents
@@ -51,8 +52,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             or package, or `models:/name@alias`. X then holds images: an array (n, H, W) for one channel,
             (n, C, H, W), (n, H, W, C), or rows (n, C * H * W); or a list of image files (paths, or their content as
             bytes) and images of Pillow, which are preprocessed as the model records it (crop, size, inversion), as by
-            `metagmvae classify`. None: X holds features, (n, values). They are centred and divided by one common
-            standard deviation (few labels say little about that of each feature), and serve as latents without noise.
+            `metagmvae classify`. For a model of vectors (`metagmvae prepare vectors`) X holds vectors, (n, values).
+            None: X holds features, (n, values). They are centred and divided by one common standard deviation (few
+            labels say little about that of each feature), and serve as latents without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
         iterations: as all arguments down to `diffusion`, see `AdaptSettings`; None: the value of the model.
@@ -78,7 +80,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: labels in sorted order.
         n_features_in_: values in a row of X.
-        pixel_range_: the scale of the array in `fit`, 0 to 255 for files; without a model it does not exist.
+        pixel_range_: the scale of the array in `fit`, 0 to 255 for files; only with a model of images.
     """
 
     def __init__(
@@ -143,7 +145,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self._network is not None:
             answer_mode(self._network, self.mode)
             self._check_row(X, shape)
-            if decoded is None:
+            if self._network.takes_vectors:
+                self._check_no_images()
+            elif decoded is None:
                 self._fit_pixel_range(X)
             else:
                 self.pixel_range_, self._brightest = pixel_arrays.EIGHT_BIT, float(X.max())
@@ -167,7 +171,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         X = validate_data(self, rows, reset=False)
         if self._network is not None:
             self._check_row(X, shape)
-            if decoded is None:
+            if decoded is None and not self._network.takes_vectors:
                 pixel_arrays.check_pixel_range(X, self.pixel_range_, self._brightest)
                 if self.pixel_range is None and self.pixel_range_ == pixel_arrays.EIGHT_BIT:
                     pixel_arrays.check_whole(X)
@@ -220,7 +224,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             loaded = resolve_model(name)
         else:
             name, loaded = self.model.settings.name, self.model
-        if not self.preprocessed and loaded.preprocessing is None:
+        if not self.preprocessed and loaded.preprocessing is None and not loaded.model.takes_vectors:
             raise DataError(
                 f"{name}: does not record the preprocessing of its training images, because an older version wrote it: "
                 "preprocess the images as they were for the training, and pass preprocessed=True"
@@ -232,17 +236,27 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _decode(self, X: Any) -> np.ndarray | None:
         """Files and images of Pillow as the model takes them, uint8 (n, C, H, W); None for arrays and features."""
-        return None if self._network is None else pixel_arrays.decode_images(X, self._preprocessing)
+        if self._network is None or self._network.takes_vectors:
+            return None
+        return pixel_arrays.decode_images(X, self._preprocessing)
 
     def _rows(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
         """Images as one row each, which is what scikit-learn checks, and their shape; features as they are."""
         if self._network is None:
             return X, (0, 0, 0)
+        if self._network.takes_vectors:
+            return X, self._network.image_shape
         return pixel_arrays.image_rows(X, self._network.image_shape, any_size=not self.preprocessed)
 
     def _check_row(self, X: np.ndarray, shape: tuple[int, int, int]) -> None:
+        assert self._network is not None
         if X.shape[1] != int(np.prod(shape)):
-            raise DataError(f"X has {X.shape[1]} values in a row; an image of the model has shape {shape}")
+            takes = describe_shape(shape, vectors=self._network.takes_vectors)
+            raise DataError(f"X has {X.shape[1]} values in a row; the model takes {takes}")
+
+    def _check_no_images(self) -> None:
+        if not self.preprocessed or self.pixel_range is not None:
+            raise DataError("preprocessed and pixel_range are for images, and the model takes vectors; omit them")
 
     def _fit_pixel_range(self, X: np.ndarray) -> None:
         if self.pixel_range is None:
@@ -256,7 +270,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _features(self, X: np.ndarray, shape: tuple[int, int, int], decoded: bool) -> Tensor:
         if self._network is None:
             return torch.as_tensor((X - self._mean) / self._std, dtype=torch.float64)
-        device = next(self._network.parameters()).device
+        device = default_device()
+        if self._network.takes_vectors:
+            return encode_images(self._network, vectors_as_images(self._network, X, "X"), device)
         if decoded:
             return encode_images(self._network, X.reshape(-1, *shape), device)
         images = pixel_arrays.eight_bit(X, self.pixel_range_).reshape(-1, *shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +32,6 @@ class FileRows:
     order: Order = "C"
     stamp: tuple[int, int] = (0, 0)
     """Inode and time stamp: a file that was replaced is mapped again."""
-    folder: Any = field(default=None, compare=False, repr=False)
-    """Temporary folder that holds the file, deleted with the last reference to these rows."""
 
     @classmethod
     def open(
@@ -58,9 +58,6 @@ class FileRows:
             return np.empty(self.shape, self.dtype)[rows]
         return np.asarray(_map(self.path, self.shape, self.dtype, self.offset, self.order, self.stamp)[rows])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"folder": None}  # the first process deletes it
-
 
 @lru_cache(maxsize=64)
 def _map(path: str, shape: tuple[int, ...], dtype: str, offset: int, order: Order, stamp: tuple[int, int]) -> np.memmap:
@@ -71,7 +68,8 @@ def _map(path: str, shape: tuple[int, ...], dtype: str, offset: int, order: Orde
 def unpack_rows(path: str | Path, blocks: Iterator[np.ndarray]) -> FileRows:
     """Write blocks of rows, (m, F) each, one after the other into a temporary file, and return the rows of it.
 
-    For files that can only be read from the beginning to the end. The memory holds one block.
+    For files that can only be read from the beginning to the end. The memory holds one block. The file is deleted with
+    the returned object, or at the end of the process.
 
     Args:
         path: the file that is read, for messages.
@@ -80,16 +78,24 @@ def unpack_rows(path: str | Path, blocks: Iterator[np.ndarray]) -> FileRows:
     Raises:
         WorkError: the disk with the temporary folder is full.
     """
-    folder = tempfile.TemporaryDirectory(prefix="metagmvae-vectors-")
-    target, count = Path(folder.name) / "rows", 0
+    folder = Path(tempfile.mkdtemp(prefix="metagmvae-vectors-"))
+    target, count = folder / "rows", 0
     try:
         with open(target, "wb") as file:
             for block in blocks:
                 file.write(np.ascontiguousarray(block).tobytes())
                 count += len(block)
-    except OSError as error:
+        rows = FileRows.open(target, (count, *block.shape[1:]), block.dtype)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         where = f"cannot be unpacked into {tempfile.gettempdir()} ({error.strerror})"
         raise WorkError(f"{path}: {where}; set TMPDIR to a disk with space") from error
-    rows = FileRows.open(target, (count, *block.shape[1:]), block.dtype)
-    object.__setattr__(rows, "folder", folder)
+    weakref.finalize(rows, _remove, folder)
     return rows
+
+
+def _remove(folder: Path) -> None:
+    _map.cache_clear()  # a mapped file would keep its place on the disk
+    shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metagmvae.pipelines.records import Rows
+from metagmvae.pipelines.records import DataError, Rows
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.memory_format import channels_last as in_channels_last
 from metagmvae.training.device.precision import Precision, autocast
@@ -19,6 +19,30 @@ from metagmvae.training.models.encoders import EncoderModel
 SMALLEST_BATCH = 4
 """Smaller batches are padded: for them the libraries use other kernels, whose rounding differs. The features of an
 image then do not depend on how many others are encoded with it (on a CPU bit for bit)."""
+
+
+def vectors_as_images(model: EncoderModel, vectors: np.ndarray, name: str) -> np.ndarray:
+    """Vectors (n, F) as a model that takes vectors has them, float32 (n, F, 1, 1).
+
+    Args:
+        model: the model.
+        vectors: finite numbers of any format.
+        name: of the vectors, for messages.
+
+    Raises:
+        DataError: they have another shape, are no numbers, or a value is not finite in float32.
+    """
+    size = model.image_shape[0]
+    if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind not in "iuf":
+        takes = f"the model takes vectors of {size} numbers, (n, {size})"
+        raise DataError(f"{name}: holds {vectors.dtype} {vectors.shape}, and {takes}")
+    with np.errstate(over="ignore"):
+        rounded = vectors.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        row, column = np.argwhere(~np.isfinite(rounded))[0]
+        value = vectors[row, column]
+        raise DataError(f"{name}: value {column} of vector {row} is {value}; give finite numbers up to 3e38")
+    return rounded.reshape(-1, *model.image_shape)
 
 
 @torch.inference_mode()
