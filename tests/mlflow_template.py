@@ -167,3 +167,16 @@ def post(port: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     answer = json.loads(response.read())
     connection.close()
     return response.status, answer
+
+
+def repeat_requests(monkeypatch: Any, name: str) -> None:
+    """Let a request of MLflow's client be made twice, as its HTTP client does if the first answer is lost or late."""
+    from mlflow import MlflowClient
+
+    once = getattr(MlflowClient, name)
+
+    def twice(self: Any, *args: Any, **options: Any) -> Any:
+        once(self, *args, **options)
+        return once(self, *args, **options)
+
+    monkeypatch.setattr(MlflowClient, name, twice)

@@ -68,3 +68,21 @@ def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
     assert register(run, store, "a", shot=5, once=True).version == "3"  # another best model of the run
     with pytest.raises(ValueError, match="reserves this alias"):
         register(run, store, "a", alias="v1")
+
+
+def test_repeated_request_creates_one_version(tmp_path, monkeypatch):
+    store = mlflow_template.new_store(tmp_path / "store")
+    mlflow_template.repeat_requests(monkeypatch, "create_model_version")
+    registered = register(mlflow_template.new_run(tmp_path / "run"), store, "few-shot")
+    versions = connect(store).client.search_model_versions("name = 'few-shot'")
+    assert [str(version.version) for version in versions] == [registered.version]
+    assert registered.alias == "champion"
+
+
+def test_model_that_could_not_be_registered_is_registered_by_resuming(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mlflow_template.closed_port()}")
+    error = train("data", code=1)
+    remedy = f"metagmvae train {tmp_path}/runs/a --resume"
+    assert f"the run is complete, but its model is not registered: {remedy}" in error
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert train("data", "--resume")["registered"] == "models:/glyphs/1"

@@ -15,6 +15,7 @@ from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.status import read_status
+from metagmvae.infra.tracking.live_tracker import LiveTracker
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.infra.tracking.run_uploader import upload_run
@@ -73,20 +74,70 @@ def test_unreachable_server_is_reported_once_and_the_run_is_uploaded_later(tmp_p
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     tracker = RunTracker(run, TrackingSettings(), interval_s=0.02).start()
-    while not tracker._warn.warned:
+    while not tracker._error:
         time.sleep(0.02)
     (run / "metrics.jsonl").write_text(line(1) + line(2, steps=2))
     (run / "checkpoint.pt").write_bytes(b"last")
     tracker.close()
     errors = [record.getMessage() for record in caplog.records if record.name.startswith("metagmvae")]
-    assert len(errors) == 1
-    assert f"MLflow at {redact(uri)}: not reachable (Connection refused); the run continues" in errors[0]
-    assert f"metagmvae track {run}" in errors[0]
-    assert "secret" not in errors[0] + (run / "tracking.json").read_text()
+    reason = f"MLflow at {redact(uri)}: not reachable (Connection refused)"
+    assert errors == [
+        f"{reason}; the run continues. If this lasts, upload it later: metagmvae track {run}",
+        f"{reason}; not all of the run has been uploaded. Upload it later: metagmvae track {run}",
+    ]
+    assert "secret" not in (run / "tracking.json").read_text()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     report = upload_run(run, store)
     assert (report.status, len(history(store, report.run_id, "loss"))) == ("FINISHED", 2)
     assert "checkpoint.pt" in report.artifacts
+
+
+class Flaky(LiveTracker):
+    """A tracker whose uploads fail as the list `errors` says."""
+
+    def __init__(self, folder: Path, errors: list[Exception | None]) -> None:
+        super().__init__(folder, TrackingSettings(), interval_s=60.0)
+        self.errors = errors
+
+    def upload(self, *, last: bool) -> None:
+        if error := self.errors.pop(0):
+            raise error
+
+
+def test_each_outage_and_its_end_are_reported_and_what_is_missing_at_the_end(tmp_path, caplog):
+    down = TrackingError("MLflow at x: down")
+    tracker = Flaky(tmp_path, [None, down, down, None, None, down, down])
+    with tracker:
+        for _ in range(5):
+            tracker.flush()
+    assert tracker.errors == []
+    continues = f"MLflow at x: down; the run continues. If this lasts, upload it later: metagmvae track {tmp_path}"
+    missing = f"MLflow at x: down; not all of the run has been uploaded. Upload it later: metagmvae track {tmp_path}"
+    again = "MLflow accepts the run again; what was missing has been uploaded"
+    assert caplog.messages == [continues, again, continues, missing]
+
+
+def test_upload_that_recovers_at_the_end_leaves_nothing_to_do(tmp_path, caplog):
+    with Flaky(tmp_path, [TrackingError("down"), None]) as tracker:
+        while not tracker._error:
+            time.sleep(0.01)
+    assert caplog.messages[1:] == ["MLflow accepts the run again; what was missing has been uploaded"]
+
+
+@pytest.mark.parametrize(("status", "longest"), [("KILLED", 0.2), ("FINISHED", 0.8)])
+def test_stopped_run_waits_a_shorter_time_for_a_slow_server(tmp_path, monkeypatch, caplog, status, longest):
+    """Kubernetes and Slurm kill a process 30 s after SIGTERM."""
+    monkeypatch.setattr("metagmvae.infra.tracking.live_tracker.PATIENCE_STOPPED_S", 0.2)
+    monkeypatch.setattr("metagmvae.infra.tracking.live_tracker.PATIENCE_S", 0.8)
+    release = threading.Event()
+    tracker = Flaky(tmp_path, [None])
+    monkeypatch.setattr(tracker, "upload", lambda last: release.wait())
+    tracker.start()
+    started = time.monotonic()
+    tracker.close(status)
+    assert longest <= time.monotonic() - started < longest + 0.5
+    assert "MLflow is slow; not all of the run has been uploaded" in caplog.text
+    release.set()
 
 
 def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, caplog):
@@ -104,7 +155,7 @@ def test_silent_server_does_not_block_the_run(tmp_path, monkeypatch, caplog):
         tracker.close()
         assert thread.is_alive()
         assert thread.daemon
-        assert "MLflow is slow: not all of the run has been uploaded yet" in caplog.text
+        assert "MLflow is slow; not all of the run has been uploaded" in caplog.text
         assert read_status(tmp_path / "run")[0] == "FINISHED"
         thread.join()
 

@@ -98,6 +98,14 @@ def test_interrupted_upload_is_completed_later(run, store, monkeypatch):
     assert len(history(store, rest.run_id, "elbo")) == 200
 
 
+def test_repeated_request_creates_one_run(run, store, monkeypatch):
+    mlflow_template.repeat_requests(monkeypatch, "create_run")
+    sent = upload_run(run, store)
+    client = connect(store).client
+    experiment = client.get_run(sent.run_id).info.experiment_id
+    assert [found.info.run_id for found in client.search_runs([experiment])] == [sent.run_id]
+
+
 def test_broken_line_is_named(run, store):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{half\n")

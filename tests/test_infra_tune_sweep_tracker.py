@@ -124,6 +124,17 @@ def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
         assert len(client.get_metric_history(run_id, "validation/5w1s")) == 2
 
 
+def test_repeated_requests_create_one_run_for_the_sweep_and_each_trial(sweep, store, monkeypatch):
+    mlflow_template.repeat_requests(monkeypatch, "create_run")
+    with SweepTracker(sweep, store, interval_s=60.0):
+        run_some(sweep, [[0.3, 0.5], [0.2, 0.4]])
+    cursor = json.loads((sweep.folder.root / CURSOR).read_text())
+    client = connect(store).client
+    runs = client.search_runs([client.get_run(cursor["run_id"]).info.experiment_id])
+    assert len({run.data.tags.get(NUMBER) for run in runs}) == len(runs) == 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
 def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(sweep, tmp_path, caplog, monkeypatch):
     """A real `mlflow server` that is killed during the sweep and started again on the same port."""
     port = closed_port()
@@ -136,16 +147,17 @@ def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(swee
             while not any(_points_sent(sweep, number) for number in sweep.ended):
                 time.sleep(0.05)
         run_some(sweep, [[0.2, 0.6]])
-        while not tracker._failing:
+        while not tracker._error:
             time.sleep(0.05)
         stack.enter_context(mlflow_template.running_server(tmp_path / "server", port))
         run_some(sweep, [[0.2, 0.7]])
-        while tracker._failing:
+        while tracker._error:
             time.sleep(0.05)
         tracker.close()
         warnings = [line for line in caplog.messages if "metagmvae track" in line]
         assert len(warnings) == 1
-        assert "the sweep continues" in warnings[0]
+        assert "the sweep continues. If this lasts, upload it later" in warnings[0]
+        assert "MLflow accepts the sweep again; what was missing has been uploaded" in caplog.messages
         cursor = json.loads((sweep.folder.root / CURSOR).read_text())
         there = children(tracking, cursor["run_id"])
         assert len(there) == 3

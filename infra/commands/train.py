@@ -74,9 +74,14 @@ def _run(arguments: Namespace, kind: ModelKind) -> Answer:
     answer: Answer = {"run": str(run_dir), "last": last}
     if settings.tracking.enabled and settings.tracking.register_as:
         from metagmvae.infra.registry.register import register
+        from metagmvae.infra.tracking.mlflow_environment import TrackingError
 
         name = settings.tracking.register_as + ("-encoder" if kind == "encoder" else "")
-        version = register(run_dir, settings.tracking, name, once=True)
+        try:
+            version = register(run_dir, settings.tracking, name, once=True)
+        except TrackingError as error:
+            later = f"metagmvae {arguments.command} {shlex.quote(str(run_dir))} --resume"
+            raise TrackingError(f"{error}; the run is complete, but its model is not registered: {later}") from error
         answer["registered"] = version.uri
         if version.alias:
             answer["alias"] = f"models:/{version.name}@{version.alias}"

@@ -111,7 +111,12 @@ def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dic
     _create_registered_model(store, name)
     # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
     options = {"run_id": run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
-    return str(store.client.create_model_version(name, source, **options).version)
+    created = str(store.client.create_model_version(name, source, **options).version)
+    # If the answer was lost or late, MLflow's HTTP client has repeated the request, and there are two versions.
+    for version in list(paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")):
+        if version.source == source and str(version.version) != created:
+            store.client.delete_model_version(name, version.version)
+    return created
 
 
 def check_model_name(name: str) -> str:

@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    # A server or proxy that is overloaded may ask for a pause of any length, during which nothing else is uploaded.
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     # MLflow's own lines would appear in the middle of `--json` output.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

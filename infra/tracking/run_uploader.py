@@ -30,7 +30,7 @@ from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_c
 from metagmvae.infra.tracking.cursor import Cursor, upload_lock
 from metagmvae.infra.tracking.dataset_input import DatasetReference
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
-from metagmvae.infra.tracking.store import Store, connect, experiment_id
+from metagmvae.infra.tracking.store import Store, connect, experiment_id, paginate
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import read_json, sha256_file
 from metagmvae.pipelines.records import DataError
@@ -168,12 +168,17 @@ class RunUploader:
         if existing:
             return existing[0]
         name = self.settings.get("name", "run")
-        return self.client.create_run(
+        created = self.client.create_run(
             experiment,
             start_time=self.started_ms,
             tags={RUN_KEY: self.entry["key"]},
             run_name=self.run_dir.name if name == "run" else name,
         )
+        # If the answer was lost or late, MLflow's HTTP client has repeated the request, and there are two runs.
+        for run in paginate(self.client.search_runs, experiment_ids=[experiment], filter_string=same_key):
+            if run.info.run_id != created.info.run_id:
+                self.client.delete_run(run.info.run_id)
+        return created
 
     def _check_not_deleted(self, run_id: str) -> None:
         from mlflow import MlflowException

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 
 from metagmvae.configs.credentials import redact
 from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
@@ -18,6 +19,11 @@ REMEDIES = {
     "unable to open database file": "check the path and the permissions of its folder",
 }
 """What to do about an error of SQLite."""
+CREDENTIALS = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to those of the server"
+)
+STATUS_REMEDIES = {401: CREDENTIALS, 403: CREDENTIALS, 429: "try again later"}
+"""What to do about a status of HTTP. Of those of 500 and above the log of the server knows the reason."""
 
 
 class WarnOnce:
@@ -28,12 +34,16 @@ class WarnOnce:
         self.warned = False
 
     def __call__(self, error: Exception) -> None:
-        if self.warned:
-            return
-        self.warned = True
-        known = isinstance(error, TrackingError | DataError)
-        message = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
-        LOG.warning("%s", " ".join(f"{message}; {self.remedy}".split()))
+        if not self.warned:
+            self.warned = True
+            warn(error, self.remedy)
+
+
+def warn(error: Exception, remedy: str) -> None:
+    """Log an error of a store as a warning of one line with the remedy."""
+    known = isinstance(error, TrackingError | DataError)
+    message = str(error) if known else f"MLflow: {type(error).__name__}: {error}"
+    LOG.warning("%s", " ".join(f"{message}; {remedy}".split()))
 
 
 @contextmanager
@@ -56,12 +66,25 @@ def tracking_errors(uri: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Return the reason in one line, without a password; for a failed connection, the operating system's message."""
     message = redact(str(error))
-    errno = re.search(r"\[Errno -?\d+\] ([\w ]+)", message)
-    if "Max retries exceeded" in message and errno:
-        return f"not reachable ({errno[1]})"
+    failed = re.search(r"\[(?:Errno -?\d+|SSL: \w+)\] ([\w -]+)", message)
+    if "Max retries exceeded" in message and failed:
+        return f"not reachable ({'TLS: ' if 'SSL' in failed[0] else ''}{failed[1].strip()})"
+    if status := re.search(r"too many (\d{3}) error responses|failed with error code (\d{3}) ", message):
+        return _answer(int(status[1] or status[2]))
+    if "not in a valid JSON format" in message:
+        return "what answers there is no MLflow server, but perhaps a proxy or a page for logging in; check the URI"
     if "Read timed out" in message or "timeout" in message.lower():
         return "not reachable (timed out)"
+    if "Connection aborted" in message or "Connection broken" in message:
+        return "not reachable (the connection was broken off)"
     for text, remedy in REMEDIES.items():
         if text in message:
             return f"{text}; {remedy}"
     return (message.splitlines() or [type(error).__name__])[0][:300]
+
+
+def _answer(status: int) -> str:
+    """Describe a status of HTTP that came without a message of MLflow, with what to do about it."""
+    name = next((f" ({known.phrase})" for known in HTTPStatus if known == status), "")
+    remedy = "see the log of the server" if status >= 500 else STATUS_REMEDIES.get(status, "check the URI")
+    return f"answers with status {status}{name}; {remedy}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class SweepUploader:
             trials = list(ended)
             report.metrics = self._send_children(trials, running) + self._send_progress(trials)
             if artifacts:
+                self._delete_twins()
                 report.artifacts = self.parent.send_files()
                 self.parent.close()
         return report
@@ -150,11 +151,19 @@ class SweepUploader:
         """Find the child runs that an earlier process created and did not record."""
         if self._children_known:
             return
-        query = f"tags.`{PARENT}` = '{self.entry['run_id']}'"
-        experiments = [self._experiment_id()]
-        for run in paginate(self.client.search_runs, experiment_ids=experiments, filter_string=query):
+        for run in self._children():
             self.trials.setdefault(run.data.tags[NUMBER], {"run_id": run.info.run_id, "points": 0})
         self._children_known = True
+
+    def _delete_twins(self) -> None:
+        """Delete second child runs of a trial: MLflow's HTTP client repeats a request whose answer was lost or late."""
+        for run in list(self._children()):
+            if run.info.run_id != self.trials[run.data.tags[NUMBER]]["run_id"]:
+                self.client.delete_run(run.info.run_id)
+
+    def _children(self) -> Iterator[Any]:
+        query = f"tags.`{PARENT}` = '{self.entry['run_id']}'"
+        return paginate(self.client.search_runs, experiment_ids=[self._experiment_id()], filter_string=query)
 
     def _experiment_id(self) -> str:
         """Return the experiment of the parent run, in which child runs are created."""
