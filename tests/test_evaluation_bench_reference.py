@@ -6,7 +6,7 @@ import torch
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, TrainSettings
 from metagmvae.evaluation.bench import reference
-from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict import log_posteriors
 from metagmvae.pipelines.records import SetBatch
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import latent_noise, sample_latents
@@ -54,7 +54,7 @@ def test_literal_episode_equals_fast_episode(covariance, temperature):
     pixels = images(3 * 2 + 9)
     device = torch.device("cpu")
     h = encode_images(model, pixels, device)
-    fast = predict_episodes(model, adapt, h[:6].reshape(1, 3, 2, -1), h[None, 6:], seed_by_episode=[4])[0]
+    fast = log_posteriors(model, adapt, h[:6].reshape(1, 3, 2, -1), h[None, 6:], seed_by_episode=[4])[0].exp().float()
     noise = latent_noise(model, adapt, 15, 4, device)
     tensors = torch.as_tensor(pixels)
     with torch.inference_mode():

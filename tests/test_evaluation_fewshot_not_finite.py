@@ -7,7 +7,7 @@ from small_model import SHAPE, model
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_images
-from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict import log_posteriors
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.pipelines.records import DataError
 
@@ -26,7 +26,7 @@ def test_a_tiny_temperature_is_an_error_and_no_accuracy(mode):
     with pytest.raises(DataError, match="NaN"):
         predict_queries(net, TINY, features[:4], np.array([0, 0, 1, 1]), features[4:], mode=mode)
     with pytest.raises(DataError, match="NaN"):
-        predict_episodes(net, TINY, features[None, :4, None], features[None, 4:], mode=mode, seed_by_episode=[0])
+        log_posteriors(net, TINY, features[None, :4, None], features[None, 4:], mode=mode, seed_by_episode=[0])
 
 
 def test_broken_weights_are_an_error():

@@ -9,7 +9,7 @@ import torch
 from metagmvae.configs.schema import AdaptSettings, ModelSettings, Settings
 from metagmvae.evaluation.fewshot.baselines import nearest_class_mean
 from metagmvae.evaluation.fewshot.evaluate_episodes import evaluate_features, evaluate_images
-from metagmvae.evaluation.fewshot.predict import predict_episodes
+from metagmvae.evaluation.fewshot.predict import log_posteriors
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
@@ -53,6 +53,10 @@ def sharp(model):
     return sharp
 
 
+def probabilities(*args, **options):
+    return log_posteriors(*args, **options).exp().float()
+
+
 def test_encoding_does_not_depend_on_the_batch(model, data):
     images = data[0]
     h = encode_images(model, images, CPU)
@@ -63,7 +67,7 @@ def test_encoding_does_not_depend_on_the_batch(model, data):
 
 def test_prediction_equals_eq_10_and_11_point_by_point(model, features):
     support, query = features[:6].view(1, 3, 2, -1), features[None, 6:11]
-    actual = predict_episodes(model, ADAPT, support, query, seed_by_episode=[4])[0]
+    actual = probabilities(model, ADAPT, support, query, seed_by_episode=[4])[0]
     with torch.no_grad():
         mean, log_variance = model.posterior(features[None, :11])
     noise = torch.randn(11, 5, 6, generator=keyed_generator(CPU, "predict", 4))
@@ -78,13 +82,13 @@ def test_prediction_equals_eq_10_and_11_point_by_point(model, features):
 
 def test_inductive_prediction_does_not_depend_on_other_queries(sharp, features):
     support, query = features[:6].view(1, 3, 2, -1), features[None, 6:11]
-    together = predict_episodes(sharp, ADAPT, support, query, mode="inductive", seed_by_episode=[0])
+    together = probabilities(sharp, ADAPT, support, query, mode="inductive", seed_by_episode=[0])
     changed = query.clone()
     changed[0, 1:] = features[20:24]
-    other = predict_episodes(sharp, ADAPT, support, changed, mode="inductive", seed_by_episode=[0])
+    other = probabilities(sharp, ADAPT, support, changed, mode="inductive", seed_by_episode=[0])
     torch.testing.assert_close(other[0, 0], together[0, 0])
     assert not torch.allclose(other[0, 1], together[0, 1])
-    transductive = [predict_episodes(sharp, ADAPT, support, q, seed_by_episode=[0])[0, 0] for q in (query, changed)]
+    transductive = [probabilities(sharp, ADAPT, support, q, seed_by_episode=[0])[0, 0] for q in (query, changed)]
     assert not torch.allclose(*transductive)
 
 
@@ -138,7 +142,7 @@ def test_episodes_and_single_tasks_agree(sharp, features, mode):
     rows = torch.as_tensor([classes[k] for k in order])
 
     def episode(rows):
-        return predict_episodes(sharp, ADAPT, support[rows][None], queries[None], mode=mode, seed_by_episode=[5])[0]
+        return probabilities(sharp, ADAPT, support[rows][None], queries[None], mode=mode, seed_by_episode=[5])[0]
 
     # Rounding is amplified, because the latents are far apart.
     torch.testing.assert_close(episode(rows), single[:, order], rtol=0, atol=1e-3)
@@ -187,7 +191,7 @@ def test_unbalanced_queries_are_half_of_the_classes_and_one_query_of_each_other(
     options = {"episodes": 5, "mode": "inductive"}
     result = evaluate_features(sharp, ADAPT, features, data[1], **task, **options, unbalanced=True)
     support, query = (torch.as_tensor(rows) for rows in EpisodeSampler(data[1], **task).batch(0, 5))
-    answers = predict_episodes(
+    answers = probabilities(
         sharp, ADAPT, features[support], features[query.flatten(1)], mode="inductive", seed_by_episode=range(5)
     )
     predicted = answers.argmax(dim=2).view(5, 4, 3).tolist()

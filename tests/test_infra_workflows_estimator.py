@@ -24,7 +24,7 @@ from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.objectives.class_posterior import fit_and_classify
+from metagmvae.training.objectives.class_posterior import fit_log_posteriors
 from metagmvae.training.objectives.feature_diffusion import diffuse_features
 from metagmvae.training.objectives.mixture import fit_semi_supervised
 from metagmvae.training.trainer.package import load_model
@@ -136,8 +136,8 @@ def test_features_without_a_model_are_diffused_in_transductive_mode(mode):
     z = torch.as_tensor((X - X[support].mean(axis=0)) / X[support].std())[None]
     z = diffuse_features(torch.cat([z[:, support], z[:, query]], dim=1), 0.5)
     adapt = AdaptSettings(e_step="identity", final_covariance="identity")
-    _, expected = fit_and_classify(adapt, z[:, :6].unflatten(1, (3, 2)), z[:, 6:, None])
-    np.testing.assert_allclose(diffused, expected[0].numpy(), atol=1e-12)
+    _, expected = fit_log_posteriors(adapt, z[:, :6].unflatten(1, (3, 2)), z[:, 6:, None])
+    np.testing.assert_allclose(diffused, expected[0].exp().numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _literal(
         episode = sampler.episode(index)
         support = torch.as_tensor(images[episode.support.reshape(-1)]).to(device).unflatten(0, (WAY, SHOT))
         query = torch.as_tensor(images[episode.query.reshape(-1)]).to(device)
-        noise = latent_noise(model, adapt, WAY * (SHOT + QUERY), index, device)  # that of `predict_episodes`
+        noise = latent_noise(model, adapt, WAY * (SHOT + QUERY), index, device)  # that of the model
         predicted_P = predict_episode(model, adapt, support, query, noise).argmax(dim=1)
         accuracies.append(float((predicted_P == label_P).double().mean()))
     return times() - start, accuracies

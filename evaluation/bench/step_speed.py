@@ -254,12 +254,12 @@ def _profile(step: Step, gradients: Step, bfloat16: bool) -> dict[str, Any]:
     }
 
 
-def _matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """GFLOP/s of a large square matrix product on this machine, as an upper bound for a step."""
-    device = default_device()
+def _matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square matrix product on this machine, as an upper bound for a step; the best of six."""
+    device, size = default_device(), 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(repeats + 1):
+    for _ in range(6):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - start)

@@ -231,7 +231,7 @@ def evaluate_features(
         query: queries per class.
         episodes: number of episodes.
         seed: of the draw of the episodes.
-        mode: as in `predict_episodes`.
+        mode: as in `log_posteriors`.
         unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
         dirichlet: alpha of the Dirichlet distribution that the proportions of the classes are drawn from
             (`QuerySampler`); None: balanced queries.

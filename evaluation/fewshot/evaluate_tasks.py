@@ -59,7 +59,7 @@ def evaluate_tasks(
         tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000),
             `seed` (0), `unbalanced` (False) and `dirichlet` (None), as in `evaluate_features`.
         split: whose classes the episodes are drawn from.
-        mode: `transductive` or `inductive`, as in `predict_episodes`.
+        mode: `transductive` or `inductive`, as in `MetaLearner.log_posteriors`.
         baselines: also evaluate the baselines on the same features and episodes, each in its own mode, with settings
             chosen on the validation classes of the dataset; they are in `baselines` of each result.
         name: of the model in error messages; None: its name in the settings.

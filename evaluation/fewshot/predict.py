@@ -19,24 +19,6 @@ from metagmvae.training.models.posterior_calibration import CalibrationMap
 
 
 @torch.inference_mode()
-def predict_episodes(
-    model: MetaLearner,
-    adapt: AdaptSettings,
-    support_EKS: Tensor,
-    query_EP: Tensor,
-    *,
-    mode: PredictionMode = "transductive",
-    seed_by_episode: Sequence[int],
-) -> Tensor:
-    """Return the class probabilities of every query, (E, P, K). Arguments and errors are those of `log_posteriors`.
-
-    These are the probabilities of the model itself, not calibrated.
-    """
-    log_p_EPK = log_posteriors(model, adapt, support_EKS, query_EP, mode=mode, seed_by_episode=seed_by_episode)
-    return log_p_EPK.exp().to(query_EP.dtype)
-
-
-@torch.inference_mode()
 def log_posteriors(
     model: MetaLearner,
     adapt: AdaptSettings,

@@ -34,7 +34,7 @@ def predict_queries(
 
     In both modes the result does not depend on the order of the support and the names of the classes: the support is
     sorted by content first. In transductive mode it depends on the order of the queries, by the Monte Carlo noise.
-    For equal shots the result equals that of `predict_episodes`, in transductive mode for a support sorted in this way,
+    For equal shots the result equals that of `log_posteriors`, in transductive mode for a support sorted in this way,
     up to rounding.
 
     Args:
@@ -43,7 +43,7 @@ def predict_queries(
         h_TF: features of the labelled images, by `encode_images`.
         label_T: their classes, 0 to K - 1; each class occurs at least once.
         h_PF: features of the queries.
-        mode: as in `predict_episodes`.
+        mode: as in `log_posteriors`.
         seed: of the Monte Carlo noise.
         calibration: as in `calibrated`.
         background: as in `log_posteriors`; the last column is then the probability that a query is of no labelled

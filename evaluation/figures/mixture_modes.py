@@ -16,7 +16,7 @@ from metagmvae.configs.schema import AdaptSettings, TrainSettings
 from metagmvae.training.device.seeding import keyed_generator
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.models.encode_images import encode_images
-from metagmvae.training.objectives.class_posterior import fit_and_classify
+from metagmvae.training.objectives.class_posterior import fit_log_posteriors
 from metagmvae.training.objectives.distinct_points import init_indices
 from metagmvae.training.objectives.mixture import fit_mixture
 
@@ -144,8 +144,8 @@ def fit_episode(
     h_TF = torch.cat([support_KSF.flatten(0, 1), query_PF])
     mean_TD, z_1TND = _latents(model, h_TF, adapt.samples, generator)
     support_1KTD = z_1TND[:, : K * S].unflatten(1, (K, S)).flatten(2, 3)
-    mixture, resp_1PK = fit_and_classify(adapt, support_1KTD, z_1TND[:, K * S :])
-    return FittedSet(mean_TD, mixture.mean_EKD[0], mixture.variance_EKD[0], resp_1PK[0])
+    mixture, log_p_1PK = fit_log_posteriors(adapt, support_1KTD, z_1TND[:, K * S :])
+    return FittedSet(mean_TD, mixture.mean_EKD[0], mixture.variance_EKD[0], log_p_1PK[0].exp().to(query_PF.dtype))
 
 
 def _latents(model: MetaGMVAE, h_MF: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

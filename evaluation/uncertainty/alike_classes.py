@@ -70,14 +70,8 @@ def class_scores(h_nF: Tensor, labels: np.ndarray, drawings: Sequence[str]) -> T
     return score_nc
 
 
-def find_alike(
-    h_nF: Tensor, labels: np.ndarray, drawings: Sequence[str], score_nc: Tensor, seed: int = 0
-) -> list[AlikePair]:
-    """Find all pairs of classes that are alike by the criterion above; arguments as in `class_scores`, and its result.
-
-    Args:
-        seed: of the randomisation.
-    """
+def find_alike(h_nF: Tensor, labels: np.ndarray, drawings: Sequence[str], score_nc: Tensor) -> list[AlikePair]:
+    """Find all pairs of classes that are alike by the criterion above; `score_nc` is the result of `class_scores`."""
     label_n = torch.as_tensor(labels)
     own_n1 = score_nc.gather(1, label_n[:, None])
     count_c = label_n.bincount().float()
@@ -90,7 +84,7 @@ def find_alike(
     for first, second in pairs:
         rows = [members[k][np.argsort(names[members[k]], kind="stable")] for k in (first, second)]
         same = np.array_equal(*(names[r] for r in rows))
-        p = equal_distribution_p(unit_nF[rows[0]], unit_nF[rows[1]], same, (seed, first, second))
+        p = equal_distribution_p(unit_nF[rows[0]], unit_nF[rows[1]], same, (0, first, second))
         if p > LEVEL:
             found.append(AlikePair(first, second, float(correct_cc[first, second]), p))
     return found

@@ -118,7 +118,7 @@ def evaluate_open(
         model, adapt, h_nF, sampler, episodes, mode=mode, background=level, on_progress=on_progress
     ):
         of_class = truth_EP < way
-        right = (log_p_EPK[..., :way].argmax(dim=2) == truth_EP) & of_class
+        right = log_p_EPK[..., :way].argmax(dim=2) == truth_EP  # never where the truth is no class
         known.append((right.sum(dim=1) / of_class.sum(dim=1)).cpu())
         answered.append((log_p_EPK.argmax(dim=2) == truth_EP).double().mean(dim=1).cpu())
         log_p_nK, truth_n = log_p_EPK.flatten(0, 1).cpu().numpy(), truth_EP.flatten().cpu().numpy()
@@ -202,7 +202,7 @@ def evaluate_open_baselines(
         answers = _answers(partial(scorer, **settings), evaluated.by_kind[kind], evaluated.labels, task)
         predicted, score, truth = answers
         of_class = truth < task["way"]
-        known = ((predicted == truth) & of_class).sum(axis=1) / of_class.sum(axis=1)
+        known = (predicted == truth).sum(axis=1) / of_class.sum(axis=1)
         yield OpenResults(
             name,
             mode,

@@ -103,8 +103,8 @@ class ConvBlock(nn.Module):
             return mean, variance
         with torch.no_grad():
             momentum = norm.momentum or 0.0
-            norm.running_mean.lerp_(mean.detach(), momentum)
-            norm.running_var.lerp_(variance.detach() * count / max(count - 1, 1), momentum)
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked += 1
         return mean, variance
@@ -207,14 +207,14 @@ class FeatureDecoder(nn.Module):
     values, so their decoder has none.
     """
 
-    def __init__(self, feature_dim: int, latent: int, hidden: int = 512, final_relu: bool = False) -> None:
+    def __init__(self, feature_dim: int, latent: int, final_relu: bool = False) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(latent, hidden),
+            nn.Linear(latent, 512),
             nn.ReLU(),
-            nn.Linear(hidden, hidden),
+            nn.Linear(512, 512),
             nn.ReLU(),
-            nn.Linear(hidden, feature_dim),
+            nn.Linear(512, feature_dim),
             *([nn.ReLU()] if final_relu else []),
         )
 

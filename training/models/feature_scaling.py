@@ -81,7 +81,7 @@ class FeatureWhitening(nn.Module):
     @staticmethod
     def transform(h: Tensor) -> Tensor:
         """Transform features before they are centred: signed square root, then unit length."""
-        return power_transform(h)
+        return F.normalize(h.sign() * h.abs().sqrt(), dim=-1)
 
 
 class ViewWhitening(FeatureWhitening):
@@ -97,8 +97,3 @@ class ViewWhitening(FeatureWhitening):
     def transform(h: Tensor) -> Tensor:
         """Transform features before they are centred: unit length."""
         return F.normalize(h, dim=-1)
-
-
-def power_transform(h: Tensor) -> Tensor:
-    """Signed square root of each value, then unit length: (..., F) -> (..., F)."""
-    return F.normalize(h.sign() * h.abs().sqrt(), dim=-1)

@@ -54,7 +54,7 @@ class MultiCropEncoder(nn.Module):
         if self.averaging == "crops":
             from torchvision.transforms.v2.functional import ten_crop
 
-            views += ten_crop(x, [max(1, round(CROP * side)) for side in x.shape[-2:]])
+            views += ten_crop(x, [round(CROP * side) for side in x.shape[-2:]])
         total = self._encode(views[0])
         for view in views[1:]:
             total = total + self._encode(view)

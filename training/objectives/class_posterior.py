@@ -64,7 +64,6 @@ def classify_latents(
     mask_EKT = None
     if not is_real_KS.all():
         mask_EKT = is_real_KS.repeat_interleave(N, dim=1).to(z_ETND).expand(E, -1, -1)
-        support_EKTD = support_EKTD * mask_EKT[..., None]
     _, log_p_EPK = fit_log_posteriors(
         adapt, support_EKTD, z_EPND, fit_on_queries=fit_on_queries, mask_EKT=mask_EKT, background=background
     )
@@ -80,21 +79,6 @@ def rows_by_class(label_T: Tensor) -> tuple[Tensor, Tensor]:
     by_class = torch.argsort(label_T, stable=True).split(shots_K.tolist())
     rows_KS = pad_sequence(list(by_class), batch_first=True)
     return rows_KS, torch.arange(rows_KS.shape[1]) < shots_K[:, None]
-
-
-def fit_and_classify(
-    adapt: AdaptSettings,
-    support_EKTD: Tensor,
-    query_EPND: Tensor,
-    *,
-    fit_on_queries: bool = True,
-    mask_EKT: Tensor | None = None,
-) -> tuple[ClassMixture, Tensor]:
-    """Return the Gaussians of `fit_log_posteriors` and the probabilities of the queries, (E, P, K)."""
-    mixture, log_p_EPK = fit_log_posteriors(
-        adapt, support_EKTD, query_EPND, fit_on_queries=fit_on_queries, mask_EKT=mask_EKT
-    )
-    return mixture, log_p_EPK.exp().to(query_EPND.dtype)
 
 
 def fit_log_posteriors(

@@ -61,10 +61,9 @@ def fit_mixture(z_EPD: Tensor, init_EK: Tensor, iterations: int) -> Mixture:
     for _ in range(iterations):
         resp_EPK = torch.softmax(_joint_logits(z_EPD, mean_EKD, log_weight_EK), dim=2)
         count_EK = resp_EPK.sum(dim=1)
-        new_mean_EKD = _sum_over_points(resp_EPK, z_EPD) / count_EK.clamp_min(MIN_COUNT)[..., None]
+        new_mean_EKD = _sum_over_points(resp_EPK, z_EPD) / count_EK[..., None]
         mean_EKD = torch.where((count_EK > MIN_COUNT)[..., None], new_mean_EKD, mean_EKD)
-        weight_EK = count_EK.clamp_min(MIN_COUNT)
-        log_weight_EK = torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
+        log_weight_EK = _log_weights(count_EK)
     return Mixture(mean_EKD + centre_E1D, log_weight_EK)
 
 
@@ -213,8 +212,8 @@ def _weighted(logits_EKP: Tensor, log_weight_EK: Tensor | None) -> Tensor:
     return logits_EKP + (log_weight_EK + math.log(log_weight_EK.shape[1]))[..., None]
 
 
-def _log_weights(count_EK: Tensor, prior_count: float) -> Tensor:
-    """Log of the mode of the Dirichlet posterior of the weights; the floor keeps the log of an empty class finite."""
+def _log_weights(count_EK: Tensor, prior_count: float = 0.0) -> Tensor:
+    """Log of the mode of the Dirichlet posterior of the weights; the floor keeps the log of an empty one finite."""
     weight_EK = (count_EK + prior_count).clamp_min(MIN_COUNT)
     return torch.log(weight_EK / weight_EK.sum(dim=1, keepdim=True))
 

@@ -25,7 +25,7 @@ class ImageCritic(nn.Module):
     no batch normalisation: it would remove what all images of a generated batch have in common.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], channels: int, latent: int = 0, width: int = 512) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], channels: int, latent: int = 0) -> None:
         super().__init__()
         inputs, *sides = image_shape
         layers: list[nn.Module] = []
@@ -34,9 +34,7 @@ class ImageCritic(nn.Module):
             layers += [convolution, nn.LeakyReLU(SLOPE)]
         self.conv = nn.Sequential(*layers)
         map_size = math.prod(pooled_sizes(side)[-1] for side in sides)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels * map_size + latent, width), nn.LeakyReLU(SLOPE), nn.Linear(width, 1)
-        )
+        self.mlp = nn.Sequential(nn.Linear(channels * map_size + latent, 512), nn.LeakyReLU(SLOPE), nn.Linear(512, 1))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         # contiguous(): the order of the flattened features must not depend on the memory format.

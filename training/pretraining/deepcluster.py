@@ -135,7 +135,7 @@ def whiten(features_nF: np.ndarray, dimensions: int = PCA_DIMENSIONS) -> np.ndar
     centred = features_nF - features_nF.mean(axis=0)
     variance, basis = np.linalg.eigh((centred.T @ centred).astype(np.float64) / len(centred))
     leading = np.flatnonzero(variance > NOISE * variance[-1])[::-1][:dimensions]
-    if not len(leading) or not variance[-1] > 0:
+    if not len(leading):
         raise ValueError("the features of all images are equal, so they have no clusters; lower pretrain.learning_rate")
     components = centred @ (basis[:, leading] / np.sqrt(variance[leading])).astype(np.float32)
     length = np.linalg.norm(components, axis=1, keepdims=True)
