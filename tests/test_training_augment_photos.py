@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, kstest
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
@@ -84,9 +85,17 @@ def cropped_rectangles(height: int, width: int, n: int, crops: Crops) -> Tensor:
 
 
 def test_clipped_crops_have_the_stated_areas_and_ratios_and_half_are_flipped() -> None:
-    _, _, width, height = cropped_rectangles(64, 64, 4000, "clipped").unbind(1)
+    left, top, width, height = cropped_rectangles(64, 64, 4000, "clipped").unbind(1)
     assert float((width < 0).float().mean()) == pytest.approx(0.5, abs=0.03)
-    area, ratio = width.abs() * height, width.abs() / height
+    left, width = left + width.clamp_max(0), width.abs()
+    # Inside the image, at uniform positions that do not depend on each other.
+    free = (width < 0.99) & (height < 0.99)
+    across, down = ((first / (1 - side))[free].numpy() for first, side in ((left, width), (top, height)))
+    for position in (across, down):
+        assert -1e-3 < position.min() < position.max() < 1 + 1e-3
+        assert kstest(position, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.06
+    area, ratio = width * height, width / height
     assert float(height.min()) > 0
     assert 0.07 < float(area.min()) < 0.09
     assert float(area.max()) > 0.9

@@ -10,7 +10,7 @@ import torch
 
 from metagmvae.training.augment import strokes as strokes_module
 from metagmvae.training.augment.strokes import stroke_view
-from metagmvae.training.device.seeding import keyed_generator
+from metagmvae.training.device.seeding import keyed_generator, uniform
 
 view = partial(stroke_view, elastic=0.12)
 
@@ -85,30 +85,33 @@ def test_stroke_width_changes_for_single_channel_images_only() -> None:
     assert brightness[0] > 1.2 * brightness[1]
 
 
-MAPS = {
-    "ROTATION": (math.radians(25), lambda t: [[math.cos(t), -math.sin(t), 0], [math.sin(t), math.cos(t), 0]]),
-    "LOG_SCALE": (0.25, lambda t: [[math.exp(t), 0, 0], [0, 1, 0]]),
-    "SHEAR": (0.35, lambda t: [[1, t, 0], [0, 1, 0]]),
-    "SHIFT": (0.2, lambda t: [[1, 0, t], [0, 1, 0]]),
-}
-"""Largest value t and affine matrix of each distortion; scales and shifts of y are not part of the matrices."""
+def test_affine_map_equals_its_formula() -> None:
+    """Pixel by pixel: [x, y] -> R(angle) [[e^across, shear], [0, e^down]] [x, y] + shift, for uniform draws."""
+    images = torch.zeros(4, 1, 3, 5)
+    draws = (0.8 * uniform((4, 6), images, generator(0))).tolist()
+    grid = strokes_module._affine_grid(images, generator(0), 0.8)
+    for i, (turn, across, down, shear, right, low) in enumerate(draws):
+        cos, sin = math.cos(math.radians(25) * turn), math.sin(math.radians(25) * turn)
+        for row in range(3):
+            for column in range(5):
+                x, y = (2 * column + 1) / 5 - 1, (2 * row + 1) / 3 - 1
+                u, v = math.exp(0.25 * across) * x + 0.35 * shear * y, math.exp(0.25 * down) * y
+                expected = [cos * u - sin * v + 0.2 * right, sin * u + cos * v + 0.2 * low]
+                assert grid[i, row, column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", MAPS)
-def test_affine_distortions_have_the_stated_ranges(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one distortion only, x runs over the images of the affine maps for t from -bound to bound, no further."""
-    bound, matrix = MAPS[name]
-    for other in MAPS.keys() - {name}:
-        monkeypatch.setattr(strokes_module, other, 0.0)
-    images = torch.zeros(2000, 1, 4, 4)
-    grids = strokes_module._affine_grid(images, generator(0), 1.0)[..., 0].flatten(1)
-    values = torch.linspace(-bound, bound, 201)
-    theta = torch.tensor([matrix(float(t)) for t in values])
-    expected = torch.nn.functional.affine_grid(theta, [201, 1, 4, 4], align_corners=False)[..., 0].flatten(1)
-    nearest = torch.cdist(grids, expected, compute_mode="donot_use_mm_for_euclid_dist")
-    step = torch.linalg.vector_norm(expected[1:] - expected[:-1], dim=1).max()
-    assert float(nearest.amin(dim=1).max()) < 0.7 * step  # every distortion is one of them
-    assert float(nearest.amin(dim=0).max()) < 3 * step  # and all of them occur
+def test_stroke_width_equals_its_formula() -> None:
+    """Thicker: towards the largest neighbour; thinner: towards the mean of the pixel and its smallest neighbour."""
+    images = torch.rand(6, 1, 5, 4, generator=generator("pixels"))
+    amounts = (0.9 * uniform((6, 1, 1, 1), images, generator(0))).flatten().tolist()
+    assert min(amounts) < 0 < max(amounts)
+    changed = strokes_module._change_stroke_width(images, generator(0), 0.9)
+    for image, amount, result in zip(images[:, 0], amounts, changed[:, 0], strict=True):
+        for r in range(5):
+            for c in range(4):
+                near, pixel = image[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2], float(image[r, c])
+                other = float(near.max()) if amount > 0 else (pixel + float(near.min())) / 2
+                assert float(result[r, c]) == pytest.approx(pixel + abs(amount) * (other - pixel), abs=1e-6)
 
 
 def test_elastic_deformation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,15 +54,17 @@ def test_weights_equal_those_of_a_softmax_in_every_iteration(scale, background):
         assert expected.abs().max() > FAR
 
 
-def test_episodes_do_not_depend_on_each_other():
-    together = balanced(LOGITS)
-    alone = torch.cat([balanced(logits[None]) for logits in LOGITS])
+@pytest.mark.parametrize("scale", [1, 100])
+def test_episodes_do_not_depend_on_each_other(scale):
+    """Bit for bit, also where the responsibilities are computed anew."""
+    together = balanced(scale * LOGITS)
+    alone = torch.cat([balanced(scale * logits[None]) for logits in LOGITS])
     assert torch.equal(together, alone)
 
 
 def test_it_continues_from_given_weights():
     once = balancing_weights(None, LOGITS)
-    assert torch.equal(balancing_weights(None, LOGITS, once), once)
+    assert torch.equal(balancing_weights(None, LOGITS, once, iterations=1), once)
 
 
 def test_points_of_the_background_count_for_no_class():

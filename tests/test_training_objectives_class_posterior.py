@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import reference
 import torch
@@ -9,6 +11,7 @@ import torch
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.objectives.class_posterior import classify_latents, fit_log_posteriors, rows_by_class
+from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
 
 ADAPT = AdaptSettings(samples=3, iterations=4)
 UNEQUAL = torch.tensor([2, 0, 1, 0, 2, 0])
@@ -54,6 +57,21 @@ def test_a_support_in_another_order_equals_the_sorted_one(background: float | No
         expected = classify_latents(ADAPT, z_ETND[:, order], label_T[order], z_EPND, **options)
         assert found.shape == (2, 4, 3 if background is None else 4)
         assert torch.allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(("e_step", "final"), [("identity", "diagonal"), ("diagonal", "identity")])
+def test_settings_reach_em_and_the_posterior(e_step: Literal["identity", "diagonal"], final: str) -> None:
+    """EM counts the samples of an image as points, so the prior of the proportions is multiplied by their number."""
+    options = {"e_step": e_step, "final_covariance": final, "temperature": 3.0}
+    adapt = AdaptSettings(samples=3, iterations=4, proportions="estimated", proportions_prior=2.0, **options)
+    support, query = latents(7, 6).unflatten(1, (3, 2)).flatten(2, 3), latents(8, 4)
+    mixture, log_p_EPK = fit_log_posteriors(adapt, support, query)
+    points = query.flatten(1, 2)
+    expected = fit_semi_supervised(support, points, iterations=4, e_step=e_step, temperature=3.0, prior_count=6.0)
+    for found, value in zip(mixture, expected, strict=True):
+        assert torch.allclose(found, value)
+    posterior = class_log_posterior(expected, points, final, 3.0).exp()  # type: ignore[arg-type]
+    assert torch.allclose(log_p_EPK.exp(), posterior.unflatten(1, (4, 3)).mean(dim=2))
 
 
 def test_equal_shots_equal_the_latents_by_class() -> None:

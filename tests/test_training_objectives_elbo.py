@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from metagmvae.training.methods.meta_gmvae import sample_latents
 from metagmvae.training.objectives.elbo import (
+    CALIBRATION_FLOOR,
     ElboTerms,
     Likelihood,
     bernoulli_log_prob,
+    calibrated_log_prob,
     fixed_variance_log_prob,
     gaussian_log_prob,
     lower_bound,
@@ -225,6 +227,19 @@ def test_prior_and_entropy_cancel_if_posterior_equals_prior() -> None:
 def test_sum_scale_is_m_times_mean_scale() -> None:
     problem = Problem(6)
     assert float(problem.loss(1, "sum").detach()) == pytest.approx(M * float(problem.loss(1, "mean").detach()))
+
+
+def test_calibrated_variance_is_the_mean_squared_error_of_an_episode() -> None:
+    x, mean = torch.randn(2, 3, 5).double(), torch.randn(2, 3, 5).double()
+    ours = calibrated_log_prob(x, mean)
+    for b in range(2):
+        errors = [float(x[b, p, f] - mean[b, p, f]) ** 2 for p in range(3) for f in range(5)]
+        for p in range(3):
+            variance = np.full(5, sum(errors) / 15)
+            expected = reference.gaussian_log_density(x[b, p].numpy(), mean[b, p].numpy(), variance)
+            assert float(ours[b, p]) == pytest.approx(expected, rel=1e-12)
+    exact = torch.full((2, 3), -2.5 * np.log(2 * np.pi * CALIBRATION_FLOOR), dtype=torch.float64)
+    torch.testing.assert_close(calibrated_log_prob(x, x), exact)
 
 
 @pytest.mark.parametrize(("likelihood", "variance"), [("unit", 1.0), ("half", 0.5)])
