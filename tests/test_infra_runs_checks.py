@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,12 @@ def test_settings_that_do_not_fit(
 ) -> None:
     line = error(data, tmp_path / "run", capsys, preset, **changes)
     assert all(word in line for word in words), line
+
+
+def test_fewer_shards_than_workers_are_refused_before_ray_starts(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # its import would fail
+    changes = {"data__reader": "stream", "run__engine": "ray", "run__workers": 2, "train__batch": 2}
+    line = error(data, tmp_path / "run", capsys, "omniglot-5way", **changes)
+    assert "split 'train' has 1 shards for 2 workers; lower run.workers, use data.reader = mmap, or write more" in line

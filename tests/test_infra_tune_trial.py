@@ -1,5 +1,6 @@
 """A trial trains like `metagmvae train`, and the trials of a node share the rows of the dataset."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def new_trial(data, folder, **more):
     pairs = SMALL | {"data.uri": data, "run.out": folder} | more
     settings = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
     (folder / SETTINGS).write_text(to_json(settings))
-    return {"number": 0, "folder": str(folder), "data": str(data), "task": "5w1s"}, settings
+    about_data = {"data": str(data), "fingerprint": Dataset.open(data).fingerprint}
+    return {"number": 0, "folder": str(folder), "task": "5w1s", **about_data}, settings
 
 
 def assert_same_lines(ours, theirs):
@@ -127,6 +129,15 @@ def test_an_error_of_the_training_is_stored_as_one_line(data, tmp_path, reports)
     config, _ = new_trial(data, tmp_path / "unknown", **{"model.encoder": "resnet999"})
     run_trial(config)
     assert "resnet999" in (tmp_path / "unknown" / REASON).read_text()
+
+
+def test_a_node_with_an_old_copy_of_the_data_trains_nothing(data, tmp_path, reports):
+    config, _ = new_trial(data, tmp_path / "trial")
+    run_trial(config | {"fingerprint": "0" * 64})
+    reason = (tmp_path / "trial" / REASON).read_text()
+    assert f"{data} on {socket.gethostname()}: is another dataset ({config['fingerprint'][:12]}…) than" in reason
+    assert reports == []
+    assert not (tmp_path / "trial" / METRICS).exists()
 
 
 def test_a_node_without_the_folder_is_an_error(data, tmp_path):

@@ -111,6 +111,19 @@ def test_more_ranks_than_shards(images):
         batches(images, batch=7, world=7)
 
 
+def test_shards_without_images_are_left_out(images):
+    """A rank that got only these would search for an image forever."""
+    empty = [{"name": f"shard-{number:06d}.tar", "rows": 0} for number in range(6, 12)]
+    split = images.dataset.split("train")
+    manifest = images.dataset.manifest | {"splits": {"train": split | {"shards": [*split["shards"], *empty]}}}
+    padded = StreamedImages(Dataset(images.dataset.root, manifest), "train", 16)
+    for rank in range(3):
+        ours, theirs = (batches(kind, rank=rank, world=3) for kind in (padded, images))
+        assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+    with pytest.raises(DataError, match="6 shards for 7 workers"):
+        batches(padded, batch=7, world=7)
+
+
 def test_training_with_the_stream_reader(folder, tmp_path, capsys):
     small = {"model.channels": 8, "model.width": 32, "train.steps": 4, "train.set_size": 10, "train.samples": 4}
     off = {"validation.every": 0, "tracking.enabled": "false", "run.figures": "false", "train.checkpoint_every": 2}

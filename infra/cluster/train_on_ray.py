@@ -31,6 +31,7 @@ from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, RAY_FOLDER, app
 from metagmvae.infra.runs.stop_signals import deferred_signals
 from metagmvae.pipelines.files import atomic_file
 from metagmvae.pipelines.records import WorkError
+from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.stages import ModelKind
 from metagmvae.training.trainer.update import NonFiniteLossError
@@ -83,7 +84,7 @@ def training_cluster(settings: Settings) -> Iterator[None]:
 
 def train_on_ray(
     settings: Settings,
-    data: str,
+    dataset: Dataset,
     run_dir: Path,
     *,
     kind: ModelKind,
@@ -94,7 +95,7 @@ def train_on_ray(
 
     Args:
         settings: settings of the run.
-        data: URI of the dataset, readable on every node.
+        dataset: its URI must be readable on every node.
         run_dir: run folder, on this node.
         kind: what is trained, the whole model or an encoder only.
         resume: continue from the checkpoint in the folder, if it has one.
@@ -114,7 +115,8 @@ def train_on_ray(
         (run_dir / METRICS).unlink(missing_ok=True)
     # Ray would silently resume from files of an earlier start; the run folder has everything that is needed.
     shutil.rmtree(run_dir / RAY_FOLDER, ignore_errors=True)
-    config = {"settings": to_json(settings), "data": with_credentials(data), "kind": kind, "checkpoint": checkpoint}
+    data = {"data": with_credentials(dataset.uri), "fingerprint": dataset.fingerprint}
+    config = {"settings": to_json(settings), "kind": kind, "checkpoint": checkpoint, **data}
     with training_cluster(settings):
         stop_flag = (
             ray.remote(num_cpus=0)(StopFlag).remote() if threading.current_thread() is threading.main_thread() else None

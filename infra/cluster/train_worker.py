@@ -21,6 +21,7 @@ from metagmvae.infra.runs.run_folder import CHECKPOINT
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.manifest import check_node_copy
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, RunContext, TrainState
 from metagmvae.training.trainer.update import NonFiniteLossError
@@ -125,14 +126,20 @@ def train_worker(config: dict[str, Any]) -> None:
     """Run the training of one worker; the same as that of the local engine.
 
     Args:
-        config: `settings` as JSON, URI of the `data`, `kind`, `checkpoint` of the run folder or None, and `stop_flag`.
+        config: `settings` as JSON, URI of the `data` and their `fingerprint`, `kind`, `checkpoint` of the run folder or
+            None, and `stop_flag`.
+
+    Raises:
+        DataError: this node has other data at the URI.
     """
     settings = settings_from_json(config["settings"])
     context = RayContext(config["checkpoint"], config["stop_flag"])
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)
+    dataset = Dataset.open(config["data"])
+    check_node_copy(config["data"], dataset.fingerprint, config["fingerprint"])
     try:
-        train_in_process(load_inputs(settings, Dataset.open(config["data"])), context, config["kind"])
+        train_in_process(load_inputs(settings, dataset), context, config["kind"])
     except NonFiniteLossError as error:
         # Not raised: Ray would restart the workers, with the same result.
         context.report_non_finite(error)

@@ -8,6 +8,7 @@ from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.vectors import VECTORS, image_remedy
 from metagmvae.training.methods.methods_by_name import find_method
@@ -30,7 +31,10 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
     if settings.pretrain.steps:
         samples = dataset.split(settings.data.train_split)["samples"]
         OBJECTIVES[settings.pretrain.objective].check_images(settings, samples)
-    if settings.data.reader != "stream":
+    if settings.data.reader == "stream":
+        images = StreamedImages(dataset, settings.data.train_split, settings.data.shuffle_buffer)
+        images.shards(settings.run.workers if settings.run.engine == "ray" else 1)
+    else:
         dataset.rows(settings.data.train_split, "mmap", check=False)
     validation = settings.validation
     if validation.every:

@@ -31,6 +31,7 @@ from metagmvae.pipelines.records import DataError
 
 DATABASE = "mlflow.db"
 """File of the default store."""
+DATABASES = ("postgresql", "mysql", "mssql")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -104,11 +105,29 @@ def connect(tracking: TrackingSettings, *, create: bool = True) -> Store:
                 raise DataError(f"no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI")
             create_store(path)
         adapt_store(path)
+    elif urlsplit(uri).scheme.split("+")[0] in DATABASES:
+        _try_database(uri)
     with tracking_errors(uri):
         client = mlflow.MlflowClient(uri, registry_uri=uri)
     _forget_artifact_places()
     # MLflow's default for SQLite is `mlruns` in the working directory, which changes between calls.
     return Store(client, uri, None if path is None else artifact_location(path))
+
+
+def _try_database(uri: str) -> None:
+    """Connect to a database once: MLflow itself would try for minutes, without a word.
+
+    Raises:
+        TrackingError: it does not answer, or refuses.
+    """
+    from sqlalchemy import create_engine
+
+    with tracking_errors(uri):
+        engine = create_engine(uri)
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()
 
 
 def experiment_id(store: Store, name: str) -> str:

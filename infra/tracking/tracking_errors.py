@@ -19,6 +19,8 @@ REMEDIES = {
     "unable to open database file": "check the path and the permissions of its folder",
 }
 """What to do about an error of SQLite."""
+PACKAGES = {"MySQLdb": "mysqlclient"}
+"""Package of a module of another name."""
 CREDENTIALS = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to those of the server"
 )
@@ -58,8 +60,9 @@ def tracking_errors(uri: str) -> Iterator[None]:
     except (mlflow.MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         raise TrackingError(f"MLflow at {redact(uri)}: {reason(error)}") from error
     except ModuleNotFoundError as error:
+        package = PACKAGES.get(error.name or "", error.name)
         raise TrackingError(
-            f"MLflow at {redact(uri)}: its database needs the Python package {error.name}: pip install {error.name}"
+            f"MLflow at {redact(uri)}: its database needs the Python package {package}: pip install {package}"
         ) from error
 
 

@@ -222,7 +222,8 @@ class SweepSearcher(Searcher):
         if number is None:
             return Searcher.FINISHED
         folder = str(sweep.folder.trial_folder(number))
-        return {"number": number, "folder": folder, "data": sweep.dataset.uri, "task": sweep.plan.task}
+        data = {"data": sweep.dataset.uri, "fingerprint": sweep.dataset.fingerprint}
+        return {"number": number, "folder": folder, "task": sweep.plan.task, **data}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: `TrialCallback` records the end of a trial."""

@@ -30,6 +30,7 @@ from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.blocks import MappedRows
 from metagmvae.pipelines.shards.dataset import Dataset, Reader
 from metagmvae.pipelines.shards.encoded import EncodedRows
+from metagmvae.pipelines.shards.manifest import check_node_copy
 from metagmvae.training.trainer.context import MetricLine, TrainState
 
 PATIENCE_S = 120.0
@@ -124,7 +125,7 @@ def run_trial(config: dict[str, Any]) -> None:
     """Run a trial in a worker. An error of the training is written into its folder as the reason of its failure.
 
     Args:
-        config: `folder` of the trial, URI of the `data`, `task`.
+        config: `folder` of the trial, URI of the `data` and their `fingerprint`, `task`.
 
     Raises:
         DataError: the trial's folder does not exist on this node.
@@ -135,7 +136,9 @@ def run_trial(config: dict[str, Any]) -> None:
     try:
         settings = read_settings(folder)
         with lock_run_folder(folder, patience_s=PATIENCE_S):
-            _train(settings, config["data"], folder, config["task"])
+            dataset = shared_dataset(config["data"])
+            check_node_copy(config["data"], dataset.fingerprint, config["fingerprint"])
+            _train(settings, dataset, folder, config["task"])
     except Exception as error:  # any error ends this trial only; the sweep continues
         with atomic_file(folder / REASON) as file:
             file.write((one_line(error) + "\n").encode())
@@ -145,14 +148,13 @@ def run_trial(config: dict[str, Any]) -> None:
             torch.cuda.empty_cache()
 
 
-def _train(settings: Settings, data: str, folder: Path, task: str) -> None:
-    dataset = shared_dataset(data)
+def _train(settings: Settings, dataset: Dataset, folder: Path, task: str) -> None:
     if settings.run.engine == "ray":
         from metagmvae.infra.cluster.train_on_ray import train_on_ray
 
         replay_reports(folder, task)
         callbacks = [ValidationReports(task)]
-        train_on_ray(settings, dataset.uri, folder, kind="learner", resume=True, callbacks=callbacks)
+        train_on_ray(settings, dataset, folder, kind="learner", resume=True, callbacks=callbacks)
         return
     if not settings.run.threads:
         torch.set_num_threads(settings.run.cpus_per_worker)

@@ -228,7 +228,7 @@ def _train(plan: TrainingPlan) -> None:
         return
     from metagmvae.infra.cluster.train_on_ray import train_on_ray
 
-    train_on_ray(plan.inputs.settings, plan.inputs.dataset.uri, plan.run_dir, kind=plan.kind, resume=plan.resume)
+    train_on_ray(plan.inputs.settings, plan.inputs.dataset, plan.run_dir, kind=plan.kind, resume=plan.resume)
 
 
 def _draw_figures(run_dir: Path, inputs: TrainingInputs) -> None:

@@ -43,6 +43,20 @@ class StreamedImages:
         """(n, C, H, W)."""
         return (len(self), *self.dataset.row_shape)
 
+    def shards(self, world: int) -> list[dict[str, Any]]:
+        """Entries of the shards with images, at least one for each rank.
+
+        Raises:
+            DataError: there are fewer.
+        """
+        shards = [shard for shard in self.dataset.split(self.split)["shards"] if shard["rows"]]
+        if len(shards) < world:
+            raise DataError(
+                f"{self.dataset.uri}: split {self.split!r} has {len(shards)} shards for {world} workers; lower "
+                "run.workers, use data.reader = mmap, or write more shards with prepare --rows-per-shard"
+            )
+        return shards
+
     def rows(self, seed: int, rank: int, world: int, skip: int) -> Iterator[np.ndarray]:
         """Endless iterator over the images of a rank, epoch after epoch: uint8, (C, H, W) each.
 
@@ -54,12 +68,7 @@ class StreamedImages:
         Raises:
             DataError: there are fewer shards than ranks, or a shard is damaged.
         """
-        shards = self.dataset.split(self.split)["shards"]
-        if len(shards) < world:
-            raise DataError(
-                f"{self.dataset.uri}: split {self.split!r} has {len(shards)} shards for {world} workers; lower "
-                "run.workers, or use data.reader = mmap"
-            )
+        shards = self.shards(world)
         epoch = 0
         while True:
             rng = keyed_rng("shard order", seed, self.split, epoch)

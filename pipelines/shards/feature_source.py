@@ -20,7 +20,7 @@ from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.shards.manifest import DTYPES
+from metagmvae.pipelines.shards.manifest import DTYPES, check_node_copy
 from metagmvae.pipelines.vectors import image_remedy
 
 
@@ -70,7 +70,7 @@ class FeatureSource:
         Raises:
             DataError: a feature is not finite, or too large for `dtype`.
         """
-        images = _images(self.uri, split)[np.asarray(rows)]
+        images = _images(self.uri, split, self.images["fingerprint"])[np.asarray(rows)]
         features = self.encode(images)
         with np.errstate(over="ignore"):
             stored = features.astype(self.dtype)
@@ -99,9 +99,11 @@ class IndexedRecords(Sequence[ImageRecord]):
 
 
 @lru_cache(maxsize=8)
-def _images(uri: str, split: str) -> Rows:
+def _images(uri: str, split: str, fingerprint: str) -> Rows:
     """Images of a split. They are opened once per process, because a worker reads many blocks."""
-    return Dataset.open(uri).images(split, "mmap")
+    dataset = Dataset.open(uri)
+    check_node_copy(uri, dataset.fingerprint, fingerprint)
+    return dataset.images(split, "mmap")
 
 
 def open_features(

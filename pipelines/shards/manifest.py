@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from metagmvae.configs.credentials import redact
 from metagmvae.pipelines.files import check_document, json_bytes, read_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
@@ -172,3 +174,21 @@ def split_files(split: str, part: Mapping[str, Any]) -> Iterator[tuple[str, int 
     yield f"{split}/{INDEX}", None, part["index_sha256"]
     for shard in part["shards"]:
         yield f"{split}/{shard['name']}", shard["bytes"], shard["sha256"]
+
+
+def check_node_copy(uri: str, found: str, expected: str) -> None:
+    """Check that a worker sees the dataset of its driver: each node may have a copy of its own at the same path.
+
+    Args:
+        uri: of the dataset.
+        found: fingerprint of the dataset that this process has opened.
+        expected: fingerprint of that of the driver.
+
+    Raises:
+        DataError: they differ.
+    """
+    if found != expected:
+        raise DataError(
+            f"{redact(uri)} on {socket.gethostname()}: is another dataset ({found[:12]}…) than the one that the "
+            f"command was started with ({expected[:12]}…); copy it to this node again, or use storage that all share"
+        )
