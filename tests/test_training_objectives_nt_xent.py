@@ -70,3 +70,13 @@ def test_zero_feature_gives_finite_loss_and_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
+
+
+def test_two_ranks_equal_one_process() -> None:
+    """The mean over ranks of the loss against the views of all images is the loss of the whole batch."""
+    first, second = features(4, 3, seed=5)
+    halves = []
+    for rank, part in enumerate((slice(0, 2), slice(2, 4))):
+        views = iter([torch.nn.functional.normalize(view, dim=1) for view in (first, second)])
+        halves.append(float(nt_xent(first[part], second[part], 0.2, gather=lambda _, v=views: next(v), rank=rank)))
+    assert np.mean(halves) == pytest.approx(float(nt_xent(first, second, 0.2)), rel=1e-12)

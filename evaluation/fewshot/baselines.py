@@ -6,7 +6,7 @@ Notation: n images, E episodes, F features, K ways, S shots, P queries of an epi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -187,19 +187,26 @@ def evaluate_batches(
     """
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
     sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
-    x_nF = x_nF.flatten(1).float()
-    per_batch = max(1, VALUES_PER_BATCH // (way * (shot + query) * x_nF.shape[1]))
     accuracies = []
     start = time.perf_counter()
-    for first in range(0, episodes, per_batch):
-        count = min(per_batch, episodes - first)
-        support_EKS, query_EP, truth_EP = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
-        predicted_EP = classify(x_nF[support_EKS], x_nF[query_EP])
+    for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, episodes):
+        predicted_EP = classify(support_EKSF, query_EPF)
         accuracies.append((predicted_EP == truth_EP.to(predicted_EP.device)).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
     result = EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds)
     return replace(result, unbalanced=unbalanced, dirichlet=dirichlet, capped=sampler.capped)
+
+
+def feature_batches(x_nF: Tensor, sampler: QuerySampler, episodes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield support (E, K, S, F), queries (E, P, F) and their classes (E, P) of many episodes at a time; float32."""
+    x_nF = x_nF.flatten(1).float()
+    points = sampler.episodes.way * sampler.episodes.shot + sampler.queries
+    per_batch = max(1, VALUES_PER_BATCH // (points * x_nF.shape[1]))
+    for first in range(0, episodes, per_batch):
+        rows = sampler.batch(first, min(per_batch, episodes - first))
+        support_EKS, query_EP, truth_EP = map(torch.as_tensor, rows)
+        yield x_nF[support_EKS], x_nF[query_EP], truth_EP
 
 
 BASELINES: dict[str, Callable[..., EpisodeResults]] = {

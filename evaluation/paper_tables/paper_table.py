@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,35 +108,7 @@ def table_document(
         data: the only datasets whose results count; empty: all.
         budget_s: only results with this budget; None: all.
     """
-
-    def found_of(row: TableRow, column: Column) -> list[Found]:
-        recipe = row.recipes.get(column)
-        return results_of(folder, recipe, column, row.mode, data, budget_s) if recipe else []
-
-    def cell(row: TableRow, column: Column, base: TableRow | None) -> Cell:
-        recipe = row.recipes.get(column)
-        found = found_of(row, column)
-        trainings = chosen_trainings(found) if found else []
-        compared: Difference | str = ""
-        if trainings and base is not None and base.key != row.key:
-            compared = difference_to_base([item for item, _ in trainings], [item for item, _ in found_of(base, column)])
-        settings = recipe_settings(recipe) if recipe else None
-        return Cell(
-            dataset=column.dataset,
-            way=column.way,
-            shot=column.shot,
-            paper=row.paper.get(column),
-            paper_ci95=row.paper_ci95.get(column),
-            settings=recipe.label if recipe else "",
-            preset_exists=settings is not None,
-            full_steps=settings.train.steps if settings else 0,
-            full_costs=_costs(settings) if settings else {},
-            status="no such system" if recipe is None else "run" if trainings else "not run",
-            ours=our_result(trainings) if trainings else None,
-            difference=None if isinstance(compared, str) else compared,
-            no_difference=compared if isinstance(compared, str) else "",
-        )
-
+    find = partial(results_of, folder, data=data, budget_s=budget_s)
     documents = [
         DocumentPart(
             title=part.title,
@@ -145,7 +118,7 @@ def table_document(
                     key=row.key,
                     name=row.name,
                     reason=row.reason,
-                    cells=[cell(row, column, part.base) for column in part.columns],
+                    cells=[_cell(find, row, column, part.base) for column in part.columns],
                 )
                 for row in part.rows
             ],
@@ -162,6 +135,34 @@ def table_document(
         cells=len(statuses) - statuses.count("no such system"),
         not_run=statuses.count("not run"),
         parts=documents,
+    )
+
+
+def _cell(find: Callable[..., list[Found]], row: TableRow, column: Column, base: TableRow | None) -> Cell:
+    """A cell with the results that `find` returns for a recipe, a column and a mode."""
+    recipe = row.recipes.get(column)
+    found = find(recipe, column, row.mode) if recipe else []
+    trainings = chosen_trainings(found) if found else []
+    compared: Difference | str = ""
+    if trainings and base is not None and base.key != row.key:
+        base_recipe = base.recipes.get(column)
+        of_base = find(base_recipe, column, base.mode) if base_recipe else []
+        compared = difference_to_base([item for item, _ in trainings], [item for item, _ in of_base])
+    settings = recipe_settings(recipe) if recipe else None
+    return Cell(
+        dataset=column.dataset,
+        way=column.way,
+        shot=column.shot,
+        paper=row.paper.get(column),
+        paper_ci95=row.paper_ci95.get(column),
+        settings=recipe.label if recipe else "",
+        preset_exists=settings is not None,
+        full_steps=settings.train.steps if settings else 0,
+        full_costs=_costs(settings) if settings else {},
+        status="no such system" if recipe is None else "run" if trainings else "not run",
+        ours=our_result(trainings) if trainings else None,
+        difference=None if isinstance(compared, str) else compared,
+        no_difference=compared if isinstance(compared, str) else "",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,23 +14,15 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
+TASKS: tuple[dict[str, Any], ...] = ({"way": 5, "shot": 1, "query": 15}, {"way": 5, "shot": 5, "query": 15})
+"""Images of an episode, views of each with labels, and further views."""
 SEED = 1_000
-"""Added to the seed of the episodes, so that the calibration is fitted on other images and views."""
+"""Of images and views. The calibration is fitted on others: its seed is 1."""
 
 
 @torch.inference_mode()
-def evaluate_augmented(
-    loaded: LoadedModel,
-    dataset: Dataset,
-    split: str,
-    *,
-    way: int = 5,
-    shots: Sequence[int] = (1, 5),
-    query: int = 15,
-    episodes: int = 1000,
-    seed: int = 0,
-) -> list[EpisodeResults]:
-    """Evaluate a model and the baselines on episodes of augmented images; one result for each number of shots.
+def evaluate_augmented(loaded: LoadedModel, dataset: Dataset, split: str, episodes: int) -> list[EpisodeResults]:
+    """Evaluate a model and the baselines on episodes of augmented images; one result for each of `TASKS`.
 
     This says whether the model recognises an image in its random views, which are those of the contrastive
     pre-training. It is no estimate of the accuracy on classes. The settings of the baselines are the defaults.
@@ -40,23 +31,18 @@ def evaluate_augmented(
         loaded: a Meta-GMVAE.
         dataset: images.
         split: whose images become classes.
-        way: images of an episode.
-        shots: views with labels.
-        query: further views of each image.
         episodes: number of episodes.
-        seed: of the images, the views and the episodes.
 
     Raises:
         DataError: the dataset contains features, or too few images.
     """
     device = default_device()
     model, adapt = require_learner(loaded, loaded.settings.name).to(device), loaded.settings.adapt
-    views = max(shots) + query
-    h_nF, labels = augmented_features(loaded, dataset, split, views=views, seed=seed + SEED, device=device)
+    views = max(task["shot"] + task["query"] for task in TASKS)
+    h_nF, labels = augmented_features(loaded, dataset, split, views=views, seed=SEED, device=device)
     features, results = SplitFeatures(split, labels, {"scaled": h_nF}), []
-    for shot in shots:
-        task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "episodes": episodes, "seed": seed}
-        calibration = loaded.calibration_map(adapt, "transductive", way, shot)
+    for task in (task | {"episodes": episodes, "seed": 0} for task in TASKS):
+        calibration = loaded.calibration_map(adapt, "transductive", task["way"], task["shot"])
         result = evaluate_features(model, adapt, h_nF, labels, calibration=calibration, **task)
         results.append(replace(result, baselines=evaluate_baselines(features, None, task)))
     return results

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, TUNING_EPISODES, SplitFeatures
-from metagmvae.evaluation.fewshot.baselines import VALUES_PER_BATCH
+from metagmvae.evaluation.fewshot.baselines import feature_batches
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import calibrated
@@ -237,14 +237,10 @@ def _answers(
     scorer: Scorer, x_nF: Tensor, labels: np.ndarray, task: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted class, score and true class of each query, (E, P) each."""
-    sampler = QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"})
-    x_nF = x_nF.flatten(1)
-    values = (task["way"] * task["shot"] + sampler.queries) * x_nF.shape[1]
-    per_batch, parts = max(1, VALUES_PER_BATCH // values), []
-    for first in range(0, task["episodes"], per_batch):
-        support, query, truth = sampler.batch(first, min(per_batch, task["episodes"] - first))
-        predicted, score = scorer(x_nF[torch.as_tensor(support)].float(), x_nF[torch.as_tensor(query)].float())
-        parts.append((predicted.cpu().numpy(), score.double().cpu().numpy(), truth))
+    sampler, parts = QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"}), []
+    for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, task["episodes"]):
+        predicted, score = scorer(support_EKSF, query_EPF)
+        parts.append((predicted.cpu().numpy(), score.double().cpu().numpy(), truth_EP.numpy()))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
