@@ -107,6 +107,28 @@ def remove_temporary_files(folder: Path, name: str) -> None:
 
 
 @contextmanager
+def held_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock file, which stays there. A process that dies releases its lock.
+
+    Raises:
+        filelock.Timeout: another process or thread holds the lock for longer than `patience_s`; below 0: never.
+        DataError: the file cannot be created, or the file system has no locks (NFS without its lock service).
+    """
+    lock = FileLock(path, timeout=patience_s, poll_interval=0.2)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        remedy = "choose a folder that can be written, on a file system with locks"
+        raise DataError(f"{path.parent}: cannot be locked ({error.strerror}); {remedy}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock file, without waiting; delete it at the end. A process that dies releases its lock.
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from metagmvae.infra.runs.run_folder import TRAINING_LOCK
+from metagmvae.pipelines.files import held_lock
 from metagmvae.pipelines.records import DataError
 
 
@@ -22,10 +23,10 @@ def lock_run_folder(run_dir: Path, *, setting: str = "--set run.out=…", patien
         patience_s: seconds to wait for another process to release the lock.
 
     Raises:
-        DataError: another process trains in the folder.
+        DataError: another process trains in the folder, or it cannot be locked.
     """
     try:
-        with FileLock(run_dir / TRAINING_LOCK, timeout=patience_s, poll_interval=0.2):
+        with held_lock(run_dir / TRAINING_LOCK, patience_s):
             yield
     except Timeout as error:
         raise DataError(

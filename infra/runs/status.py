@@ -15,6 +15,8 @@ from metagmvae.infra.runs.folder_identity import FolderIdentity
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, Count, is_finished
 from metagmvae.pipelines.files import check_document, read_json, write_json
 
+CLOCK_STEP_S = 60.0
+"""A process that began so much later than its status was written is another one; clocks are set in smaller steps."""
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -40,8 +42,9 @@ def made_in(run_dir: Path) -> FolderIdentity | None:
 def read_status(run_dir: Path) -> tuple[str, int, int | None]:
     """Return (status, start, end), times in ms since 1970; the end is None while the run is going on.
 
-    A run whose status is RUNNING and whose process on this machine no longer exists was killed. A run that was never
-    tracked has no status file: it started when its settings were written, and ended at its last metric line.
+    A run whose status is RUNNING was killed if its process on this machine no longer exists, or if its number belongs
+    to a later process. A run that was never tracked has no status file: it started when its settings were written, and
+    ended at its last metric line.
     """
     saved = _read(run_dir)
     metrics = run_dir / METRICS
@@ -50,10 +53,21 @@ def read_status(run_dir: Path) -> tuple[str, int, int | None]:
         started = round(1000 * (run_dir / SETTINGS).stat().st_mtime)
         return ("FINISHED" if is_finished(metrics) else "KILLED"), started, last_change
     owner = saved["owner"]
-    # A process ID that exists may meanwhile belong to another process: then the status stays RUNNING.
-    if saved["status"] == "RUNNING" and owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"]):
+    here = owner["host"] == socket.gethostname()
+    if saved["status"] == "RUNNING" and here and not _is_alive(owner["pid"], (run_dir / STATUS).stat().st_mtime):
         return "KILLED", saved["started_ms"], last_change
     return saved["status"], saved["started_ms"], saved["ended_ms"]
+
+
+def _is_alive(pid: int, written_s: float) -> bool:
+    """Return whether the process that wrote the status at a time still exists.
+
+    After a restart of the machine, or in the next container, another process may have its number.
+    """
+    try:
+        return pid == os.getpid() or psutil.Process(pid).create_time() < written_s + CLOCK_STEP_S
+    except psutil.NoSuchProcess:
+        return False
 
 
 class _Owner(BaseModel):

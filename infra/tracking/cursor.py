@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import BaseModel, ConfigDict
 
 from metagmvae.configs.credentials import redact
@@ -18,7 +18,7 @@ from metagmvae.infra.runs.run_folder import CURSOR, TRACKING_LOCK
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.sqlite_store import sqlite_path, sqlite_uri
 from metagmvae.infra.tracking.store import store_key
-from metagmvae.pipelines.files import check_document, read_json, write_json
+from metagmvae.pipelines.files import check_document, held_lock, read_json, write_json
 
 
 class Cursor:
@@ -108,9 +108,10 @@ def upload_lock(run_dir: Path) -> Iterator[None]:
 
     Raises:
         TrackingError: another process, or another thread of this one, is uploading the run.
+        DataError: the folder cannot be locked.
     """
     try:
-        with FileLock(run_dir / TRACKING_LOCK, timeout=0):
+        with held_lock(run_dir / TRACKING_LOCK):
             yield
     except Timeout as error:
         raise TrackingError(f"{run_dir}: another process is uploading it to MLflow; try again later") from error

@@ -14,15 +14,16 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from filelock import FileLock
-
 from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
 from metagmvae.infra.tracking.tracking_errors import reason, tracking_errors
+from metagmvae.pipelines.files import held_lock
 
 LOG = logging.getLogger(__name__)
 ARTIFACTS = "artifacts"
 PATIENCE_S = 10.0
 """Longest wait for a database that another process has locked."""
+FOREVER = -1.0
+"""Patience for the lock of a store, which is held for seconds."""
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -72,10 +73,11 @@ def create_store(path: Path) -> None:
 
     Raises:
         TrackingError: the folder cannot be written.
+        DataError: it cannot be locked.
     """
     _create_folder(path.parent)
     unfinished = path.with_name(f".{path.name}.new")
-    with FileLock(_lock_file(path)):
+    with held_lock(_lock_file(path), FOREVER):
         if not is_empty(path):
             return
         unfinished.unlink(missing_ok=True)  # of a process that was killed
@@ -98,7 +100,7 @@ def adapt_store(path: Path) -> None:
                 raise TrackingError(f"{path}: not an MLflow store (it has no table of runs); name another file")
             if not _former_roots(path, database):
                 return
-        with FileLock(_lock_file(path)), closing(_open(path)) as database:
+        with held_lock(_lock_file(path), FOREVER), closing(_open(path)) as database:
             database.execute("BEGIN IMMEDIATE")
             for root in _former_roots(path, database):  # again: another process may have adapted it meanwhile
                 _move_locations(path, root, database, tables)
