@@ -144,9 +144,6 @@ def head_records(loaded: LoadedModel, results: Sequence[EpisodeResults]) -> dict
     rows = []
     for result in results:
         if result.head and result.tuning is not None:
-            chosen = {"validation_accuracy": result.tuning.accuracy, "note": result.tuning.note}
-            known = {key: value for key, value in chosen.items() if value not in (None, "")}
-            task = {"way": result.way, "shot": result.shot}
             names = {"encoder": loaded.settings.model.encoder, "head": result.head}
-            rows.append({**names, **task, "settings": dict(result.tuning.settings), **known})
+            rows.append(names | {"way": result.way, "shot": result.shot} | result.tuning.summary())
     return {"heads": rows} if rows else {}

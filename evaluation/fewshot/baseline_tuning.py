@@ -199,10 +199,7 @@ def baselines_summary(results: Sequence[EpisodeResults]) -> dict[str, Any]:
     rows = []
     for result in results:
         for name, baseline in result.baselines.items():
-            tuning = baseline.tuning or Tuning({})
-            chosen = {"validation_accuracy": tuning.accuracy, "note": tuning.note}
-            known = {key: value for key, value in chosen.items() if value not in (None, "")}
-            rows.append({"baseline": name, **baseline.summary(), "settings": dict(tuning.settings), **known})
+            rows.append({"baseline": name} | baseline.summary() | (baseline.tuning or Tuning({})).summary())
     paired = [row for result in results for row in paired_with_baselines(result)]
     return ({"baselines": rows} if rows else {}) | ({"paired": paired} if paired else {})
 

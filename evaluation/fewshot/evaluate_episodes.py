@@ -43,6 +43,13 @@ class Tuning:
         """Validation accuracy of the chosen settings; None if nothing was tried."""
         return max((trial["accuracy"] for trial in self.trials), default=None)
 
+    def summary(self) -> dict[str, Any]:
+        """Return `settings`, and `validation_accuracy` and `note` where there are any."""
+        chosen = {"validation_accuracy": self.accuracy, "note": self.note}
+        return {"settings": dict(self.settings)} | {
+            key: value for key, value in chosen.items() if value not in (None, "")
+        }
+
 
 @dataclass(frozen=True)
 class EpisodeResults:
