@@ -118,6 +118,7 @@ def test_files_that_do_not_fit_are_one_line_with_keys_and_shapes(tmp_path: Path)
     torch.save(resnet | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, tmp_path / "shape.pth")
     torch.save({"model": _Object()}, tmp_path / "object.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save(resnet | {"epoch": 3}, tmp_path / "number.pth")
     for damaged in ("damaged.pth", "damaged.safetensors"):
         (tmp_path / damaged).write_bytes(b"hello")
     for name, text in [
@@ -126,6 +127,7 @@ def test_files_that_do_not_fit_are_one_line_with_keys_and_shapes(tmp_path: Path)
         ("shape.pth", "1 other shapes (conv1.weight (64, 1, 7, 7) instead of (64, 3, 7, 7))"),
         ("object.pth", "objects other than tensors"),
         ("list.pth", "no tensors by name"),
+        ("number.pth", "'epoch' is no tensor"),
         ("damaged.pth", "no file of PyTorch"),
         ("damaged.safetensors", "cannot be read"),
         ("none.pth", "no such file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.fewshot import baseline_tuning
 from metagmvae.evaluation.fewshot import evaluate_tasks as module
-from metagmvae.evaluation.fewshot.baselines import BASELINES
+from metagmvae.evaluation.fewshot.baselines import BASELINES, soft_k_means
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -102,3 +104,22 @@ def test_baselines_use_the_scaled_features_of_the_model(scaling: Scaling, datase
         unscaled = result.baselines.get(f"{name}, features unscaled")
         assert unscaled is None or np.array_equal(unscaled.accuracies, on_raw), name
     assert "nearest class mean, features unscaled" in result.baselines
+
+
+def test_baselines_are_tuned_on_the_validation_classes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline_tuning, "BASELINES", {"soft k-means": soft_k_means})
+    monkeypatch.setattr(baseline_tuning, "UNSCALED_BASELINES", ())
+    loaded = loaded_model(dataset, "standard")
+    settings = Settings.model_validate(loaded.settings.model_dump() | {"data": {"validation_split": "validation"}})
+    (result,) = evaluate_tasks(replace(loaded, settings=settings), dataset, [TASK], split="test", baselines=True)
+    net = loaded.model
+    assert isinstance(net, MetaGMVAE)
+    splits = []
+    for split in ("test", "validation"):
+        raw = raw_features(net, dataset, split)
+        by_kind = {"scaled": net.scale_features(raw), "unscaled": raw}
+        splits.append(baseline_tuning.SplitFeatures(split, dataset.labels(split), by_kind))
+    expected = baseline_tuning.evaluate_baselines(splits[0], splits[1], TASK)["soft k-means"]
+    found = result.baselines["soft k-means"]
+    assert found.tuning == expected.tuning
+    assert np.array_equal(found.accuracies, expected.accuracies)

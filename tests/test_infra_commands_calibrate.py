@@ -257,10 +257,10 @@ def test_without_validation_classes_training_images_are_augmented(trained, data,
     settings = loaded.settings.model_copy(
         update={"data": loaded.settings.data.model_copy(update={"validation_split": "none"})}
     )
-    plan = CalibrationPlan((5,), (1,), 3, 4, background=False)
+    plan = CalibrationPlan((5,), (1, 4), 3, 4, background=False)
     record = fit_calibration(replace(loaded, settings=settings), Dataset.open(data), plan, device=CPU)
     assert (record.fitted_on, record.split) == ("augmented images", "train")
-    assert record.temperatures[0].queries == 4 * 5 * 3
+    assert {(fit.shot, fit.queries) for fit in record.temperatures} == {(1, 4 * 5 * 3), (4, 4 * 5 * 3)}
 
 
 def test_what_the_classes_do_not_allow_is_lowered_and_said(run, data, capsys):
