@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
+from metagmvae.configs.dimensions import Dimension, IntegerRange, Value, parse_dimension
 from metagmvae.configs.load import SettingsError, flatten, read_toml, setting_keys, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.suggestions import setting_suggestion, suggestion
@@ -124,9 +124,21 @@ def _dimension(key: str, entry: Any) -> Dimension:
     else:
         raise SettingsError(f"{key}: {word} = {json.dumps(values, default=str)}: give two numbers, [low, high]")
     dimension = parse_dimension(key, {"kind": KIND_BY_WORD[word], **options})
+    if isinstance(dimension, IntegerRange):
+        _check_reached(dimension)
     for value in dimension.boundary_values():
         _check_value(key, value)
     return dimension
+
+
+def _check_reached(dimension: IntegerRange) -> None:
+    """Refuse a range whose steps miss its end; `sweep.json` of older versions may hold one."""
+    low, high, step, last = dimension.low, dimension.high, dimension.step, dimension.levels[-1]
+    if last != high:
+        raise SettingsError(
+            f"{dimension.name}: range = [{low}, {high}] with step = {step} ends at {last}; write [{low}, {last}] or "
+            f"[{low}, {last + step}], or another step"
+        )
 
 
 def _check_value(key: str, value: Value) -> None:

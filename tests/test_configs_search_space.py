@@ -30,7 +30,7 @@ def test_bundled_spaces_contain_the_documented_settings():
 
 def test_all_kinds_with_dotted_keys_and_as_tables(tmp_path):
     text = """
-    train.set_size = { range = [10, 20], step = 4 }
+    train.set_size = { range = [10, 18], step = 4 }
     "train.learning_rate" = { loguniform = [1e-4, 1e-2] }
     [model]
     posterior = { choice = ["isotropic", "diagonal"] }
@@ -72,6 +72,7 @@ FORMS = "write it as { choice"
         ("train.set_size = {uniform=[5,9]}", "input should be a valid integer"),
         ("train.set_size = {range=[1,2.5]}", "high = 2.5: input should be a valid integer"),
         ("train.set_size = {range=[1,9],step=0}", "step = 0: input should be greater than 0"),
+        ("model.heads = {range=[4,8],step=3}", "range = [4, 8] with step = 3 ends at 7; write [4, 7] or [4, 10]"),
         ("train.set_size = {uniform=[1,9],step=2}", "step = 2: extra inputs are not permitted"),
         ('train.set_size = {choice=["a"]}', 'train.set_size: "a": input should be a valid integer'),
         ("train.set_size = {choice=[0, 5]}", "train.set_size: 0: input should be greater than 0"),

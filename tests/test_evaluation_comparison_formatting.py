@@ -2,7 +2,7 @@
 
 import pytest
 
-from metagmvae.evaluation.comparison.formatting import markdown_code, markdown_table, markdown_text, percent
+from metagmvae.evaluation.comparison.formatting import counted, markdown_code, markdown_table, markdown_text, percent
 from metagmvae.infra.commands.parsing import format_answer
 
 
@@ -32,6 +32,11 @@ def test_names_as_code(name, code):
 
 def test_a_table_has_as_many_cells_as_its_head():
     assert markdown_table(["x"], [[markdown_text("a|b")]]).splitlines() == ["| x |", "| --- |", r"| a\|b |"]
+
+
+def test_one_trial_is_no_trials():
+    texts = [counted(number, "trial") for number in (0, 1, 2, 2000)]
+    assert texts == ["0 trials", "1 trial", "2 trials", "2,000 trials"]
 
 
 def test_one_episode_has_no_interval():

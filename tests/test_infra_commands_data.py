@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +55,30 @@ def test_rows_per_shard(images, tmp_path, capsys):
         assert main(prepare("--source", images, "--out", tmp_path / "no", "--rows-per-shard", number)) == 2
         assert f"--rows-per-shard is {number}" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "data", "a/../b/data"])
+def test_the_dataset_is_not_written_into_its_source(images, inside, tmp_path, capsys):
+    """There its files would be read as a part of the source next time."""
+    before = sorted(images.rglob("*"))
+    (tmp_path / "link").symlink_to(images)
+    for source, out in ((images, images / inside), (tmp_path / "link", images / inside), (images, tmp_path / "link")):
+        assert main(prepare("--source", source, "--out", out)) == 2
+        assert f"--out {out}: lies in the source {source}; choose a folder outside of it" in capsys.readouterr().err
+    assert sorted(images.rglob("*")) == before
+
+
+def test_a_full_disk_is_a_failure_of_the_work_and_no_wrong_request(images, tmp_path):
+    """As a limit of the file size, in a process of its own; the partial file and the folder are deleted."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    code += "from metagmvae.infra.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, *prepare("--source", images, "--out", tmp_path / "data")]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    answer = json.loads(ended.stdout)
+    assert answer["exit_code"] == 1
+    assert "cannot be written (File too large); free some space, and run the command again" in answer["error"]
+    assert not (tmp_path / "data").exists()
 
 
 def test_dry_run_of_prepare_checks_everything_and_writes_nothing(tmp_path, capsys):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from metagmvae.configs.schema import Settings
+from metagmvae.evaluation.fewshot import evaluate_tasks as tasks_module
+from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -56,6 +59,58 @@ def trained(path: Path, dataset: Dataset, selection: str) -> Path:
     images = np.asarray(dataset.images("train")[np.arange(100)])
     train(Settings.model_validate(sections), images, (1, 28, 28), "data", FileContext(path), validate)
     return path
+
+
+@pytest.mark.parametrize(("selection", "models"), [("last", 1), ("best-first-shot", 1), ("best", 2)])
+def test_several_shots_are_those_of_one_call_each_and_a_model_encodes_once(
+    selection: str,
+    models: int,
+    dataset: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trained(tmp_path / "checkpoint.pt", dataset, selection)
+    encoded = []
+
+    def count(*arguments: Any) -> Any:
+        encoded.append(arguments)
+        return encode_split(*arguments)
+
+    monkeypatch.setattr(tasks_module, "encode_split", count)
+
+    def answer(*words: str) -> dict[str, Any]:
+        common = ["--query", "5", "--episodes", "20", "--json"]
+        assert main(["evaluate", str(model), "--data", dataset.uri, *common, *words]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    several = answer("--ways", "3", "2", "--shot", "5", "1")
+    assert len(encoded) == models
+    assert [(row["way"], row["shot"]) for row in several["rows"]] == [(3, 5), (3, 1), (2, 5), (2, 1)]
+    assert {(row["way"], row["shot"]) for row in several["reliability"]} == {(3, 5), (3, 1), (2, 5), (2, 1)}
+    for row in several["rows"]:
+        one = answer("--way", str(row["way"]), "--shot", str(row["shot"]))
+        assert {key: one[key] for key in row.keys() - {"seconds"}} == {k: row[k] for k in row.keys() - {"seconds"}}
+    assert answer("--way", "3", "--shot", "1").keys() >= {
+        "accuracy",
+        "ci95",
+        "way",
+        "shot",
+        "query",
+        "episodes",
+        "seed",
+    }
+
+    record = ["evaluate", str(model), "--data", dataset.uri, "--shot", "1", "5", "--record", str(tmp_path / "r.json")]
+    assert main([*record, "--way", "3", "--query", "5", "--episodes", "20"]) == (2 if models > 1 else 0)
+    assert (tmp_path / "r.json").exists() == (models == 1)
+    for words, reason in (
+        (["--shot", "1", "1"], "--shot 1 1: a number occurs twice"),
+        (["--shot", "1", "5", "--open", "1"], "--open: cannot be combined with several numbers in --shot"),
+    ):
+        capsys.readouterr()
+        assert main([*record[:4], *words]) == 2
+        assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`presets` and `config`: bundled settings, what each key means, checks and copies."""
 
 import json
+import shlex
 import tomllib
 
 import pytest
@@ -64,6 +65,14 @@ def test_copy_keeps_the_comments_and_replaces_nothing(tmp_path, capsys):
     changed = tmp_path / "changed.toml"
     assert main(["config", "copy", str(file), str(changed), "--set", "train.steps=7"]) == 0
     assert load_settings(changed) == load_settings("omniglot-cpu", ["train.steps=7"])
+
+
+def test_the_next_command_can_be_pasted(tmp_path, capsys):
+    file = tmp_path / "my settings" / "one's own.toml"
+    assert shlex.split(answer(capsys, "config", "copy", "omniglot-cpu", str(file))["next"]) == [
+        *("metagmvae", "train"),
+        str(file),
+    ]
 
 
 def test_validate(tmp_path, capsys):

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sources import image_decoding
+from metagmvae.pipelines.sources.image_scan import scan_some
 from metagmvae.pipelines.sources.source import open_source
+
+OPEN = Image.open
 
 
 def png(value=120, size=(10, 8), mode="L"):
@@ -261,6 +266,16 @@ def test_grey_values_of_more_than_8_bits_are_scaled_by_the_highest_one(tmp_path,
     eight_bit = open_source("folder", str(tree(tmp_path / "8", ["a/1.png", "b/1.png"])), size=8)
     assert eight_bit.preprocessing.sixteen_bit_white == 65_535
     assert "images_above_8_bits" not in eight_bit.files
+
+
+def test_the_scan_opens_each_image_once(tmp_path, monkeypatch):
+    for name, image in (("a.png", Image.new("L", (9, 6), 3)), ("b.png", Image.new("I;16", (8, 8), 300))):
+        image.save(tmp_path / name)
+    opened = []
+    monkeypatch.setattr(image_decoding.Image, "open", lambda file, **o: opened.append(file) or OPEN(file, **o))
+    scanned = scan_some(str(tmp_path), ["a.png", "b.png"], Preprocessing.of_shape((1, 6, 6), invert=False))
+    assert len(opened) == 2
+    assert (scanned.square, scanned.highest, scanned.blank) == ([6 / 9, 1.0], {"b.png": 300}, ["a.png", "b.png"])
 
 
 def test_images_of_one_single_value_are_counted(tmp_path):

@@ -151,7 +151,7 @@ def preset(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def data(preset: str, request: pytest.FixtureRequest) -> Path:
     """The dataset that a preset is for: of photographs, of their features, or of glyphs."""
-    if not preset.startswith(("mini-imagenet", "photos")):
+    if not preset.startswith(("mini-imagenet", "photos", "vectors")):
         return Path(request.getfixturevalue("glyphs"))
     settings = load_settings(preset)
     needs_encoder = trained_by(preset) == "train" and find_method(settings.method.name).needs_encoder(settings)

@@ -40,6 +40,11 @@ def points(difference: float, ci95: float) -> str:
     return f"{100 * difference:+.2f} ± {100 * ci95:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
+def counted(number: int, noun: str) -> str:
+    """Format a number with its noun: `1 trial`, `2,000 trials`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def p_value(p: float) -> str:
     """Format a p-value."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from metagmvae.evaluation.comparison.formatting import (
+    counted,
     markdown_code,
     markdown_table,
     markdown_text,
@@ -256,15 +257,14 @@ def sweep_table(results: Path, name: str) -> str:
     rows = []
     for importance in record["importance"]["settings"]:
         (setting,) = importance["names"]
-        best = record["settings"][setting]["best"]
-        value = best["value"]
+        value = (best := record["settings"][setting]["best"])["value"]
         rows.append(
             [
                 markdown_code(setting),
                 f"{importance['importance']:.1%} ({importance['low']:.1%} to {importance['high']:.1%})",
                 f"{importance['chance']:.1%}",
                 f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else markdown_text(str(value)),
-                f"{percent(best['mean'], best['ci95'])} ({best['trials']} trials)",
+                f"{percent(best['mean'], best['ci95'])} ({counted(best['trials'], 'trial')})",
             ]
         )
     accuracy = f"mean {task_title(record['task'])} accuracy of its trials at step {record['judged_at_step']}"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from matplotlib.figure import Figure
 
 from metagmvae.configs.dimensions import format_value
-from metagmvae.evaluation.comparison.formatting import markdown_table, markdown_text, percent
+from metagmvae.evaluation.comparison.formatting import counted, markdown_table, markdown_text, percent
 from metagmvae.evaluation.figures.plots import save
 from metagmvae.evaluation.sweeps import sweep_figures
 from metagmvae.evaluation.sweeps.importance import (
@@ -145,8 +145,8 @@ def _markdown(analysis: SweepAnalysis, figures: Sequence[str]) -> str:
     counts = ", ".join(f"{count:,} {status}" for status, count in _count_by_status(trials).items() if count)
     parts = [
         f"# Sweep {markdown_text(analysis.sweep.name)}",
-        f"{len(trials):,} trials ({counts or 'none has ended'}), {seconds / unit_seconds:,.1f} {unit} in total. "
-        f"Accuracy is measured on {markdown_text(analysis.sweep.task)} episodes of the validation classes.",
+        f"{counted(len(trials), 'trial')} ({counts or 'none has ended'}), {seconds / unit_seconds:,.1f} {unit} in "
+        f"total. Accuracy is measured on {markdown_text(analysis.sweep.task)} episodes of the validation classes.",
         *_best_section(best_trial(trials)),
         *_settings_section(analysis),
         *_failures_section(trials),
@@ -178,7 +178,7 @@ def _settings_section(analysis: SweepAnalysis) -> list[str]:
     rows = [_setting_row(name, by_name.get(name), analysis.groups[name]) for name in names]
     head = ["setting", "importance", "chance", "best on average", "worst on average"]
     return [
-        f"Settings are compared at step {compared.step:,}, which {len(compared.trials):,} trials have reached"
+        f"Settings are compared at step {compared.step:,}, which {counted(len(compared.trials), 'trial')} reached"
         f"{left_out}. {_correlation_sentence(compared)}{_importance_sentence(importance)}",
         markdown_table(head, rows),
     ]

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from metagmvae.configs.dimensions import Dimension
+from metagmvae.evaluation.comparison.formatting import counted
 from metagmvae.evaluation.figures.plots import COLOURS, GREY
 from metagmvae.evaluation.sweeps.importance import Importance
 from metagmvae.evaluation.sweeps.ranking import TrialGroup, TrialsAtStep, best_trial, part_count, part_indices
@@ -64,7 +65,9 @@ def parallel_coordinates(sweep: SweepRecord) -> Figure:
     _draw_vertical_axis(axes, last, "accuracy, %", [(tick - low) / (high - low) for tick in ticks], _labels(ticks))
     drawn = "" if len(trials) == len(validated) else f" ({len(trials):,} drawn)"
     bold = "" if best is None else f"; bold: trial {best.number}, the best"
-    axes.set_title(f"{sweep.name}: {len(validated):,} trials{drawn}; grey: stopped or failed{bold}", fontsize=10)
+    axes.set_title(
+        f"{sweep.name}: {counted(len(validated), 'trial')}{drawn}; grey: stopped or failed{bold}", fontsize=10
+    )
     return figure
 
 
@@ -134,7 +137,7 @@ def accuracy_over_cost(sweep: SweepRecord) -> Figure:
     left.set(xlabel=f"training time of a trial, {unit}", ylabel="validation accuracy, %")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     _draw_best_so_far(right, sweep.trials)
-    figure.suptitle(f"{sweep.name}: {len(validated):,} trials with an accuracy", fontsize=10)
+    figure.suptitle(f"{sweep.name}: {counted(len(validated), 'trial')} with an accuracy", fontsize=10)
     return figure
 
 
@@ -191,7 +194,7 @@ def settings_against_accuracy(
     # The interval of a mean over two or three trials can exceed the range of an accuracy.
     bottom, top = panels[0].get_ylim()
     panels[0].set_ylim(max(bottom, -2), min(top, 102))
-    title = f"{sweep.name}: {len(accuracy):,} trials at step {compared.step:,}; bars: means with 95% intervals"
+    title = f"{sweep.name}: {counted(len(accuracy), 'trial')} at step {compared.step:,}; bars: means with 95% intervals"
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -228,7 +231,9 @@ def importance_bars(sweep: SweepRecord, importance: Importance) -> Figure:
     axes.set(xlim=(0, 103), xlabel="importance: fraction of the variance of accuracy, % (fANOVA, Optuna)")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     explained = f"settings explain {100 * max(0.0, importance.explained):.0f}% of the variance"
-    axes.set_title(f"{sweep.name}: {importance.trials:,} trials at step {importance.step:,}; {explained}", fontsize=9)
+    axes.set_title(
+        f"{sweep.name}: {counted(importance.trials, 'trial')} at step {importance.step:,}; {explained}", fontsize=9
+    )
     return figure
 
 

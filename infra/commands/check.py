@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -141,7 +142,7 @@ def copy(arguments: Namespace) -> Answer:
         raise DataError(f"{arguments.file}: exists already; choose another file")
     with atomic_file(arguments.file) as file:
         file.write(text.encode())
-    return {"file": arguments.file, "next": f"metagmvae train {arguments.file}"}
+    return {"file": arguments.file, "next": shlex.join(["metagmvae", "train", arguments.file])}
 
 
 def _settings(arguments: Namespace) -> Settings:

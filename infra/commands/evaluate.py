@@ -36,8 +36,9 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--way", type=int, default=5, metavar="K", help="classes per episode (default: 5)")
     help_text = "several numbers of classes instead of --way, one result row each"
     parser.add_argument("--ways", type=int, nargs="+", metavar="K", help=help_text)
-    help_text = "labelled images per class (default: 1)"
-    parser.add_argument("--shot", type=int, default=1, metavar="S", help=help_text)
+    help_text = "labelled images per class; several numbers: one result row each, and the images are encoded once "
+    help_text += "(default: 1)"
+    parser.add_argument("--shot", type=int, nargs="+", default=[1], metavar="S", help=help_text)
     help_text = "images to classify per class (default: 15)"
     parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
     help_text = "half of the classes have --query images to classify, the others one; the model is not told which "
@@ -83,7 +84,8 @@ def evaluate(arguments: Namespace) -> Answer:
     queries = _queries(arguments)
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
-    loaded = _load(arguments, dataset)
+    models = _models(arguments, dataset)
+    loaded = models[0][0]
     about = {
         "split": arguments.split,
         "data": str(arguments.data),
@@ -96,7 +98,7 @@ def evaluate(arguments: Namespace) -> Answer:
         if arguments.record:
             write_json(arguments.record, answer | origin)
         return answer
-    results = _evaluate(arguments, dataset, loaded, queries)
+    results = _evaluate(arguments, dataset, models, queries)
     if arguments.results:
         write_episodes(arguments.results, results)
     answer, details = _answer(arguments, loaded, results, about)
@@ -124,7 +126,9 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
     kind, _, value = arguments.queries.partition(":")
     if arguments.open_classes < 0:
         raise DataError(f"--open {arguments.open_classes}: must be at least 1")
+    several = len(arguments.shot) > 1
     without = {"--ways": arguments.ways, "--results": arguments.results, "--html": arguments.html}
+    without["several numbers in --shot"] = several
     if arguments.open_classes and (given := [name for name, used in without.items() if used]):
         raise DataError(f"--open: cannot be combined with {given[0]}; leave one of them out")
     if arguments.queries == "balanced":
@@ -140,34 +144,22 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
     return {"unbalanced": False, "dirichlet": alpha}
 
 
-def _load(arguments: Namespace, dataset: Dataset) -> LoadedModel:
-    """Load the model, with the settings of the adaptation that `--set` changes.
+def _models(arguments: Namespace, dataset: Dataset) -> list[tuple[LoadedModel, list[int]]]:
+    """The models that the numbers of shots select.
 
     Raises:
-        SettingsError: a changed setting is of another section, or its value is wrong.
+        DataError: there are several, and an option that describes one is given; or as `models_by_shot`.
     """
-    from dataclasses import replace
+    from metagmvae.infra.workflows.evaluated_models import models_by_shot
+    from metagmvae.pipelines.records import DataError
 
-    from metagmvae.configs.load import SettingsError, settings_from_json, to_json
-    from metagmvae.evaluation.fewshot.encoder_package import with_average
-    from metagmvae.infra.registry.resolve import resolve_model
-    from metagmvae.training.models.meta_learner import MetaLearner
-
-    loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
-    for override in arguments.overrides:
-        key = override.partition("=")[0].strip()
-        if key != "model.average" and not key.startswith("adapt."):
-            raise SettingsError(
-                f"--set {override}: a trained model only takes other settings of adapt.…, and model.average"
-            )
-        if key != "model.average" and not isinstance(loaded.model, MetaLearner):
-            raise SettingsError(f"--set {override}: {arguments.model} is an encoder alone; choose its --head")
-    if not arguments.overrides:
-        return loaded
-    settings = settings_from_json(to_json(loaded.settings), arguments.overrides)
-    if settings.model.average != loaded.settings.model.average:
-        loaded = with_average(loaded, settings.model.average)
-    return replace(loaded, settings=settings)
+    options = encoder_options(arguments, dataset)
+    models = models_by_shot(arguments.model, arguments.shot, arguments.overrides, **options)
+    given = [name for name in ("record", "html") if getattr(arguments, name)]
+    if len(models) > 1 and given:
+        reason = f"describes one model, and {arguments.model} keeps another one for each number of shots"
+        raise DataError(f"--{given[0]}: {reason}; give one --shot")
+    return models
 
 
 def _answer(
@@ -177,12 +169,13 @@ def _answer(
     from metagmvae.evaluation.encoders.evaluate_encoders import head_records
     from metagmvae.evaluation.fewshot.baseline_tuning import baseline_trials, baselines_summary
 
-    if arguments.ways:
+    several_shots = len(arguments.shot) > 1
+    if arguments.ways or several_shots:
         answer = {"rows": [result.summary() for result in results], **about}
     else:
         answer = results[0].summary() | about
     bins = [
-        ({"way": result.way} if arguments.ways else {}) | row
+        ({"way": result.way} if arguments.ways else {}) | ({"shot": result.shot} if several_shots else {}) | row
         for result in results
         if result.reliability is not None
         for row in result.reliability.summary()["bins"]
@@ -223,24 +216,27 @@ def _keep(
 
 
 def _evaluate(
-    arguments: Namespace, dataset: Dataset, loaded: LoadedModel, queries: dict[str, Any]
+    arguments: Namespace, dataset: Dataset, models: list[tuple[LoadedModel, list[int]]], queries: dict[str, Any]
 ) -> list[EpisodeResults]:
-    """Return the result for each number of ways."""
+    """Return the result for each number of ways and shots; each model encodes the images once."""
     from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 
-    common = {key: getattr(arguments, key) for key in ("shot", "query", "episodes", "seed")}
-    tasks = [{"way": way, **common, **queries} for way in arguments.ways or [arguments.way]]
-    return evaluate_model(
-        loaded,
-        dataset,
-        tasks,
-        split=arguments.split,
-        mode=arguments.mode,
-        head=arguments.head,
-        baselines=arguments.baselines,
-        name=arguments.model,
-        progress=partial(progress_bar, quiet=arguments.json),
-    )
+    common = {key: getattr(arguments, key) for key in ("query", "episodes", "seed")}
+    ways = arguments.ways or [arguments.way]
+    results = []
+    for loaded, shots in models:
+        results += evaluate_model(
+            loaded,
+            dataset,
+            [{"way": way, "shot": shot, **common, **queries} for way in ways for shot in shots],
+            split=arguments.split,
+            mode=arguments.mode,
+            head=arguments.head,
+            baselines=arguments.baselines,
+            name=arguments.model,
+            progress=partial(progress_bar, quiet=arguments.json),
+        )
+    return sorted(results, key=lambda result: (ways.index(result.way), arguments.shot.index(result.shot)))
 
 
 def _evaluate_open(
@@ -249,7 +245,8 @@ def _evaluate_open(
     """Return `rows`: the model in both modes, without its background component, and the baselines if asked for."""
     from metagmvae.evaluation.uncertainty.evaluate_open_task import evaluate_open_task
 
-    numbers = {key: getattr(arguments, key) for key in ("way", "shot", "query", "episodes", "seed", "open_classes")}
+    numbers = {key: getattr(arguments, key) for key in ("way", "query", "episodes", "seed", "open_classes")}
+    numbers["shot"] = arguments.shot[0]
     results = evaluate_open_task(
         loaded,
         dataset,

@@ -141,7 +141,8 @@ def classify_folders(
     inputs = _open_inputs(loaded, support, query, options)
     names, label_T = inputs.names, inputs.label_T
     if options.unknown and UNKNOWN in names:
-        raise DataError(f"{support}: the class {UNKNOWN!r} has the name of the answer of --unknown; rename it")
+        kind = "class folder" if inputs.kind == "images" else "class"
+        raise DataError(f"{support}: {kind} {UNKNOWN!r} has the name of the answer of --unknown; rename it")
     way = len(names)
     sizes = (way, max(1, round(len(label_T) / way)))
     head_options: Any = (options.head, options.head_data, options.mode, sizes)

@@ -7,8 +7,9 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -58,10 +59,10 @@ def apply_preprocessing(image: bytes | np.ndarray | Image.Image, name: str, prep
     Raises:
         DataError: the file cannot be decoded (see `decode_image`), or the array has another type or shape.
     """
-    size, channels, invert = preprocessing.size[0], preprocessing.channels, preprocessing.invert
-    white, crop = preprocessing.sixteen_bit_white, preprocessing.crop != "none"
+    options = decoding_options(preprocessing)
     if isinstance(image, bytes):
-        return decode_image(image, name, size=size, channels=channels, invert=invert, white=white, crop=crop)
+        return decode_image(image, name, **options)
+    size, channels, invert, white, crop = (options[key] for key in ("size", "channels", "invert", "white", "crop"))
     if isinstance(image, Image.Image):
         _check_area(image, name)
         with _damage(name):
@@ -71,6 +72,17 @@ def apply_preprocessing(image: bytes | np.ndarray | Image.Image, name: str, prep
         raise DataError(f"{name}: pixels are {image.dtype} {image.shape}; give uint8 (1, H, W) or (3, H, W)")
     opened = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
     return _to_square(opened.convert(MODES[channels]), size, invert, crop)
+
+
+def decoding_options(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Options of `decode_image` that apply a recorded preprocessing."""
+    return {
+        "size": preprocessing.size[0],
+        "channels": preprocessing.channels,
+        "invert": preprocessing.invert,
+        "white": preprocessing.sixteen_bit_white,
+        "crop": preprocessing.crop != "none",
+    }
 
 
 def decode_image(
@@ -103,16 +115,38 @@ def decode_image(
     Raises:
         DataError: the file is not an image, damaged, truncated, empty, too large, or has floating-point values.
     """
+    return measure_image(data, name, size=size, channels=channels, invert=invert, white=white, crop=crop).pixels
+
+
+@dataclass(frozen=True)
+class MeasuredImage:
+    """An image that was decoded once."""
+
+    pixels: np.ndarray
+    """As `decode_image` returns them."""
+    size: tuple[int, int]
+    """Width and height in the file."""
+    highest: int | None
+    """Highest value of an image with more than 8 bits of grey; None for other images."""
+
+
+def measure_image(
+    data: bytes, name: str, *, size: int, channels: int, invert: bool, white: int, crop: bool
+) -> MeasuredImage:
+    """Decode an image, and tell what is in its file; arguments and errors are those of `decode_image`."""
     with _damage(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_area(image, name)
+            in_file = image.size
             if image.format == "JPEG":
                 # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
                 image.draft(None, (2 * size, 2 * size))
             image.load()
+            highest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
             opaque = _without_empty_alpha(image)
-            return _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert, crop)
+            pixels = _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert, crop)
+            return MeasuredImage(pixels, in_file, highest)
 
 
 @contextmanager
@@ -156,19 +190,6 @@ def image_header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
                 return image.size, image.mode not in ("1", "L", "LA") and not image.mode.startswith(("I", "F"))
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: broken image; replace or remove it") from error
-
-
-def highest_deep_value(data: bytes) -> int | None:
-    """The highest value of an image with more than 8 bits of grey; None for other images and broken files."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                if not image.mode.startswith("I") or image.width * image.height > MAX_PIXELS:
-                    return None
-                return int(np.asarray(image).max())
-    except (*DAMAGE, Image.DecompressionBombError):
-        return None
 
 
 @lru_cache(maxsize=1)

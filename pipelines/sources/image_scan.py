@@ -11,7 +11,7 @@ from typing import Any, cast
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, MapTasks
-from metagmvae.pipelines.sources.image_decoding import WHITES, apply_preprocessing, highest_deep_value, image_header
+from metagmvae.pipelines.sources.image_decoding import WHITES, decoding_options, measure_image
 from metagmvae.pipelines.sources.image_files import EXAMPLES
 from metagmvae.pipelines.sources.source import first_few
 
@@ -103,14 +103,13 @@ def scan_some(root: str, names: Sequence[str], preprocessing: Preprocessing) -> 
     for name in names:
         try:
             data = read_entry(root, name)
-            pixels = apply_preprocessing(data, f"{root}: {name}", preprocessing)
+            image = measure_image(data, f"{root}: {name}", **decoding_options(preprocessing))
         except DataError as error:
             result.broken[name] = str(error)
             continue
-        width, height = image_header(data, name)[0]
-        result.square.append(min(width, height) / max(width, height))
-        if pixels.min() == pixels.max():
+        result.square.append(min(image.size) / max(image.size))
+        if image.pixels.min() == image.pixels.max():
             result.blank.append(name)
-        if (highest := highest_deep_value(data)) is not None:
-            result.highest[name] = highest
+        if image.highest is not None:
+            result.highest[name] = image.highest
     return result

@@ -34,7 +34,7 @@ def vectors_as_images(model: EncoderModel, vectors: np.ndarray, name: str) -> np
     """
     size = model.image_shape[0]
     if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind not in "iuf":
-        takes = f"the model takes vectors of {size} numbers, (n, {size})"
+        takes = f"the model takes vectors of {size} values"
         raise DataError(f"{name}: holds {vectors.dtype} {vectors.shape}, and {takes}")
     with np.errstate(over="ignore"):
         rounded = vectors.astype(np.float32)
