@@ -133,6 +133,27 @@ def test_publish_continues_an_interrupted_upload_and_refuses_another_dataset(loc
         publish(other, uri)
 
 
+def test_publish_keeps_no_shard_of_another_dataset_whose_upload_was_interrupted(local, tmp_path, request):
+    """The shards of both datasets have the same names and sizes."""
+    other, uri = tmp_path / "other", f"s3://data/{request.node.name}"
+    write_dataset(open_source("glyphs", classes=(6, 3, 3), drawings=10), other, block=8, shard_rows=16, seed=1)
+    shard = "train/shard-000000.tar"
+    assert (other / shard).stat().st_size == (local / shard).stat().st_size
+    assert (other / shard).read_bytes() != (local / shard).read_bytes()
+    RemotePrefix(uri).put(other / shard, shard)
+    publish(local, uri)
+    np.testing.assert_array_equal(Dataset.open(uri).images("train"), Dataset.open(local).images("train"))
+
+
+@pytest.mark.parametrize("name", ["with space", "données-图", "a+b&c=d%20e", "#1"])
+def test_keys_with_spaces_and_other_letters(local, name):
+    uri = f"s3://data/{name}"
+    publish(local, uri)
+    np.testing.assert_array_equal(Dataset.open(uri).images("test"), Dataset.open(local).images("test"))
+    stored = RemotePrefix("s3://data").sizes()
+    assert f"{name.replace('%20', ' ')}/dataset.json" in stored  # a URI may have its spaces quoted
+
+
 def test_prepare_train_and_verify_by_uri(tmp_path, capsys):
     uri = "s3://data/by-command"
     assert main(["prepare", "glyphs", "--out", uri, "--json"]) == 0

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -29,6 +30,8 @@ CHUNK = 2**22
 """Bytes per read of a download or upload."""
 CACHE = "METAGMVAE_CACHE"
 """Environment variable with the folder of the copies."""
+URI_CHARACTERS = ":/?@[]!$&'()*+,;=~%"
+"""Characters that mean something in the URI of a prefix. All others, such as spaces, `#` and `é`, are part of names."""
 REMEDY = (
     "check region, endpoint and credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; those of a URI are not "
     "stored: give them again)"
@@ -61,7 +64,7 @@ class RemotePrefix:
         """
         self.uri = take_credentials(uri)
         try:
-            self.files, self.prefix = fs.FileSystem.from_uri(with_credentials(self.uri))
+            self.files, self.prefix = fs.FileSystem.from_uri(quote(with_credentials(self.uri), safe=URI_CHARACTERS))
         except OSError as error:
             raise DataError(f"{self.uri}: {redact(first_line(error))}; {REMEDY}") from error
         except (pa.ArrowInvalid, ValueError) as error:
@@ -85,6 +88,14 @@ class RemotePrefix:
                 target.write(chunk)
         if digest is not None and sha256.hexdigest() != digest:
             raise DataError(f"{self.uri}: {name} was altered after writing (sha256 differs); publish it again")
+
+    def sha256(self, name: str) -> str:
+        """Digest of the content of one file."""
+        sha256 = hashlib.sha256()
+        with self.open(name) as source:
+            for chunk in self._chunks(source, name):
+                sha256.update(chunk)
+        return sha256.hexdigest()
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
@@ -164,7 +175,8 @@ def temporary_copy(uri: str) -> Iterator[Path]:
 def publish(folder: Path, uri: str) -> dict[str, Any]:
     """Upload a finished dataset, `dataset.json` last; return its manifest.
 
-    Files that already have the right size in the store are skipped, so an interrupted upload can be continued.
+    Files that the store already has are skipped, so an interrupted upload can be continued. Their content is compared:
+    an upload of another dataset, with shards of the same size, may have been interrupted there before.
 
     Raises:
         DataError: the prefix contains another dataset, or the store refuses a request.
@@ -180,8 +192,8 @@ def publish(folder: Path, uri: str) -> dict[str, Any]:
         # An older version wrote the same dataset without its preprocessing; the new manifest replaces that one.
         if hashlib.sha256(existing).hexdigest() != dataset_fingerprint(manifest):
             raise DataError(f"{remote.uri}: contains another dataset; choose another prefix")
-    for name, _, _ in dataset_files(manifest):
-        if stored.get(name) != (folder / name).stat().st_size:
+    for name, _, digest in dataset_files(manifest):
+        if stored.get(name) != (folder / name).stat().st_size or remote.sha256(name) != digest:
             remote.put(folder / name, name)
     remote.put(folder / MANIFEST, MANIFEST)
     return manifest
