@@ -12,10 +12,12 @@ from metagmvae.evaluation.uncertainty.open_queries import BASELINES, best_thresh
 TASK = {"way": 3, "shot": 1, "query": 4, "episodes": 20, "seed": 0, "open_classes": 2}
 
 
-def test_search_finds_a_level_of_the_highest_accuracy():
-    """The score of known queries is above -7, that of the others below -9: every level between is right."""
+@pytest.mark.parametrize("edge", [-7.6, -10.4])
+def test_search_finds_a_level_of_the_highest_accuracy(edge: float):
+    """Known queries score above the edge, the others at least 0.4 below it: only the third and finest grid finds it, in
+    both cases on another side of the best level of the first grid."""
     rng = np.random.default_rng(0)
-    density = np.concatenate([rng.uniform(-7, 0, 300), rng.uniform(-40, -9, 300)])
+    density = np.concatenate([rng.uniform(edge, 0, 300), rng.uniform(-40, edge - 0.4, 300)])
     labels = np.repeat([0, 1], 300)
 
     def classify(level: float):
@@ -23,7 +25,7 @@ def test_search_finds_a_level_of_the_highest_accuracy():
         return logits - np.logaddexp(logits[:, :1], logits[:, 1:]), labels
 
     level, log_p, _ = search_background(classify)
-    assert -9 <= level <= -7
+    assert density[300:].max() <= level <= density[:300].min()
     assert (log_p.argmax(axis=1) == labels).all()
     np.testing.assert_allclose(known_score(log_p), density - level)
 
