@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import mlflow_template
 import pytest
@@ -68,6 +70,20 @@ def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
     assert register(run, store, "a", shot=5, once=True).version == "3"  # another best model of the run
     with pytest.raises(ValueError, match="reserves this alias"):
         register(run, store, "a", alias="v1")
+
+
+def test_two_processes_that_register_a_run_at_once_make_one_version(tmp_path):
+    store = mlflow_template.new_store(tmp_path / "store")
+    run, start = mlflow_template.new_run(tmp_path / "run"), threading.Barrier(2)
+
+    def register_once(_):
+        start.wait()
+        return register(run, store, "few-shot", once=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(register_once, range(2))
+    assert first == second
+    assert len(connect(store).client.search_model_versions("name = 'few-shot'")) == 1
 
 
 def test_repeated_request_creates_one_version(tmp_path, monkeypatch):

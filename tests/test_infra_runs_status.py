@@ -40,6 +40,15 @@ def test_number_of_the_process_belongs_to_a_later_one(tmp_path, written_before_s
         later.communicate(b"\n")
 
 
+def test_a_clock_that_was_set_back_gives_no_end_before_the_start(tmp_path, monkeypatch):
+    run = ended_run(tmp_path / "run")
+    write_status(run, "RUNNING")
+    started = read_status(run)[1]
+    monkeypatch.setattr("time.time", lambda: started / 1000 - 3600)
+    write_status(run, "FINISHED")
+    assert read_status(run) == ("FINISHED", started, started)
+
+
 def test_a_clock_that_was_set_back_does_not_end_the_run_itself(tmp_path):
     run = ended_run(tmp_path / "run")
     write_status(run, "RUNNING")

@@ -81,7 +81,7 @@ def promote(request: PromotionRequest, plan: EvalPlan) -> dict[str, Any]:
     comparison = evaluate_head_to_head(plan, (request.challenger, challenger.loaded), champion)
     decision = _decide(comparison, request)
     if not request.dry_run and not challenger.version:
-        version = register(Path(request.challenger), challenger.tracking, name, alias="", shot=shot).version
+        version = register(Path(request.challenger), challenger.tracking, name, alias="", shot=shot, once=True).version
         challenger = replace(challenger, version=version)
     evidence = Evidence(challenger.ref, opponent, request.alias, plan, comparison, decision, provenance())
     if request.dry_run:

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from metagmvae.configs.credentials import redact
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.mlflow_names import check_alias, check_model
@@ -18,15 +20,18 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_change import set_alias_if_free
 from metagmvae.infra.registry.alias_history import alias_version
 from metagmvae.infra.registry.own_wheel import write_wheel
-from metagmvae.infra.runs.run_folder import read_record
+from metagmvae.infra.runs.run_folder import REGISTERING_LOCK, read_record
 from metagmvae.infra.tracking.convert import flatten
-from metagmvae.infra.tracking.mlflow_environment import import_mlflow
+from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
 from metagmvae.infra.tracking.model_scores import log_scores
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect, paginate
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.pipelines.files import held_lock
 from metagmvae.pipelines.records import DataError
 
+PATIENCE_S = 120.0
+"""Longest wait for another process that registers the same run."""
 ENTRY = Path(__file__).with_name("pyfunc_entry.py")
 REQUIREMENTS = ("torch", "torchvision", "safetensors", "numpy", "mlflow")
 """Pinned to the versions that the model was registered with; the wheel of this package names all others."""
@@ -75,13 +80,15 @@ def register(
     name = check_model_name(name or tracking.register_as)
     check_alias_name(alias or tracking.alias)
     loaded = load_model(run_dir, shot=shot)
-    run_id = upload_run(run_dir, tracking).run_id
-    store = connect(tracking)
-    version = registered_version(store, name, run_id, loaded) if once else ""
-    with tracking_errors(store.uri):
+    with _registering(Path(run_dir)):
+        run_id = upload_run(run_dir, tracking).run_id
+        store = connect(tracking)
+        version = registered_version(store, name, run_id, loaded) if once else ""
         if not version:
             tags = _version_tags(loaded, Path(run_dir), run_id, shot, results or {})
-            version = _create_version(store, name, run_id, loaded, tags, Path(run_dir))
+            with tracking_errors(store.uri):
+                version = _create_version(store, name, run_id, loaded, tags, Path(run_dir))
+    with tracking_errors(store.uri):
         if alias:
             store.client.set_registered_model_alias(name, alias, version)
     if alias is None:
@@ -89,6 +96,20 @@ def register(
         given = default and set_alias_if_free(store, name, default, version)
         alias = default if given or (default and alias_version(store, name, default) == version) else ""
     return RegisteredVersion(name, version, f"models:/{name}/{version}", alias)
+
+
+@contextmanager
+def _registering(run_dir: Path) -> Iterator[None]:
+    """Let one process at a time register a run, so that the next one finds its version.
+
+    Raises:
+        TrackingError: another process needs longer than `PATIENCE_S`.
+    """
+    try:
+        with held_lock(run_dir / REGISTERING_LOCK, PATIENCE_S):
+            yield
+    except Timeout as error:
+        raise TrackingError(f"{run_dir}: another process is registering it; try again later") from error
 
 
 def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str:

@@ -45,6 +45,7 @@ RAY_FOLDER = ".ray"
 """Ray's own files, deleted at the end; nothing in it is needed."""
 TRAINING_LOCK = ".training.lock"
 TRACKING_LOCK = ".tracking.lock"
+REGISTERING_LOCK = ".registering.lock"
 WRITTEN = (SETTINGS, CONFIG, RECORD, STATUS, CHECKPOINT, CALIBRATION, METRICS, CURSOR)
 """Files that are replaced as a whole. A process that is killed meanwhile leaves a temporary file `.NAME.…`."""
 MAX_LINES_BYTES = 2**30
@@ -165,7 +166,7 @@ def folder_contents(run_dir: Path) -> set[str]:
     """Return the names in a run folder, without lock files and what a killed process left of a file being written."""
     if not run_dir.is_dir():
         return set()
-    names = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK, TRACKING_LOCK, RAY_FOLDER}
+    names = {path.name for path in run_dir.iterdir()} - {TRAINING_LOCK, TRACKING_LOCK, REGISTERING_LOCK, RAY_FOLDER}
     return {name for name in names if not name.startswith(tuple(f".{written}." for written in WRITTEN))}
 
 

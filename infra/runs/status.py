@@ -28,7 +28,9 @@ def write_status(run_dir: Path, status: str) -> None:
     previous = _read(run_dir)
     now = round(1000 * time.time())
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
-    times = {"started_ms": previous.get("started_ms", now), "ended_ms": now if status in ENDED else None}
+    started = previous.get("started_ms", now)
+    ended = max(now, started) if status in ENDED else None  # the clock may have been set back meanwhile
+    times = {"started_ms": started, "ended_ms": ended}
     folder = FolderIdentity.of(run_dir).model_dump() if status == "RUNNING" else previous.get("folder")
     write_json(run_dir / STATUS, {"status": status, **times, "owner": owner, "folder": folder})
 
