@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow_template import closed_port
 
+from metagmvae.infra.cluster import connect
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 TOKEN = "a" * 32
@@ -111,3 +113,19 @@ def test_address_without_a_cluster_is_one_error_line_within_seconds(environment,
     assert f"RAY_ADDRESS) = '{address}': no Ray cluster answers there" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "free", "warns"), [("head:6379", 1, True), ("head:6379", 4, False), ("", 0, False)]
+)
+def test_a_cluster_that_others_use_is_named(monkeypatch, caplog, address, free, warns):
+    """Ray would wait for free CPUs without a word. (A new cluster has not reported all of its CPUs at once.)"""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect, "_join", lambda address: None)
+    monkeypatch.setattr(connect, "_start", lambda cpus, dashboard: None)
+    monkeypatch.setattr(connect.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(connect.ray, "available_resources", lambda: {"CPU": float(free)} if free else {})
+    with connect.cluster(address, 2):
+        pass
+    warning = "the Ray cluster at 'head:6379' has 1 of its 4 CPUs free; the work starts when 2 are free"
+    assert caplog.messages == ([warning] if warns else [])

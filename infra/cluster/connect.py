@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from ray.exceptions import AuthenticationError
 from metagmvae.configs.load import SettingsError
 from metagmvae.pipelines.records import WorkError
 
+LOG = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 """For the first connection to a cluster; Ray itself would try for minutes."""
 HTTP2_SETTINGS = b"\x04"
@@ -66,7 +68,8 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:
         with _own_signal_handlers():
-            context = _start(cpus, dashboard) if address in ("", "local") else _join(address)
+            is_new = address in ("", "local")
+            context = _start(cpus, dashboard) if is_new else _join(address)
         if dashboard and not context.dashboard_url:
             raise SettingsError(
                 "Ray runs without its dashboard, which a sweep of trials with several workers needs: pip install "
@@ -77,6 +80,15 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
             raise SettingsError(
                 f"{cpus} CPUs are needed at once (workers times CPUs per worker), but the cluster at {address!r} "
                 f"has {available}: use fewer workers, or add nodes"
+            )
+        free = int(ray.available_resources().get("CPU", 0))
+        if not is_new and free < cpus:  # Ray waits without a word, and for as long as it takes
+            LOG.warning(
+                "the Ray cluster at %r has %d of its %d CPUs free; the work starts when %d are free",
+                address,
+                free,
+                available,
+                cpus,
             )
         # Ray prints about lost workers on standard output whatever its log level. That is for the command's answer, and
         # the error that follows says the same (`worker_failures`).
