@@ -71,6 +71,10 @@ def test_initialisation_is_deterministic_and_every_layer_has_a_gradient() -> Non
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+    # The signs of eigenvectors are free: the largest entry of each is positive.
+    assert isinstance(first.inlet, torch.nn.Linear)
+    weight = first.inlet.weight.detach()
+    assert (weight.gather(1, weight.abs().argmax(dim=1, keepdim=True)) > 0).all()
     mean, log_variance = first.posterior(torch.from_numpy(x)[None])
     (first.decode(mean[0]).square().sum() + mean.pow(3).sum() + log_variance.pow(2).sum()).backward()
     for block in first.attention.blocks:

@@ -78,6 +78,8 @@ def test_points_of_the_background_count_for_no_class():
 def test_extreme_logits_stay_finite():
     assert torch.isfinite(balanced(LOGITS * 1e4)).all()
     assert torch.isfinite(balanced((LOGITS * 1e4).float())).all()
+    without_points = LOGITS.float() - torch.tensor([0.0, 0.0, 0.0, 1e5])
+    assert torch.isfinite(balanced(without_points)).all()
 
 
 def episode(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
