@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from metagmvae.infra.classification import answer_figure
 from metagmvae.infra.cli import main
 from metagmvae.infra.commands.parsing import format_answer
 from metagmvae.infra.workflows import classify
@@ -288,7 +289,7 @@ def test_the_figure_says_how_many_images_it_leaves_out(folders, loaded, tmp_path
     draw = plots.predictions
     monkeypatch.setattr(plots, "predictions", lambda *a: notes.append((len(a[2]), a[4])) or draw(*a))
     answer = run_classify(loaded, support, query, figure=tmp_path / "f.png")
-    shown = sum(min(count, classify.SHOWN) for count in answer["predicted"].values())
+    shown = sum(min(count, answer_figure.SHOWN) for count in answer["predicted"].values())
     assert notes == [(shown, f"{shown} of 30 images")]
     assert (tmp_path / "f.png").is_file()
 

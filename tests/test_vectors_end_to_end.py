@@ -298,7 +298,7 @@ def test_commands_for_images_say_what_they_cannot_do_with_vectors(
     assert "holds 1 class; give two or more" in refused(*words)
     images = mlflow_template.new_run(tmp_path / "images")
     words[1] = images
-    assert "is a file of vectors, and run takes images; give a folder" in refused(*words)
+    assert "is a file of vectors, and run takes images; give a folder" in refused(*words, "--no-invert")
 
 
 def test_the_encoder_of_vectors_has_the_digest_in_the_manifest(vectors: Path) -> None:
