@@ -34,6 +34,9 @@ def test_calibration_error_against_closed_forms():
     certain = np.array([[1.0, 0.0]] * 4)
     assert reliability(certain, np.array([0, 0, 0, 1])).calibration_error == pytest.approx(0.25)
     assert reliability(certain, np.zeros(4, int)).calibration_error == 0.0
+    even = np.array([[0.5, 0.5]] * 4)  # no query in the bins above, of any kind
+    assert reliability(even, np.array([0, 1, 1, 1])).calibration_error == pytest.approx(0.25)
+    assert reliability(even, np.ones(4, int)).mean_confidence == 0.5
     above_one_by_rounding = np.array([[1.0000001, 0.0]])
     assert reliability(above_one_by_rounding, np.array([0])).calibration_error == pytest.approx(0, abs=1e-6)
 
