@@ -67,6 +67,21 @@ def test_unreachable_store_loses_no_result(data, tmp_path, capsys, monkeypatch):
     assert (run / "results" / "test-5way-1shot-transductive.json").exists()
 
 
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(data, tmp_path, capsys):
+    """The run of another user, or a full disk, loses no result."""
+    run = tmp_path / "run"
+    assert train(data, run, **{"tracking.enabled": "false", "run.figures": "false"}) == 0
+    (run / "results").write_text("no folder can be here")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data), "--episodes", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert 0 < answer["accuracy"] <= 1
+    assert answer["kept"] == []
+    assert "; the results were not stored with the run" in captured.err
+    assert not (run / "evaluations.jsonl").exists()
+
+
 def test_figures_that_cannot_be_drawn_are_reported_and_the_run_is_kept(data, tmp_path, capsys):
     few = tmp_path / "few"
     write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=8), few)

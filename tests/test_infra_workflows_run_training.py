@@ -1,6 +1,8 @@
 """A training run: the checks before it starts, exclusive use of its folder, resuming, and what it opens how often."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -152,6 +154,18 @@ def test_full_disk_ends_the_run_with_the_first_error_and_the_run_is_resumed(data
     ours, theirs = (load_state(folder / CHECKPOINT) for folder in (run, whole))
     assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
     assert ours["step"] == theirs["step"]
+
+
+def test_full_disk_at_a_checkpoint_names_the_file_and_the_way_on(data, tmp_path, monkeypatch):
+    def full(file, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(local_context, "save_state", full)
+    message = (
+        rf"^{tmp_path}/run/{CHECKPOINT}: cannot be written \(No space left on device\); mend this and continue with"
+    )
+    with pytest.raises(WorkError, match=message):
+        run_training(settings(data, tmp_path / "run"))
 
 
 def test_files_of_the_user_and_of_a_run_that_has_saved_something_stay(data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert loaded.pop("version") == VERSION
     assert equal(saved, loaded)
     assert os.listdir(tmp_path / "deep") == ["checkpoint.pt"]
+
+
+def test_other_users_can_read_a_checkpoint_unless_its_owner_forbids_it(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_state(path, state())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    path.chmod(0o600)
+    save_state(path, state())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_loaded_state_can_be_saved_again(tmp_path: Path) -> None:

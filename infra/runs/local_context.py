@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 
-from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, append_lines, drop_lines_after, global_step
+from metagmvae.infra.runs.run_folder import (
+    CHECKPOINT,
+    METRICS,
+    append_lines,
+    drop_lines_after,
+    global_step,
+    not_written,
+)
 from metagmvae.infra.runs.stop_signals import deferred_signals
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 from metagmvae.training.trainer.context import MetricLine, TrainState
@@ -40,9 +47,16 @@ class LocalContext:
         return deferred_signals()
 
     def report(self, line: MetricLine | None, state: TrainState | None) -> None:
-        """Save the checkpoint, if there is one, and append the metric line."""
+        """Save the checkpoint, if there is one, and append the metric line.
+
+        Raises:
+            WorkError: the disk is full, or a file cannot be written.
+        """
         # In this order, so that after a kill no line belongs to a step that the resumed run repeats.
         if state is not None:
-            save_state(self.run_dir / CHECKPOINT, state)
+            try:
+                save_state(self.run_dir / CHECKPOINT, state)
+            except OSError as error:
+                raise not_written(self.run_dir / CHECKPOINT, error) from error
         if line is not None:
             append_lines(self.run_dir / METRICS, [line])

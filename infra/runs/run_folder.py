@@ -73,9 +73,12 @@ def append_lines(path: Path, lines: list[MetricLine]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise WorkError(
-            f"{path}: cannot be written ({error.strerror}); mend this and continue with --resume"
-        ) from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> WorkError:
+    """The error of a training that cannot write a file of its run folder."""
+    return WorkError(f"{path}: cannot be written ({error.strerror}); mend this and continue with --resume")
 
 
 class _MetricLine(BaseModel):

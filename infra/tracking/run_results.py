@@ -24,18 +24,38 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     """Write results to `results/` of a run (JSON, and accuracies per episode as Parquet) and to evaluations.jsonl.
 
     A tracked run is uploaded at once. If the store does not exist or cannot be reached, a line on stderr says how to
-    upload it later.
+    upload it later. If the folder cannot be written (the run of somebody else, a full disk), a line says so.
 
     Returns:
-        Paths of the written files.
+        Paths of the written files; empty if the folder cannot be written.
     """
-    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
     from metagmvae.infra.tracking.mlflow_environment import TrackingError
     from metagmvae.infra.tracking.run_tracker import track
 
     metric_lines = read_lines(run_dir / METRICS)
-    line: dict[str, Any] = {"time": time.time(), "step": metric_lines[-1]["global_step"] if metric_lines else 0}
-    files = []
+    step = int(metric_lines[-1]["global_step"]) if metric_lines else 0
+    try:
+        files = _write(run_dir, split, results, made_with, step)
+    except (DataError, OSError) as error:
+        LOG.warning("%s; the results were not stored with the run", error)
+        return []
+    if (run_dir / CURSOR).exists():
+        try:
+            # The default store is not created for a run that came from elsewhere.
+            track(run_dir, create=bool(os.environ.get("MLFLOW_TRACKING_URI")))
+        except (TrackingError, DataError) as error:
+            LOG.warning("%s; upload the results later: metagmvae track %s", error, run_dir)
+    return [str(file) for file in files]
+
+
+def _write(
+    run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any], step: int
+) -> list[Path]:
+    """Write the files of `save_results`; return those of `results/`."""
+    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
+
+    line: dict[str, Any] = {"time": time.time(), "step": step}
+    files: list[Path] = []
     for result in results:
         stem = f"{split}-{result.way}way-{result.shot}shot-{result.mode}"
         files += [run_dir / RESULTS / f"{stem}.json", run_dir / RESULTS / f"{stem}.parquet"]
@@ -45,13 +65,7 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
         line |= {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    if (run_dir / CURSOR).exists():
-        try:
-            # The default store is not created for a run that came from elsewhere.
-            track(run_dir, create=bool(os.environ.get("MLFLOW_TRACKING_URI")))
-        except (TrackingError, DataError) as error:
-            LOG.warning("%s; upload the results later: metagmvae track %s", error, run_dir)
-    return [str(file) for file in files]
+    return files
 
 
 def result_key(split: str, result: EpisodeResults) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from metagmvae.pipelines.files import check_document, first_line
+from metagmvae.pipelines.output_target import output_mode
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.checkpoint_checks import CheckpointSchema, check_archive, check_values
 
@@ -42,6 +44,8 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
             torch.save({"version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        mode = output_mode(path)  # a temporary file is readable for its owner only
+        os.chmod(temporary, 0o644 if mode is None else stat.S_IMODE(mode))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
