@@ -44,6 +44,8 @@ def test_constant_features_are_left_out() -> None:
     h = np.concatenate([rng.standard_normal((50, 3)), np.full((50, 4), 7.0)], axis=1).astype(np.float32)
     assert whiten(h).shape == (50, 3)
     assert np.linalg.norm(whiten(h), axis=1) == pytest.approx(np.ones(50), rel=1e-5)
+    # A variance of 1e-8 of the largest is noise.
+    assert whiten(h[:, :3] * np.array([1e4, 1, 1], dtype=np.float32)).shape == (50, 1)
     at_the_mean = np.array([[1, 0], [-1, 0], [0, 0]], dtype=np.float32)
     assert np.abs(whiten(at_the_mean))[:, 0].tolist() == [1, 1, 0]
 
