@@ -57,6 +57,6 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                 result.write_parquet(stem.with_suffix(".parquet"))
             store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:
-        LOG.warning("%s; the results were not stored with the registered version", error)
+        LOG.warning("%s; the results were not stored with the registered version: evaluate again to store them", error)
         return ""
     return f"models:/{version.name}/{version.version}"

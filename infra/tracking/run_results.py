@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
             # The default store is not created for a run that came from elsewhere.
             track(run_dir, create=bool(os.environ.get("MLFLOW_TRACKING_URI")))
         except (TrackingError, DataError) as error:
-            LOG.warning("%s; upload the results later: metagmvae track %s", error, run_dir)
+            LOG.warning("%s; upload the results later: metagmvae track %s", error, shlex.quote(str(run_dir)))
     return [str(file) for file in files]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
     if best is None or best.last is None:
         return answer | {"best": None, "why": _last_reason(sweep)}
     score = {"number": best.number, "accuracy": best.last.accuracy, "ci95": best.last.ci95, "task": sweep.plan.task}
-    files = {"train": f"metagmvae train {root / BEST}", "report": str(root / REPORT)}
+    files = {"train": f"metagmvae train {shlex.quote(str(root / BEST))}", "report": str(root / REPORT)}
     return answer | {"best": score, "settings": best.settings} | files
 
 
