@@ -301,6 +301,24 @@ def test_commands_for_images_say_what_they_cannot_do_with_vectors(
     assert "is a file of vectors, and run takes images; give a folder" in refused(*words, "--no-invert")
 
 
+def test_the_vectors_alone_are_a_model_that_classifies(
+    vectors: Path, task: Any, tmp_path: Path, answer: Callable[..., dict[str, Any]]
+) -> None:
+    """By the nearest class mean in cosine, here in plain loops."""
+    support, labels, query, _ = task
+    written = answer("encoder", "vectors", "--data", vectors, "--out", tmp_path / "model")
+    assert (written["weights"], written["features"]) == (None, support.shape[1])
+    np.savez(tmp_path / "labelled.npz", vectors=support, labels=labels)
+    np.save(tmp_path / "new.npy", query)
+    words = ("classify", tmp_path / "model", "--support", tmp_path / "labelled.npz", "--query", tmp_path / "new.npy")
+    means = {}
+    for name in set(labels):
+        mean = sum(vector / np.linalg.norm(vector) for vector in support[labels == name])
+        means[name] = mean / np.linalg.norm(mean)
+    for row, vector in zip(answer(*words)["queries"], query, strict=True):
+        assert row["class"] == max(means, key=lambda name: float(means[name] @ vector))
+
+
 def test_the_encoder_of_vectors_has_the_digest_in_the_manifest(vectors: Path) -> None:
     dataset = Dataset.open(vectors)
     assert encoder_digest(VectorEncoder(dataset.image_shape)) == dataset.manifest["encoder"]["sha256"]

@@ -71,7 +71,7 @@ def encoder(arguments: Namespace) -> Answer:
     return {
         "model": str(out),
         "encoder": loaded.settings.model.encoder,
-        "weights": loaded.info["weights"],
+        "weights": loaded.info.get("weights"),
         "features": loaded.model.feature_dim,
         "image_shape": list(loaded.image_shape),
         "image_size": loaded.settings.model.image_size,
