@@ -11,7 +11,7 @@ from scipy.stats import kstest
 
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
+from metagmvae.training.methods.meta_gmvae import MetaGMVAE, inductive_noise, latent_noise, sample_latents
 from metagmvae.training.objectives.feature_diffusion import diffuse_features
 
 
@@ -107,8 +107,18 @@ def test_samples_follow_the_posterior() -> None:
     assert kstest(z[:, 0].numpy(), "norm", args=(1.5, 0.5)).pvalue > 1e-3
 
 
+def test_support_images_of_an_inductive_set_share_their_noise_and_the_query_has_its_own() -> None:
+    model, adapt, device = tiny(), AdaptSettings(samples=4), torch.device("cpu")
+    drawn = latent_noise(model, adapt, 4, 7, device)
+    assert torch.equal(inductive_noise(model, adapt, 3, 7, device), drawn[[0, 0, 0, 3]])
+    assert len(drawn.unique()) == drawn.numel()
+
+
+@pytest.mark.parametrize("background", [None, -8.0])
 @pytest.mark.parametrize("covariance", ["identity", "diagonal"])
-def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(covariance: str) -> None:
+def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(
+    covariance: str, background: float | None
+) -> None:
     """Of unequal shots, against plain loops; it depends neither on the latents nor on the other queries."""
     model = tiny()
     adapt = AdaptSettings.model_validate(
@@ -117,7 +127,7 @@ def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(covari
     rng = np.random.default_rng(0)
     labels = [0, 1, 0, 1, 2, 2, 2]
     support, queries = rng.normal(size=(7, model.feature_dim)), rng.normal(size=(4, model.feature_dim))
-    options: dict[str, Any] = {"mode": "inductive", "seed_by_episode": [0]}
+    options: dict[str, Any] = {"mode": "inductive", "seed_by_episode": [0], "background": background}
     given = torch.from_numpy(support)[None], torch.tensor(labels), torch.from_numpy(queries)[None]
     log_p_PK = model.log_posteriors(adapt, *given, **options)[0]
     for query, log_p_K in zip(queries, log_p_PK, strict=True):
@@ -128,6 +138,7 @@ def test_inductive_mode_on_features_is_a_gaussian_of_the_support_features(covari
             variance = sum((row - mean) ** 2 for row in rows) / len(rows)
             variance = variance if covariance == "diagonal" else np.ones_like(mean)
             logits.append(-0.5 * sum((query - mean) ** 2 / variance + np.log(variance)) / 3.0)
+        logits += [] if background is None else [background]
         expected = np.array(logits) - np.logaddexp.reduce(logits)
         assert np.allclose(log_p_K.numpy(), expected, rtol=1e-3, atol=1e-6)
     alone = model.log_posteriors(adapt, *given[:2], given[2][:, 2:3], **options)[0, 0]

@@ -172,6 +172,10 @@ def test_more_components_than_distinct_samples_is_an_error() -> None:
     assert loss.isnan()
     with pytest.raises(MixtureError, match="3 components need as many distinct points"):
         step.explain_failure()
+    with torch.no_grad():  # equal points that are no numbers have another reason
+        net.head.bias.fill_(float("nan"))
+    assert step(batch())[0].isnan()
+    step.explain_failure()
 
 
 def test_keyed_generators_depend_on_every_part_of_the_key() -> None:
