@@ -11,6 +11,7 @@ from metagmvae.evaluation.fewshot import baselines
 from metagmvae.evaluation.fewshot.baselines import (
     BASELINES,
     em_on_features,
+    evaluate_encoder,
     logistic_regression,
     nearest_class_mean,
     soft_k_means,
@@ -46,6 +47,13 @@ def test_nearest_class_mean_against_loops():
     result = nearest_class_mean(features(), LABELS, **TASK)
     np.testing.assert_allclose(result.accuracies, accuracies)
     assert result.mode == "inductive"
+
+
+def test_an_encoder_alone_is_evaluated_on_centred_features():
+    x = features(noise=2.0) + 1
+    expected = nearest_class_mean(x - x.mean(dim=0), LABELS, **TASK).accuracies
+    assert evaluate_encoder(x, LABELS, **TASK).accuracies.tolist() == expected.tolist()
+    assert nearest_class_mean(x, LABELS, **TASK).accuracies.tolist() != expected.tolist()
 
 
 def test_logistic_regression_equals_scikit_learn_on_the_same_episode():

@@ -17,6 +17,7 @@ from metagmvae.evaluation.fewshot import evaluate_tasks as module
 from metagmvae.evaluation.fewshot.baselines import BASELINES, soft_k_means
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.evaluate_tasks import evaluate_tasks
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.frozen_features import fit_feature_scaling
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
@@ -123,3 +124,11 @@ def test_baselines_are_tuned_on_the_validation_classes(dataset: Dataset, monkeyp
     found = result.baselines["soft k-means"]
     assert found.tuning == expected.tuning
     assert np.array_equal(found.accuracies, expected.accuracies)
+
+
+def test_features_that_are_not_finite_are_an_error(dataset: Dataset) -> None:
+    loaded = loaded_model(dataset, "standard")
+    with torch.no_grad():
+        next(loaded.model.encoder.parameters()).fill_(math.nan)
+    with pytest.raises(DataError, match="its encoder gives features that are not finite"):
+        evaluate_tasks(loaded, dataset, [TASK], split="test")

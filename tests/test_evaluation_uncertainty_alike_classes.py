@@ -57,13 +57,20 @@ def rotated_set(characters: dict[str, np.ndarray]) -> tuple[torch.Tensor, np.nda
 def test_glyphs_of_known_symmetry():
     """A ring is the same in four rotations, a bar in two, an L in one; a second bar looks like the first."""
     x, labels, drawings, classes = rotated_set({"ring": RING, "bar": BAR, "bar2": BAR, "l": LETTER_L})
-    pairs = find_alike(x, labels, drawings, class_scores(x, labels, drawings))
+    scores = class_scores(x, labels, drawings)
+    pairs = find_alike(x, labels, drawings, scores)
     group = alike_groups(len(classes), pairs)
     found = {frozenset(classes[i] for i in np.flatnonzero(group == g)) for g in np.unique(group)}
     bars = [frozenset(f"{name}@{a:03d}" for name in ("bar", "bar2") for a in pair) for pair in ((0, 180), (90, 270))]
     rings = frozenset(f"ring@{a:03d}" for a in (0, 90, 180, 270))
     assert found == {rings, *bars, *(frozenset([f"l@{a:03d}"]) for a in (0, 90, 180, 270))}
     assert all(pair.p > 0.05 and pair.correct <= 0.9 for pair in pairs)
+    for pair in pairs:
+        images = np.flatnonzero(np.isin(labels, (pair.first, pair.second)))
+        other = pair.first + pair.second - labels
+        assert pair.correct == pytest.approx(
+            np.mean([float(scores[i, labels[i]] > scores[i, other[i]]) for i in images])
+        )
 
 
 def test_scores_leave_the_drawing_out():

@@ -49,7 +49,8 @@ def split(name: str, seed: int, spread: float) -> SplitFeatures:
 
 
 def test_baselines_on_separated_classes_and_on_noise():
-    separated = list(evaluate_open_baselines(split("test", 0, 0.01), split("validation", 1, 0.01), TASK))
+    task = TASK | {"unbalanced": False, "dirichlet": None}  # as the command gives them
+    separated = list(evaluate_open_baselines(split("test", 0, 0.01), split("validation", 1, 0.01), task))
     assert [result.name for result in separated] == list(BASELINES)
     for result in separated:
         row = result.summary()
@@ -59,6 +60,7 @@ def test_baselines_on_separated_classes_and_on_noise():
             assert row["auroc"] > 0.99, result.name
             assert row["open_accuracy"] > 0.9, result.name
         assert row["settings"]["validation_accuracy"] <= 1
+        assert not {"unbalanced", "dirichlet"} & row.keys()
     for result in evaluate_open_baselines(split("test", 0, 100.0), split("validation", 1, 100.0), TASK):
         assert result.known.mean() == pytest.approx(1 / 3, abs=0.12), result.name
         assert result.auroc == pytest.approx(0.5, abs=0.12), result.name

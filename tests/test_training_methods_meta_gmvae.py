@@ -85,6 +85,12 @@ def test_other_image_sizes_get_an_input_projection() -> None:
     assert mean.shape == (1, 4, 64)
 
 
+def test_raw_features_of_a_rectified_encoder_are_decoded_through_a_relu() -> None:
+    for settings in ({"features": "raw"}, {"features": "raw", "rectified": False}, {"features": "standard"}):
+        last = tiny(reconstruct="features", **settings).decoder.mlp[-1]  # type: ignore[union-attr,index]
+        assert isinstance(last, torch.nn.ReLU) == (settings == {"features": "raw"})
+
+
 def test_scale_images_is_exact() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     scaled = MetaGMVAE.scale_images(levels)

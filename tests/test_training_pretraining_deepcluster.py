@@ -90,6 +90,9 @@ def test_classifier_starts_as_in_the_source() -> None:
     modules.reset_classifier(torch.Generator().manual_seed(0))
     assert float(modules.classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.03)
     assert not modules.classifier.bias.detach().any()
+    first = modules.classifier.weight.clone()
+    modules.reset_classifier(torch.Generator().manual_seed(0))
+    assert torch.equal(modules.classifier.weight, first)
 
 
 def test_weights_equal_uniform_sampling_of_the_clusters() -> None:
