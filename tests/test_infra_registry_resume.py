@@ -102,3 +102,23 @@ def test_model_that_could_not_be_registered_is_registered_by_resuming(train, tmp
     assert f"the run is complete, but its model is not registered: {remedy}" in error
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert train("data", "--resume")["registered"] == "models:/glyphs/1"
+
+
+def test_registration_that_was_killed_leaves_no_second_model(tmp_path, monkeypatch):
+    store, run = mlflow_template.new_store(tmp_path / "store"), mlflow_template.new_run(tmp_path / "run")
+    client = connect(store).client
+
+    def killed(*what, **options):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient.log_model_artifacts", killed)
+        patch.setattr(
+            "mlflow.MlflowClient.finalize_logged_model", lambda *what: None
+        )  # which a killed process cannot do
+        with pytest.raises(SystemExit):
+            register(run, store, "few-shot", once=True)
+    (experiment,) = {run.info.experiment_id for run in client.search_runs(["0", "1"])}
+    assert [model.status for model in client.search_logged_models([experiment])] == ["PENDING"]
+    assert register(run, store, "few-shot", once=True).version == "1"
+    assert [model.status for model in client.search_logged_models([experiment])] == ["READY"]

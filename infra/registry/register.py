@@ -198,6 +198,13 @@ def _log_model(
 
     client = store.client
     experiment = client.get_run(run_id).info.experiment_id
+    # What a process left that was killed meanwhile: nobody else registers this run now.
+    started = paginate(
+        client.search_logged_models, experiment_ids=[experiment], filter_string=f"source_run_id = '{run_id}'"
+    )
+    for left in list(started):
+        if left.status == "PENDING":
+            client.delete_logged_model(left.model_id)
     model = client.create_logged_model(experiment, name, run_id, tags, model_type=_model_type(loaded))
     try:
         with tempfile.TemporaryDirectory() as folder:
