@@ -107,7 +107,9 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
     both) are failures.
     """
     if type(error).__module__.split(".")[0] == "metagmvae":
-        wrong_request = isinstance(error, ValueError) and not isinstance(error, RuntimeError)
+        from metagmvae.pipelines.records import NoSpaceError
+
+        wrong_request = isinstance(error, ValueError) and not isinstance(error, NoSpaceError)
         return str(error).removeprefix(f"{command}: "), 2 if wrong_request else 1
     if isinstance(error, OSError) and error.errno in OS_REMEDIES:
         where = f"{str(error.filename)[:100]}: " if error.filename else ""

@@ -8,7 +8,8 @@ import pytest
 from metagmvae.configs.load import load_settings
 from metagmvae.infra import cli
 from metagmvae.infra.cli import main
-from metagmvae.pipelines.records import DataError, WorkError
+from metagmvae.infra.tracking.mlflow_environment import MissingMlflowError
+from metagmvae.pipelines.records import DataError, NoSpaceError, WorkError
 
 
 @pytest.fixture
@@ -29,6 +30,8 @@ def raising(monkeypatch):
     [
         (DataError("d: no dataset; choose another"), 2, "metagmvae verify: d: no dataset; choose another"),
         (WorkError("the work failed; try again"), 1, "metagmvae verify: the work failed; try again"),
+        (NoSpaceError("d: the disk is full; free some space"), 1, "metagmvae verify: d: the disk is full; free some space"),
+        (MissingMlflowError("needs mlflow; install it"), 2, "metagmvae verify: needs mlflow; install it"),
         (KeyError("name"), 1, "metagmvae: unexpected error in verify: KeyError: 'name'; --debug shows the traceback"),
         (AssertionError(), 1, "metagmvae: unexpected error in verify: AssertionError; --debug shows the traceback"),
         (ValueError("a\nb"), 1, "metagmvae: unexpected error in verify: ValueError: a; --debug shows the traceback"),

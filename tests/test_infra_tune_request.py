@@ -60,7 +60,8 @@ def test_trials_that_keep_a_checkpoint_are_calibrated_as_a_run_of_train(
     while len(numbers) < 3 and (number := sweep.next_trial()) is not None:
         numbers.append(number)
         folder = sweep.folder.trial_folder(number)
-        trial.run_trial({"folder": str(folder), "data": dataset.uri, "task": sweep.plan.task})
+        data = {"data": dataset.uri, "fingerprint": dataset.fingerprint}
+        trial.run_trial({"folder": str(folder), "task": sweep.plan.task, **data})
         if len(numbers) == 2:
             (folder / "checkpoint.pt").unlink()
         if len(numbers) == 3:
