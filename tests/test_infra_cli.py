@@ -30,7 +30,7 @@ def raising(monkeypatch):
     [
         (DataError("d: no dataset; choose another"), 2, "metagmvae verify: d: no dataset; choose another"),
         (WorkError("the work failed; try again"), 1, "metagmvae verify: the work failed; try again"),
-        (NoSpaceError("d: the disk is full; free some space"), 1, "metagmvae verify: d: the disk is full; free some space"),
+        (NoSpaceError("d: no space; free some"), 1, "metagmvae verify: d: no space; free some"),
         (MissingMlflowError("needs mlflow; install it"), 2, "metagmvae verify: needs mlflow; install it"),
         (KeyError("name"), 1, "metagmvae: unexpected error in verify: KeyError: 'name'; --debug shows the traceback"),
         (AssertionError(), 1, "metagmvae: unexpected error in verify: AssertionError; --debug shows the traceback"),
