@@ -185,6 +185,7 @@ def test_under_uv_run_the_project_is_not_sent_to_the_workers(monkeypatch):
     monkeypatch.delenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", raising=False)
     monkeypatch.setattr(ray, "init", lambda **options: used.append(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     with cluster("", 1):
         assert used == [False]
 
