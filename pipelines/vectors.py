@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 VECTORS = "vectors"
 """Name of the encoder, and of the source of `metagmvae prepare`."""
 
@@ -19,6 +21,16 @@ def vector_shape(size: int) -> tuple[int, int, int]:
 def vector_digest(size: int) -> str:
     """sha256 that stands for the encoder of vectors of F values, which has no weights."""
     return hashlib.sha256(f"vectors {size};".encode()).hexdigest()
+
+
+def convert(values: np.ndarray, dtype: str) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Vectors (n, F) in another number format, and row and column of the first value that is not finite in it."""
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype)
+    if np.isfinite(converted).all():
+        return converted, None
+    row, column = np.argwhere(~np.isfinite(converted))[0]
+    return converted, (int(row), int(column))
 
 
 def describe_shape(shape: tuple[int, ...], *, vectors: bool) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.sources.source import ImageSource
-from metagmvae.pipelines.vectors import VECTORS, vector_digest
+from metagmvae.pipelines.vectors import VECTORS, convert, vector_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,10 @@ def stored_values(values: np.ndarray, dtype: str, name: str, rows: np.ndarray) -
         DataError: a value is not finite, or too large for the number format.
     """
     values = np.asarray(values)
-    with np.errstate(over="ignore"):
-        stored = values.astype(dtype)
-    if np.isfinite(stored).all():
+    stored, wrong = convert(values, dtype)
+    if wrong is None:
         return stored
-    row, column = np.argwhere(~np.isfinite(stored))[0]
+    row, column = wrong
     value, place = values[row, column], f"{name}: value {column} of row {rows[row]}"
     if np.isfinite(value):
         raise DataError(f"{place} is {value:g}, too large for {dtype}; give --dtype float32, or scale the vectors")

@@ -21,7 +21,7 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.manifest import DTYPES, check_node_copy
-from metagmvae.pipelines.vectors import image_remedy
+from metagmvae.pipelines.vectors import convert, image_remedy
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,9 @@ class FeatureSource:
         """
         images = _images(self.uri, split, self.images["fingerprint"])[np.asarray(rows)]
         features = self.encode(images)
-        with np.errstate(over="ignore"):
-            stored = features.astype(self.dtype)
-        if not np.isfinite(stored).all():
-            row, column = np.argwhere(~np.isfinite(stored))[0]
+        stored, wrong = convert(features, self.dtype)
+        if wrong is not None:
+            row, column = wrong
             value = features[row, column]
             message = f"{redact(self.uri)}: feature {column} of image {rows[row]} of {split!r} is {value}"
             if not np.isfinite(value):

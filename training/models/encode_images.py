@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metagmvae.pipelines.records import DataError, Rows
+from metagmvae.pipelines.vectors import convert
 from metagmvae.training.device.allocator import keep_freed_memory
 from metagmvae.training.device.memory_format import channels_last as in_channels_last
 from metagmvae.training.device.precision import Precision, autocast
@@ -36,10 +37,9 @@ def vectors_as_images(model: EncoderModel, vectors: np.ndarray, name: str) -> np
     if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind not in "iuf":
         takes = f"the model takes vectors of {size} values"
         raise DataError(f"{name}: holds {vectors.dtype} {vectors.shape}, and {takes}")
-    with np.errstate(over="ignore"):
-        rounded = vectors.astype(np.float32)
-    if not np.isfinite(rounded).all():
-        row, column = np.argwhere(~np.isfinite(rounded))[0]
+    rounded, wrong = convert(vectors, "float32")
+    if wrong is not None:
+        row, column = wrong
         value = vectors[row, column]
         raise DataError(f"{name}: value {column} of vector {row} is {value}; give finite numbers up to 3e38")
     return rounded.reshape(-1, *model.image_shape)
