@@ -1,7 +1,7 @@
 """`metagmvae bench step`: one training step with the paper's settings, compared with a literal step.
 
 Every variant has its own process, so its peak memory can be measured. The variants take turns, so that a change of the
-machine's load affects all of them. On a GPU the data are in its memory, a time is the mean of several steps, and the
+machine's load affects all of them, and give their memory back at the end of a turn. On a GPU the data are in its memory, a time is the mean of several steps, and the
 step is a CUDA graph, as in training.
 
 Notation: B episodes, M points, N samples, R decoded samples, K components, D latent size.
@@ -26,7 +26,7 @@ from metagmvae.configs.schema import ModelSettings, TrainSettings
 from metagmvae.evaluation.bench.memory import peak_rss
 from metagmvae.evaluation.bench.reference import step_loss
 from metagmvae.pipelines.records import SetBatch, WorkError
-from metagmvae.training.device.allocator import keep_freed_memory
+from metagmvae.training.device.allocator import give_back_freed_memory, keep_freed_memory
 from metagmvae.training.device.default import default_device
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
 from metagmvae.training.methods.meta_step import MetaStep
@@ -51,22 +51,20 @@ DEFAULT_ALLOCATOR = ("literal", "R=1, memory given back", "R=1, bfloat16, memory
 GPU_STEPS = 20
 """Steps of one measured time on a GPU, which works while the host prepares the next step."""
 
-NEEDED_MEMORY = "the seven processes need about 18 GiB together; close other programs, or use another machine"
+NEEDED_MEMORY = "the seven processes need about 13 GiB together; close other programs, or use another machine"
 """On a CPU, according to `evaluation/results/bench-step.json` and with the libraries of each process."""
 
 Step = Callable[[], Tensor]
 
 
 def bench_step(repeats: int, threads: int) -> dict[str, Any]:
-    """Measure seconds (median of `repeats` after one warm-up step) and peak memory of each variant, and profile two.
+    """Measure seconds (median of `repeats`, each after a warm-up step) and peak memory of each variant, and profile two.
 
     Args:
         repeats: timed steps of each variant.
         threads: PyTorch threads of each variant; only one variant runs at a time.
     """
     with _children(threads) as children:
-        for child in children.values():
-            child.ask("step")
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         for _ in range(repeats):
             for name, child in children.items():
@@ -151,7 +149,7 @@ def _serve(name: str, threads: int, pipe: Any) -> None:
     step, gradients = _make_step(name)
     peak_before = _peak_mib()
     answers: dict[str, Callable[[], Any]] = {
-        "step": lambda: _seconds(step),
+        "step": lambda: _turn(step),
         "memory": lambda: _peak_mib() - peak_before,
         "profile": lambda: _profile(step, gradients, VARIANTS[name].get("precision") == "bfloat16"),
     }
@@ -209,6 +207,14 @@ class _LiteralStep(nn.Module):
         noise = torch.randn(shape, generator=self.generator, device=sets.device)
         rows = init_indices(noise.flatten(1, 2), settings.components, [self.generator] * len(sets))
         return step_loss(self.model, sets, noise, rows, settings.em_iterations), {}
+
+
+def _turn(step: Step) -> float:
+    """Seconds of one step after a warm-up step, which allocates the memory; then the memory is free for other variants."""
+    step()
+    seconds = _seconds(step)
+    give_back_freed_memory()
+    return seconds
 
 
 def _seconds(step: Step) -> float:

@@ -23,3 +23,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, NEVER), mallopt(TOP_PAD, PAD)])
+
+
+def give_back_freed_memory() -> None:
+    """Return the freed memory of this process to the system once, also after `keep_freed_memory`; glibc only."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
