@@ -14,7 +14,7 @@ from small_preset import SMALL
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables import table_rows
 from metagmvae.evaluation.paper_tables.table_rows import table_parts
-from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow, select_ways
+from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow, select_columns
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs import training_speed
 from metagmvae.infra.runs.run_folder import read_settings
@@ -409,10 +409,19 @@ def test_rows_run_as_ray_tasks(table, data, capsys):
     assert answer["document"]["not_run"] == 2
 
 
-def test_only_the_columns_of_some_numbers_of_classes():
-    parts = select_ways(table_parts(1), [20])
+def test_only_the_columns_of_some_numbers_of_classes_and_shots():
+    parts = select_columns(table_parts(1), [20])
     assert [column[:3] for part in parts for column in part.columns] == [("omniglot", 20, 1), ("omniglot", 20, 5)]
     assert {column.way for part in parts for row in part.rows for column in row.recipes} == {20}
-    assert select_ways(table_parts(2), []) == table_parts(2)
+    few = {("omniglot", 5, 1), ("omniglot", 5, 5), ("mini-imagenet", 5, 1), ("mini-imagenet", 5, 5)}
+    parts = select_columns(table_parts(1), [5], [1, 5])
+    assert {column[:3] for part in parts for column in part.columns} == few
+    assert {column[:3] for part in parts for row in part.rows for column in row.recipes} == few
+    assert [column[2] for part in select_columns(table_parts(1), shots=[50]) for column in part.columns] == [50]
+    assert select_columns(table_parts(2)) == table_parts(2)
     with pytest.raises(DataError, match="--ways 7: the table has no such column; give 5 or 20"):
-        select_ways(table_parts(1), [7])
+        select_columns(table_parts(1), [7])
+    with pytest.raises(DataError, match="--shots 2: the table has no such column; give 1 or 5 or 20 or 50"):
+        select_columns(table_parts(1), shots=[2])
+    with pytest.raises(DataError, match="--ways, --shots: no row has a column of these numbers"):
+        select_columns(table_parts(1), [20], [50])

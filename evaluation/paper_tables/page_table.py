@@ -11,7 +11,7 @@ from metagmvae.evaluation.paper_tables.match_results import read_result_folder
 from metagmvae.evaluation.paper_tables.paper_table import table_document
 from metagmvae.evaluation.paper_tables.table_layout import markdown_results
 from metagmvae.evaluation.paper_tables.table_rows import table_parts
-from metagmvae.evaluation.paper_tables.table_structure import parse_table_name, select_ways
+from metagmvae.evaluation.paper_tables.table_structure import parse_table_name, select_columns
 from metagmvae.pipelines.records import DataError
 
 
@@ -55,7 +55,7 @@ def page_table(results: Path, marker: str) -> str:
     table = parse_table_name(name)
     if table is None:
         raise DataError(f"paper-table:{marker}: no such table; give 1, 2, 10 or flips")
-    parts = select_ways(table_parts(table), options.ways)
+    parts = select_columns(table_parts(table), options.ways)
     document = table_document(table, parts, read_result_folder(results), results, budget_s=options.budget)
     text = markdown_results(document, options.data)
     if not text:

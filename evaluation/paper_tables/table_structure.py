@@ -91,23 +91,33 @@ def select_rows(parts: Sequence[TablePart], keys: Sequence[str]) -> tuple[TableP
     return tuple(part for part in kept if part.rows)
 
 
-def select_ways(parts: Sequence[TablePart], ways: Sequence[int]) -> tuple[TablePart, ...]:
-    """Return the parts with only the columns of these numbers of classes; without numbers all columns.
+def select_columns(
+    parts: Sequence[TablePart], ways: Sequence[int] = (), shots: Sequence[int] = ()
+) -> tuple[TablePart, ...]:
+    """Return the parts with only the columns of these numbers of classes and of shots; without numbers all columns.
 
     Raises:
-        DataError: no column has one of the numbers.
+        DataError: no column has one of the numbers, or no row has a column of them.
     """
-    known = sorted({column.way for part in parts for column in part.columns})
-    if unknown := [way for way in ways if way not in known]:
-        raise DataError(f"--ways {unknown[0]}: the table has no such column; give {' or '.join(map(str, known))}")
-    if not ways:
+    columns = {column for part in parts for column in part.columns}
+    for option, numbers, known in (
+        ("--ways", ways, {c.way for c in columns}),
+        ("--shots", shots, {c.shot for c in columns}),
+    ):
+        if unknown := [number for number in numbers if number not in known]:
+            remedy = " or ".join(map(str, sorted(known)))
+            raise DataError(f"{option} {unknown[0]}: the table has no such column; give {remedy}")
+    if not ways and not shots:
         return tuple(parts)
     kept = []
     for part in parts:
-        columns = tuple(column for column in part.columns if column.way in ways)
+        chosen = tuple(c for c in part.columns if (not ways or c.way in ways) and (not shots or c.shot in shots))
         rows = (
-            replace(row, recipes={column: recipe for column, recipe in row.recipes.items() if column in columns})
+            replace(row, recipes={column: recipe for column, recipe in row.recipes.items() if column in chosen})
             for row in part.rows
         )
-        kept.append(replace(part, columns=columns, rows=tuple(row for row in rows if row.recipes or row.reason)))
-    return tuple(part for part in kept if part.columns and part.rows)
+        kept.append(replace(part, columns=chosen, rows=tuple(row for row in rows if row.recipes or row.reason)))
+    left = tuple(part for part in kept if part.columns and part.rows)
+    if not left:
+        raise DataError("--ways, --shots: no row has a column of these numbers; give others, or leave one out")
+    return left

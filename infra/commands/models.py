@@ -94,6 +94,8 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--rows", nargs="+", default=[], metavar="KEY", help=help_text)
     help_text = "only the columns of these numbers of classes (default: all)"
     paper.add_argument("--ways", nargs="+", type=int, default=[], metavar="K", help=help_text)
+    help_text = "only the columns of these numbers of labelled images per class (default: all)"
+    paper.add_argument("--shots", nargs="+", type=int, default=[], metavar="S", help=help_text)
     help_text = "train and evaluate on --data what has no result with this budget, the smallest training first; run "
     help_text += "again, it continues"
     paper.add_argument("--run", action="store_true", dest="run_rows", help=help_text)
@@ -209,6 +211,7 @@ def table(arguments: Namespace) -> Answer:
         "--data": arguments.data,
         "--rows": arguments.rows,
         "--ways": arguments.ways,
+        "--shots": arguments.shots,
         "--budget": arguments.budget,
         "--set": arguments.overrides,
         "--seeds": arguments.seeds,
@@ -227,12 +230,12 @@ def _paper_table(arguments: Namespace, name: TableName) -> Answer:
     from metagmvae.evaluation.paper_tables.paper_table import table_document
     from metagmvae.evaluation.paper_tables.table_layout import markdown_document
     from metagmvae.evaluation.paper_tables.table_rows import table_parts
-    from metagmvae.evaluation.paper_tables.table_structure import select_rows, select_ways
+    from metagmvae.evaluation.paper_tables.table_structure import select_columns, select_rows
     from metagmvae.infra.fitting.fit_plan import parse_budget
     from metagmvae.infra.tables.table_request import TableRequest, open_data
     from metagmvae.pipelines.records import DataError
 
-    parts = select_ways(select_rows(table_parts(name), arguments.rows), arguments.ways)
+    parts = select_columns(select_rows(table_parts(name), arguments.rows), arguments.ways, arguments.shots)
     results = Path(arguments.results)
     if arguments.dry_run and not arguments.run_rows:
         raise DataError("--dry-run: says what --run would do; give both")
