@@ -73,7 +73,7 @@ def test_changed_number_is_restored():
             "|  | `omniglot-cactus-acai-maml` | 69.42 ± 1.22 | 89.66 ± 2.11 | inductive, own split, 308 episodes;",
         ),
         ("ablation:joint-training", "| features of the pre-trained encoder, frozen; 200 steps | 99.21"),
-        ("bench:step", "| R=1 | 0.987 | 21.8 | 723 | 44% |"),
+        ("bench:step", "| R=1 | 0.38 | 28.7 | 1,016 | 90% |"),
         ("bench:features", "| rows written per second | 54,297 |"),
         ("curve:omniglot-5way", "| 27,000 | 2,971 | 96.97 ± 0.79 | 98.08 ± 0.35 |"),
         ("promotion:omniglot-sweep", "| (20,1) | 98.54 | 98.47 | +0.07 ± 0.04 | better |"),
@@ -134,7 +134,7 @@ def test_pages_are_written_in_place_and_only_in_a_source_checkout(tmp_path, monk
     monkeypatch.setattr(readme, "PAGES", ("README.md", "missing/README.md"))
     assert main(["table", "--write"]) == 0
     assert capsys.readouterr().out == "changed: README.md\n"
-    assert "| R=1 | 0.987 |" in (tmp_path / "README.md").read_text()
+    assert "| R=1 | 0.38 |" in (tmp_path / "README.md").read_text()
     assert write_pages() == []
     (tmp_path / "README.md").write_text("<!-- bench:step -->")
     with pytest.raises(DataError, match=r"README.md: a marker"):
