@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from metagmvae.pipelines.records import DataError, printable
 
@@ -19,42 +21,60 @@ SHOWN = 3
 """Names that an error shows."""
 
 
-def read_labels(path: str | Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+class LabelRow(NamedTuple):
+    """What a table says of an image file."""
+
+    label: str
+    split: str = ""
+    """Content of the column `split`; empty without such a column."""
+    group: str = ""
+    """Content of the column of groups, such as the patient; empty if none is asked for."""
+
+
+def read_labels(path: str | Path, names: Sequence[str], groups: str | None = None) -> dict[str, LabelRow]:
     """Class and split of image files, from a table with a heading and the columns `file` and `label` (`COLUMNS`).
 
-    A row names a file by its path in the folder, by its name without the folder, or by that without the suffix.
+    A row names a file by its path in the folder, by its name without the folder, or by that without the suffix. The two
+    ways in which Unicode writes a letter with an accent are equal.
 
     Args:
         path: the table, UTF-8, with commas, semicolons or tabs between the columns.
         names: paths of the image files in their folder.
+        groups: name of the column with the group of each image; None: there is none.
 
     Returns:
-        (class, content of the column `split` or "") by the path of the file, for the files that have a row.
+        The row of each file that has one, by the path of the file.
 
     Raises:
-        DataError: the table cannot be read, lacks a column, or has a row without a class or without a file; or two
+        DataError: the table cannot be read, lacks a column, or has a row without a class, a group or a file; or two
             rows give one file different classes.
     """
     rows = _rows(Path(path))
     places = _columns(path, rows[0])
-    found: dict[str, tuple[str, str]] = {}
+    if groups is not None:
+        places["group"] = _column(path, rows[0], groups)
+    found: dict[str, LabelRow] = {}
     files, missing = _by_name(names), []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(rows[0]):
             raise DataError(f"{path}: row {number} has {len(row)} columns, but the heading has {len(rows[0])}")
         file, label = row[places["file"]].strip(), row[places["label"]].strip()
-        if not label:
-            raise DataError(f"{path}: row {number} ({printable(file)}) has no class; complete or remove it")
-        matches = files.get(file.replace("\\", "/").removeprefix("./"), [])
+        group = row[places["group"]].strip() if "group" in places else ""
+        if not label or (groups and not group):
+            what = printable(groups) if groups and label else "class"
+            raise DataError(f"{path}: row {number} ({printable(file)}) has no {what}; complete or remove it")
+        matches = files.get(_composed(file.replace("\\", "/").removeprefix("./")), [])
         if len(matches) > 1:
             both = " and ".join(map(printable, sorted(matches)[:2]))
             raise DataError(f"{path}: row {number}: {printable(file)} is {both}; give paths in the folder")
         if not matches:
             missing.append(printable(file))
             continue
-        given = (label, row[places["split"]].strip() if "split" in places else "")
+        given = LabelRow(label, row[places["split"]].strip() if "split" in places else "", group)
         if found.setdefault(matches[0], given) != given:
-            raise DataError(f"{path}: row {number} gives {printable(file)} another class than a row before; remove one")
+            what = f"class or {printable(groups)}" if groups else "class"
+            both = f"{printable(file)} another {what} than a row before"
+            raise DataError(f"{path}: row {number} gives {both}; remove one")
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         shown = ", ".join(missing[:SHOWN]) + more
@@ -123,12 +143,27 @@ def _columns(path: str | Path, heading: Sequence[str], meanings: Sequence[str] =
     return places
 
 
+def _column(path: str | Path, heading: Sequence[str], name: str) -> int:
+    """Place of the column of a name; case, spaces, `-` and `_` are ignored."""
+    matching = [place for place, column in enumerate(heading) if plain_name(column) == plain_name(name)]
+    if len(matching) != 1:
+        columns = ", ".join(map(printable, heading))
+        kind = "several columns are" if matching else "no column is"
+        raise DataError(f"{path}: {kind} named {printable(name)} among {columns}; name the column of the groups")
+    return matching[0]
+
+
+def _composed(name: str) -> str:
+    """Accents as file systems and tables may both write them: macOS separates them from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _by_name(names: Sequence[str]) -> dict[str, list[str]]:
     """Files by their path, and by shorter forms that no path has: the name, and the name without the suffix."""
-    files = {name: [name] for name in names}
-    for short in (lambda path: path.name, lambda path: path.stem):
+    files: dict[str, list[str]] = {}
+    for short in (str, lambda path: path.name, lambda path: path.stem):
         counts: dict[str, list[str]] = {}
         for name in names:
-            counts.setdefault(short(PurePosixPath(name)), []).append(name)
+            counts.setdefault(_composed(short(PurePosixPath(name))), []).append(name)
         files = counts | files
     return files

@@ -33,7 +33,7 @@ def table(tmp_path, text, encoding="utf-8"):
 )
 def test_files_are_named_by_path_name_or_stem(tmp_path, text):
     text = text.replace("\na/2,y", "\n2,y")
-    expected = {"a/1.png": ("x", ""), "a/2.png": ("y", ""), "b/3.v2.png": ("x", "")}
+    expected = {"a/1.png": ("x", "", ""), "a/2.png": ("y", "", ""), "b/3.v2.png": ("x", "", "")}
     assert read_labels(table(tmp_path, text), NAMES) == expected
 
 
@@ -41,7 +41,7 @@ def test_a_path_comes_before_shorter_names(tmp_path):
     """`1.png` is a path and also the name of another file; `a` is a name and the stem of a third one."""
     names = ["1.png", "a/1.png", "b/a", "c/a.png"]
     found = read_labels(table(tmp_path, "file,label\n1.png,x\na/1.png,y\na,z\nc/a.png,x\n"), names)
-    assert {name: label for name, (label, _) in found.items()} == dict(zip(names, "xyzx", strict=True))
+    assert {name: row.label for name, row in found.items()} == dict(zip(names, "xyzx", strict=True))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,24 @@ def test_wrong_tables_are_one_line(tmp_path, text, reason):
         read_labels(table(tmp_path, text), NAMES)
     assert str(caught.value).startswith(f"{tmp_path}/labels.csv: ")
     assert "\n" not in str(caught.value)
+
+
+def test_accents_of_file_systems_and_tables(tmp_path):
+    """macOS writes ö as o and a mark, spreadsheets as one letter."""
+    names = ["Ro\u0308ntgen 1.png", "R\u00f6ntgen 2.png"]
+    found = read_labels(table(tmp_path, "file,label\nR\u00f6ntgen 1,x\nRo\u0308ntgen 2.png,y\n"), names)
+    assert {name: row.label for name, row in found.items()} == dict(zip(names, "xy", strict=True))
+
+
+def test_the_column_of_groups(tmp_path):
+    path = table(tmp_path, "file;Patient_ID;label\na/1.png;p;x\na/2.png;q;y\n")
+    assert read_labels(path, NAMES, "patient id") == {"a/1.png": ("x", "", "p"), "a/2.png": ("y", "", "q")}
+    with pytest.raises(DataError, match="no column is named case among file, Patient_ID, label"):
+        read_labels(path, NAMES, "case")
+    with pytest.raises(DataError, match=r"row 2 \(a/1.png\) has no patient; complete or remove it"):
+        read_labels(table(tmp_path, "file,patient,label\na/1.png,,x\n"), NAMES, "patient")
+    with pytest.raises(DataError, match="another class or patient than a row before"):
+        read_labels(table(tmp_path, "file,patient,label\na/1.png,p,x\na/1.png,q,x\n"), NAMES, "patient")
 
 
 def test_files_that_are_no_text(tmp_path):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 SOURCE_OPTIONS = (
-    *("split", "size", "channels", "invert", "crop", "classes", "labels", "join_splits"),
+    *("split", "size", "channels", "invert", "crop", "classes", "labels", "groups", "join_splits"),
     *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing", "dtype"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
@@ -67,12 +67,16 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text += "their folders then mean nothing, and images without a row are left out; vectors: .npy, or CSV with "
     help_text += "the column label, one row for each vector, in their order"
     parser.add_argument("--labels", metavar="FILE", help=help_text)
+    help_text = "folder: column of --labels whose value, such as the patient, keeps images together: the images are "
+    help_text += "divided into the splits, not the classes, so the splits share classes (default: by classes)"
+    parser.add_argument("--groups", metavar="COLUMN", help=help_text)
     help_text = "vectors: number format of the dataset (default: that of the vectors, float16 or float32)"
     parser.add_argument("--dtype", choices=["float16", "float32"], help=help_text)
     help_text = "folder: join folders of the splits that hold the same classes (train/cat, test/cat), and divide the "
     help_text += "classes anew"
     parser.add_argument("--join-splits", action="store_true", default=None, help=help_text)
-    help_text = "folder: fractions of the classes for the three splits"
+    help_text = "folder: fractions of the classes (with --groups: of the images; default there: 0.6 0.2 0.2) for the "
+    help_text += "three splits"
     parser.add_argument("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help=help_text)
     help_text = "folder: number of classes for the validation split, drawn at random (default: a fifth of the "
     help_text += "classes if there are at least 20, ten of them with 20 images; else 0)"

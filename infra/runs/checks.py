@@ -7,6 +7,7 @@ import numpy as np
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -41,8 +42,12 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
         if not validation.shots:
             raise SettingsError("validation.shots is empty; give a number of shots, or set validation.every to 0")
         labels = dataset.labels(settings.data.validation_split)
-        for shot in validation.shots:
-            EpisodeSampler(labels, way=validation.way, shot=shot, query=validation.query, seed=validation.seed)
+        try:
+            for shot in validation.shots:
+                EpisodeSampler(labels, way=validation.way, shot=shot, query=validation.query, seed=validation.seed)
+        except DataError as error:
+            keys = "validation.way, validation.shots and validation.query"
+            raise DataError(f"{dataset.uri}: validation: {error} ({keys}), or set validation.every to 0") from error
 
 
 def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:

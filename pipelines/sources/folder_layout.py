@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from metagmvae.pipelines.archives.entries import Entry
+from metagmvae.pipelines.label_file import LabelRow
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.source import first_few
 from metagmvae.pipelines.sources.splits import split_hint, split_of
@@ -26,6 +27,8 @@ class FolderImage:
     split: str
     folder: str
     """Path of its folder below the folder of the split."""
+    group: str = ""
+    """What keeps images together, such as the patient; empty without groups."""
 
 
 def parse_paths(source: str, entries: Sequence[Entry], classes: bool) -> list[FolderImage]:
@@ -62,26 +65,25 @@ def parse_paths(source: str, entries: Sequence[Entry], classes: bool) -> list[Fo
     ]
 
 
-def table_images(table: str, entries: Sequence[Entry], rows: Mapping[str, tuple[str, str]]) -> list[FolderImage]:
+def table_images(table: str, entries: Sequence[Entry], rows: Mapping[str, LabelRow]) -> list[FolderImage]:
     """Images with the classes and splits of a table; the class takes the place of the folder.
 
     Args:
         table: name for error messages.
         entries: image files.
-        rows: class and name of the split of some of them (`label_file.read_labels`); others are left out.
+        rows: of some of them (`label_file.read_labels`); others are left out.
 
     Raises:
         DataError: the name of a split is unknown, or only some rows have one.
     """
-    names = sorted({name for _, name in rows.values()})
+    names = sorted({row.split for row in rows.values()})
     unknown = [name for name in names if split_of(name) is None]
     if unknown and names != [""]:
         raise DataError(f"{table}: split {unknown[0]!r}; write train, validation or test in every row")
     return [
-        FolderImage(entry, entry.name, split_of(name) or "train", label)
+        FolderImage(entry, entry.name, split_of(row.split) or "train", row.label, row.group)
         for entry in entries
-        if entry.name in rows
-        for label, name in [rows[entry.name]]
+        if (row := rows.get(entry.name))
     ]
 
 

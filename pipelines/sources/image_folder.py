@@ -27,13 +27,13 @@ from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.label_file import read_labels
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
-from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths, table_images
+from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths, table_images
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
-from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, assign_splits
+from metagmvae.pipelines.sources.splits import SPLITS, Folder, SplitRequest, assign_splits, check_groups, divide_groups
 
 NOT_INVERTED = (
     "these are drawings with dark strokes on a bright background; --invert makes the strokes bright, which the random "
@@ -50,6 +50,7 @@ def open_folder(
     crop: bool = True,
     classes: bool = True,
     labels: str | None = None,
+    groups: str | None = None,
     join_splits: bool = False,
     fractions: Sequence[float] | None = None,
     validation_classes: int | None = None,
@@ -72,12 +73,14 @@ def open_folder(
         classes: False uses all images as unlabelled training images and ignores their folders.
         labels: CSV file with the class of each image, as `label_file.read_labels` reads it; the folders are then no
             classes, and images without a row are left out. None: the folders are the classes.
+        groups: column of `labels` whose value, such as the patient, keeps images together. The images are then divided
+            into the splits, not the classes (`splits.divide_groups`); a column `split` is kept.
         join_splits: join folders of the splits that hold the same classes, as for supervised learning; the classes are
             then divided as without such folders.
-        fractions: fractions of the classes for train, validation and test.
+        fractions: fractions of the classes (with `groups`, of the images) for train, validation and test.
         validation_classes: number of classes for validation; None: `splits.default_held_out`.
         test_classes: number of classes for test; None: `splits.default_held_out`.
-        seed: seed of the assignment of classes to splits.
+        seed: seed of the assignment of classes or groups to splits.
         max_broken: largest fraction of images that may be skipped.
         map_tasks: decodes images in parallel, for example as Ray tasks; None decodes them in this process.
 
@@ -89,6 +92,8 @@ def open_folder(
         raise DataError("no folder of images given; give a folder or an archive with --source")
     if labels is not None and not classes:
         raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
+    if groups is not None and (labels is None or join_splits):
+        raise DataError(f"--groups {groups}: is a column of --labels, without --join-splits; change these options")
     request = SplitRequest(fractions, validation_classes, test_classes)
     request.check(classes)
     _check_options(size, channels, seed, max_broken)
@@ -98,7 +103,8 @@ def open_folder(
     if labels is None:
         images = parse_paths(source, listing.entries, classes)
     else:
-        images = table_images(labels, listing.entries, read_labels(labels, [entry.name for entry in listing.entries]))
+        rows = read_labels(labels, [entry.name for entry in listing.entries], groups)
+        images = table_images(labels, listing.entries, rows)
         listed = {image.key for image in images}
         reason = f"not in {PurePath(labels).name}"
         unlisted = [LeftOut(entry.name, reason) for entry in listing.entries if entry.name not in listed]
@@ -107,12 +113,18 @@ def open_folder(
             raise DataError(f"{source}: has no folders of the splits to join; omit --join-splits")
         images = [replace(image, split="train") for image in images]
     names = [image.file.name for image in images]
-    class_of = class_names(labels or source, images) if classes else {}
+    split_of: dict[Folder, str] = {}
+    if groups is not None:
+        # With one split only: the splits share classes, whose names must differ all the same.
+        class_names(source, [replace(image, split="train") for image in images])
+        images, division = _grouped(labels or source, images, request, seed)
+    class_of = class_names(labels or source, images) if classes and groups is None else {}
     if labels is not None:  # the only class of a split has a name too
-        class_of = {folder: folder[1] for folder in class_of}
-    sizes = Counter((image.split, image.folder) for image in images if class_of.get((image.split, image.folder)))
-    in_splits = {image.split for image in images} != {"train"}
-    split_of, division = assign_splits(source, sizes, request, seed, in_splits=in_splits)
+        class_of = {(image.split, image.folder): image.folder for image in images}
+    if groups is None:
+        sizes = Counter((image.split, image.folder) for image in images if class_of.get((image.split, image.folder)))
+        in_splits = {image.split for image in images} != {"train"}
+        split_of, division = assign_splits(source, sizes, request, seed, in_splits=in_splits)
     notes = {}
     if size is None or channels is None:
         survey = survey_images(str(source), names)
@@ -145,7 +157,9 @@ def open_folder(
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
         "skipped": [{"name": name, "reason": reason} for name, reason in scan.broken.items()],
-        "options": {**options, "fractions": fractions and list(fractions), "seed": seed, "max_broken": max_broken},
+        "options": options
+        | ({} if groups is None else {"groups": groups})
+        | {"fractions": fractions and list(fractions), "seed": seed, "max_broken": max_broken},
     }
     if scan.preprocessing != preprocessing:
         options["sixteen_bit_white"] = scan.preprocessing.sixteen_bit_white
@@ -154,6 +168,19 @@ def open_folder(
     files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
     files |= {"division": division, **notes}
     return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)
+
+
+def _grouped(table: str, images: list[FolderImage], request: SplitRequest, seed: int) -> tuple[list[FolderImage], str]:
+    """Images with splits that keep their groups together, and a sentence on how they were divided."""
+    groups = [image.group for image in images]
+    splits, division = [image.split for image in images], "as the table says"
+    if set(splits) == {"train"}:
+        splits, division = divide_groups(table, groups, [image.folder for image in images], request, seed)
+    elif request.given:
+        raise DataError(f"{table}: already has a column of splits; omit fractions and numbers of classes")
+    check_groups(table, groups, splits)
+    shared = f"{division}; the splits share classes"
+    return [replace(image, split=split) for image, split in zip(images, splits, strict=True)], shared
 
 
 def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndarray:

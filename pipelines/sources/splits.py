@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.source import check_integer
 
@@ -51,7 +52,7 @@ EPISODE_CLASSES = 5
 LEAST_CLASSES = 20
 """With fewer classes, all are training classes by default."""
 SHARE = 0.2
-"""Default fraction of the classes for validation, and for test."""
+"""Default fraction of the classes, or of the groups, for validation, and for test."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,63 @@ def assign_splits(
     split_of_folder |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
     sentence = f"{counts[0]} validation and {counts[1]} test classes of {len(folders)}, drawn with seed {seed}"
     return split_of_folder, sentence
+
+
+def divide_groups(
+    source: str, group_of: Sequence[str], class_of: Sequence[str], request: SplitRequest, seed: int
+) -> tuple[list[str], str]:
+    """Divide images so that those of one group stay together; return the split of each image, and what was done.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011) of groups: each goes to the split that lacks most
+    images of its rarest class. The groups with the rarest classes come first, so every split gets some if it can.
+
+    Args:
+        source: name for error messages.
+        group_of: group of each image, such as the patient.
+        class_of: class of each image.
+        request: the fractions of the images for the splits; None: 0.6, 0.2 and 0.2.
+        seed: of the order of the groups.
+
+    Raises:
+        DataError: numbers of classes are asked for, or there are too few groups.
+    """
+    if request.validation_classes is not None or request.test_classes is not None:
+        raise DataError("groups divide the images, not the classes; give fractions, or omit the numbers of classes")
+    fractions = request.fractions or (1 - 2 * SHARE, SHARE, SHARE)
+    size_of_class = Counter(class_of)
+    images: dict[str, Counter[str]] = {}
+    for group, label in zip(group_of, class_of, strict=True):
+        images.setdefault(group, Counter())[label] += 1
+    rarest = {group: min(labels, key=lambda label: (size_of_class[label], label)) for group, labels in images.items()}
+    drawn = [sorted(images)[row] for row in keyed_rng("groups", seed).permutation(len(images))]
+    lacking = {
+        split: Counter({label: fraction * count for label, count in size_of_class.items()})
+        for split, fraction in zip(SPLITS, fractions, strict=True)
+        if fraction
+    }
+    split_of_group: dict[str, str] = {}
+    for group in sorted(drawn, key=lambda group: (size_of_class[rarest[group]], rarest[group])):
+        split = max(lacking, key=lambda split: (lacking[split][rarest[group]], lacking[split].total()))
+        split_of_group[group] = split
+        lacking[split].subtract(images[group])
+    if empty := [split for split in lacking if split not in split_of_group.values()]:
+        raise DataError(f"{source}: has {len(images)} groups, which leave none for {empty[0]}; change the fractions")
+    counts = Counter(split_of_group.values())
+    numbers = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
+    return [split_of_group[group] for group in group_of], f"{numbers} of {len(images):,} groups, drawn with seed {seed}"
+
+
+def check_groups(source: str, group_of: Sequence[str], split_of_image: Sequence[str]) -> None:
+    """Refuse a group in several splits.
+
+    Raises:
+        DataError: naming the first such group.
+    """
+    first: dict[str, str] = {}
+    for group, split in zip(group_of, split_of_image, strict=True):
+        if first.setdefault(group, split) != split:
+            both = f"{first[group]} and {split}"
+            raise DataError(f"{source}: group {printable(group)} is in {both}; give all its images one split")
 
 
 def _why_none(sizes: Sequence[int], *, asked: bool) -> str:
