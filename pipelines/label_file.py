@@ -50,7 +50,7 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
             rows give one file different classes.
     """
     rows = _rows(Path(path))
-    places = _columns(path, rows[0])
+    places = dict(_columns(path, rows[0]))
     if groups is not None:
         places["group"] = _column(path, rows[0], groups)
     found: dict[str, LabelRow] = {}

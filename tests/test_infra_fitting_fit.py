@@ -274,6 +274,7 @@ def test_a_flat_folder_with_labelled_pictures(tmp_path):
     assert metagmvae.load_model(tmp_path / "plain").preprocessing.crop == "none"
     assert commands(lines) == ["prepare", "train"]
     assert [row["on"] for row in answer["accuracy"]] == ["augmented views of training images, no classes"] * 2
+    assert answer["classes"] == {"train": 0}
     labelled = write_glyphs(tmp_path / "labelled", 3, 5)
     code, answer, lines = fit(pictures, "--out", tmp_path / "model", "--labelled", labelled)
     assert code == 0, lines

@@ -166,8 +166,14 @@ def test_folders_without_images_are_refused(folders, loaded, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         classify.classify_folders(loaded, tmp_path / "missing", query)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         classify.classify_folders(loaded, support, tmp_path / "empty")
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.dcm").write_bytes(b"DICM")
+    with pytest.raises(DataError, match=r"it has 1 with suffix \.dcm; convert them to PNG or TIFF"):
+        classify.classify_folders(loaded, support, tmp_path / "scans")
+    with pytest.raises(DataError, match="holds images in sub-folders only; give one of them, or --recursive"):
+        classify.classify_folders(loaded, support, support)
     (support / "c").mkdir()
     with pytest.raises(DataError, match="class folder c holds no images"):
         classify.classify_folders(loaded, support, query)

@@ -70,9 +70,7 @@ def test_every_split_has_the_rarest_class():
 
 
 def test_too_few_groups_and_numbers_of_classes_are_refused():
-    with pytest.raises(
-        DataError, match="t: has 2 groups, which leave none for"
-    ):
+    with pytest.raises(DataError, match="t: has 2 groups, which leave none for"):
         divide_groups("t", ["p", "q"], ["a", "a"], SplitRequest(), 0)
     with pytest.raises(DataError, match="groups divide the images, not the classes; give fractions"):
         divide_groups("t", ["p", "q"], ["a", "a"], SplitRequest(test_classes=2), 0)

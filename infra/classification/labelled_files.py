@@ -9,7 +9,7 @@ import numpy as np
 
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES
-from metagmvae.pipelines.sources.image_files import list_images
+from metagmvae.pipelines.sources.image_files import list_images, require_images
 
 Files = tuple[Path, list[str], list[dict[str, str]]]
 """Folder or archive, names of the files to read in it, and `file` and `reason` of those that are left out."""
@@ -41,7 +41,7 @@ def query_files(query: Path, *, recursive: bool) -> Files:
         return query.parent, [query.name], []
     files, left_out, _ = _list(query, lambda depth: recursive or depth == 1, "in a sub-folder")
     if not files:
-        raise DataError(f"{query}: holds no images; give a folder of image files, QUERY/*.png")
+        raise DataError(f"{query}: holds images in sub-folders only; give one of them, or --recursive")
     return query, files, left_out
 
 
@@ -50,6 +50,7 @@ def _list(root: Path, wanted: Callable[[int], bool], reason: str) -> tuple[list[
     if not root.exists():
         raise DataError(f"{root}: no such folder")
     listing = list_images(root)
+    require_images(root, listing)
     names = [entry.name for entry in listing.entries]
     others = [(file.name, file.reason) for file in listing.left_out]
     others += [(name, reason) for name in names if not wanted(name.count("/") + 1)]

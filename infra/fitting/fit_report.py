@@ -44,7 +44,7 @@ def fit_result(
         "report": str(out / REPORT),
         "found": state.plan.found,
         "samples": {split: part["samples"] for split, part in splits.items()},
-        "classes": {split: part["classes"] for split, part in splits.items()},
+        "classes": {split: len({*dataset.class_names(split)} - {""}) for split in splits},
         "preset": state.plan.preset,
         "steps": {"pretrain": schedule.pretrain_steps, "meta": schedule.meta_steps},
         "accuracy": [{key: record[key] for key in keys if key in record} for record in records],
