@@ -170,7 +170,7 @@ def test_folders_without_images_are_refused(folders, loaded, tmp_path):
         classify.classify_folders(loaded, support, tmp_path / "empty")
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.dcm").write_bytes(b"DICM")
-    with pytest.raises(DataError, match=r"it has 1 with suffix \.dcm; convert them to PNG or TIFF"):
+    with pytest.raises(DataError, match=r"it has 1 with suffix \.dcm; convert them \(DICOM, NIfTI\) to PNG or TIFF"):
         classify.classify_folders(loaded, support, tmp_path / "scans")
     with pytest.raises(DataError, match="holds images in sub-folders only; give one of them, or --recursive"):
         classify.classify_folders(loaded, support, support)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import metagmvae
 from metagmvae.infra.api import functions
-from metagmvae.infra.api.results import PreparedData
+from metagmvae.infra.api.results import PreparedData, TrainedRun
 
 FUNCTIONS_AND_CLASSES = [name for name in metagmvae.__all__ if name != "__version__"]
 
@@ -124,6 +124,28 @@ def test_each_result_stands_for_its_path_and_shows_itself(
         assert ElementTree.fromstring(f"<div>{shown._repr_html_()}</div>").findall("table")
 
 
+def test_several_tasks_of_evaluate_are_rows(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `evaluate --ways 2 3 --shot 1 2`; each row is what the task alone gives."""
+    monkeypatch.chdir(workspace)
+    task = {"episodes": 5, "query": 3}
+    table = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=(2, 3), shot=np.array([1, 2]), baselines=True, **task)
+    assert [(row["way"], row["shot"]) for row in table.rows] == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    alone = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=3, shot=2, **task)
+    assert table.rows[3]["accuracy"] == alone.accuracy
+    assert table.rows[3]["ci95"] == alone.ci95
+    assert {(row["way"], row["shot"]) for row in table.baselines} == {(2, 1), (2, 2), (3, 1), (3, 2)}
+    assert f"{100 * alone.accuracy:.2f} ± {100 * alone.ci95:.2f} %" in table._repr_html_()
+    (row,) = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=3, shot=[2], **task).rows  # a list of one number
+    assert (row["way"], row["shot"], row["accuracy"]) == (3, 2, alone.accuracy)
+
+
+def test_texts_of_models_and_runs_are_one_line(workspace: Path) -> None:
+    loaded = metagmvae.load_model(workspace / "runs" / "glyphs")
+    assert re.fullmatch(r"<LoadedModel [\w-]+: MetaGMVAE of images \(1, 28, 28\)>", repr(loaded))
+    run = TrainedRun(answer={}, path=Path("runs/a"), last={"step": 5, "steps": 9}, registered="models:/a/1")
+    assert repr(run) == "<TrainedRun runs/a: step 5 of 9, models:/a/1>"
+
+
 def test_values_in_the_html_are_escaped() -> None:
     data = PreparedData(
         answer={}, uri="<i>&", name="x", image_shape=(1, 2, 3), samples={"<b>": 1}, classes={}, skipped=({"f": "<a>"},)
@@ -142,6 +164,9 @@ def test_values_in_the_html_are_escaped() -> None:
         (lambda: metagmvae.prepare("folder", object(), out="x"), "object is no name"),  # type: ignore[arg-type]
         (lambda: metagmvae.train("glyphs-demo", {"train.stepz": 3}), "train.stepz"),
         (lambda: metagmvae.train("glyphs-demo", kind="decoder"), "'decoder' is no command"),
+        (lambda: metagmvae.train("glyphs-demo", {"run.out": None}), "run.out is None; leave the key out"),
+        (lambda: metagmvae.train("glyphs-demo", {"data": {"uri": "x"}}), "data is a dict; give each of its keys"),
+        (lambda: metagmvae.train("glyphs-demo", {"model.encoder": object()}), "model.encoder: object is no name"),
         (lambda: metagmvae.evaluate("runs/none", "data/glyphs"), "runs/none: no such model"),
         (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", mode="both"), "invalid choice: 'both'"),
         (lambda: metagmvae.evaluate("runs/glyphs", "data/glyphs", way=2.5), "invalid int value: '2.5'"),  # type: ignore[arg-type]

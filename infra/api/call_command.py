@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -62,9 +63,30 @@ def reference(value: Any) -> str:
     raise DataError(f"{kind} is no name: give a path, a URI, models:/NAME@ALIAS, or a result of this API")
 
 
+def setting_words(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """The values of settings as `--set` takes them, by key.
+
+    Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
+
+    Raises:
+        DataError: a value is none of these.
+    """
+    words = {}
+    for key, value in overrides.items():
+        if value is None:
+            raise DataError(f"{key} is None; leave the key out for the value of the settings")
+        if isinstance(value, Mapping):
+            raise DataError(f"{key} is a {type(value).__name__}; give each of its keys by its own: '{key}.…': value")
+        try:
+            words[key] = json.dumps(value, default=plain)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+    return words
+
+
 def plain(value: Any) -> Any:
-    """A number of NumPy as a number of Python, and what stands for a name as its word; for settings in JSON."""
-    return value.item() if isinstance(value, np.generic) else reference(value)
+    """Numbers and arrays of NumPy as those of Python, and what stands for a name as its word; for settings in JSON."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else reference(value)
 
 
 def _option(option: str, value: Any) -> list[str]:
@@ -74,6 +96,6 @@ def _option(option: str, value: Any) -> list[str]:
         return [option]
     if isinstance(value, Mapping):
         return [word for key, item in value.items() for word in (option, f"{key}={item}")]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range | np.ndarray):
         return [option, *map(str, value)]
     return [f"{option}={value if isinstance(value, int | float) else plain(value)}"]

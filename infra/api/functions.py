@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from metagmvae.infra.api.call_command import call_command, plain
-from metagmvae.infra.api.results import ComparisonResult, EvaluationResult, FitResult, PreparedData, TrainedRun
+from metagmvae.infra.api.call_command import call_command, setting_words
+from metagmvae.infra.api.results import (
+    ComparisonResult,
+    EvaluationResult,
+    EvaluationTable,
+    FitResult,
+    PreparedData,
+    TrainedRun,
+)
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import LoadedModel
 
 Reference = str | os.PathLike[str]
 """A path, a URI, `models:/NAME@ALIAS`, or a result of this API that stands for one."""
+Numbers = int | Sequence[int]
 
 
 def prepare(kind: str, source: Reference | None = None, *, out: Reference, **options: Any) -> PreparedData:
@@ -147,19 +154,25 @@ def train(
         NonFiniteLossError: a step had a loss that is not finite; the last checkpoint is kept.
         TrackingError: MLflow is not installed or cannot be reached.
     """
-    # Values of TOML (strings, numbers, booleans and arrays of them) have the same form in JSON.
-    settings = {key: json.dumps(value, default=plain) for key, value in (overrides or {}).items()}
     command = {"learner": "train", "encoder": "pretrain"}.get(kind, kind)
-    answer = call_command(command, config, set=settings, resume=resume)
+    answer = call_command(command, config, set=setting_words(overrides or {}), resume=resume)
     return TrainedRun.from_answer(answer, path=Path(answer["run"]))
 
 
+@overload
+def evaluate(
+    model: Reference, data: Reference | Dataset, *, way: int = 5, shot: int = 1, **options: Any
+) -> EvaluationResult: ...
+@overload
+def evaluate(
+    model: Reference, data: Reference | Dataset, *, way: Numbers = 5, shot: Numbers = 1, **options: Any
+) -> EvaluationTable: ...
 def evaluate(
     model: Reference,
     data: Reference | Dataset,
     *,
-    way: int = 5,
-    shot: int = 1,
+    way: Numbers = 5,
+    shot: Numbers = 1,
     split: str = "test",
     query: int = 15,
     episodes: int = 1000,
@@ -167,7 +180,7 @@ def evaluate(
     mode: str = "transductive",
     baselines: bool = False,
     **options: Any,
-) -> EvaluationResult:
+) -> EvaluationResult | EvaluationTable:
     """Measure the few-shot accuracy of a model on seeded episodes, as `metagmvae evaluate` does.
 
     The result is stored with the run folder or the registered version, as by the command.
@@ -176,12 +189,15 @@ def evaluate(
     >>> result = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=3, episodes=20)
     >>> print(f"{result.way}-way {result.shot}-shot: {100 * result.accuracy:.1f} ± {100 * result.ci95:.1f} %")
     3-way 1-shot: ... %
+    >>> table = metagmvae.evaluate("runs/glyphs", "data/glyphs", way=3, shot=[1, 5], episodes=20)
+    >>> [row["shot"] for row in table.rows]  # each with its accuracy, …
+    [1, 5]
 
     Args:
         model: run folder, checkpoint, package or registered model. `evaluate_tasks` takes a loaded model.
         data: data set.
-        way: classes per episode.
-        shot: labelled images per class.
+        way: classes per episode; several numbers: an `EvaluationTable` with a row each.
+        shot: labelled images per class; one or several numbers, as `way`. The images are encoded once.
         split: whose classes the episodes are drawn from.
         query: images to classify per class.
         episodes: number of episodes.
@@ -189,13 +205,18 @@ def evaluate(
         mode: `transductive` or `inductive`.
         baselines: also evaluate the baselines on the same episodes.
         options: as in `metagmvae evaluate --help`: `html="page.html"`, `record="result.json"`, `unbalanced=True`.
+            With `open=N` the rows of an `EvaluationTable` are the model and its variants.
 
     Raises:
         DataError: the model or the data set does not exist or does not fit the task, or an option is wrong.
     """
-    task = {"way": way, "shot": shot, "split": split, "query": query, "episodes": episodes, "seed": seed, "mode": mode}
+    one = [isinstance(number, int | np.integer) for number in (way, shot)]
+    ways = {"way" if one[0] else "ways": way}
+    task = {"shot": shot, "split": split, "query": query, "episodes": episodes, "seed": seed, "mode": mode} | ways
     answer = call_command("evaluate", model, data=data, baselines=baselines, **task, **options)
-    return EvaluationResult.from_answer(answer)
+    if all(one) and "rows" not in answer:
+        return EvaluationResult.from_answer(answer)
+    return EvaluationTable.from_answer(answer, rows=answer.get("rows", [answer]))
 
 
 def compare(

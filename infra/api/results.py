@@ -82,6 +82,11 @@ class TrainedRun(CommandResult):
     alias: str = ""
     """The alias of the registered version."""
 
+    def __repr__(self) -> str:
+        """Without all values of the last metric line."""
+        step = f": step {self.last['step']} of {self.last['steps']}" if "steps" in self.last else ""
+        return f"<TrainedRun {self.path}{step}{', ' * bool(self.registered)}{self.registered}>"
+
     def __fspath__(self) -> str:
         return str(self.path)
 
@@ -112,6 +117,26 @@ class EvaluationResult(CommandResult):
     """`baseline`, `accuracy`, `ci95`, … on the same episodes, if they were asked for."""
     paired: Table = ()
     """The model minus each baseline on the same episodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTable(CommandResult):
+    """Few-shot accuracy of a model on episodes of several tasks."""
+
+    model: str
+    data: str
+    split: str
+    rows: Table
+    """`way`, `shot`, `accuracy`, `ci95`, `ece`, …: a task each, in the order of the ways and then of the shots."""
+    baselines: Table = ()
+    """As in `EvaluationResult`, with `way` and `shot`."""
+    paired: Table = ()
+
+    def _shown(self) -> Mapping[str, Any]:
+        keys = ("model", "way", "shot", "accuracy", "ci95", "ece", "query", "episodes", "mode")
+        rows = tuple({key: row[key] for key in keys if key in row} for row in self.rows)
+        tables = {"rows": rows, "baselines": self.baselines, "paired": self.paired}
+        return _with_percent({"model": self.model, "data": self.data, "split": self.split} | tables)
 
 
 @dataclass(frozen=True, kw_only=True)

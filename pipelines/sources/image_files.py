@@ -40,7 +40,7 @@ def require_images(root: str | Path, listing: Listing) -> None:
         return
     reasons = Counter(file.reason for file in listing.left_out)
     instead = ", ".join(f"{count} with {reason}" for reason, count in reasons.most_common(EXAMPLES))
-    remedy = "; convert them to PNG or TIFF, of 16 bits if they have more than 8 (DICOM and NIfTI too)" if instead else ""
+    remedy = "; convert them (DICOM, NIfTI) to PNG or TIFF, of 16 bits if they have more than 8" if instead else ""
     raise DataError(f"{root}: contains no images ({' '.join(SUFFIXES)}); it has {instead or 'no files'}{remedy}")
 
 

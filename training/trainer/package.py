@@ -22,6 +22,7 @@ from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.vectors import describe_shape
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.models.posterior_calibration import (
@@ -67,6 +68,12 @@ class LoadedModel:
     the same to others. None: not recorded, because an older version wrote the data set or the model."""
     calibration: PosteriorCalibration | None = None
     """The maps that calibrate its probabilities; None: not calibrated."""
+
+    def __repr__(self) -> str:
+        """What the model is, without the layers of its network."""
+        takes = describe_shape(self.image_shape, vectors=self.model.takes_vectors)
+        calibrated = "" if self.calibration is None else ", calibrated"
+        return f"<LoadedModel {self.settings.name}: {type(self.model).__name__} of {takes}{calibrated}>"
 
     def calibration_map(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> CalibrationMap:
         """Return the map for a task, as `PosteriorCalibration.nearest_map`; `UNCALIBRATED` if the model has none."""
