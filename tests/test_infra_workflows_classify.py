@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow_template
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from metagmvae.infra.classification import answer_figure
+from metagmvae.infra.classification import answer_figure, task_inputs
 from metagmvae.infra.cli import main
 from metagmvae.infra.commands.parsing import format_answer
 from metagmvae.infra.workflows import classify
 from metagmvae.infra.workflows.classify import ClassifyOptions
 from metagmvae.infra.workflows.estimator import FewShotClassifier
+from metagmvae.pipelines.archives import folder
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.posterior_calibration import FittedBackground, PosteriorCalibration
@@ -177,6 +179,42 @@ def test_folders_without_images_are_refused(folders, loaded, tmp_path):
     (support / "c").mkdir()
     with pytest.raises(DataError, match="class folder c holds no images"):
         classify.classify_folders(loaded, support, query)
+
+
+def test_a_folder_whose_files_come_and_go(folders, loaded, tmp_path, monkeypatch):
+    """A file that is removed while the folder is listed, one before it is read, one before the figure; a half file."""
+    support, query, _ = folders
+    image = (query / "0.png").read_bytes()
+    for name in ("gone.png", "gone", "later.png"):
+        (query / name).write_bytes(image)
+    (query / "half.png").write_bytes(image[: len(image) // 2])
+    kind_of, read, draw = folder._kind, task_inputs.read_entry, classify.draw_answer
+    removed = {"gone.png", "gone"}
+
+    def kind(path):
+        if path.name in removed:
+            path.unlink()
+        return kind_of(path)
+
+    def read_entry(root, name):
+        (query / "later.png").unlink(missing_ok=True)
+        return read(root, name)
+
+    def draw_answer(*arguments):
+        (query / "1.png").unlink()
+        draw(*arguments)
+
+    monkeypatch.setattr(folder, "_kind", kind)
+    monkeypatch.setattr(task_inputs, "read_entry", read_entry)
+    monkeypatch.setattr(classify, "draw_answer", draw_answer)
+    answer = classify.classify_folders(loaded, support, query, tmp_path / "figure.png")
+    assert [row["query"] for row in answer["queries"]] == ["0.png", "1.png", "2.png"]
+    reasons = {Path(row["file"]).name: row["reason"] for row in answer["left_out"]}
+    assert sorted(reasons) == ["gone", "gone.png", "half.png", "later.png"]
+    assert reasons["gone.png"] == reasons["gone"] == "removed while the folder was listed"
+    assert "No such file" in reasons["later.png"]
+    assert "broken image" in reasons["half.png"]
+    assert (tmp_path / "figure.png").exists()
 
 
 def test_text_output_has_no_control_characters(folders, loaded):

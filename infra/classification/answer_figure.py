@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from metagmvae.infra.classification.task_inputs import ImageInputs
+from metagmvae.pipelines.records import DataError
 
 SHOWN = 8
 """Images of each class in the figure, labelled and predicted ones."""
@@ -42,8 +44,11 @@ def draw_answer(inputs: ImageInputs, images: np.ndarray, best: MostCertain, clas
 
     names = inputs.names[:SHOWN_CLASSES]
     support = [images[inputs.label_T == k][:SHOWN] for k in range(len(names))]
-    chosen = [item for ranked in best.by_class[: len(names)] for item in ranked]
-    pixels = [inputs.query(file) for _, file, _ in chosen]
+    chosen, pixels = [], []
+    for item in (item for ranked in best.by_class[: len(names)] for item in ranked):
+        with suppress(DataError):  # removed since it was classified
+            pixels.append(inputs.query(item[1]))
+            chosen.append(item)
     shown = np.stack(pixels) if pixels else images[:0]
     p_PK = np.array([row[: len(names)] for _, _, row in chosen]).reshape(len(chosen), len(names))
     note = f"{len(chosen):,} of {classified:,} images"

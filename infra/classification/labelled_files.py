@@ -49,7 +49,7 @@ def _list(root: Path, wanted: Callable[[int], bool], reason: str) -> tuple[list[
     """Image files at a wanted depth, files left out, and folders; `reason` is that of image files at another depth."""
     if not root.exists():
         raise DataError(f"{root}: no such folder")
-    listing = list_images(root)
+    listing = list_images(root, checksums=False)
     require_images(root, listing)
     names = [entry.name for entry in listing.entries]
     others = [(file.name, file.reason) for file in listing.left_out]

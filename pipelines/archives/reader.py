@@ -7,6 +7,7 @@ entries in a folder and in an archive.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -24,35 +25,44 @@ HIDDEN = "hidden"
 
 
 def list_files(
-    root: str | Path, suffixes: tuple[str, ...], recognise: Callable[[IO[bytes]], bool] | None = None
+    root: str | Path,
+    suffixes: tuple[str, ...],
+    recognise: Callable[[IO[bytes]], bool] | None = None,
+    *,
+    checksums: bool = True,
 ) -> Listing:
     """All files of a folder or an archive: those to read, and those that are left out, with reasons.
 
-    Hidden files and `__MACOSX` are left out. Symbolic links in folders are followed if their suffix is known.
+    Hidden files, `__MACOSX` and files that vanish while the folder is listed are left out. Symbolic links in folders are
+    followed if their suffix is known.
 
     Args:
         root: folder or archive.
         suffixes: files with these suffixes (in lower case) are to be read.
         recognise: whether an opened file without a suffix is to be read; None leaves all of them out.
+        checksums: False does not read the files of a folder: CRC-32 and size of its entries are 0.
 
     Raises:
         DataError: `root` does not exist or cannot be read, a file to read is a link in an archive or no regular file,
             or the archive is unsafe.
     """
     tree = _open_tree(Path(root))
-    listing = Listing()
+    listing, in_folder = Listing(), Path(root).is_dir()
+    entry = tree.entry if checksums or not in_folder else lambda name: Entry(name, 0, 0)
     for name, kind in tree.names():
         if any(map(is_hidden, PurePosixPath(name).parts)):
             listing.left_out.append(LeftOut(name, HIDDEN))
         elif kind == "folder":
             listing.folders.append(name)
+        elif kind == "special file" and in_folder and not os.path.lexists(Path(root) / name):
+            listing.left_out.append(LeftOut(name, "removed while the folder was listed"))
         elif name.lower().endswith(suffixes):
             _check_readable(root, name, kind)
-            listing.entries.append(tree.entry(name))
+            listing.entries.append(entry(name))
         elif kind != "file":
             listing.left_out.append(LeftOut(name, kind))
         elif not (suffix := _suffix(name)) and recognise and _is_text(name) and _recognised(tree, name, recognise):
-            listing.entries.append(tree.entry(name))
+            listing.entries.append(entry(name))
         else:
             listing.left_out.append(LeftOut(name, f"suffix {suffix}" if suffix else "no suffix"))
     listing.entries.sort()
@@ -99,7 +109,7 @@ def _recognised(tree: FileTree, name: str, recognise: Callable[[IO[bytes]], bool
     try:
         with tree.open(name) as file:
             return recognise(file)
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):
         return False
 
 

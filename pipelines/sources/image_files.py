@@ -17,17 +17,18 @@ EXAMPLES = 5
 """Names that are shown of each kind."""
 
 
-def list_images(root: str | Path, further_suffixes: tuple[str, ...] = ()) -> Listing:
+def list_images(root: str | Path, further_suffixes: tuple[str, ...] = (), *, checksums: bool = True) -> Listing:
     """Files with the suffix of an image, files without a suffix that are images, and the files that are left out.
 
     Args:
         root: folder or archive.
         further_suffixes: suffixes of other files to list, in lower case.
+        checksums: as in `list_files`.
 
     Raises:
         DataError: see `list_files`.
     """
-    return list_files(root, (*SUFFIXES, *further_suffixes), is_image)
+    return list_files(root, (*SUFFIXES, *further_suffixes), is_image, checksums=checksums)
 
 
 def require_images(root: str | Path, listing: Listing) -> None:
