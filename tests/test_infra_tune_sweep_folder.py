@@ -82,7 +82,8 @@ def test_a_sweep_stopped_by_a_signal_says_what_continues_it(plan, dataset, tmp_p
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(replace(request, resume=resume))
-        assert stopped.value.__notes__[0].endswith("continue from their checkpoints with the same command and --resume")
+        note = "trials that have ended: 0; interrupted: 1; the same command with --resume continues"
+        assert stopped.value.__notes__ == [note]
 
 
 @pytest.mark.parametrize(("device", "gpus", "refused"), [("cuda", 0, True), ("cuda", 1, False), ("auto", 0, False)])

@@ -1,6 +1,7 @@
 """A sweep in MLflow: a parent run and one run per trial, each created once in spite of crashes and lost servers."""
 
 import json
+import subprocess
 import threading
 import time
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from small_sweep import open_sweep, train
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.sweeps.trials import read_trials
 from metagmvae.infra.runs.run_folder import CURSOR
-from metagmvae.infra.runs.status import read_status
+from metagmvae.infra.runs.status import read_status, write_status
 from metagmvae.infra.tracking.store import connect
 from metagmvae.infra.tune.request import finish
 from metagmvae.infra.tune.sweep_tracker import SweepTracker
@@ -122,6 +123,43 @@ def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
     client = connect(store).client
     for run_id in before.values():
         assert len(client.get_metric_history(run_id, "validation/5w1s")) == 2
+
+
+def test_runs_of_interrupted_trials_end_with_the_sweep_and_go_on_with_it(sweep, store, plan, dataset):
+    """After Ctrl-C the tracker ends them; after SIGKILL `metagmvae track` does, as often as it is called."""
+    with pytest.raises(KeyboardInterrupt), SweepTracker(sweep, store, interval_s=60.0):
+        run_some(sweep, [[0.3, 0.5]])
+        number = sweep.next_trial()
+        train(sweep, number, [0.4])
+        raise KeyboardInterrupt
+    parent = json.loads((sweep.folder.root / CURSOR).read_text())["run_id"]
+
+    def state():
+        run = children(store, parent)[number]
+        return run.info.status, run.data.tags[STATUS]
+
+    assert state() == ("KILLED", "interrupted")
+    resumed = open_sweep(plan, dataset, sweep.folder.root, resume=True)
+    assert resumed.next_trial() == number
+    write_status(sweep.folder.root, "RUNNING")
+    upload(resumed, store)
+    assert state() == ("RUNNING", "running")
+    # SIGKILL: the process of the status is gone, and the tracker could write nothing.
+    status = json.loads((sweep.folder.root / "status.json").read_text())
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    status["owner"]["pid"] = ended.pid
+    (sweep.folder.root / "status.json").write_text(json.dumps(status))
+    for _ in range(2):
+        track_sweep(sweep.folder.root)
+        assert state() == ("KILLED", "interrupted")
+    last = open_sweep(plan, dataset, sweep.folder.root, resume=True)
+    with SweepTracker(last, store, interval_s=60.0):
+        assert last.next_trial() == number
+        train(last, number, [0.4, 0.6])
+        last.end_trial(number)
+    assert state() == ("FINISHED", "finished")
+    assert len(children(store, parent)) == len([trial for trial in last.ended.values() if trial.status != "refused"])
 
 
 def test_repeated_requests_create_one_run_for_the_sweep_and_each_trial(sweep, store, monkeypatch):

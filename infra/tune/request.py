@@ -101,10 +101,7 @@ def _stop_note(sweep: SweepState) -> str:
     if not sweep.started:
         return "no trial had started; run the command again"
     unfinished = len(sweep.running) + len(sweep.unfinished)
-    return (
-        f"{len(sweep.ended)} trials have ended, and {unfinished} continue from their checkpoints with the same command "
-        "and --resume"
-    )
+    return f"trials that have ended: {len(sweep.ended)}; interrupted: {unfinished}; the same command with --resume continues"
 
 
 def _describe(plan: SweepPlan, folder: SweepFolder, dataset: Dataset, total: int) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from metagmvae.pipelines.files import read_json
 PARENT, NUMBER, STATUS, REASON = "mlflow.parentRunId", "metagmvae.trial", "metagmvae.status", "metagmvae.reason"
 RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """MLflow's status of a run, by the status of its trial."""
+RUNNING, INTERRUPTED = "running", "interrupted"
+"""Tag of a trial that continues after a resume, and of one that has not ended although its sweep has."""
 POINTS_PER_BATCH = 500
 """MLflow accepts 1,000 points, parameters and tags in all in one batch."""
 TRIALS_PER_SAVE = 20
@@ -65,6 +67,7 @@ class SweepUploader:
             report.metrics = self._send_children(trials, running) + self._send_progress(trials)
             if artifacts:
                 self._delete_twins()
+                self._end_interrupted()
                 report.artifacts = self.parent.send_files()
                 self.parent.close()
         return report
@@ -118,6 +121,10 @@ class SweepUploader:
             for name, value in ((key, point.accuracy), (f"{key}_ci95", point.ci95), ("seconds", point.seconds))
             if value is not None
         ]
+        if ended is None and "ended" in known and self.parent.status == "RUNNING":  # a resumed sweep continues it
+            self.client.update_run(known["run_id"], status="RUNNING")
+            self.client.set_tag(known["run_id"], STATUS, RUNNING)
+            del known["ended"]
         params = [] if known["points"] else [Param(*item) for item in values.items()]
         status_tags = [RunTag(STATUS, ended.status), RunTag(REASON, ended.reason)] if ended else []
         if metrics or status_tags:
@@ -160,6 +167,16 @@ class SweepUploader:
         for run in list(self._children()):
             if run.info.run_id != self.trials[run.data.tags[NUMBER]]["run_id"]:
                 self.client.delete_run(run.info.run_id)
+
+    def _end_interrupted(self) -> None:
+        """End the child runs of trials that were interrupted with their sweep, until a resume continues them."""
+        if self.parent.status == "RUNNING":
+            return
+        for known in self.trials.values():
+            if "ended" not in known:
+                self.client.set_tag(known["run_id"], STATUS, INTERRUPTED)
+                self.client.set_terminated(known["run_id"], "KILLED", self.parent.ended_ms)
+                known["ended"] = [INTERRUPTED, ""]
 
     def _children(self) -> Iterator[Any]:
         query = f"tags.`{PARENT}` = '{self.entry['run_id']}'"
