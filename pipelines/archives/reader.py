@@ -33,8 +33,8 @@ def list_files(
 ) -> Listing:
     """All files of a folder or an archive: those to read, and those that are left out, with reasons.
 
-    Hidden files, `__MACOSX` and files that vanish while the folder is listed are left out. Symbolic links in folders are
-    followed if their suffix is known.
+    Hidden files, `__MACOSX` and files that vanish while the folder is listed are left out. Symbolic links in folders
+    are followed if their suffix is known.
 
     Args:
         root: folder or archive.
