@@ -172,7 +172,8 @@ def _as_image(item: Any, name: str) -> np.ndarray | Image.Image | bytes:
         array = array.transpose(2, 0, 1)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] not in MODES or 0 in array.shape:
         layouts = "(H, W), (H, W, 3) or (3, H, W)"
-        raise DataError(f"{name} is {given.dtype} {given.shape}; give uint8 from 0 to 255, {layouts}")
+        remedy = f"give uint8 from 0 to 255, {layouts}: scale the values, and choose 1 or 3 of several bands"
+        raise DataError(f"{name} is {given.dtype} {given.shape}; {remedy}")
     return array
 
 

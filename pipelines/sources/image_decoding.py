@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from functools import lru_cache, partial
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
@@ -41,6 +42,12 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BANDS, EXTRA_BANDS = 277, 338
+"""TIFF tags: the number of bands, and the meaning of those after grey or RGB (1 and 2: alpha)."""
+FIRST_BANDS = "only the first 1 or 3 bands are used"
+SIXTEEN_BIT_COLOUR = "colours of 16 bits: 65,535 becomes 255; scale files with a smaller range, such as reflectances"
+"""What may be lost of an image in silence."""
+logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)  # it repeats what the exceptions say
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
 """Exceptions of the decoders of Pillow on damaged files, found by tests with such files."""
 
@@ -128,6 +135,8 @@ class MeasuredImage:
     """Width and height in the file."""
     highest: int | None
     """Highest value of an image with more than 8 bits of grey; None for other images."""
+    losses: tuple[str, ...] = ()
+    """`FIRST_BANDS` and `SIXTEEN_BIT_COLOUR`, if they apply to the file."""
 
 
 def measure_image(
@@ -136,9 +145,9 @@ def measure_image(
     """Decode an image, and tell what is in its file; arguments and errors are those of `decode_image`."""
     with _damage(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with _open(data, name) as image:
             _check_area(image, name)
-            in_file = image.size
+            in_file, losses = image.size, _losses(image)
             if image.format == "JPEG":
                 # Decode at 1/2, 1/4 or 1/8 of the size if at least twice the result remains: several times faster.
                 image.draft(None, (2 * size, 2 * size))
@@ -146,7 +155,50 @@ def measure_image(
             highest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
             opaque = _without_empty_alpha(image)
             pixels = _to_square(_eight_bit(_upright(opaque), channels, name, white), size, invert, crop)
-            return MeasuredImage(pixels, in_file, highest)
+            return MeasuredImage(pixels, in_file, highest, losses)
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Read the header of an image.
+
+    Raises:
+        DataError: it has more bands than Pillow reads.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except Image.UnidentifiedImageError as error:
+        if bands := _tiff_bands(data):
+            choice = "save 1 or 3 of them with 8 bits, or use vectors of a network that takes all (prepare vectors)"
+            raise DataError(f"{name}: a TIFF image of {bands} bands in a form that is not read; {choice}") from error
+        raise
+
+
+def _tiff_bands(data: bytes) -> int:
+    """Number of bands that a TIFF file states, if there are several; 0 for other files."""
+    if not data.startswith(tuple(TiffImagePlugin.PREFIXES)):
+        return 0
+    try:
+        header = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
+        file = io.BytesIO(data)
+        file.seek(header.next)
+        header.load(file)
+        bands = int(header.get(BANDS, 1))
+    except DAMAGE:
+        return 0
+    return bands if bands > 1 else 0
+
+
+def _losses(image: Image.Image) -> tuple[str, ...]:
+    """What decoding an image leaves out of its file, which has been opened and not decoded."""
+    losses = []
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        extra = image.tag_v2.get(EXTRA_BANDS, ())
+        if any(meaning not in (1, 2) for meaning in (extra if isinstance(extra, tuple) else (extra,))):
+            losses.append(FIRST_BANDS)
+    raw = str(image.tile[0][3]) if image.tile else ""
+    if image.mode in ("RGB", "RGBA") and ";16" in raw:
+        losses.append(SIXTEEN_BIT_COLOUR)
+    return tuple(losses)
 
 
 @contextmanager
@@ -183,13 +235,10 @@ def image_header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
     Raises:
         DataError: the file is not an image.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                return image.size, image.mode not in ("1", "L", "LA") and not image.mode.startswith(("I", "F"))
-    except (*DAMAGE, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: broken image; replace or remove it") from error
+    with _damage(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data, name) as image:
+            return image.size, image.mode not in ("1", "L", "LA") and not image.mode.startswith(("I", "F"))
 
 
 @lru_cache(maxsize=1)

@@ -33,6 +33,8 @@ class ScanResult:
     """Images of a single value after the preprocessing."""
     highest: dict[str, int] = field(default_factory=dict)
     """Highest value by name of the images with more than 8 bits."""
+    losses: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the images of which something is lost (`MeasuredImage.losses`), by what it is."""
     square: list[float] = field(default_factory=list)
     """Fraction of the area of each image that its largest square has."""
 
@@ -46,6 +48,11 @@ class ScanResult:
             white = self.preprocessing.sixteen_bit_white
             values = f"values up to {max(self.highest.values())}, of which {white} becomes 255"
             report["images_above_8_bits"] = f"{len(self.highest)}, {values}"
+        if self.losses:
+            report["not_used"] = [
+                f"{len(names):,} image{'s' * (len(names) > 1)} ({first_few(names, shown=EXAMPLES)}): {what}"
+                for what, names in self.losses.items()
+            ]
         kept = statistics.median(self.square)
         if self.preprocessing.crop != "none" and kept < MOSTLY_KEPT:
             report["crop"] = (
@@ -94,6 +101,8 @@ def _scan(root: str, names: Sequence[str], preprocessing: Preprocessing, map_tas
         result.blank += part.blank
         result.highest |= part.highest
         result.square += part.square
+        for what, lost in part.losses.items():
+            result.losses.setdefault(what, []).extend(lost)
     return result
 
 
@@ -107,6 +116,8 @@ def scan_some(root: str, names: Sequence[str], preprocessing: Preprocessing) -> 
         except DataError as error:
             result.broken[name] = str(error)
             continue
+        for what in image.losses:
+            result.losses.setdefault(what, []).append(name)
         result.square.append(min(image.size) / max(image.size))
         if image.pixels.min() == image.pixels.max():
             result.blank.append(name)
