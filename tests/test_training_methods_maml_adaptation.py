@@ -141,3 +141,19 @@ def test_episodes_of_a_batch() -> None:
     for device in (torch.device("cpu"), torch.device("cuda")):
         assert network().episodes_per_batch(ADAPT, 80, device) == 1
         assert network(network="mlp").episodes_per_batch(ADAPT, 80, device) == 64
+
+
+@pytest.mark.parametrize("kind", [MAML, Scratch])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_episode_is_computed_in_channels_last_if_training_is(kind: type[MAML], wanted: bool) -> None:
+    """The parameters of `fit` come from a stack and those of `Scratch` are new: both are channels-first."""
+    model = network(kind)
+    model.channels_last = wanted
+    formats: list[bool] = []
+    for block in list(model.body.blocks)[:2]:  # maps of one pixel have both formats
+        block.register_forward_hook(
+            lambda _, __, maps: formats.append(maps.is_contiguous(memory_format=torch.channels_last))
+        )
+    support, query = tasks(model)
+    answer(model, support, torch.tensor([0, 0, 1, 1, 2, 2]), query.flatten(1, 2), "transductive")
+    assert set(formats) == {wanted}

@@ -61,7 +61,7 @@ def test_it_learns(first_order: bool, tmp_path: Path) -> None:
     run(options, context)
     lines = [line for line in context.lines if line["step"] % 10 == 0]
     assert float(lines[-1]["loss"]) < 0.7 * float(lines[0]["loss"])
-    assert float(lines[-1]["accuracy"]) > float(lines[0]["accuracy"]) + 0.1
+    assert float(lines[-1]["accuracy"]) > 0.9  # chance: a third
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(tmp_path: Path) -> None:

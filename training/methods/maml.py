@@ -24,6 +24,7 @@ from torch.func import functional_call, grad, replace_all_batch_norm_modules_, v
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.device.memory_format import channels_last
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.methods.task_learner import TaskLearner, log_probabilities, query_loss
 from metagmvae.training.models.meta_learner import PredictionMode
@@ -88,6 +89,10 @@ class MAML(TaskLearner):
 
     def logits(self, parameters: Parameters, x: Tensor, way: int) -> Tensor:
         """Logits of K classes with these parameters, (n, ...) -> (n, K)."""
+        if self.channels_last and x.ndim == 4:
+            x = channels_last(x)
+            # `over_tasks` stacks kernels channels-first, and those of a new network are so too.
+            parameters = {name: _kernels_in_channels_last(p) for name, p in parameters.items()}
         return functional_call(self, parameters, (x,))[:, :way]
 
     def fit(self, parameters: Parameters, support_T: Tensor, label_T: Tensor, way: int, steps: int) -> Parameters:
@@ -195,6 +200,10 @@ class MAML(TaskLearner):
     def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
         """Return how many episodes fit one call; one on images, of which each is computed alone."""
         return MAX_FEATURE_EPISODES if self.on_features else 1
+
+
+def _kernels_in_channels_last(parameter: Tensor) -> Tensor:
+    return parameter.contiguous(memory_format=torch.channels_last) if parameter.ndim == 4 else parameter
 
 
 def _task(values: Tensor | Parameters, task: int) -> Any:

@@ -31,6 +31,9 @@ class TaskLearner(MetaLearner):
     with one hidden layer on the scaled features of the frozen encoder.
     """
 
+    channels_last = True
+    """Memory format of images and kernels where a method copies them; training sets it to `train.channels_last`."""
+
     def __init__(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> None:
         super().__init__(configured_encoder(model, image_shape), image_shape)
         self.settings = method

@@ -43,6 +43,7 @@ class TaskStep(nn.Module):
         self.settings = settings
         self.view = view
         model.freeze()
+        model.channels_last = settings.train.channels_last
 
     def train(self, mode: bool = True) -> TaskStep:
         """Set the mode; a frozen encoder stays in evaluation mode."""
