@@ -20,11 +20,11 @@ SOURCE_OPTIONS = (
     *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing", "dtype"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
-DRAWN_CLASSES = ("folder", "npz", "vectors")
+DRAWN_CLASSES = ("folder", "npz", "parquet", "vectors")
 """Sources that draw classes for validation and test, with `--seed`."""
 
 
-SEED_HELP = "seed of the order of the images, and of the classes that folder, npz and vectors draw (default: 0)"
+SEED_HELP = "seed of the order of the images, and of the classes that are held out at random (default: 0)"
 CONTINUED = "the same command continues with the shards that are finished"
 """What a stopped command that writes shards says."""
 
@@ -42,8 +42,11 @@ def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     description = "write images or vectors as a dataset: WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
-    help_text = "kind of the source: folder, npz (NumPy file), omniglot, mini-imagenet, glyphs (generated, without "
-    help_text += "files), vectors (of another network: .npy, .npz, .parquet), or one that another package adds"
+    help_text = (
+        "kind of the source: folder, npz (NumPy file), parquet (table of image files), omniglot, mini-imagenet, "
+    )
+    help_text += "glyphs (generated, without files), vectors (of another network: .npy, .npz, .parquet), or "
+    help_text += "one that another package adds"
     parser.add_argument("name", metavar="KIND", help=help_text)
     help_text = (
         "folder or file of images or vectors, or folder with the archives of the dataset (Omniglot is downloaded if "
@@ -87,7 +90,8 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--max-broken", type=float, metavar="FRACTION", help=help_text)
     help_text = "mini-imagenet: accept a source that lacks classes or images"
     parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
-    help_text = "option of a source that another package adds; may be given several times"
+    help_text = "further option of a source, such as image=COLUMN and label=COLUMN of parquet, or of one that another "
+    help_text += "package adds; may be repeated"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options", help=help_text)
     parser.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     help_text = "images per shard; plain webdataset needs at least one shard for each of its workers (default: 8192)"

@@ -195,7 +195,8 @@ def _losses(image: Image.Image) -> tuple[str, ...]:
         extra = image.tag_v2.get(EXTRA_BANDS, ())
         if any(meaning not in (1, 2) for meaning in (extra if isinstance(extra, tuple) else (extra,))):
             losses.append(FIRST_BANDS)
-    raw = str(image.tile[0][3]) if image.tile else ""
+    tiles = getattr(image, "tile", [])
+    raw = str(tiles[0][3]) if tiles else ""
     if image.mode in ("RGB", "RGBA") and ";16" in raw:
         losses.append(SIXTEEN_BIT_COLOUR)
     return tuple(losses)

@@ -13,6 +13,9 @@ from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
 from metagmvae.pipelines.sources.source import first_few
 
+KINDS = {".parquet": "prepare parquet", ".npz": "prepare npz", ".npy": "prepare npz"}
+KINDS |= dict.fromkeys((".tar", ".zip"), "give one of them")
+"""What reads files that are no images, by suffix."""
 EXAMPLES = 5
 """Names that are shown of each kind."""
 
@@ -41,7 +44,10 @@ def require_images(root: str | Path, listing: Listing) -> None:
         return
     reasons = Counter(file.reason for file in listing.left_out)
     instead = ", ".join(f"{count} with {reason}" for reason, count in reasons.most_common(EXAMPLES))
-    remedy = "; convert them (DICOM, NIfTI) to PNG or TIFF, of 16 bits if they have more than 8" if instead else ""
+    suffixes = {PurePosixPath(file.name).suffix.lower() for file in listing.left_out}
+    known = sorted(f"{suffix} files: {KINDS[suffix]}" for suffix in suffixes & KINDS.keys())
+    convert = "convert them (DICOM, NIfTI) to PNG or TIFF, of 16 bits if they have more than 8" if instead else ""
+    remedy = "".join(f"; {advice}" for advice in known or [convert] if advice)
     raise DataError(f"{root}: contains no images ({' '.join(SUFFIXES)}); it has {instead or 'no files'}{remedy}")
 
 

@@ -24,6 +24,7 @@ OPENERS = {
     "mini-imagenet": "metagmvae.pipelines.sources.mini_imagenet:open_mini_imagenet",
     "npz": "metagmvae.pipelines.arrays.image_arrays:open_npz",
     "omniglot": "metagmvae.pipelines.sources.omniglot:open_omniglot",
+    "parquet": "metagmvae.pipelines.arrays.image_tables:open_parquet",
     "vectors": "metagmvae.pipelines.arrays.vectors:open_vector_files",
 }
 """Module and function by name of the source; the module is imported when the source is opened."""
