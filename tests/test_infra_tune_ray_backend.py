@@ -18,6 +18,7 @@ from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.sweeps.trials import read_trials
 from metagmvae.infra.runs.run_folder import METRICS, read_lines
 from metagmvae.infra.tune import ray_backend
+from metagmvae.infra.tune.trial import OUTSIDE
 from metagmvae.pipelines.records import WorkError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -146,6 +147,41 @@ def test_a_sweep_whose_own_processes_are_lost_says_how_it_continues(plan, datase
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with pytest.raises(WorkError, match=r"^Ray Tune failed: .* out of memory: use fewer .*; continue with --resume$"):
         ray_backend.run_sweep(sweep, 1, 0.0, lambda: None)
+
+
+def test_an_error_that_no_settings_have_caused_ends_the_sweep_and_no_trial(plan, dataset, tmp_path, monkeypatch):
+    """A full disk, for example: all trials would fail by it, and a resume would not train them again."""
+    sweep = open_sweep(plan, dataset, tmp_path / "sweep")
+    made = []
+
+    def fit():
+        callback, stopper = made
+        first, second = sweep.next_trial(), sweep.next_trial()
+        of = {number: SimpleNamespace(config={"number": number}) for number in (first, second)}
+        assert not stopper("a", {"config": of[first].config, "step": 10, "accuracy": 0.5})
+        assert not stopper.stop_all()
+        assert stopper("a", {"config": of[first].config, OUTSIDE: "checkpoint.pt: cannot be written (No space left)"})
+        assert stopper.stop_all()
+        for number in (first, second):
+            callback.on_trial_complete(1, [], of[number])
+        raise EOFError("Ran out of input")  # of Ray's own file on the same disk
+
+    def tuner(sweep, callback, *more):
+        made[:] = [callback, ray_backend.SweepStopper(callback)]
+        return SimpleNamespace(fit=fit)
+
+    monkeypatch.setattr(ray_backend, "_tuner", tuner)
+    with pytest.raises(WorkError) as caught:
+        ray_backend.run_sweep(sweep, 1, 0.0, lambda: None)
+    assert str(caught.value) == "trial 0: checkpoint.pt: cannot be written (No space left); continue with --resume"
+    assert [trial for trial in sweep.ended.values() if trial.status != "refused"] == []
+    resumed = open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
+    assert resumed.unfinished == sorted(sweep.running)
+    monkeypatch.setattr(
+        ray_backend, "_tuner", lambda *more: SimpleNamespace(fit=Mock(side_effect=EOFError("no input")))
+    )
+    with pytest.raises(WorkError, match=r"^Ray Tune failed: no input; continue with --resume$"):
+        ray_backend.run_sweep(resumed, 1, 0.0, lambda: None)
 
 
 POSSIBLE = """

@@ -127,11 +127,11 @@ def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
 
 def test_runs_of_interrupted_trials_end_with_the_sweep_and_go_on_with_it(sweep, store, plan, dataset):
     """After Ctrl-C the tracker ends them; after SIGKILL `metagmvae track` does, as often as it is called."""
-    with pytest.raises(KeyboardInterrupt), SweepTracker(sweep, store, interval_s=60.0):
+    with SweepTracker(sweep, store, interval_s=60.0) as tracker:
         run_some(sweep, [[0.3, 0.5]])
         number = sweep.next_trial()
         train(sweep, number, [0.4])
-        raise KeyboardInterrupt
+        tracker.close("KILLED")
     parent = json.loads((sweep.folder.root / CURSOR).read_text())["run_id"]
 
     def state():

@@ -1,5 +1,6 @@
 """A trial trains like `metagmvae train`, and the trials of a node share the rows of the dataset."""
 
+import resource
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs
 from metagmvae.infra.tune import trial
 from metagmvae.infra.tune.sweep_folder import REASON
-from metagmvae.infra.tune.trial import one_line, run_trial, shared_dataset
+from metagmvae.infra.tune.trial import OUTSIDE, one_line, run_trial, shared_dataset
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
@@ -131,13 +132,37 @@ def test_an_error_of_the_training_is_stored_as_one_line(data, tmp_path, reports)
     assert "resnet999" in (tmp_path / "unknown" / REASON).read_text()
 
 
-def test_a_node_with_an_old_copy_of_the_data_trains_nothing(data, tmp_path, reports):
+def test_a_full_disk_is_reported_and_fails_no_trial(data, tmp_path, reports):
+    config, _ = new_trial(data, tmp_path / "trial")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # less than a checkpoint, more than metric lines
+    try:
+        run_trial(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (report,) = reports
+    assert report[OUTSIDE].startswith(f"{tmp_path}/trial/checkpoint.pt: cannot be written (File too large)")
+    assert not (tmp_path / "trial" / REASON).exists()
+    reports.clear()
+    run_trial(config)
+    assert [report["step"] for report in reports] == [3, 6]
+
+
+def test_a_reason_that_cannot_be_written_is_reported(data, tmp_path, reports):
+    config, _ = new_trial(data, tmp_path / "trial", **{"train.learning_rate": 1e9})
+    (tmp_path / "trial" / REASON).symlink_to("/dev/full")
+    run_trial(config)
+    assert reports[-1][OUTSIDE].startswith(f"{tmp_path}/trial/{REASON}: cannot be written (No space left on device)")
+
+
+def test_a_node_without_the_data_or_with_an_old_copy_trains_nothing(data, tmp_path, reports):
     config, _ = new_trial(data, tmp_path / "trial")
     run_trial(config | {"fingerprint": "0" * 64})
-    reason = (tmp_path / "trial" / REASON).read_text()
-    assert f"{data} on {socket.gethostname()}: is another dataset ({config['fingerprint'][:12]}…) than" in reason
-    assert reports == []
-    assert not (tmp_path / "trial" / METRICS).exists()
+    run_trial(config | {"data": str(tmp_path / "gone")})
+    old, gone = (report[OUTSIDE] for report in reports)
+    assert f"{data} on {socket.gethostname()}: is another dataset ({config['fingerprint'][:12]}…) than" in old
+    assert gone.startswith(f"{tmp_path / 'gone'}: ")
+    assert not {METRICS, REASON} & {path.name for path in (tmp_path / "trial").iterdir()}
 
 
 def test_a_node_without_the_folder_is_an_error(data, tmp_path):

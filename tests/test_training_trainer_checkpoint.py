@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
 import stat
 import zipfile
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_failure_while_saving_keeps_the_old_file(
     assert path.read_bytes() == before
     assert load_state(path)["step"] == 1
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 3000])
+def test_a_disk_that_is_full_at_any_byte_is_an_error_of_the_operating_system(tmp_path: Path, limit: int) -> None:
+    """PyTorch's writer raises a RuntimeError about a position in its file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_state(tmp_path / "checkpoint.pt", state() | {"model": {"w": torch.zeros(30_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])

@@ -1,6 +1,7 @@
 """Model packages and run folders: loading gives the saved weights, and damage is reported."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ def test_package_round_trip_is_exact_and_damage_is_reported(tmp_path):
     (path / "model.json").write_text(json.dumps(card | {"version": 99}))
     with pytest.raises(DataError, match="not a model package of version 2"):
         load_model(path)
+
+
+def test_a_full_disk_leaves_no_package_and_is_one_line(tmp_path):
+    loaded = LoadedModel(build_model(SETTINGS.model, SHAPE, seed=3).eval(), SETTINGS, SHAPE, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DataError, match=rf"^{tmp_path}/p: cannot be written \(File too large\)"):
+            save_package(tmp_path / "p", loaded)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

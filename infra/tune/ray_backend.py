@@ -28,7 +28,7 @@ from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.cluster.worker_failures import failure_reason
 from metagmvae.infra.runs.run_folder import RAY_FOLDER
 from metagmvae.infra.tune.sweep_state import SweepState
-from metagmvae.infra.tune.trial import run_trial
+from metagmvae.infra.tune.trial import OUTSIDE, run_trial
 from metagmvae.pipelines.records import WorkError
 
 ENVIRONMENT = {
@@ -97,14 +97,16 @@ def _run_to_end(sweep: SweepState, callback: TrialCallback, resources: dict[str,
     checkpoint in another run of Tune.
 
     Raises:
-        WorkError: a whole run of Tune ended no trial, or a process that Tune itself needs was lost.
+        WorkError: a whole run of Tune ended no trial, a process that Tune itself needs was lost, or a file cannot be
+            read or written.
     """
     while True:
         ended_before = len(sweep.ended)
         try:
             _tuner(sweep, callback, resources, at_once).fit()
-        except (RayError, tune.TuneError, RuntimeError) as error:
-            raise WorkError(f"Ray Tune failed: {failure_reason(error)}; continue with --resume") from error
+        except (RayError, tune.TuneError, RuntimeError, OSError, EOFError) as error:  # the last two: a full disk
+            if callback.error is None:
+                raise WorkError(f"Ray Tune failed: {failure_reason(error)}; continue with --resume") from error
         if callback.error is not None:
             raise callback.error
         if not sweep.running:
@@ -128,7 +130,7 @@ def _tuner(sweep: SweepState, callback: TrialCallback, resources: dict[str, floa
         run_config=tune.RunConfig(
             name=RAY_FOLDER,
             storage_path=str(sweep.folder.root),
-            stop=TimeLimit(callback),
+            stop=SweepStopper(callback),
             failure_config=tune.FailureConfig(max_failures=sweep.plan.base.run.max_failures),
             callbacks=[callback],
             verbose=0,
@@ -198,6 +200,8 @@ class TrialCallback(tune.Callback):
         self._end_trial(trial, trial.num_failures, _last_error_line(trial))
 
     def _end_trial(self, trial: Any, failures: int, cause: str) -> None:
+        if self.error is not None:
+            return  # the trial was stopped by the end of the sweep, so a resume continues it
         try:
             self.sweep.end_trial(trial.config["number"], failures, cause)
             self.progress()
@@ -233,14 +237,21 @@ class SweepSearcher(Searcher):
         Path(checkpoint_path).write_text("{}", encoding="utf-8")
 
 
-class TimeLimit(tune.Stopper):
-    """Stops each trial at its next validation after the deadline, and all trials after an error of the sweep."""
+class SweepStopper(tune.Stopper):
+    """Stops each trial at its next validation after the deadline, and all trials after an error of the sweep.
+
+    An error that a trial reports because no settings have caused it is one of the sweep: all trials would fail.
+    """
 
     def __init__(self, callback: TrialCallback) -> None:
         self.callback = callback
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         sweep = self.callback.sweep
+        if OUTSIDE in result:
+            reason = f"trial {result['config']['number']}: {result[OUTSIDE]}"
+            self.callback.error = WorkError(reason if "--resume" in reason else f"{reason}; continue with --resume")
+            return True
         if not sweep.is_out_of_time():
             return False
         sweep.timed_out.add(result["config"]["number"])

@@ -101,7 +101,8 @@ def _stop_note(sweep: SweepState) -> str:
     if not sweep.started:
         return "no trial had started; run the command again"
     unfinished = len(sweep.running) + len(sweep.unfinished)
-    return f"trials that have ended: {len(sweep.ended)}; interrupted: {unfinished}; the same command with --resume continues"
+    counts = f"trials that have ended: {len(sweep.ended)}; interrupted: {unfinished}"
+    return f"{counts}; the same command with --resume continues"
 
 
 def _describe(plan: SweepPlan, folder: SweepFolder, dataset: Dataset, total: int) -> dict[str, Any]:

@@ -37,6 +37,10 @@ PATIENCE_S = 120.0
 """Longest wait for the process of a killed sweep to release the trial's folder."""
 MAX_REASON = 300
 """Characters of a failure reason."""
+OUTSIDE = "outside"
+"""Key of a report to Tune: an error that no settings of a trial have caused, such as a full disk."""
+NOT_WRITTEN = "cannot be written ("
+"""In each message about a full disk or a missing right. Of a worker of a distributed trial only the text arrives."""
 
 
 class SharedDataset(Dataset):
@@ -124,6 +128,8 @@ def replay_reports(run_dir: Path, task: str) -> None:
 def run_trial(config: dict[str, Any]) -> None:
     """Run a trial in a worker. An error of the training is written into its folder as the reason of its failure.
 
+    An error of the dataset or of files is reported to Tune: it ends the sweep, and a resume continues the trial.
+
     Args:
         config: `folder` of the trial, URI of the `data` and their `fingerprint`, `task`.
 
@@ -138,14 +144,29 @@ def run_trial(config: dict[str, Any]) -> None:
         with lock_run_folder(folder, patience_s=PATIENCE_S):
             dataset = shared_dataset(config["data"])
             check_node_copy(config["data"], dataset.fingerprint, config["fingerprint"])
-            _train(settings, dataset, folder, config["task"])
-    except Exception as error:  # any error ends this trial only; the sweep continues
-        with atomic_file(folder / REASON) as file:
-            file.write((one_line(error) + "\n").encode())
+            _train_or_say_why(settings, dataset, folder, config["task"])
+    except Exception as error:
+        tune.report({OUTSIDE: one_line(error)})
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _train_or_say_why(settings: Settings, dataset: Dataset, folder: Path, task: str) -> None:
+    """Train; write the reason of a failure that the settings of the trial have caused."""
+    try:
+        _train(settings, dataset, folder, task)
+    except Exception as error:
+        if _is_outside(error):
+            raise
+        with atomic_file(folder / REASON) as file:
+            file.write((one_line(error) + "\n").encode())
+
+
+def _is_outside(error: Exception) -> bool:
+    """Whether the operating system or the object store has caused an error, and no settings."""
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError) or NOT_WRITTEN in str(error)
 
 
 def _train(settings: Settings, dataset: Dataset, folder: Path, task: str) -> None:

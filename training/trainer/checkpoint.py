@@ -8,7 +8,7 @@ import stat
 import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -41,7 +41,7 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"version": VERSION, **state}, file)
+            _write(state, file)
             file.flush()
             os.fsync(file.fileno())
         mode = output_mode(path)  # a temporary file is readable for its owner only
@@ -49,6 +49,15 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _write(state: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save({"version": VERSION, **state}, file)
+    except RuntimeError as error:  # PyTorch's writer of zip files raises its own error on a full disk
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror) from error
         raise
 
 

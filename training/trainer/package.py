@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from metagmvae.configs.load import mistake_text
 from metagmvae.configs.method_settings import MethodName
 from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
+from metagmvae.pipelines.output_target import cannot_write
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.vectors import describe_shape
@@ -84,7 +85,7 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
     """Write a model package atomically.
 
     Raises:
-        DataError: the path already exists, or cannot be written.
+        DataError: the path already exists, or cannot be written; `NoSpaceError` if the disk is full.
     """
     path = Path(path)
     if path.exists():
@@ -93,10 +94,10 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        raise cannot_write(path, error, "choose another folder") from error
     try:
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in loaded.model.state_dict().items()}
-        save_file(weights, str(folder / WEIGHTS))
+        (folder / WEIGHTS).write_bytes(save(weights))  # `save_file` has its own error for a full disk
         card = {
             "version": VERSION,
             "kind": loaded.settings.method.name if isinstance(loaded.model, MetaLearner) else "encoder",
@@ -112,8 +113,10 @@ def save_package(path: str | Path, loaded: LoadedModel) -> Path:
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         folder.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error, "choose another folder") from error
         raise
     return path
 
