@@ -12,8 +12,10 @@ from metagmvae.evaluation.figures import paper_figures
 from metagmvae.evaluation.figures.mixture_modes import ModeFinder, fit_episode
 from metagmvae.evaluation.figures.paper_figures import draw_paper_figure, episode_figures, paper_figure
 from metagmvae.infra.cli import main
+from metagmvae.pipelines.arrays.image_arrays import open_images
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.package import LoadedModel
@@ -118,6 +120,21 @@ def test_features_are_shown_by_the_nearest_other_images(dataset):
 def test_figures_of_an_episode_for_pages(dataset, pixel_model):
     captions = list(episode_figures(pixel_model, dataset, "validation"))
     assert [caption.split(":")[0] for caption in captions] == ["Modes of an episode", "Latents of an episode by t-SNE"]
+
+
+def test_small_classes_have_fewer_queries_and_classes_of_one_image_none(pixel_model, tmp_path):
+    """A page of results must not fail for its figures: 12, 3, 2 and 1 images of the classes."""
+    labels = np.repeat([0, 1, 2, 3], [12, 3, 2, 1])
+    images = np.random.default_rng(0).integers(0, 256, (18, 28, 28), dtype=np.uint8)
+    write_dataset(open_images(images, labels), tmp_path / "data")
+    small = Dataset.open(tmp_path / "data")
+    sets, stored = paper_figures._sets(pixel_model, small, "train", shot=1), small.labels("train")
+    assert (sets.support.shape, sets.query.shape) == ((3, 1), (3,))
+    classes = stored[sets.support[:, 0]]
+    assert sorted(classes) == [0, 1, 2]
+    np.testing.assert_array_equal(stored[sets.query], classes[sets.query_label])
+    assert not set(sets.support.reshape(-1)) & set(sets.query)
+    assert len(episode_figures(pixel_model, small, "train")["Latents of an episode by t-SNE"].axes) == 1
 
 
 def test_what_has_no_mixture_or_no_images_is_refused(dataset, pixel_model, tmp_path):

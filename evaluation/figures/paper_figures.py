@@ -108,14 +108,15 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
         caption = "Modes of an episode: support, images that EM assigns to each mode, generated images"
         title, modes, generated = _test_grid(loaded, sets)
         figures[caption] = plots.mode_grid(modes, f"{loaded.settings.name}: {title}", generated)
-    five = _sets(loaded, dataset, split, shot=5)
-    panels = [_test_panel(loaded, each) for each in (sets, five)]
+    panels = [_test_panel(loaded, sets)]
+    if len(_large_classes(dataset.labels(split), 5)) > 1:
+        panels.append(_test_panel(loaded, _sets(loaded, dataset, split, shot=5)))
     figures["Latents of an episode by t-SNE"] = plots.latent_map(panels, f"{loaded.settings.name}: latents of episodes")
     return figures
 
 
 def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets:
-    """Draw the rows.
+    """Draw the rows: of classes with more than `shot` images, and fewer queries if the smallest of them is small.
 
     Raises:
         DataError: as `draw_paper_figure`.
@@ -128,12 +129,21 @@ def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets
         check_encoder(model, dataset)
     train_split = data.train_split if data.train_split in dataset.splits else split
     labels = dataset.labels(split)
-    way = min(WAYS, len(np.unique(labels)))
-    episode = EpisodeSampler(labels, way=way, shot=shot, query=QUERIES, seed=0).episode(0)
+    large = _large_classes(labels, shot)
+    rows = np.flatnonzero(np.isin(labels, list(large)))
+    way, query = min(WAYS, len(large)), min(QUERIES, min(large.values(), default=shot + 1) - shot)
+    episode = EpisodeSampler(labels[rows], way=way, shot=shot, query=query, seed=0).episode(0)
     available = int(dataset.split(train_split)["samples"])
     training = np.arange(min(loaded.settings.train.set_size, available))  # stored in random order
     query_label = np.repeat(np.arange(way), episode.query.shape[1])
-    return _Sets(model, dataset, train_split, split, training, episode.support, episode.query.reshape(-1), query_label)
+    drawn = (rows[episode.support], rows[episode.query.reshape(-1)])
+    return _Sets(model, dataset, train_split, split, training, *drawn, query_label)
+
+
+def _large_classes(labels: np.ndarray, shot: int) -> dict[int, int]:
+    """Images of each class that has more than `shot`."""
+    sizes = zip(*np.unique(labels, return_counts=True), strict=True)
+    return {int(label): int(size) for label, size in sizes if size > shot}
 
 
 def _modes(loaded: LoadedModel, sets: _Sets) -> Figure:
