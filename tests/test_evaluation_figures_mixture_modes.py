@@ -68,20 +68,23 @@ def test_training_modes_assign_each_image_once_and_are_sorted_by_size():
     assert all(np.array_equal(a.generated, b.generated) for a, b in zip(modes, again, strict=True))
 
 
-def test_mode_grid_places_each_image(tmp_path):
-    white, black = np.zeros(SHAPE, np.uint8), np.full(SHAPE, 255, np.uint8)
+@pytest.mark.parametrize("negative", [False, True])
+def test_mode_grid_places_each_image(tmp_path, negative):
+    """Images of negatives are shown as they were before; missing ones are white."""
+    white, black = (np.full(SHAPE, 255 * (bright != negative), np.uint8) for bright in (True, False))
     modes = [
         MixtureMode(black[None], np.stack([white, black]), np.stack([black / 255.0])),
         MixtureMode(white[None], np.stack([black]), np.stack([white / 255.0])),
     ]
-    figure = plots.mode_grid(modes, "title", "generated")
+    figure = plots.mode_grid(modes, "title", "generated", negative=negative)
     assert [axes.get_title() for axes in figure.axes] == ["support", "obtained by EM", "generated"]
     obtained = figure.axes[1].images[0].get_array()
     step = 28 + plots.GAP
-    assert obtained[14, 14] == 0
-    assert obtained[14, step + 14] == 1
-    assert obtained[step + 14, 14] == 1
-    assert obtained[step + 14, step + 14] == 0
+    assert obtained[14, 14] == 1
+    assert obtained[14, step + 14] == 0
+    assert obtained[step + 14, 14] == 0
+    assert obtained[step + 14, step + 14] == 1
+    assert figure.axes[1].images[0].cmap.name == "gray"
     plots.save(figure, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > image.height > 100
@@ -108,6 +111,8 @@ def test_predictions_are_drawn_beside_the_predicted_class():
     assert titles == ["", "90%", "60%", "", "80%", ""]
     assert [axes.texts[0].get_text() for axes in figure.axes[::3]] == ["left", "middle"]
     assert np.array_equal(figure.axes[2].images[0].get_array(), images[5][0] / 255)
+    figure = plots.predictions([images[:1], images[1:2]], ["a", "b"], images[3:], probabilities, negative=True)
+    assert np.array_equal(figure.axes[2].images[0].get_array(), 1 - images[5][0] / 255)
 
 
 def test_a_long_name_of_a_class_stands_beside_its_images():

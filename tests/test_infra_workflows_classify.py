@@ -323,6 +323,22 @@ def test_too_many_queries_for_one_set_are_classified_in_random_sets(folders, loa
     assert all(row["probabilities"] == by_file[row["query"]] for row in fewer["queries"])
 
 
+@pytest.mark.parametrize(("recorded", "negative"), [(False, False), (True, True), (None, True)])
+def test_the_figure_shows_images_as_their_files_do(folders, loaded, tmp_path, monkeypatch, recorded, negative):
+    """Inverted ones are inverted again; a model without a record may have been trained on either."""
+    from metagmvae.evaluation.figures import plots
+
+    support, query, images = folders
+    preprocessing = None if recorded is None else Preprocessing.of_shape((1, 28, 28), invert=recorded)
+    shown, draw = [], plots.predictions
+    monkeypatch.setattr(plots, "predictions", lambda *a, **b: shown.append(draw(*a, **b)) or shown[0])
+    run_classify(replace(loaded, preprocessing=preprocessing), support, query, figure=tmp_path / "f.png")
+    pixels = shown[0].axes[0].images[0].get_array()
+    expected = 1 - images[0, None] / 255 if negative and recorded is None else images[0, None] / 255
+    np.testing.assert_allclose(pixels, expected[0], atol=1e-12)
+    assert replace(loaded, preprocessing=preprocessing).negative is negative
+
+
 def test_the_figure_says_how_many_images_it_leaves_out(folders, loaded, tmp_path, monkeypatch):
     from metagmvae.evaluation.figures import plots
 
@@ -331,7 +347,7 @@ def test_the_figure_says_how_many_images_it_leaves_out(folders, loaded, tmp_path
         Image.open(query / f"{i % 3}.png").rotate(i).save(query / f"{i}.png")
     notes = []
     draw = plots.predictions
-    monkeypatch.setattr(plots, "predictions", lambda *a: notes.append((len(a[2]), a[4])) or draw(*a))
+    monkeypatch.setattr(plots, "predictions", lambda *a, **b: notes.append((len(a[2]), a[4])) or draw(*a, **b))
     answer = run_classify(loaded, support, query, figure=tmp_path / "f.png")
     shown = sum(min(count, answer_figure.SHOWN) for count in answer["predicted"].values())
     assert notes == [(shown, f"{shown} of 30 images")]

@@ -48,7 +48,7 @@ def draw_gallery(
         figures[FIGURES[4]] = paper_figure(4, loaded, dataset, split)
         if dataset.kind == "images":
             figures[FIGURES[3]] = paper_figure(3, loaded, dataset, split)
-            figures["reconstructions"] = _reconstructions(loaded.model, dataset.images(split))
+            figures["reconstructions"] = _reconstructions(loaded.model, dataset.images(split), loaded.negative)
     name, files = loaded.settings.name, []
     if any(key == "loss" or key.startswith("validation/") for line in lines for key in line):
         figures["curves"] = plots.curves(lines, name)
@@ -74,8 +74,8 @@ def _validation_lines(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     ]
 
 
-def _reconstructions(model: MetaGMVAE, images: Rows) -> Figure:
+def _reconstructions(model: MetaGMVAE, images: Rows, negative: bool) -> Figure:
     finder = ModeFinder(model, _first(images, POOL_SIZE))
     image_set = _first(images, RECONSTRUCTION_SET)
     label = "decoded" if finder.pool_nF is None else "nearest to the\ndecoded features"
-    return plots.reconstructions(image_set[:16], finder.reconstruct(image_set)[:16], label)
+    return plots.reconstructions(image_set[:16], finder.reconstruct(image_set)[:16], label, negative=negative)

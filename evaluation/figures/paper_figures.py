@@ -107,7 +107,8 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
     if dataset.kind == "images":
         caption = "Modes of an episode: support, images that EM assigns to each mode, generated images"
         title, modes, generated = _test_grid(loaded, sets)
-        figures[caption] = plots.mode_grid(modes, f"{loaded.settings.name}: {title}", generated)
+        title = f"{loaded.settings.name}: {title}"
+        figures[caption] = plots.mode_grid(modes, title, generated, negative=loaded.negative)
     panels = [_test_panel(loaded, sets)]
     if len(_large_classes(dataset.labels(split), 5)) > 1:
         panels.append(_test_panel(loaded, _sets(loaded, dataset, split, shot=5)))
@@ -156,8 +157,8 @@ def _modes(loaded: LoadedModel, sets: _Sets) -> Figure:
     shown = f"the {TRAINING_MODES} largest of " if loaded.settings.train.components > TRAINING_MODES else ""
     title = f"meta-training: {shown}{loaded.settings.train.components} modes of {len(images)} unlabelled images (Eq. 7)"
     test_title, test_modes, generated = _test_grid(loaded, sets)
-    name = loaded.settings.name
-    return plots.mode_grids([(f"{name}, {title}", modes), (test_title, test_modes)], generated)
+    grids = [(f"{loaded.settings.name}, {title}", modes), (test_title, test_modes)]
+    return plots.mode_grids(grids, generated, negative=loaded.negative)
 
 
 def _test_grid(loaded: LoadedModel, sets: _Sets) -> tuple[str, list[MixtureMode], str]:

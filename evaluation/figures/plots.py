@@ -70,27 +70,31 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def reconstructions(images: Array, decoded: Array, label: str) -> Figure:
-    """Show images (uint8) above their reconstructions; `label` names the row of the reconstructions."""
+def reconstructions(images: Array, decoded: Array, label: str, *, negative: bool = False) -> Figure:
+    """Show images (uint8) above their reconstructions; `label` names the row of the reconstructions.
+
+    `negative`: as in `predictions`.
+    """
     figure = Figure(figsize=(9, 2.2), layout="constrained")
     axes = figure.subplots(1, 1)
-    _mosaic(axes, [list(images), list(decoded)])
+    _mosaic(axes, [list(images), list(decoded)], negative)
     _row_labels(axes, ["image", label], images.shape[-2])
     return figure
 
 
-def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str) -> Figure:
+def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str, *, negative: bool = False) -> Figure:
     """Draw the modes of one set, one row per mode: labelled images, images that EM assigns to it, generated images.
 
     Args:
         modes: the rows.
         title: of the figure.
         generated: title of the column of generated images.
+        negative: as in `predictions`.
     """
-    return mode_grids([(title, modes)], generated)
+    return mode_grids([(title, modes)], generated, negative=negative)
 
 
-def mode_grids(grids: Sequence[tuple[str, Sequence[MixtureMode]]], generated: str) -> Figure:
+def mode_grids(grids: Sequence[tuple[str, Sequence[MixtureMode]]], generated: str, *, negative: bool = False) -> Figure:
     """Draw Fig. 3: the grids of several sets below each other, each with its title; see `mode_grid`."""
     widest = max(sum(_panel_widths(modes)) for _, modes in grids)
     heights = [0.6 * len(modes) + 0.7 for _, modes in grids]
@@ -103,7 +107,7 @@ def mode_grids(grids: Sequence[tuple[str, Sequence[MixtureMode]]], generated: st
         shown = {key: rows for key, rows in shown.items() if any(rows)}
         axes_by_key = part.subplots(1, len(shown), width_ratios=_panel_widths(modes), squeeze=False)[0]
         for axes, (key, rows) in zip(axes_by_key, shown.items(), strict=True):
-            _mosaic(axes, rows)
+            _mosaic(axes, rows, negative)
             axes.set_title(columns[key], fontsize=9, color=GREY)
         height = next(image.shape[-2] for rows in shown.values() for row in rows for image in row)
         _row_labels(axes_by_key[0], [str(number) for number in range(1, len(modes) + 1)], height)
@@ -157,7 +161,13 @@ def latent_map(panels: Sequence[LatentPanel], title: str) -> Figure:
 
 
 def predictions(
-    support: Sequence[Array], names: Sequence[str], query: Array, probabilities: Array, note: str = ""
+    support: Sequence[Array],
+    names: Sequence[str],
+    query: Array,
+    probabilities: Array,
+    note: str = "",
+    *,
+    negative: bool = False,
 ) -> Figure:
     """Show the labelled images of each class, and beside them the 8 most probable queries of those predicted as it.
 
@@ -167,6 +177,7 @@ def predictions(
         query: (P, C, H, W).
         probabilities: (P, K); that of the predicted class is written above the query.
         note: what the figure leaves out, for its title.
+        negative: whether the images are inverted (`Preprocessing.invert`); they are shown as they were before.
     """
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     rows_by_class = [np.flatnonzero(predicted == k) for k in range(len(names))]
@@ -179,11 +190,11 @@ def predictions(
         axes.axis("off")
     for k, name in enumerate(names):
         for column, image in enumerate(support[k]):
-            _show(grid[k, column], image)
+            _show(grid[k, column], image, negative)
         beside = {"transform": grid[k, 0].transAxes, "ha": "right", "va": "center"}
         grid[k, 0].text(-0.1, 0.5, _short(name), fontsize=7, fontweight="bold", **beside)
         for column, row in enumerate(rows_by_class[k]):
-            _show(grid[k, shots + column], query[row])
+            _show(grid[k, shots + column], query[row], negative)
             grid[k, shots + column].set_title(_percent(confidence[row]), fontsize=7, color=GREY)
     title = "labelled images (left), most certain predictions (right)"
     figure.suptitle(f"{title}\n{note}" if note else title, fontsize=9)
@@ -199,27 +210,26 @@ def _short(name: str, longest: int = 22) -> str:
     return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
-def _show(axes: Any, image: Array) -> None:
-    pixels = _to_unit_range(image)
-    axes.imshow(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+def _show(axes: Any, image: Array, negative: bool) -> None:
+    pixels = _to_unit_range(image, negative)
+    axes.imshow(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
 
 
-def _to_unit_range(image: Array) -> Array:
-    return image / 255 if image.dtype == np.uint8 else image
+def _to_unit_range(image: Array, negative: bool) -> Array:
+    pixels = image / 255 if image.dtype == np.uint8 else image
+    return 1 - pixels if negative else pixels
 
 
-def _mosaic(axes: Any, rows: Sequence[Sequence[Array]]) -> None:
+def _mosaic(axes: Any, rows: Sequence[Sequence[Array]], negative: bool) -> None:
     """Draw rows of images, each (C, H, W), as one image; missing images stay white."""
     channels, height, width = next(image.shape for row in rows for image in row)
     columns = max(len(row) for row in rows)
-    # Grey images are drawn inverted, so that 0 is white.
-    blank = 0.0 if channels == 1 else 1.0
-    canvas = np.full((len(rows) * (height + GAP), columns * (width + GAP), channels), blank)
+    canvas = np.ones((len(rows) * (height + GAP), columns * (width + GAP), channels))
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = r * (height + GAP), c * (width + GAP)
-            canvas[top : top + height, left : left + width] = _to_unit_range(image).transpose(1, 2, 0)
-    axes.imshow(canvas[..., 0] if channels == 1 else canvas, cmap="gray_r", vmin=0, vmax=1)
+            canvas[top : top + height, left : left + width] = _to_unit_range(image, negative).transpose(1, 2, 0)
+    axes.imshow(canvas[..., 0] if channels == 1 else canvas, cmap="gray", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 

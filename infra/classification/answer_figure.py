@@ -54,4 +54,5 @@ def draw_answer(inputs: ImageInputs, images: np.ndarray, best: MostCertain, clas
     note = f"{len(chosen):,} of {classified:,} images"
     if len(names) < len(inputs.names):
         note += f", {len(names)} of {len(inputs.names)} classes"
-    plots.save(plots.predictions(support, names, shown, p_PK, note), figure)
+    negative = inputs.preprocessing.invert if inputs.recorded else inputs.preprocessing.channels == 1
+    plots.save(plots.predictions(support, names, shown, p_PK, note, negative=negative), figure)

@@ -76,6 +76,11 @@ class LoadedModel:
         calibrated = "" if self.calibration is None else ", calibrated"
         return f"<LoadedModel {self.settings.name}: {type(self.model).__name__} of {takes}{calibrated}>"
 
+    @property
+    def negative(self) -> bool:
+        """Whether its images are inverted, so that figures invert them again; without a record, grey ones are."""
+        return self.image_shape[0] == 1 if self.preprocessing is None else self.preprocessing.invert
+
     def calibration_map(self, adapt: AdaptSettings, mode: str, way: int, shot: float) -> CalibrationMap:
         """Return the map for a task, as `PosteriorCalibration.nearest_map`; `UNCALIBRATED` if the model has none."""
         return UNCALIBRATED if self.calibration is None else self.calibration.nearest_map(adapt, mode, way, shot)
