@@ -135,6 +135,24 @@ def test_wrong_options_are_one_line(folder, options, reason):
         open_source("folder", str(folder), size=8, **options)
 
 
+def test_equal_files_are_counted_with_those_of_other_classes_and_splits(folder):
+    """The pictures of patients 0, 1 and 2 again, as others; the first keeps its class."""
+    table = folder.parent / "with.csv"
+    lines = table.read_text()
+    for number, row in enumerate(("0;100;a;train", "1;101;a;val", "2;102;b;train")):
+        (folder / f"copy {number}.png").write_bytes((folder / f"{number:02d}.png").read_bytes())
+        lines += f"\ncopy {number}{row[1:]}"
+    table.write_text(lines)
+    said = open_source("folder", str(folder), size=8, labels=str(table), groups="patient").files["duplicates"]
+    assert said == (
+        "3 files equal an earlier one (copy 0.png equals 00.png); 2 of them have another class than it; 1 of them have "
+        "another split than it"
+    )
+    assert (
+        "duplicates" not in open_source("folder", str(folder), size=8, labels=str(folder.parent / "labels.csv")).files
+    )
+
+
 def test_classes_whose_names_differ_by_case_are_refused(folder):
     table = folder.parent / "labels.csv"
     table.write_text("file,patient,label\n00,p,Tumour\n01,q,tumour\n02,r,b\n")

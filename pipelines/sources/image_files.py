@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from metagmvae.pipelines.archives.entries import LeftOut, Listing
+from metagmvae.pipelines.archives.entries import Entry, LeftOut, Listing
 from metagmvae.pipelines.archives.reader import HIDDEN, list_files
 from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
@@ -78,6 +78,30 @@ def files_report(read: Sequence[str], left_out: Iterable[LeftOut], folders: Iter
         ],
         "folders_without_images": _empty_folders(read, {*folders, *(str(PurePosixPath(n).parent) for n in visible)}),
     }
+
+
+def duplicates_note(files: Iterable[tuple[Entry, str, str]]) -> dict[str, str]:
+    """Files whose content another file has, for the output of `metagmvae prepare`; empty if there are none.
+
+    They have equal CRC-32 and size.
+
+    Args:
+        files: each with its class and its split.
+    """
+    first: dict[tuple[int, int], tuple[Entry, str, str]] = {}
+    pairs = []
+    for file in files:
+        earlier = first.setdefault((file[0].crc, file[0].size), file)
+        if earlier is not file:
+            pairs.append((file, earlier))
+    if not pairs:
+        return {}
+    (repeated, *_), (original, *_) = pairs[0]
+    text = f"{len(pairs):,} files equal an earlier one ({printable(repeated.name)} equals {printable(original.name)})"
+    for place, what in ((1, "class"), (2, "split")):
+        if other := sum(file[place] != earlier[place] for file, earlier in pairs):
+            text += f"; {other:,} of them have another {what} than it"
+    return {"duplicates": text}
 
 
 def _empty_folders(read: Iterable[str], folders: Iterable[str]) -> list[str]:
