@@ -163,6 +163,34 @@ def test_every_file_is_accounted_for(folders, loaded):
     assert answer["blank"] == [f"{query}/blank.bmp"]
 
 
+def test_a_table_names_the_labelled_images_of_one_folder(folders, loaded, tmp_path, capsys):
+    """The same answer as with class folders; the images without a row are queries only."""
+    support, query, _ = folders
+    (tmp_path / "all" / "more").mkdir(parents=True)
+    rows = ["Image;Class"]
+    for path in sorted(support.rglob("*.png")):
+        name = f"{path.parent.name} {path.name}"
+        (tmp_path / "all" / ("more" if "1" in name else "") / name).write_bytes(path.read_bytes())
+        rows.append(f"{name};{path.parent.name}")
+    (tmp_path / "all" / "0.png").write_bytes((query / "0.png").read_bytes())
+    table = tmp_path / "labels.csv"
+    table.write_text("\ufeff" + "\r\n".join(reversed(rows[1:])).join([rows[0] + "\r\n", ""]), encoding="utf-8")
+    expected = classify.classify_folders(loaded, support, query)
+    answer = run_classify(loaded, tmp_path / "all", query, labels=table)
+    assert answer["queries"] == expected["queries"]
+    assert (answer["classes"], answer["shots"], answer["left_out"]) == (["a", "b"], [3, 1], [])
+    run = save_package(tmp_path / "package", loaded)
+    words = ["classify", str(run), "--support", str(tmp_path / "all"), "--labels", str(table), "--query", str(query)]
+    assert main([*words, "--no-invert", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"] == expected["queries"]
+    table.write_text("file,label\n0,a\n")
+    with pytest.raises(DataError, match=r"labels.csv: has 1 class \(a\); give two or more"):
+        run_classify(loaded, tmp_path / "all", query, labels=table)
+    table.write_text("file,label\n0,a\nnone.png,b\n")
+    with pytest.raises(DataError, match=r"1 of 2 rows name no image of the folder \(none.png\)"):
+        run_classify(loaded, tmp_path / "all", query, labels=table)
+
+
 def test_folders_without_images_are_refused(folders, loaded, tmp_path):
     support, query, _ = folders
     with pytest.raises(DataError, match="no such folder"):

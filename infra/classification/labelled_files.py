@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.label_file import read_labels
+from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES
 from metagmvae.pipelines.sources.image_files import list_images, require_images
 
@@ -15,19 +16,36 @@ Files = tuple[Path, list[str], list[dict[str, str]]]
 """Folder or archive, names of the files to read in it, and `file` and `reason` of those that are left out."""
 
 
-def labelled_files(support: Path) -> tuple[list[str], list[str], np.ndarray, list[dict[str, str]]]:
-    """Names of the classes, files `<class>/<file>` in the order of the classes, their class numbers, files left out.
+def labelled_files(
+    support: Path, labels: Path | None = None
+) -> tuple[list[str], list[str], np.ndarray, list[dict[str, str]]]:
+    """Names of the classes, files in the order of the classes, their class numbers, files left out.
+
+    Args:
+        support: folder or archive of `<class>/<file>`.
+        labels: table with the classes of some images in the folder (`label_file.read_labels`), whatever the
+            sub-folders; the others are not meant, and therefore not left out.
 
     Raises:
-        DataError: the folder is missing, a class folder holds no images, or there are fewer than two.
+        DataError: the folder is missing, a class folder holds no images, or there are fewer than two classes; or as
+            `read_labels`.
     """
+    if labels is not None:
+        names, _, _ = _list(support, lambda depth: True, "")
+        class_of = {file: row.label for file, row in read_labels(labels, names).items()}
+        files = sorted(class_of, key=lambda file: (class_of[file], file))
+        names = sorted(set(class_of.values()))
+        if len(names) < 2:
+            raise DataError(f"{labels}: has 1 class ({printable(names[0])}); give two or more")
+        return names, files, np.array([names.index(class_of[file]) for file in files]), []
     files, left_out, folders = _list(support, lambda depth: depth == 2, "not in a class folder")
     names = sorted({file.split("/")[0] for file in files})
     empty = sorted({folder.split("/")[0] for folder in folders} - set(names))
     if empty:
         raise DataError(f"{support}: class folder {empty[0]} holds no images; add images of this class or remove it")
     if len(names) < 2:
-        raise DataError(f"{support}: holds {len(names)} class folders; give two or more, SUPPORT/<class>/*.png")
+        remedy = "give two or more, SUPPORT/<class>/*.png, or a table with --labels"
+        raise DataError(f"{support}: holds {len(names)} class folders; {remedy}")
     return names, files, np.array([names.index(file.split("/")[0]) for file in files]), left_out
 
 

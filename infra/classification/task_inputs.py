@@ -69,6 +69,8 @@ class ImageInputs:
     recorded: bool
     """Whether the model records the preprocessing."""
     recursive: bool = False
+    labels: Path | None = None
+    """Table with the classes of the labelled images; None: their folders."""
     blank: dict[str, None] = field(default_factory=dict)
     """Images of one single value, among those that have been read."""
     unreadable: list[dict[str, str]] = field(default_factory=list)
@@ -81,7 +83,7 @@ class ImageInputs:
 
     @cached_property
     def _support_files(self) -> tuple[list[str], list[str], np.ndarray, list[dict[str, str]]]:
-        return labelled_files(self.support_root)
+        return labelled_files(self.support_root, self.labels)
 
     @cached_property
     def _query_files(self) -> tuple[Path, list[str], list[dict[str, str]]]:

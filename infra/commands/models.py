@@ -36,6 +36,8 @@ def add(parsers: Parsers) -> None:
     help_text = "folder of labelled images, one sub-folder per class: DIR/CLASS/*.png; or, for a model of vectors, a "
     help_text += ".npz or .parquet file with vectors and labels"
     parser.add_argument("--support", required=True, metavar="DIR", help=help_text)
+    help_text = "CSV file with the columns file and label: the labelled images of --support, whatever their folders"
+    parser.add_argument("--labels", metavar="FILE", help=help_text)
     help_text = "images to classify: DIR/*.png, or one file; or a .npy, .npz or .parquet file of vectors"
     parser.add_argument("--query", required=True, metavar="DIR", help=help_text)
     parser.add_argument("--recursive", action="store_true", help="also classify the images in sub-folders of --query")
@@ -139,6 +141,7 @@ def classify(arguments: Namespace) -> Answer:
         Path(arguments.figure) if arguments.figure else None,
         arguments.head,
         dataset,
+        Path(arguments.labels) if arguments.labels else None,
     )
     loaded = resolve_model(arguments.model, **encoder_options(arguments, dataset))
     if loaded.preprocessing is None and arguments.invert is None and not loaded.model.takes_vectors:

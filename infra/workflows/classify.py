@@ -63,6 +63,8 @@ class ClassifyOptions:
     head_data: Dataset | None = None
     """Data set whose validation classes choose the settings of the head and calibrate it; None: those that the encoder
     was calibrated with, or the defaults."""
+    labels: Path | None = None
+    """CSV file with the classes of the labelled images; None: they are in class folders."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -116,8 +118,8 @@ def classify_folders(
 
     Args:
         loaded: the model.
-        support: folder or archive that holds `<class>/*.png` for two or more classes; shots may differ between classes.
-            For a model of vectors: file of vectors with labels (`read_vector_file`).
+        support: folder or archive that holds `<class>/*.png` for two or more classes; with `labels`, images in any
+            sub-folders. Shots may differ between classes. For a model of vectors: file of vectors with labels.
         query: folder or archive that holds `*.png`, or one image file; or a file of vectors.
         figure: as in `ClassifyOptions`.
         invert: as in `ClassifyOptions`.
@@ -194,7 +196,7 @@ def _open_inputs(loaded: LoadedModel, support: Path, query: Path, options: Class
         DataError: as `classify_folders`.
     """
     if loaded.model.takes_vectors:
-        for option in ("recursive", "figure", "invert"):
+        for option in ("recursive", "figure", "invert", "labels"):
             if getattr(options, option) not in (None, False):
                 raise DataError(f"--{option}: is for images, and {loaded.settings.name} takes vectors; omit it")
         return VectorInputs.open(loaded.model, support, query)
@@ -202,7 +204,7 @@ def _open_inputs(loaded: LoadedModel, support: Path, query: Path, options: Class
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             raise DataError(f"{path}: is a file of vectors, and {loaded.settings.name} takes images; give a folder")
     preprocessing, recorded = image_preprocessing(loaded, options.invert), loaded.preprocessing is not None
-    return ImageInputs(support, query, preprocessing, recorded, options.recursive)
+    return ImageInputs(support, query, preprocessing, recorded, options.recursive, options.labels)
 
 
 def image_preprocessing(loaded: LoadedModel, invert: bool | None = None) -> Preprocessing:
