@@ -155,6 +155,7 @@ def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatch)
     np.savez(tmp_path / "names.npz", pictures=RGB)
     np.savez(tmp_path / "floats.npz", images=RGB / 255)
     np.savez(tmp_path / "cut.npz", images=RGB)
+    (tmp_path / "folder").mkdir()
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     for name, reason in {
@@ -166,6 +167,7 @@ def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatch)
         "names.npz": "holds the arrays pictures; name them images and labels",
         "floats.npz": "image 0 is float64",
         "none.npz": "cannot be read",
+        "folder": "is a folder; give one .npz or .npy file",
     }.items():
         with pytest.raises(DataError, match=reason) as caught:
             open_source("npz", name)

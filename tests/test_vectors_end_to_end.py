@@ -290,7 +290,12 @@ def test_commands_for_images_say_what_they_cannot_do_with_vectors(
     words = ["classify", run, "--support", tmp_path / "labelled.npz", "--query"]
     assert f"holds float32 (9, {size - 1}), and {takes}" in refused(*words, tmp_path / "narrow.npz")
     assert "is a folder, and the model takes vectors" in refused(*words, tmp_path)
-    for option, value in (("--figure", [tmp_path / "a.png"]), ("--invert", []), ("--recursive", []), ("--labels", ["a.csv"])):
+    for option, value in (
+        ("--figure", [tmp_path / "a.png"]),
+        ("--invert", []),
+        ("--recursive", []),
+        ("--labels", ["a.csv"]),
+    ):
         assert f"{option}: is for images" in refused(*words, tmp_path / "narrow.npz", option, *value)
     words[3:] = [tmp_path / "unlabelled.npz", "--query", tmp_path / "labelled.npz"]
     assert "holds no labels; save the class of each vector in it as labels" in refused(*words)

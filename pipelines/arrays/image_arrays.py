@@ -212,6 +212,8 @@ def class_names(labels: Items, count: int, items: str = "image") -> list[str]:
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
+    if Path(source).is_dir():
+        raise DataError(f"{source}: is a folder; give one .npz or .npy file with all images, of equal shape")
     try:
         with open(source, "rb") as file:  # NumPy leaves a damaged file open
             loaded = np.load(file, allow_pickle=False)
