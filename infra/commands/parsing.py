@@ -129,6 +129,13 @@ def add_command(
 
     `interrupted` says after Ctrl-C what is kept, if that is more than nothing.
     """
+
+    def run_alone(arguments: argparse.Namespace) -> Answer:
+        from metagmvae.infra.runs.launcher import check_launcher
+
+        check_launcher(name)
+        return run(arguments)
+
     parser: argparse.ArgumentParser = parsers.add_parser(
         name,
         help=description,
@@ -136,7 +143,7 @@ def add_command(
         epilog=f"Example:\n  {example}",
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(run=run, interrupted=interrupted)
+    parser.set_defaults(run=run_alone, interrupted=interrupted)
     common = parser.add_argument_group("options of all commands")
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("--debug", action="store_true", help="show the traceback if the command fails")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from metagmvae.infra.runs.launcher import tasks_of_slurm
 from metagmvae.infra.runs.run_folder import TRAINING_LOCK
 from metagmvae.pipelines.files import held_lock
 from metagmvae.pipelines.records import DataError
@@ -31,4 +32,5 @@ def lock_run_folder(run_dir: Path, *, setting: str = "--set run.out=…", patien
     except Timeout as error:
         raise DataError(
             f"{run_dir}: another process trains in this folder; wait for it, or choose another folder: {setting}"
+            f"{tasks_of_slurm()}"
         ) from error
