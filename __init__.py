@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         prepare_vectors,
         train,
     )
+    from metagmvae.infra.api.sweeps import tune
     from metagmvae.infra.workflows.estimator import FewShotClassifier
     from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -38,11 +39,13 @@ __all__ = [
     "prepare_images",
     "prepare_vectors",
     "train",
+    "tune",
 ]
 
 _MODULE_BY_NAME = {
     "Dataset": "pipelines.shards.dataset",
     "FewShotClassifier": "infra.workflows.estimator",
+    "tune": "infra.api.sweeps",
     "evaluate_tasks": "evaluation.fewshot.evaluate_tasks",
     **dict.fromkeys(
         ("compare", "evaluate", "fit", "load_model", "prepare", "prepare_images", "prepare_vectors", "train"),

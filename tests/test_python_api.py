@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import metagmvae
-from metagmvae.infra.api import functions
+from metagmvae.infra.api import functions, sweeps
 from metagmvae.infra.api.results import PreparedData, TrainedRun
 
 FUNCTIONS_AND_CLASSES = [name for name in metagmvae.__all__ if name != "__version__"]
@@ -179,6 +179,8 @@ def test_values_in_the_html_are_escaped() -> None:
         (lambda: metagmvae.train("glyphs-demo", {"train.steps": np.int64(-7)}), "train.steps = -7"),
         (lambda: metagmvae.train("glyphs-demo", {"train.learning_rate": np.float32(-0.5)}), "rate = -0.5"),
         (lambda: metagmvae.fit("nowhere", out="x"), "nowhere"),
+        (lambda: metagmvae.tune("glyphs-demo", space="none", out="x"), "none"),
+        (lambda: metagmvae.tune("glyphs-demo", space="core", out="x", trails=3), "unrecognized arguments: --trails=3"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -201,6 +203,32 @@ def test_a_dataset_shows_what_it_holds(workspace: Path) -> None:
     splits = metagmvae.Dataset.open(uri).manifest["splits"]
     counts = ", ".join(f"{split} {splits[split]['samples']:,}" for split in ("train", "validation", "test"))
     assert repr(metagmvae.Dataset.open(uri)) == f"<Dataset {uri}: images 1 x 28 x 28; {counts}>"
+
+
+def test_result_of_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are those of the command line, and the result stands for the folder."""
+    best = {"number": 3, "accuracy": 0.5, "ci95": 0.25, "task": "5w1s"}
+    answers = [
+        {"sweep": "runs/s", "name": "s", "trials": {"done": 8}, "best": best, "settings": {"train.steps": 9}}
+        | {"report": "runs/s/report.html", "train": "metagmvae train runs/s/best.toml"},
+        {"sweep": "runs/s", "name": "s", "trials": {"failed": 8}, "best": None, "why": "no steps"},
+        {"dry run": "all checks passed, nothing was written", "sweep": "runs/s", "trials": 8},
+    ]
+    called: list[Sequence[object]] = []
+
+    def answer(name: str, *values: object, **options: object) -> dict[str, object]:
+        called.append([name, *values, options])
+        return answers[len(called) - 1]
+
+    monkeypatch.setattr(sweeps, "call_command", answer)
+    result = metagmvae.tune("glyphs-demo", {"train.batch": np.int64(4)}, space="core", trials=8)
+    options = {"space": "core", "out": None, "set": {"train.batch": "4"}, "resume": False, "trials": 8}
+    assert called == [["tune", "glyphs-demo", options]]
+    assert (Path(result), result.best_settings) == (Path("runs/s"), Path("runs/s/best.toml"))
+    assert (result.best, result.settings, result.report) == (best, {"train.steps": 9}, Path("runs/s/report.html"))
+    ElementTree.fromstring(result._repr_html_())
+    assert metagmvae.tune("glyphs-demo", space="core").best is None
+    assert metagmvae.tune("glyphs-demo", space="core", dry_run=True).trials == 8
 
 
 def test_result_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:

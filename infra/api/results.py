@@ -162,6 +162,32 @@ class ComparisonResult(CommandResult):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepResult(CommandResult):
+    """The folder of a sweep. It stands for its path wherever a path is expected."""
+
+    sweep: Path
+    name: str = ""
+    trials: Mapping[str, int] | int = 0
+    """Their number by status; for a dry run, their number."""
+    best: Mapping[str, Any] | None = None
+    """`number`, `accuracy`, `ci95` and `task` of the best trial; None: no trial was validated."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the best trial changes, by dotted key."""
+    report: Path | None = None
+    """The HTML page."""
+
+    @property
+    def best_settings(self) -> Path:
+        """File with all settings of the best trial, for `train`."""
+        from metagmvae.infra.tune.sweep_state import BEST
+
+        return self.sweep / BEST
+
+    def __fspath__(self) -> str:
+        return str(self.sweep)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResult(CommandResult):
     """A model made from a folder of pictures. It stands for the path of the model package."""
 
