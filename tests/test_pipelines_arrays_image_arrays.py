@@ -177,6 +177,16 @@ def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatch)
         open_source("npz")
 
 
+def test_columns_of_pandas_and_files_of_hugging_face(tmp_path):
+    """Numbers of the rows are those of the larger table from which they were chosen."""
+    pandas = pytest.importorskip("pandas")
+    expected = open_images(RGB, LABELS)
+    table = pandas.DataFrame({"image": [{"bytes": png(image), "path": None} for image in RGB], "label": LABELS})
+    table.index += 100
+    opened = open_images(table["image"], table["label"])
+    assert opened.fingerprint == expected.fingerprint
+
+
 def test_prepare_images_writes_a_dataset_of_python_objects(tmp_path):
     data = metagmvae.prepare_images(Column(), LABELS, out=tmp_path / "out", test_classes=2, seed=2)
     assert (data.name, data.image_shape, data.classes) == ("images", (3, 28, 28), {"train": 4, "test": 2})

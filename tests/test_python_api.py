@@ -210,7 +210,7 @@ def test_result_of_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     best = {"number": 3, "accuracy": 0.5, "ci95": 0.25, "task": "5w1s"}
     answers = [
         {"sweep": "runs/s", "name": "s", "trials": {"done": 8}, "best": best, "settings": {"train.steps": 9}}
-        | {"report": "runs/s/report.html", "train": "metagmvae train runs/s/best.toml"},
+        | {"report": "runs/s/report.md", "train": "metagmvae train runs/s/best.toml"},
         {"sweep": "runs/s", "name": "s", "trials": {"failed": 8}, "best": None, "why": "no steps"},
         {"dry run": "all checks passed, nothing was written", "sweep": "runs/s", "trials": 8},
     ]
@@ -225,7 +225,7 @@ def test_result_of_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"space": "core", "out": None, "set": {"train.batch": "4"}, "resume": False, "trials": 8}
     assert called == [["tune", "glyphs-demo", options]]
     assert (Path(result), result.best_settings) == (Path("runs/s"), Path("runs/s/best.toml"))
-    assert (result.best, result.settings, result.report) == (best, {"train.steps": 9}, Path("runs/s/report.html"))
+    assert (result.best, result.settings, result.report) == (best, {"train.steps": 9}, Path("runs/s/report.md"))
     ElementTree.fromstring(result._repr_html_())
     assert metagmvae.tune("glyphs-demo", space="core").best is None
     assert metagmvae.tune("glyphs-demo", space="core", dry_run=True).trials == 8

@@ -174,7 +174,7 @@ class SweepResult(CommandResult):
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the best trial changes, by dotted key."""
     report: Path | None = None
-    """The HTML page."""
+    """In Markdown."""
 
     @property
     def best_settings(self) -> Path:

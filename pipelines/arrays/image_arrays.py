@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def open_images(
 
     Args:
         images: anything with a length and numbered items, such as a column of a data set of Hugging Face: arrays uint8
-            (H, W), (H, W, C) or (C, H, W), images of Pillow, or image files (paths, or their content as bytes).
+            (H, W), (H, W, C) or (C, H, W), images of Pillow, or image files (paths, or their content as bytes, also as
+            `{"bytes": …}`).
         labels: class of each image, words or numbers; None: no classes, and all images are in `train`.
         name: of the dataset.
         size: side in pixels; None: the shorter side of the first image, from 28 to 84.
@@ -66,6 +67,8 @@ def open_images(
         raise DataError(f"images are one {type(images).__name__}, without a length; give a list")
     if not len(images):
         raise DataError("there are no images; give at least one")
+    if hasattr(images, "iloc"):  # a column of pandas, whose numbers may be those of a larger table
+        images = list(images)
     classes = [""] * len(images) if labels is None else class_names(labels, len(images))
     side, depth = _look(_as_image(images[0], "image 0"), "image 0")
     size = min(max(side, SIZES[0]), SIZES[1]) if size is None else size
@@ -158,6 +161,8 @@ def load_item(images: Items, number: int, *, preprocessing: Preprocessing) -> np
 
 def _as_image(item: Any, name: str) -> np.ndarray | Image.Image | bytes:
     """An array as uint8 (C, H, W); the content of a file; an image of Pillow as it is."""
+    if isinstance(item, Mapping) and isinstance(item.get("bytes"), bytes):  # of Hugging Face, not decoded
+        item = item["bytes"]
     if isinstance(item, bytes | Image.Image):
         return item
     if isinstance(item, str | os.PathLike):
