@@ -68,6 +68,9 @@ def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
     run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
     assert [register(run, store, "a", shot=1, once=once).version for once in (True, True, False)] == ["1", "1", "2"]
     assert register(run, store, "a", shot=5, once=True).version == "3"  # another best model of the run
+    client = connect(store).client
+    models = client.search_logged_models([e.experiment_id for e in client.search_experiments()])
+    assert [model.status for model in models] == ["READY"] * 3  # the later ones have deleted no model of a version
     with pytest.raises(ValueError, match="reserves this alias"):
         register(run, store, "a", alias="v1")
 

@@ -28,6 +28,7 @@ from metagmvae.infra.registry.alias_history import (
     alias_state,
     alias_version,
     read_history,
+    registered_model,
 )
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store
@@ -89,16 +90,26 @@ def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool
     return before.version is None and change_alias(store, name, "registered", before, version) is not None
 
 
+def complete_moves(store: Store, name: str) -> None:
+    """Carry out the moves that a process has claimed and not carried out, because it died or the store went away.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    if registered_model(store, name) is None:
+        return
+    number, claims = _next_number(read_history(store, name)), _claims(store, name)
+    with tracking_errors(store.uri):
+        _carry_out(store, name, claims, number)
+
+
 def describe_move(store: Store, name: str, before: AliasState) -> str:
     """Return one line that says who has moved an alias since `before`.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    # The process that moved it may not have recorded its move yet.
-    number, claims = _next_number(read_history(store, name)), _claims(store, name)
-    with tracking_errors(store.uri):
-        _carry_out(store, name, claims, number)
+    complete_moves(store, name)  # the process that moved it may not have recorded its move yet
     changes = read_history(store, name)
     now = alias_state(store, name, before.alias, changes)
     last = next((change for change in changes if change.number == now.last_change), None)

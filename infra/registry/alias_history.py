@@ -77,7 +77,7 @@ def alias_version(store: Store, name: str, alias: str) -> str | None:
     Raises:
         TrackingError: the store cannot be reached.
     """
-    model = _registered_model(store, name)
+    model = registered_model(store, name)
     version = None if model is None else model.aliases.get(alias)
     return None if version is None else str(version)
 
@@ -89,7 +89,7 @@ def read_history(store: Store, name: str) -> list[AliasChange]:
         DataError: a tag with our prefix is not such a record.
         TrackingError: the store cannot be reached.
     """
-    model = _registered_model(store, name)
+    model = registered_model(store, name)
     tags = {} if model is None else model.tags
     changes = []
     for key in sorted(key for key in tags if key.startswith(PREFIX)):
@@ -100,7 +100,12 @@ def read_history(store: Store, name: str) -> list[AliasChange]:
     return sorted(changes, key=lambda change: change.number)
 
 
-def _registered_model(store: Store, name: str) -> Any:
+def registered_model(store: Store, name: str) -> Any:
+    """Return MLflow's entry of a registered model; None if there is none.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
     with tracking_errors(store.uri):
         try:
             return store.client.get_registered_model(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +18,14 @@ from metagmvae.infra.registry.alias_change import whoami
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.store import Store
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
-from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.files import read_json, write_json
+from metagmvae.pipelines.records import DataError
 
 Status = Literal["promoted", "refused", "overtaken", "would be promoted", "would be refused"]
 """What happened to the challenger. Overtaken: the alias was moved while the models were evaluated."""
 PREFIX = "promotion."
 FOLDER = "promotions"
+DECISION = "decision.json"
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,23 @@ class Evidence:
         }
         return answer | ({"warnings": list(self.comparison.warnings)} if self.comparison.warnings else {})
 
+    def record(self, settings: Settings, status: Status, reason: str = "") -> dict[str, Any]:
+        """Return the content of `decision.json`: the answer, who decided, settings of the challenger, environment."""
+        return self.answer(status, reason) | {
+            "by": whoami(),
+            "settings": settings.model_dump(mode="json", include={"method", "model", "adapt", "pretrain", "train"}),
+            "environment": self.provenance,
+        }
 
-def upload_evidence(
-    store: Store,
-    version: Any,
-    evidence: Evidence,
-    settings: Settings,
-    status: Status,
-    reason: str = "",
-    folder: str = "",
-) -> str:
+
+def upload_evidence(store: Store, version: Any, evidence: Evidence, record: Mapping[str, Any], folder: str = "") -> str:
     """Upload `decision.json` and `episodes.parquet` to the run of the challenger's version.
 
     Args:
         store: store of the version.
         version: MLflow's entry of the challenger's version.
         evidence: of the decision.
-        settings: of the challenger.
-        status: what happened to the challenger.
-        reason: empty: that of the decision.
+        record: of the evidence.
         folder: folder of an earlier upload to overwrite; empty: a new one.
 
     Returns:
@@ -103,41 +104,67 @@ def upload_evidence(
     root = f"runs:/{version.run_id}/"
     if not folder:
         time, unique = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}", uuid.uuid4().hex[:6]
-        folder = f"{root}{FOLDER}/{time}-{evidence.alias}-{status}-{unique}"
-    content = evidence.answer(status, reason) | {
-        "by": whoami(),
-        "settings": settings.model_dump(mode="json", include={"method", "model", "adapt", "pretrain", "train"}),
-        "environment": evidence.provenance,
-    }
+        folder = f"{root}{FOLDER}/{time}-{evidence.alias}-{record['decision']}-{unique}"
     with tempfile.TemporaryDirectory() as local, tracking_errors(store.uri):
-        write_json(Path(local) / "decision.json", content)
+        write_json(Path(local) / DECISION, record)
         write_pairs(Path(local) / "episodes.parquet", evidence.comparison.challenger, evidence.comparison.champion)
         store.client.log_artifacts(version.run_id, local, folder.removeprefix(root))
     return folder
 
 
-def tag_version(store: Store, version: Any, evidence: Evidence, status: Status, folder: str, reason: str = "") -> None:
+def tag_version(store: Store, version: Any, record: Mapping[str, Any], folder: str) -> None:
     """Set the tags `promotion.…` of the version to the newest decision, and delete those of earlier decisions.
+
+    Args:
+        store: store of the version.
+        version: MLflow's entry of the challenger's version.
+        record: of the decision.
+        folder: in which it is stored. This tag is set last, so it says that all others are complete.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    answer = evidence.answer(status, reason)
-    by_task = {row.pop("task"): row for row in answer.pop("tasks")}
-    del answer["challenger"]
-    answer |= {
+    by_task = {row["task"]: {key: value for key, value in row.items() if key != "task"} for row in record["tasks"]}
+    environment = record["environment"]
+    tags = {key: value for key, value in record.items() if key not in ("challenger", "settings", "environment")}
+    tags |= {
         "tasks": list(by_task),
-        "warnings": "; ".join(answer.get("warnings", [])) or None,
-        "by": whoami(),
-        "time": evidence.provenance["time"],
-        "commit": evidence.provenance["commit"],
-        "package": evidence.provenance["versions"]["metagmvae"],
-        "evidence": folder,
+        "warnings": "; ".join(record.get("warnings", [])) or None,
+        "time": environment["time"],
+        "commit": environment["commit"],
+        "package": environment["versions"]["metagmvae"],
     }
-    tags = flatten({PREFIX.rstrip("."): answer | by_task})
+    flat = flatten({PREFIX.rstrip("."): tags | by_task | {"evidence": folder}})
     with tracking_errors(store.uri):
         for key in version.tags:
-            if key.startswith(PREFIX) and key not in tags:
+            if key.startswith(PREFIX) and key not in flat:
                 store.client.delete_model_version_tag(version.name, version.version, key)
-        for key, value in tags.items():
+        for key, value in flat.items():
             store.client.set_model_version_tag(version.name, version.version, key, value[:5000])
+
+
+def complete_tags(store: Store, version: Any, folder: str) -> dict[str, Any] | None:
+    """Set the tags of a version whose promotion was interrupted after the alias had moved.
+
+    Args:
+        store: store of the version.
+        version: MLflow's entry of it.
+        folder: in which the evidence of its promotion is stored.
+
+    Returns:
+        The answer of the interrupted command; None if the tags are complete.
+
+    Raises:
+        DataError: the stored decision cannot be read.
+        TrackingError: the store cannot be reached.
+    """
+    if version.tags.get(f"{PREFIX}evidence") == folder:
+        return None
+    path = f"{folder.removeprefix(f'runs:/{version.run_id}/')}/{DECISION}"
+    with tempfile.TemporaryDirectory() as local, tracking_errors(store.uri):
+        record: dict[str, Any] = read_json(Path(store.client.download_artifacts(version.run_id, path, local)))
+    try:
+        tag_version(store, version, record, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}/{DECISION}: not the record of a promotion; delete its run's folder") from error
+    return {key: value for key, value in record.items() if key not in ("by", "settings", "environment")}

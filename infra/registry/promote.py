@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead, evaluate_head_to_head
 from metagmvae.evaluation.comparison.promotion_rule import MARGIN, Decision, check_margin, decide
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.infra.registry.alias_change import change_alias, describe_move
+from metagmvae.infra.registry.alias_change import change_alias, complete_moves, describe_move
 from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
-from metagmvae.infra.registry.evidence import Evidence, Status, tag_version, upload_evidence
+from metagmvae.infra.registry.evidence import Evidence, Status, complete_tags, tag_version, upload_evidence
 from metagmvae.infra.registry.register import check_alias_name, check_model_name, register, registered_version
 from metagmvae.infra.registry.resolve import find_version, load_from_store
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_tracker import tracking_settings
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect
@@ -68,27 +71,69 @@ def promote(request: PromotionRequest, plan: EvalPlan) -> dict[str, Any]:
     Raises:
         RuleError: the margin is invalid.
         DataError: a model does not exist, the two cannot be compared, or the challenger is the champion.
-        TrackingError: the store cannot be reached.
+        UnfinishedError: the store cannot be reached, or has gone meanwhile.
     """
     check_margin(request.margin)
     check_alias_name(request.alias)
     shot = plan.tasks[0]["shot"]
-    challenger = _find_challenger(request, shot)
-    store, name = challenger.store, challenger.name
-    before = alias_state(store, name, request.alias, read_history(store, name))
-    opponent = _opponent(request, challenger, before.version)
-    champion = (opponent, load_from_store(store, opponent)) if opponent else None
-    comparison = evaluate_head_to_head(plan, (request.challenger, challenger.loaded), champion)
-    decision = _decide(comparison, request)
-    if not request.dry_run and not challenger.version:
-        version = register(Path(request.challenger), challenger.tracking, name, alias="", shot=shot, once=True).version
-        challenger = replace(challenger, version=version)
+    with _unfinished("no alias has moved"):
+        challenger = _find_challenger(request, shot)
+        store, name = challenger.store, challenger.name
+        if not request.dry_run and (completed := _complete_promotion(challenger, request.alias)):
+            return completed
+        before = alias_state(store, name, request.alias, read_history(store, name))
+        opponent = _opponent(request, challenger, before.version)
+        champion = (opponent, load_from_store(store, opponent)) if opponent else None
+        comparison = evaluate_head_to_head(plan, (request.challenger, challenger.loaded), champion)
+        decision = _decide(comparison, request)
+        if not request.dry_run and not challenger.version:
+            registered = register(Path(request.challenger), challenger.tracking, name, alias="", shot=shot, once=True)
+            challenger = replace(challenger, version=registered.version)
     evidence = Evidence(challenger.ref, opponent, request.alias, plan, comparison, decision, provenance())
     if request.dry_run:
         return evidence.answer("would be promoted" if decision.promoted else "would be refused")
-    if not decision.promoted:
-        return _store_evidence(challenger, evidence, "refused")
-    return _move_alias(challenger, evidence, before)
+    with _unfinished(f"{challenger.ref} is registered, and no alias has moved"):
+        if not decision.promoted:
+            return _store_evidence(challenger, evidence, "refused")
+        return _move_alias(challenger, evidence, before)
+
+
+class UnfinishedError(TrackingError):
+    """The store went away in the middle of a promotion. The message says what is done."""
+
+
+@contextmanager
+def _unfinished(state: str) -> Iterator[None]:
+    """Add to the error of a store that has gone what is done, and that the command completes it."""
+    try:
+        yield
+    except UnfinishedError:
+        raise
+    except TrackingError as error:
+        raise UnfinishedError(f"{error}; {state}; run the command again, which does what is missing") from error
+
+
+def _complete_promotion(challenger: Challenger, alias: str) -> dict[str, Any] | None:
+    """Complete what interrupted promotions of the registered model have begun.
+
+    Returns:
+        The answer of the promotion that gave the alias to this challenger, if it was one of them; else None.
+    """
+    store, name = challenger.store, challenger.name
+    complete_moves(store, name)
+    changes = read_history(store, name)
+    state = alias_state(store, name, alias, changes)
+    last = next((change for change in changes if change.number == state.last_change), None)
+    if last is None or not last.evidence or not challenger.version == last.version == state.version:
+        return None
+    version = _version(challenger)
+    with _unfinished(_moved(challenger, alias)):
+        answer = complete_tags(store, version, last.evidence)
+    return answer and answer | {"evidence": last.evidence}
+
+
+def _moved(challenger: Challenger, alias: str) -> str:
+    return f"models:/{challenger.name}@{alias} is version {challenger.version}, whose tags are not complete"
 
 
 def _decide(comparison: HeadToHead, request: PromotionRequest) -> Decision:
@@ -103,9 +148,13 @@ def _move_alias(challenger: Challenger, evidence: Evidence, before: AliasState) 
     version, folder = _version(challenger), ""
     if alias_state(store, name, before.alias, read_history(store, name)) == before:
         # Before the move, so that no promotion is without its evidence.
-        folder = upload_evidence(store, version, evidence, challenger.loaded.settings, "promoted")
-        if change_alias(store, name, "promoted", before, challenger.version, evidence=folder):
-            tag_version(store, version, evidence, "promoted", folder)
+        record = evidence.record(challenger.loaded.settings, "promoted")
+        folder = upload_evidence(store, version, evidence, record)
+        with _unfinished(f"{challenger.ref} is registered, and models:/{name}@{before.alias} may have moved to it"):
+            moved = change_alias(store, name, "promoted", before, challenger.version, evidence=folder)
+        if moved:
+            with _unfinished(_moved(challenger, before.alias)):
+                tag_version(store, version, record, folder)
             return evidence.answer("promoted") | {"evidence": folder}
     reason = describe_move(store, name, before)
     now = alias_state(store, name, before.alias, read_history(store, name))
@@ -118,9 +167,9 @@ def _store_evidence(
     challenger: Challenger, evidence: Evidence, status: Status, reason: str = "", folder: str = ""
 ) -> dict[str, Any]:
     version = _version(challenger)
-    settings = challenger.loaded.settings
-    folder = upload_evidence(challenger.store, version, evidence, settings, status, reason, folder)
-    tag_version(challenger.store, version, evidence, status, folder, reason)
+    record = evidence.record(challenger.loaded.settings, status, reason)
+    folder = upload_evidence(challenger.store, version, evidence, record, folder)
+    tag_version(challenger.store, version, record, folder)
     return evidence.answer(status, reason) | {"evidence": folder}
 
 

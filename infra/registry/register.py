@@ -198,13 +198,7 @@ def _log_model(
 
     client = store.client
     experiment = client.get_run(run_id).info.experiment_id
-    # What a process left that was killed meanwhile: nobody else registers this run now.
-    started = paginate(
-        client.search_logged_models, experiment_ids=[experiment], filter_string=f"source_run_id = '{run_id}'"
-    )
-    for left in list(started):
-        if left.status == "PENDING":
-            client.delete_logged_model(left.model_id)
+    _delete_unregistered(store, experiment, run_id, name, tags)
     model = client.create_logged_model(experiment, name, run_id, tags, model_type=_model_type(loaded))
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -219,6 +213,20 @@ def _log_model(
         raise
     # Not `models:/m-…`, which MLflow 3.17 looks up in the default store of the process instead of this one.
     return model.artifact_location, model.model_id
+
+
+def _delete_unregistered(store: Store, experiment: str, run_id: str, name: str, tags: Mapping[str, str]) -> None:
+    """Delete what a registration left that ended before there was a version: nobody else registers this run now."""
+    client = store.client
+    versions = paginate(client.search_model_versions, filter_string=f"run_id = '{run_id}'")
+    sources = {version.source for version in versions}  # a search gives no model IDs
+    started = paginate(
+        client.search_logged_models, experiment_ids=[experiment], filter_string=f"source_run_id = '{run_id}'"
+    )
+    for left in list(started):
+        same = left.name == name and all(left.tags.get(key) == value for key, value in tags.items())
+        if left.artifact_location not in sources and (left.status != "READY" or same):
+            client.delete_logged_model(left.model_id)
 
 
 def _requirements(loaded: Any) -> tuple[str, ...]:
