@@ -80,6 +80,8 @@ def test_columns_of_other_names(tmp_path):
     chosen = open_source("parquet", str(path), size=8, image="image", label="brand")
     assert content(chosen) == [(r, NAMES[r % 4]) for r in range(8)]
     assert content(open_source("parquet", str(path), size=8, image="back")) == [(99, "")] * 8
+    with pytest.raises(DataError, match="no column 1 "):
+        open_source("parquet", str(path), image="back", label=1)  # as `--option label=1` gives it
 
 
 def without(rows, column, value):

@@ -60,7 +60,9 @@ def open_parquet(
     files = _files(Path(source))
     first = files[0][0]
     schema = _schema(first)
+    # Values of --option are those of JSON: a column may be named 1.
     given = {"image": image, "label": label}
+    given = {meaning: None if name is None else str(name) for meaning, name in given.items()}
     columns = {meaning: _column(first, schema, meaning, name) for meaning, name in given.items()}
     image_column = columns["image"]
     assert image_column is not None
