@@ -7,7 +7,8 @@ import pytest
 from mlflow_template import untrained_run
 
 from metagmvae.infra.cli import main
-from metagmvae.infra.registry.alias_history import alias_version, read_history
+from metagmvae.infra.registry.alias_change import change_alias
+from metagmvae.infra.registry.alias_history import alias_state, alias_version, read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import connect
@@ -105,3 +106,21 @@ def test_the_same_command_completes_it(data, tmp_path, monkeypatch, capsys, goes
     assert [model.status for model in models] == ["READY", "READY"]
     assert {model.artifact_location for model in models} == {version.source for version in versions}
     assert "is already champion of few-shot, as version 2" in promote(2)["error"]
+
+
+@pytest.mark.parametrize("request_name", ["set_registered_model_tag", "set_model_version_tag"])
+def test_an_interrupted_rollback_does_not_invite_to_another_one(tmp_path, monkeypatch, capsys, goes_away, request_name):
+    tracking = mlflow_template.new_store(tmp_path / "store")
+    store = connect(tracking)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    run = mlflow_template.new_run(tmp_path / "run")
+    for _ in range(2):
+        register(run, tracking, "few-shot")
+    state = alias_state(store, "few-shot", "champion", read_history(store, "few-shot"))
+    assert change_alias(store, "few-shot", "promoted", state, "2")
+    goes_away(request_name, 0)
+    assert main(["promote", "models:/few-shot@champion", "--rollback", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "models:/few-shot@champion may have moved to version 1: see `metagmvae models few-shot` before" in error
+    monkeypatch.undo()
+    assert alias_version(store, "few-shot", "champion") == "1"

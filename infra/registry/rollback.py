@@ -14,6 +14,7 @@ from metagmvae.infra.registry.alias_history import (
     read_history,
 )
 from metagmvae.infra.registry.resolve import find_version
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.store import connect
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError
@@ -29,7 +30,7 @@ def roll_back(ref: str, alias: str, dry_run: bool = False) -> dict[str, Any]:
 
     Raises:
         DataError: there is no version to go back to; says why.
-        TrackingError: the store cannot be reached.
+        TrackingError: the store cannot be reached; after a lost answer the alias may have moved.
     """
     match = re.fullmatch(r"models:/([^/@'\"]+)(?:@([^/@]+))?", ref)
     if match is None:
@@ -56,11 +57,17 @@ def roll_back(ref: str, alias: str, dry_run: bool = False) -> dict[str, Any]:
     }
     if dry_run:
         return answer
-    change = change_alias(store, name, "rolled back", before, undone.former, undoes=undone.number)
-    if change is None:
-        now = alias_version(store, name, alias)
-        return answer | {"decision": "overtaken", "reason": describe_move(store, name, before), "version": now}
-    with tracking_errors(store.uri):
-        for version, key in ((current, "promotion.rolled_back"), (undone.former, "promotion.restored")):
-            store.client.set_model_version_tag(name, version, key, f"{change.time} by {change.by}")
+    try:
+        change = change_alias(store, name, "rolled back", before, undone.former, undoes=undone.number)
+        if change is None:
+            now = alias_version(store, name, alias)
+            return answer | {"decision": "overtaken", "reason": describe_move(store, name, before), "version": now}
+        with tracking_errors(store.uri):
+            for version, key in ((current, "promotion.rolled_back"), (undone.former, "promotion.restored")):
+                store.client.set_model_version_tag(name, version, key, f"{change.time} by {change.by}")
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}; models:/{name}@{alias} may have moved to version {undone.former}: see `metagmvae models {name}` "
+            "before another --rollback, which undoes one promotion more"
+        ) from error
     return answer | {"by": change.by, "time": change.time}
