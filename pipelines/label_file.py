@@ -119,7 +119,7 @@ def _rows(path: Path) -> list[list[str]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is no CSV file in UTF-8 ({error}); export the table again") from error
+        raise DataError(f"{path}: is no CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
     if len(rows) < 2:
         raise DataError(f"{path}: has no rows below a heading; give a CSV file with the columns file and label")
     return rows
