@@ -66,6 +66,8 @@ def test_labels_that_the_dataset_does_not_have(
         ("omniglot-maml-oracle", {"method__name": "mamml"}, ("method.name (mamml): no such method", "maml")),
         ("omniglot-maml-oracle", {"data__reader": "stream"}, ("data.reader", "set it to mmap")),
         ("omniglot-cpu", {"validation__shots": "[]"}, ("validation.shots is empty", "set validation.every to 0")),
+        ("omniglot-cpu", {"validation__way": 99}, ("way 99 exceeds the", "validation.way, validation.shots and valid")),
+        ("omniglot-cpu", {"validation__query": 99}, ("query 99 need", "or set validation.every to 0")),
     ],
 )
 def test_settings_that_do_not_fit(
