@@ -1,8 +1,8 @@
 """`metagmvae bench step`: one training step with the paper's settings, compared with a literal step.
 
 Every variant has its own process, so its peak memory can be measured. The variants take turns, so that a change of the
-machine's load affects all of them, and give their memory back at the end of a turn. On a GPU the data are in its memory, a time is the mean of several steps, and the
-step is a CUDA graph, as in training.
+machine's load affects all of them, and give their memory back at the end of a turn. On a GPU the data are in its
+memory, a time is the mean of several steps, and the step is a CUDA graph, as in training.
 
 Notation: B episodes, M points, N samples, R decoded samples, K components, D latent size.
 """
@@ -58,7 +58,7 @@ Step = Callable[[], Tensor]
 
 
 def bench_step(repeats: int, threads: int) -> dict[str, Any]:
-    """Measure seconds (median of `repeats`, each after a warm-up step) and peak memory of each variant, and profile two.
+    """Measure seconds (median of `repeats`) and peak memory of a step of each variant, and profile two.
 
     Args:
         repeats: timed steps of each variant.
@@ -210,7 +210,7 @@ class _LiteralStep(nn.Module):
 
 
 def _turn(step: Step) -> float:
-    """Seconds of one step after a warm-up step, which allocates the memory; then the memory is free for other variants."""
+    """Seconds of one step after a warm-up step, which allocates the memory; then others can have the memory."""
     step()
     seconds = _seconds(step)
     give_back_freed_memory()
