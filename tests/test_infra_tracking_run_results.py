@@ -84,10 +84,11 @@ def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(data, tmp_path, 
 
 def test_figures_that_cannot_be_drawn_are_reported_and_the_run_is_kept(data, tmp_path, capsys):
     few = tmp_path / "few"
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=8), few)
+    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=1), few)
     assert train(few, tmp_path / "run", **{"tracking.enabled": "false", "validation.every": 0}) == 0
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("no figures were drawn: shot 1 and query 10 need 11 images per class")
+    reason = "figures need two classes of validation with 2 images; it has fewer"
+    assert line == f"no figures were drawn: {few}: {reason}"
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 

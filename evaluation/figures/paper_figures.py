@@ -131,8 +131,10 @@ def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets
     train_split = data.train_split if data.train_split in dataset.splits else split
     labels = dataset.labels(split)
     large = _large_classes(labels, shot)
+    if len(large) < 2:
+        raise DataError(f"{dataset.uri}: figures need two classes of {split} with {shot + 1} images; it has fewer")
     rows = np.flatnonzero(np.isin(labels, list(large)))
-    way, query = min(WAYS, len(large)), min(QUERIES, min(large.values(), default=shot + 1) - shot)
+    way, query = min(WAYS, len(large)), min(QUERIES, min(large.values()) - shot)
     episode = EpisodeSampler(labels[rows], way=way, shot=shot, query=query, seed=0).episode(0)
     available = int(dataset.split(train_split)["samples"])
     training = np.arange(min(loaded.settings.train.set_size, available))  # stored in random order

@@ -90,17 +90,36 @@ def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool
     return before.version is None and change_alias(store, name, "registered", before, version) is not None
 
 
-def complete_moves(store: Store, name: str) -> None:
+def _complete_moves(store: Store, name: str) -> None:
     """Carry out the moves that a process has claimed and not carried out, because it died or the store went away.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    if registered_model(store, name) is None:
-        return
     number, claims = _next_number(read_history(store, name)), _claims(store, name)
     with tracking_errors(store.uri):
         _carry_out(store, name, claims, number)
+
+
+def settled_state(store: Store, name: str, alias: str) -> tuple[AliasState, list[AliasChange]]:
+    """Return the state of an alias and the history when no move is under way; one that is claimed is carried out first.
+
+    Otherwise the state could have the version of a move that the history does not have yet.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    while True:
+        changes = read_history(store, name)
+        state = alias_state(store, name, alias, changes)
+        if registered_model(store, name) is None:
+            return state, changes
+        with tracking_errors(store.uri):
+            # Read after the alias: a move is claimed before it sets an alias.
+            under_way = store.client.get_experiment_by_name(f"{_claims(store, name)}/{_next_number(changes)}")
+        if under_way is None:
+            return state, changes
+        _complete_moves(store, name)
 
 
 def describe_move(store: Store, name: str, before: AliasState) -> str:
@@ -109,7 +128,7 @@ def describe_move(store: Store, name: str, before: AliasState) -> str:
     Raises:
         TrackingError: the store cannot be reached.
     """
-    complete_moves(store, name)  # the process that moved it may not have recorded its move yet
+    _complete_moves(store, name)  # the process that moved it may not have recorded its move yet
     changes = read_history(store, name)
     now = alias_state(store, name, before.alias, changes)
     last = next((change for change in changes if change.number == now.last_change), None)

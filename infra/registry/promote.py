@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead, evaluate_head_to_head
 from metagmvae.evaluation.comparison.promotion_rule import MARGIN, Decision, check_margin, decide
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.infra.registry.alias_change import change_alias, complete_moves, describe_move
-from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
+from metagmvae.infra.registry.alias_change import change_alias, describe_move, settled_state
+from metagmvae.infra.registry.alias_history import AliasChange, AliasState, alias_state, read_history
 from metagmvae.infra.registry.evidence import Evidence, Status, complete_tags, tag_version, upload_evidence
 from metagmvae.infra.registry.register import check_alias_name, check_model_name, register, registered_version
 from metagmvae.infra.registry.resolve import find_version, load_from_store
@@ -22,6 +22,7 @@ from metagmvae.infra.tracking.run_tracker import tracking_settings
 from metagmvae.infra.tracking.run_uploader import upload_run
 from metagmvae.infra.tracking.store import Store, connect
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.package import LoadedModel, load_model
 
@@ -79,9 +80,12 @@ def promote(request: PromotionRequest, plan: EvalPlan) -> dict[str, Any]:
     with _unfinished("no alias has moved"):
         challenger = _find_challenger(request, shot)
         store, name = challenger.store, challenger.name
-        if not request.dry_run and (completed := _complete_promotion(challenger, request.alias)):
-            return completed
-        before = alias_state(store, name, request.alias, read_history(store, name))
+        if request.dry_run:
+            before = alias_state(store, name, request.alias, read_history(store, name))
+        else:
+            before, changes = settled_state(store, name, request.alias)
+            if completed := _complete_promotion(challenger, before, changes):
+                return completed
         opponent = _opponent(request, challenger, before.version)
         champion = (opponent, load_from_store(store, opponent)) if opponent else None
         comparison = evaluate_head_to_head(plan, (request.challenger, challenger.loaded), champion)
@@ -107,28 +111,26 @@ def _unfinished(state: str) -> Iterator[None]:
     """Add to the error of a store that has gone what is done, and that the command completes it."""
     try:
         yield
-    except UnfinishedError:
+    except (UnfinishedError, MissingPackageError):
         raise
     except TrackingError as error:
         raise UnfinishedError(f"{error}; {state}; run the command again, which does what is missing") from error
 
 
-def _complete_promotion(challenger: Challenger, alias: str) -> dict[str, Any] | None:
-    """Complete what interrupted promotions of the registered model have begun.
+def _complete_promotion(
+    challenger: Challenger, state: AliasState, changes: Sequence[AliasChange]
+) -> dict[str, Any] | None:
+    """Complete the tags that an interrupted promotion of this challenger has left out.
 
     Returns:
-        The answer of the promotion that gave the alias to this challenger, if it was one of them; else None.
+        The answer of that promotion; None if the last move gave the alias to another version, or left nothing out.
     """
-    store, name = challenger.store, challenger.name
-    complete_moves(store, name)
-    changes = read_history(store, name)
-    state = alias_state(store, name, alias, changes)
     last = next((change for change in changes if change.number == state.last_change), None)
     if last is None or not last.evidence or not challenger.version == last.version == state.version:
         return None
     version = _version(challenger)
-    with _unfinished(_moved(challenger, alias)):
-        answer = complete_tags(store, version, last.evidence)
+    with _unfinished(_moved(challenger, state.alias)):
+        answer = complete_tags(challenger.store, version, last.evidence)
     return answer and answer | {"evidence": last.evidence}
 
 
