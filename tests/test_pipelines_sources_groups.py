@@ -1,6 +1,8 @@
 """Images that stay together: `prepare folder --labels FILE --groups COLUMN` divides patients, not classes."""
 
+import io
 import json
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -144,13 +146,27 @@ def test_equal_files_are_counted_with_those_of_other_classes_and_splits(folder):
         lines += f"\ncopy {number}{row[1:]}"
     table.write_text(lines)
     said = open_source("folder", str(folder), size=8, labels=str(table), groups="patient").files["duplicates"]
-    assert said == (
-        "3 files equal an earlier one (copy 0.png equals 00.png); 2 of them have another class than it; 1 of them have "
-        "another split than it"
-    )
+    first = "files that equal an earlier one: 3 (copy 0.png equals 00.png)"
+    assert said == f"{first}; of another class than it: 2; of another split than it: 1"
     assert (
         "duplicates" not in open_source("folder", str(folder), size=8, labels=str(folder.parent / "labels.csv")).files
     )
+
+
+def test_different_files_of_equal_size_and_crc_are_not_equal(tmp_path):
+    """The chunks of a PNG file end with their CRC-32, so that of the file has few values: two are soon found."""
+    rng, seen = np.random.default_rng(0), {}
+    for _ in range(10_000):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(file, "PNG")
+        content = file.getvalue()
+        other = seen.setdefault((zlib.crc32(content), len(content)), content)
+        if other != content:
+            break
+    for name, data in (("a", content), ("b", other), ("c", content)):
+        (tmp_path / f"{name}.png").write_bytes(data)
+    said = open_source("folder", str(tmp_path), size=8, classes=False).files["duplicates"]
+    assert said == "files that equal an earlier one: 1 (c.png equals a.png)"
 
 
 def test_classes_whose_names_differ_by_case_are_refused(folder):

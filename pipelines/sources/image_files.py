@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from metagmvae.pipelines.archives.entries import Entry, LeftOut, Listing
 from metagmvae.pipelines.archives.reader import HIDDEN, list_files
@@ -80,27 +81,37 @@ def files_report(read: Sequence[str], left_out: Iterable[LeftOut], folders: Iter
     }
 
 
-def duplicates_note(files: Iterable[tuple[Entry, str, str]]) -> dict[str, str]:
+class KeptFile(NamedTuple):
+    """A file that is part of the dataset."""
+
+    entry: Entry
+    class_name: str
+    split: str
+    read: Callable[[], bytes]
+
+
+def duplicates_note(files: Sequence[KeptFile]) -> dict[str, str]:
     """Files whose content another file has, for the output of `metagmvae prepare`; empty if there are none.
 
-    They have equal CRC-32 and size.
-
-    Args:
-        files: each with its class and its split.
+    Only files of equal CRC-32 and size are read. These alone do not suffice: a PNG file holds CRC-32 values of its own,
+    which leave 16 of the 32 bits of that of the file.
     """
-    first: dict[tuple[int, int], tuple[Entry, str, str]] = {}
+    alike = Counter((file.entry.crc, file.entry.size) for file in files)
+    first: dict[bytes, KeptFile] = {}
     pairs = []
     for file in files:
-        earlier = first.setdefault((file[0].crc, file[0].size), file)
-        if earlier is not file:
-            pairs.append((file, earlier))
+        if alike[file.entry.crc, file.entry.size] > 1:
+            earlier = first.setdefault(hashlib.sha256(file.read()).digest(), file)
+            if earlier is not file:
+                pairs.append((file, earlier))
     if not pairs:
         return {}
-    (repeated, *_), (original, *_) = pairs[0]
-    text = f"{len(pairs):,} files equal an earlier one ({printable(repeated.name)} equals {printable(original.name)})"
-    for place, what in ((1, "class"), (2, "split")):
-        if other := sum(file[place] != earlier[place] for file, earlier in pairs):
-            text += f"; {other:,} of them have another {what} than it"
+    names = " equals ".join(printable(file.entry.name) for file in pairs[0])
+    text = f"files that equal an earlier one: {len(pairs):,} ({names})"
+    if other := sum(file.class_name != earlier.class_name for file, earlier in pairs):
+        text += f"; of another class than it: {other:,}"
+    if other := sum(file.split != earlier.split for file, earlier in pairs):
+        text += f"; of another split than it: {other:,}"
     return {"duplicates": text}
 
 

@@ -29,7 +29,7 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths, table_images
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
-from metagmvae.pipelines.sources.image_files import duplicates_note, files_report, list_images, require_images
+from metagmvae.pipelines.sources.image_files import KeptFile, duplicates_note, files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
@@ -138,14 +138,14 @@ def open_folder(
     load = partial(load_image, str(source), preprocessing=scan.preprocessing)
     intact = [image for image in images if image.file.name not in scan.broken]
     splits: dict[str, list[ImageRecord]] = {}
-    kept = []
+    kept: list[KeptFile] = []
     for image in intact:
         folder = (image.split, image.folder)
         split = split_of.get(folder, image.split)
         read = partial(read_entry, str(source), image.file.name)
         record = ImageRecord(image.key, class_of.get(folder, ""), partial(load, image.file.name), read)
         splits.setdefault(split, []).append(record)
-        kept.append((Entry(image.key, image.file.crc, image.file.size), record.class_name, split))
+        kept.append(KeptFile(Entry(image.key, image.file.crc, image.file.size), record.class_name, split, read))
     splits = {split: splits[split] for split in SPLITS if split in splits}
     options: dict[str, Any] = {"size": size, "channels": channels, "invert": invert, "classes": classes}
     # Only where they are used: the fingerprints of other datasets stay.
@@ -163,7 +163,7 @@ def open_folder(
     }
     if scan.preprocessing != preprocessing:
         options["sixteen_bit_white"] = scan.preprocessing.sixteen_bit_white
-    fingerprint = source_fingerprint("folder", [(split, entry) for entry, _, split in kept], options)
+    fingerprint = source_fingerprint("folder", [(file.split, file.entry) for file in kept], options)
     left_out = [*listing.left_out, *unlisted, *(LeftOut(name, "broken") for name in scan.broken)]
     files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
     files |= duplicates_note(kept) | {"division": division, **notes}
