@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -117,11 +118,17 @@ def _files(source: Path) -> tuple[File, ...]:
         return tuple((str(path.absolute()), path.stat().st_mtime_ns) for path in found)
 
 
-def _schema(path: str) -> pa.Schema:
+@contextmanager
+def _reading_parquet(path: str) -> Iterator[None]:
     try:
-        return pq.read_schema(path)
+        yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: no intact Parquet file ({first_line(error)}); write it again") from error
+
+
+def _schema(path: str) -> pa.Schema:
+    with _reading_parquet(path):
+        return pq.read_schema(path)
 
 
 @lru_cache(maxsize=2)
@@ -132,10 +139,8 @@ def _read(files: tuple[File, ...], column: str) -> pa.ChunkedArray:
         schema = _schema(path)
         if column not in schema.names:
             raise DataError(f"{path}: has no column {printable(column)}; {files[0][0]} has")
-        try:
+        with _reading_parquet(path):
             parts.append(pq.read_table(path, columns=[column])[column])
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: no intact Parquet file ({first_line(error)}); write it again") from error
     if any(part.type != parts[0].type for part in parts):
         raise DataError(
             f"{files[0][0]}: the column {printable(column)} differs in type from other files; make them equal"
