@@ -42,6 +42,7 @@ from metagmvae.infra.commands.parsing import (
     format_answer,
 )
 from metagmvae.infra.runs.stop_signals import explain_stop, raised_signals
+from metagmvae.pipelines.records import NoSpaceError
 
 LOG = logging.getLogger(__name__)
 OS_REMEDIES = {
@@ -107,8 +108,6 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
     both) are failures.
     """
     if type(error).__module__.split(".")[0] == "metagmvae":
-        from metagmvae.pipelines.records import NoSpaceError
-
         wrong_request = isinstance(error, ValueError) and not isinstance(error, NoSpaceError)
         return str(error).removeprefix(f"{command}: "), 2 if wrong_request else 1
     if isinstance(error, OSError) and error.errno in OS_REMEDIES:

@@ -20,7 +20,7 @@ from metagmvae.evaluation.comparison.formatting import (
 )
 from metagmvae.evaluation.comparison.page_figures import COLOURS, Curve, ModelImages, draw_curves
 from metagmvae.evaluation.comparison.pairwise import PairedComparison
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, all_tasks
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, all_tasks, trainings_of_means
 from metagmvae.evaluation.comparison.table import INTERVALS, Comparison, over_trainings_cell, score_cell
 from metagmvae.pipelines.files import atomic_file
 
@@ -116,7 +116,7 @@ def _best(comparison: Comparison, task: Task) -> Row | None:
 
     A mean replaces its trainings: the best of several trainings would be a biased choice.
     """
-    members = {id(member) for row in comparison.rows for member in row.members}
+    members = trainings_of_means(comparison.rows)
     candidates = [
         row
         for row, mark in zip(comparison.rows, comparison.marks, strict=True)
@@ -127,7 +127,7 @@ def _best(comparison: Comparison, task: Task) -> Row | None:
 
 def _rows(comparison: Comparison, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     best = {task: _best(comparison, task) for task in tasks}
-    members = {id(member) for row in comparison.rows for member in row.members}
+    members = trainings_of_means(comparison.rows)
     return [
         {
             "name": row.name,

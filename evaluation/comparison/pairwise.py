@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from metagmvae.evaluation.comparison.formatting import Task, task_name
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, trainings_of_means
 from metagmvae.evaluation.fewshot.paired import PairedDifference, across_seeds, paired_difference
 
 MIN_EPISODES = 2
@@ -73,7 +73,7 @@ def _compared_as(row: Row, first: Row) -> EvalProtocol:
 
 def _without_trainings(rows: list[Row]) -> list[Row]:
     """Leave out the trainings behind a mean, or the mean itself if it would be the only row."""
-    members = {id(member) for row in rows for member in row.members}
+    members = trainings_of_means(rows)
     together = [row for row in rows if id(row) not in members]
     if len(together) > 1:
         order = {id(row): position for position, row in enumerate(rows)}

@@ -7,7 +7,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from metagmvae.evaluation.comparison.formatting import (
     counted,
@@ -19,7 +19,7 @@ from metagmvae.evaluation.comparison.formatting import (
     task_name,
     task_title,
 )
-from metagmvae.pipelines.files import check_document, read_json
+from metagmvae.pipelines.files import Document, check_document, read_json
 from metagmvae.pipelines.records import DataError
 
 MOST_CHANGES = 4
@@ -35,17 +35,17 @@ LABELS = {
 """Readable text for parts of the names that the files record."""
 
 BENCHES = {
-    "step": ("step", "rows"),
-    "episodes": ("episodes", "rows"),
-    "loader": ("loader", "rows"),
-    "loader-waiting": ("loader", ""),
-    "step-h100": ("step-h100", "rows"),
-    "prepare": ("prepare", "rows"),
-    "simclr": ("simclr", "rows"),
-    "features": ("features", ""),
-    "tune": ("tune", ""),
+    "step": ("step", True),
+    "episodes": ("episodes", True),
+    "loader": ("loader", True),
+    "loader-waiting": ("loader", False),
+    "step-h100": ("step-h100", True),
+    "prepare": ("prepare", True),
+    "simclr": ("simclr", True),
+    "features": ("features", False),
+    "tune": ("tune", False),
 }
-"""Name of a table -> FILE of `bench-FILE.json`, and the key of its list of rows, or "" for a table of single values."""
+"""Name of a table -> FILE of `bench-FILE.json`, and whether it has a list of rows, or single values."""
 
 COLUMNS = {
     "variant": ("training step", "{}"),
@@ -87,18 +87,14 @@ VALUES = {
 """Key in a file -> title and format of its row in a table of single values."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-class _Score(_Record):
+class _Score(BaseModel):
     way: int
     shot: int
     accuracy: float
     ci95: float | None
 
 
-class _Difference(_Record):
+class _Difference(BaseModel):
     name: str
     way: int
     shot: int
@@ -106,32 +102,34 @@ class _Difference(_Record):
     ci95: float
 
 
-class _AblationRow(_Record):
+class _AblationRow(BaseModel):
     name: str
     results: Annotated[list[_Score], Field(min_length=1)]
 
 
-class _ChangedSetting(_Record):
+class _ChangedSetting(BaseModel):
     setting: str
     values: dict[str, Any]
 
 
-class _Ablation(_Record):
+class _Ablation(BaseModel):
     rows: Annotated[list[_AblationRow], Field(min_length=1)]
     paired: list[_Difference]
     settings: list[_ChangedSetting]
 
 
-class _CurveLine(_Record):
+class _CurveLine(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, Any]
+
     global_step: int
     elapsed_s: float
 
 
-class _Curve(_Record):
+class _Curve(BaseModel):
     validation: Annotated[list[_CurveLine], Field(min_length=1)]
 
 
-class _PromotedTask(_Record):
+class _PromotedTask(BaseModel):
     task: str
     challenger: float
     champion: float
@@ -140,11 +138,11 @@ class _PromotedTask(_Record):
     verdict: str
 
 
-class _Promotion(_Record):
+class _Promotion(BaseModel):
     tasks: list[_PromotedTask]
 
 
-class _Importance(_Record):
+class _Importance(BaseModel):
     names: Annotated[list[str], Field(min_length=1, max_length=1)]
     importance: float
     low: float
@@ -152,51 +150,55 @@ class _Importance(_Record):
     chance: float
 
 
-class _Importances(_Record):
+class _Importances(BaseModel):
     settings: list[_Importance]
 
 
-class _BestGroup(_Record):
+class _BestGroup(BaseModel):
     value: Any
     mean: float
     ci95: float | None
     trials: int
 
 
-class _GroupedSetting(_Record):
+class _GroupedSetting(BaseModel):
     best: _BestGroup
 
 
-class _Sweep(_Record):
+class _Sweep(BaseModel):
     task: str
     judged_at_step: int
     importance: _Importances
     settings: dict[str, _GroupedSetting]
 
 
-class _BenchRows(_Record):
+class _BenchRows(BaseModel):
     rows: list[dict[str, Any]]
     profile: dict[str, dict[str, Any]] = {}
 
 
-def _read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
-    """A recorded file as plain values, checked against its schema."""
-    content: dict[str, Any] = read_json(path)
-    check_document(schema, content, path, "so it is not a record of this kind; restore or record it again")
-    return content
+class _BenchValues(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, Any]
+
+
+def _read(path: Path, schema: type[Document]) -> Document:
+    return check_document(
+        schema, read_json(path), path, "so it is not a record of this kind; restore or record it again"
+    )
 
 
 def bench_table(results: Path, name: str) -> str:
     """Speed and memory of one benchmark (`bench-NAME.json`)."""
     if name not in BENCHES:
         raise DataError(f"bench:{name}: unknown table; use one of {', '.join(BENCHES)}")
-    file, rows_key = BENCHES[name]
-    record = _read(results / f"bench-{file}.json", _BenchRows if rows_key else _Record)
-    if not rows_key:
-        values = [(title, _cell(record, key, form)) for key, (title, form) in VALUES.items()]
+    file, has_rows = BENCHES[name]
+    path = results / f"bench-{file}.json"
+    if not has_rows:
+        content = _read(path, _BenchValues).__pydantic_extra__
+        values = [(title, _cell(content, key, form)) for key, (title, form) in VALUES.items()]
         return markdown_table(["measurement", "value"], [row for row in values if row[1]])
-    profiles = record.get("profile", {})
-    rows = [row | {"profile": profiles.get(row.get("variant"), {})} for row in record[rows_key]]
+    record = _read(path, _BenchRows)
+    rows = [row | {"profile": record.profile.get(row.get("variant", ""), {})} for row in record.rows]
     columns = [(title, [_cell(row, key, form) for row in rows]) for key, (title, form) in COLUMNS.items()]
     shown = [(title, cells) for title, cells in columns if any(cells)]
     return markdown_table([title for title, _ in shown], zip(*(cells for _, cells in shown), strict=True))
@@ -205,19 +207,17 @@ def bench_table(results: Path, name: str) -> str:
 def ablation_table(results: Path, name: str) -> str:
     """Accuracy in percent of each configuration in `ablation-NAME.json`, and its paired difference to the first one."""
     record = _read(results / f"ablation-{name}.json", _Ablation)
-    first = record["rows"][0]["name"]
-    tasks = [(result["way"], result["shot"]) for result in record["rows"][0]["results"]]
-    paired = {(pair["name"], (pair["way"], pair["shot"])): pair for pair in record["paired"]}
+    first = record.rows[0]
+    tasks = [(result.way, result.shot) for result in first.results]
+    paired = {(pair.name, (pair.way, pair.shot)): pair for pair in record.paired}
     rows = []
-    for row in record["rows"]:
-        cells = [_ablation_label(record["settings"], first, row["name"])]
-        scores = {(result["way"], result["shot"]): result for result in row["results"]}
+    for row in record.rows:
+        cells = [_ablation_label(record.settings, first.name, row.name)]
+        scores = {(result.way, result.shot): result for result in row.results}
         for task in tasks:
-            pair = paired.get((row["name"], task))
-            cells += [
-                percent(scores[task]["accuracy"], scores[task]["ci95"]),
-                points(pair["difference"], pair["ci95"]) if pair else "",
-            ]
+            pair = paired.get((row.name, task))
+            difference = points(pair.difference, pair.ci95) if pair else ""
+            cells += [percent(scores[task].accuracy, scores[task].ci95), difference]
         rows.append(cells)
     head = [title for task in tasks for title in (task_name(task), f"{task_name(task)}: difference")]
     return markdown_table(["changed settings", *head], rows)
@@ -225,29 +225,24 @@ def ablation_table(results: Path, name: str) -> str:
 
 def curve_table(results: Path, name: str) -> str:
     """Validations 1, 2, 4, 8, ... and the last of a training (`NAME-curve.json`)."""
-    lines = _read(results / f"{name}-curve.json", _Curve)["validation"]
+    lines = _read(results / f"{name}-curve.json", _Curve).validation
     shown = [line for number, line in enumerate(lines, start=1) if number & (number - 1) == 0 or line is lines[-1]]
-    tasks = _validated_tasks(lines[0])
+    keys = [key for key in lines[0].__pydantic_extra__ if key.startswith("validation/") and not key.endswith("_ci95")]
     rows = []
     for line in shown:
-        accuracies = [percent(line[key], line.get(f"{key}_ci95")) if key in line else "" for key in tasks]
-        rows.append([f"{line['global_step']:,}", f"{line['elapsed_s']:,.0f}", *accuracies])
-    return markdown_table(["step", "seconds", *tasks.values()], rows)
+        metrics = line.__pydantic_extra__
+        accuracies = [percent(metrics[key], metrics.get(f"{key}_ci95")) if key in metrics else "" for key in keys]
+        rows.append([f"{line.global_step:,}", f"{line.elapsed_s:,.0f}", *accuracies])
+    titles = [task_title(key.removeprefix("validation/")) for key in keys]
+    return markdown_table(["step", "seconds", *titles], rows)
 
 
 def promotion_table(results: Path, name: str) -> str:
     """Accuracies in percent of challenger and champion on the same episodes (`promotion-NAME.json`)."""
-    record = _read(results / f"promotion-{name}.json", _Promotion)
-    rows = [
-        [
-            task_title(task["task"]),
-            percent(task["challenger"]),
-            percent(task["champion"]),
-            points(task["difference"], task["ci95"]),
-            markdown_text(task["verdict"]),
-        ]
-        for task in record["tasks"]
-    ]
+    rows = []
+    for task in _read(results / f"promotion-{name}.json", _Promotion).tasks:
+        accuracies = percent(task.challenger), percent(task.champion), points(task.difference, task.ci95)
+        rows.append([task_title(task.task), *accuracies, markdown_text(task.verdict)])
     return markdown_table(["task", "challenger", "champion", "difference, points", "verdict"], rows)
 
 
@@ -255,19 +250,19 @@ def sweep_table(results: Path, name: str) -> str:
     """Importance and best value of each setting (`sweep-NAME.json`), from trials at the same step."""
     record = _read(results / f"sweep-{name}.json", _Sweep)
     rows = []
-    for importance in record["importance"]["settings"]:
-        (setting,) = importance["names"]
-        value = (best := record["settings"][setting]["best"])["value"]
+    for importance in record.importance.settings:
+        (setting,) = importance.names
+        value = (best := record.settings[setting].best).value
         rows.append(
             [
                 markdown_code(setting),
-                f"{importance['importance']:.1%} ({importance['low']:.1%} to {importance['high']:.1%})",
-                f"{importance['chance']:.1%}",
+                f"{importance.importance:.1%} ({importance.low:.1%} to {importance.high:.1%})",
+                f"{importance.chance:.1%}",
                 f"{value[0]:.2g} to {value[1]:.2g}" if isinstance(value, list) else markdown_text(str(value)),
-                f"{percent(best['mean'], best['ci95'])} ({counted(best['trials'], 'trial')})",
+                f"{percent(best.mean, best.ci95)} ({counted(best.trials, 'trial')})",
             ]
         )
-    accuracy = f"mean {task_title(record['task'])} accuracy of its trials at step {record['judged_at_step']}"
+    accuracy = f"mean {task_title(record.task)} accuracy of its trials at step {record.judged_at_step}"
     head = ["setting", "importance (95% interval)", "importance by chance", "best value", accuracy]
     return markdown_table(head, rows)
 
@@ -282,19 +277,13 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
     return reduce(lambda text, old: text.replace(old, LABELS[old]), LABELS, form.format(value))
 
 
-def _ablation_label(settings: Sequence[Mapping[str, Any]], first: str, name: str) -> str:
+def _ablation_label(settings: Sequence[_ChangedSetting], first: str, name: str) -> str:
     """Settings of a row that differ from those of the first row, or its name where too many differ."""
     changed = [
-        markdown_code(f"{row['setting']} = {str(row['values'][name]).lower()}")
+        markdown_code(f"{row.setting} = {str(row.values[name]).lower()}")
         for row in settings
-        if row["values"][name] != row["values"][first]
+        if row.values[name] != row.values[first]
     ]
     if len(changed) > MOST_CHANGES or name in LABELS:
         return LABELS.get(name) or markdown_text(name)
     return ", ".join(changed) or "reference configuration"
-
-
-def _validated_tasks(line: Mapping[str, Any]) -> dict[str, str]:
-    """Key of each validation accuracy in a metric line -> title of its column."""
-    keys = [key for key in line if key.startswith("validation/") and not key.endswith("_ci95")]
-    return {key: task_title(key.removeprefix("validation/")) for key in keys}

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.formatting import Task
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, decisive_settings
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.provenance import known_dataset
 from metagmvae.pipelines.files import check_document, read_json
@@ -29,10 +29,8 @@ HalfWidth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 EvalMode = Literal["transductive", "inductive"]
 
 
-class RecordedDifference(BaseModel):
+class RecordedDifference(BaseModel, frozen=True):
     """Accuracy of a model minus that of a baseline on the same episodes of one task."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     baseline: str
     baseline_mode: EvalMode
@@ -42,10 +40,8 @@ class RecordedDifference(BaseModel):
     ci95: HalfWidth
 
 
-class RecordedAccuracy(BaseModel):
+class RecordedAccuracy(BaseModel, frozen=True):
     """Accuracy of a model or a baseline on the episodes of one task."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     accuracy: Fraction
     ci95: HalfWidth | None
@@ -76,10 +72,8 @@ class RecordedBaseline(RecordedAccuracy):
     """Of the chosen settings on validation classes; None: nothing was chosen, the settings are the defaults."""
 
 
-class RecordedDataset(BaseModel):
+class RecordedDataset(BaseModel, frozen=True):
     """Name and options of the dataset of images behind a result; empty in older files."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str = ""
     options: dict[str, Any] = {}
@@ -133,8 +127,7 @@ class RecordedResult(RecordedAccuracy):
 
     def compared_settings(self) -> dict[str, Any]:
         """Return the settings that affect accuracy, with the fingerprint of the training data."""
-        trained_on = self.trained.get("data_fingerprint")
-        return decisive_settings(self.settings) | ({"trained_on": trained_on} if trained_on else {})
+        return compared_settings(self.settings, self.trained.get("data_fingerprint"))
 
 
 class _RecordedRows(BaseModel):

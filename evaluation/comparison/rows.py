@@ -107,6 +107,11 @@ def decisive_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return settings
 
 
+def compared_settings(tree: Mapping[str, Any], trained_on: str | None) -> dict[str, Any]:
+    """Return the settings that affect accuracy by dotted name, with the fingerprint of the training data."""
+    return decisive_settings(tree) | ({"trained_on": trained_on} if trained_on else {})
+
+
 def all_tasks(rows: Sequence[Row]) -> list[Task]:
     """Return the tasks of all rows, sorted."""
     return sorted({task for row in rows for task in row.scores})
@@ -156,9 +161,14 @@ def check_comparable(rows: Sequence[Row]) -> None:
             )
 
 
+def trainings_of_means(rows: Sequence[Row]) -> set[int]:
+    """Return the `id` of each row whose mean is one of the rows too."""
+    return {id(member) for row in rows for member in row.members}
+
+
 def one_row_per_model(rows: Sequence[Row]) -> list[Row]:
     """Return one row with recorded settings for each model. A mean replaces its trainings."""
-    members = {id(member) for row in rows for member in row.members}
+    members = trainings_of_means(rows)
     known = [row for row in rows if row.settings and id(row) not in members]
     return list({(row.name, repr(row.settings)): row for row in reversed(known)}.values())[::-1]
 

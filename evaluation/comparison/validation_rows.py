@@ -8,7 +8,7 @@ from typing import Any
 
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.formatting import parse_task
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, decisive_settings
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
 
 PREFIX = "validation/"
 
@@ -47,7 +47,8 @@ def validation_row(
     # `global_step` counts the steps of all stages.
     steps = max(line["global_step"] - settings.pretrain.steps, 0)
     protocol = validation_protocol(settings, mode, data)
-    return Row(name, kind, ref, protocol, scores, line["elapsed_s"], steps, compared_settings(settings, data))
+    compared = compared_settings(settings.model_dump(mode="json"), data)
+    return Row(name, kind, ref, protocol, scores, line["elapsed_s"], steps, compared)
 
 
 def validation_protocol(settings: Settings, mode: str, data: str | None) -> EvalProtocol:
@@ -55,8 +56,3 @@ def validation_protocol(settings: Settings, mode: str, data: str | None) -> Eval
     validation = settings.validation
     split = settings.data.validation_split
     return EvalProtocol(mode, split, data, validation.query, validation.episodes, validation.seed)
-
-
-def compared_settings(settings: Settings, trained_on: str | None) -> dict[str, Any]:
-    """Return the settings that affect accuracy by dotted name, with the fingerprint of the training data."""
-    return decisive_settings(settings.model_dump(mode="json")) | ({"trained_on": trained_on} if trained_on else {})

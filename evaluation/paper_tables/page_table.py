@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from metagmvae.evaluation.paper_tables.match_results import read_result_folder
 from metagmvae.evaluation.paper_tables.paper_table import table_document
@@ -15,10 +15,8 @@ from metagmvae.evaluation.paper_tables.table_structure import parse_table_name, 
 from metagmvae.pipelines.records import DataError
 
 
-class _Options(BaseModel):
+class _Options(BaseModel, extra="forbid"):
     """What stands behind the name of the table in a marker."""
-
-    model_config = ConfigDict(extra="forbid")
 
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Only results with this budget in seconds; None: all."""

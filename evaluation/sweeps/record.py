@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from metagmvae.configs.dimensions import Dimension, Value, parse_dimension
 from metagmvae.configs.load import SettingsError, settings_from_json
@@ -65,10 +65,8 @@ def is_sweep(folder: Path) -> bool:
     return (folder / SWEEP).is_file()
 
 
-class _Plan(BaseModel):
+class _Plan(BaseModel, strict=True):
     """The keys of `sweep.json` that this program reads."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str
     task: str

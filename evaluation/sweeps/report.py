@@ -216,8 +216,7 @@ def _setting_row(name: str, setting: SettingImportance | None, groups: Sequence[
 
 
 def _format_group(group: TrialGroup) -> str:
-    interval = "" if group.ci95 is None else f" ± {100 * group.ci95:.2f}"
-    return f"{markdown_text(group.label)}: {100 * group.mean:.2f}{interval}% ({group.trials:,})"
+    return f"{markdown_text(group.label)}: {percent(group.mean, group.ci95)}% ({group.trials:,})"
 
 
 def _failures_section(trials: Sequence[Trial]) -> list[str]:

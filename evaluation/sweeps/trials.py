@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from metagmvae.configs.dimensions import Value
 from metagmvae.pipelines.files import read_text
@@ -19,10 +19,8 @@ Status = Literal["finished", "stopped", "failed", "refused"]
 an error; refused: the combination of settings is impossible, nothing was trained."""
 
 
-class CurvePoint(BaseModel):
+class CurvePoint(BaseModel, frozen=True, extra="forbid"):
     """One validation of a trial."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     accuracy: float
@@ -33,10 +31,8 @@ class CurvePoint(BaseModel):
     """Training time up to this step."""
 
 
-class Trial(BaseModel):
+class Trial(BaseModel, frozen=True, extra="forbid"):
     """One trial that has ended."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
     """From 0, in the order in which the search proposed them."""

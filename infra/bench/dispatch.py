@@ -6,6 +6,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.pipelines.optional_packages import optional_package
+from metagmvae.pipelines.records import DataError
+
 if TYPE_CHECKING:
     from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -81,8 +84,6 @@ def _features(request: Namespace) -> dict[str, Any]:
 
 def _prepare(request: Namespace) -> dict[str, Any]:
     from metagmvae.evaluation.bench.prepare_speed import bench_prepare
-    from metagmvae.pipelines.optional_packages import optional_package
-    from metagmvae.pipelines.records import DataError
 
     if not request.source:
         raise DataError("bench prepare reads raw images: name them with --source (and --from for another kind)")
@@ -92,8 +93,6 @@ def _prepare(request: Namespace) -> dict[str, Any]:
 
 
 def _tune(request: Namespace) -> dict[str, Any]:
-    from metagmvae.pipelines.optional_packages import optional_package
-
     with optional_package("ray.tune", "metagmvae bench tune"):
         from metagmvae.infra.bench.sweep_speed import bench_sweep
     return bench_sweep(request.trials or TUNE_TRIALS)
@@ -101,7 +100,6 @@ def _tune(request: Namespace) -> dict[str, Any]:
 
 def _open_data(request: Namespace) -> tuple[Dataset, dict[str, Any]]:
     """Open the data set of `--data`; also return the keys that name it in the result."""
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
     if not request.data:

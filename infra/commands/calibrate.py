@@ -9,6 +9,7 @@ from pathlib import Path
 from metagmvae.infra.commands.encoder import add_head
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command, progress_bar
+from metagmvae.pipelines.records import DataError
 
 
 def add(parsers: Parsers) -> None:
@@ -44,7 +45,6 @@ def calibrate(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.uncertainty.fit_calibration import CalibrationPlan
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.infra.workflows.calibrate import calibrate_path, calibrate_to_package
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
     numbers = {"way": (arguments.way, 2), "shot": (arguments.shot, 1), "query": ([arguments.query], 1)}

@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.bench.dispatch import BENCHES, run_bench
 from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, output_file
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.configs.schema import Settings
@@ -133,7 +135,6 @@ def copy(arguments: Namespace) -> Answer:
     from metagmvae.configs import load
     from metagmvae.configs.describe import preset_text
     from metagmvae.pipelines.files import atomic_file
-    from metagmvae.pipelines.records import DataError
 
     settings = _settings(arguments)
     is_preset = arguments.config in load.presets() and not Path(arguments.config).exists()
@@ -177,9 +178,7 @@ def bench(arguments: Namespace) -> Answer:
     import torch
 
     from metagmvae.configs.limits import MAX_THREADS
-    from metagmvae.evaluation.provenance import provenance
     from metagmvae.pipelines.files import write_json
-    from metagmvae.pipelines.records import DataError
 
     for option in ("repeats", "pictures", "episodes", "literal_episodes", "rows", "trials"):
         value = getattr(arguments, option)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.commands.encoder import add_encoder_options, encoder_options
 from metagmvae.infra.commands.parsing import (
     MODE_HELP,
@@ -16,6 +17,7 @@ from metagmvae.infra.commands.parsing import (
     output_file,
     progress_bar,
 )
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.comparison.table import Comparison
@@ -62,7 +64,6 @@ def compare(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.table import as_text_tables, write_csv
     from metagmvae.evaluation.comparison.table import compare as compare_rows
     from metagmvae.infra.workflows.compare_sources import read_items
-    from metagmvae.pipelines.records import DataError
 
     if arguments.top < 1:
         raise DataError(f"--top {arguments.top}: must be at least 1")
@@ -97,7 +98,6 @@ def _check_encoder_options(arguments: Namespace) -> None:
         DataError: they have no effect, or it is not clear which encoder they are for.
     """
     from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
-    from metagmvae.pipelines.records import DataError
 
     named = [ref for ref in arguments.refs if is_encoder_name(ref)]
     given = {"--weights": arguments.weights, "--image-size": arguments.image_size, "--head": arguments.head}
@@ -117,7 +117,6 @@ def _check_encoder_options(arguments: Namespace) -> None:
 
 def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
     from metagmvae.infra.workflows.compare_models import EvalRequest
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
     if arguments.episodes < 2:
@@ -142,7 +141,6 @@ def _evaluate(
     arguments: Namespace, items: list[ComparedItem], dataset: Dataset, request: EvalRequest
 ) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
     from metagmvae.infra.workflows.compare_models import evaluate_items
-    from metagmvae.pipelines.records import DataError
 
     if not any(item.is_model for item in items):
         raise DataError("--data: none of the compared items is a model; omit it")
@@ -157,8 +155,6 @@ def _notes_on_missing(items: list[ComparedItem]) -> list[str]:
     Raises:
         DataError: an item that was given by its own reference has no result, or no item has one.
     """
-    from metagmvae.pipelines.records import DataError
-
     missing = [item for item in items if not item.rows]
     for item in missing:
         if not item.optional or len(missing) == len(items):
@@ -185,7 +181,6 @@ def _write_html(
 ) -> None:
     from metagmvae.evaluation.comparison.html_page import write_report
     from metagmvae.evaluation.comparison.page_figures import Curve, EvaluatedModel, draw_models
-    from metagmvae.evaluation.provenance import provenance
 
     curves = [Curve(item.name, item.lines) for item in items if item.lines]
     models = [EvaluatedModel(model.item.name, model.loaded, model.results) for model in evaluated]

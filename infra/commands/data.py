@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, FailedAnswer, Parsers, add_command, progress_bar
+from metagmvae.pipelines.optional_packages import optional_package
+from metagmvae.pipelines.output_target import check_outside
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import MapTasks
@@ -117,7 +120,6 @@ def prepare(arguments: Namespace) -> Answer:
     """Run `metagmvae prepare`."""
     from metagmvae.infra.workflows.prepare import describe_output, write_source
     from metagmvae.pipelines.files import local_folder
-    from metagmvae.pipelines.output_target import check_outside
     from metagmvae.pipelines.shards.object_store import is_remote
     from metagmvae.pipelines.sources.source import check_integer, open_source
 
@@ -151,7 +153,6 @@ def _quality(arguments: Namespace) -> Any:
     Raises:
         DataError: it is no quality, or nothing is encoded.
     """
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.manifest import LOSSLESS
 
     given = arguments.quality
@@ -170,8 +171,6 @@ def _further(options: Sequence[str]) -> dict[str, Any]:
     Raises:
         DataError: a word has another form.
     """
-    from metagmvae.pipelines.records import DataError
-
     values = {}
     for word in options:
         key, equals, value = word.partition("=")
@@ -188,7 +187,6 @@ def task_mapper(arguments: Namespace, *, gpu: bool = False) -> AbstractContextMa
     """Return a context with a function that runs tasks on Ray, see `ray_map`; with None for `--workers 0`."""
     if not arguments.workers:
         return nullcontext()
-    from metagmvae.pipelines.optional_packages import optional_package
 
     with optional_package("ray", f"--workers {arguments.workers}", "--workers 0"):
         from metagmvae.infra.cluster.tasks import ray_map

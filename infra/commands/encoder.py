@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metagmvae.infra.commands.parsing import Answer, Parsers, add_command
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.shards.dataset import Dataset
@@ -57,7 +58,6 @@ def encoder(arguments: Namespace) -> Answer:
     """Run `metagmvae encoder`."""
     from metagmvae.evaluation.encoders.named_encoder import is_encoder_name, named_encoder
     from metagmvae.infra.runs.encoder_folder import write_encoder
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
     if not is_encoder_name(arguments.name):

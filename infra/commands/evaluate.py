@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import (
@@ -18,6 +19,7 @@ from metagmvae.infra.commands.parsing import (
     output_file,
     progress_bar,
 )
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -121,8 +123,6 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
     Raises:
         DataError: `--queries` has another form, or options contradict each other.
     """
-    from metagmvae.pipelines.records import DataError
-
     kind, _, value = arguments.queries.partition(":")
     if arguments.open_classes < 0:
         raise DataError(f"--open {arguments.open_classes}: must be at least 1")
@@ -151,7 +151,6 @@ def _models(arguments: Namespace, dataset: Dataset) -> list[tuple[LoadedModel, l
         DataError: there are several, and an option that describes one is given; or as `models_by_shot`.
     """
     from metagmvae.infra.workflows.evaluated_models import models_by_shot
-    from metagmvae.pipelines.records import DataError
 
     options = encoder_options(arguments, dataset)
     models = models_by_shot(arguments.model, arguments.shot, arguments.overrides, **options)
@@ -265,7 +264,6 @@ def _write_page(arguments: Namespace, dataset: Dataset, loaded: LoadedModel, res
     from metagmvae.evaluation.comparison.page_figures import EvaluatedModel, draw_models
     from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score
     from metagmvae.evaluation.comparison.table import compare
-    from metagmvae.evaluation.provenance import provenance
 
     first = results[0]
     protocol = EvalProtocol(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.commands.data import CONTINUED, add_worker_options, task_mapper
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
@@ -100,7 +101,6 @@ def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | No
 
 def ceiling(arguments: Namespace) -> Answer:
     """Run `metagmvae ceiling`."""
-    from metagmvae.evaluation.provenance import dataset_origin, provenance
     from metagmvae.evaluation.uncertainty.split_ceiling import split_ceiling
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.pipelines.files import write_json

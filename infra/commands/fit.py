@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options
 from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, output_file
 
@@ -30,6 +31,11 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--encoder", metavar="NAME", help=help_text)
     add_encoder_options(parser, head=False)
     parser.add_argument("--unlabelled", action="store_true", help="sub-folders of PICTURES are not classes")
+    help_text = "CSV file with the classes of PICTURES, as in `prepare folder`; their folders then mean nothing"
+    parser.add_argument("--labels", metavar="FILE", help=help_text)
+    help_text = "column of --labels whose value, such as the patient, keeps images together: the accuracy is then that "
+    help_text += "on images of other patients, of the same classes"
+    parser.add_argument("--groups", metavar="COLUMN", help=help_text)
     help_text = "resize whole images to squares instead of cutting out the middle square, as in `prepare folder`"
     parser.add_argument("--no-crop", action="store_false", dest="crop", help=help_text)
     parser.add_argument(
@@ -43,7 +49,6 @@ def add(parsers: Parsers) -> None:
 
 def fit(arguments: Namespace) -> Answer:
     """Run `metagmvae fit`."""
-    from metagmvae.evaluation.provenance import provenance
     from metagmvae.infra.fitting.fit import FitRequest, plan_fit, run_fit
     from metagmvae.infra.fitting.fit_plan import parse_budget
     from metagmvae.infra.fitting.fit_state import STATE
@@ -65,7 +70,8 @@ def fit(arguments: Namespace) -> Answer:
     budget_s = parse_budget(arguments.budget)
     weights = Path(arguments.weights) if arguments.weights else None
     encoder = (arguments.encoder, weights, arguments.image_size)
-    options = (arguments.seed, arguments.unlabelled, *encoder, arguments.crop)
+    labels = Path(arguments.labels) if arguments.labels else None
+    options = (arguments.seed, arguments.unlabelled, *encoder, arguments.crop, labels, arguments.groups)
     request = FitRequest(pictures, labelled, out, budget_s, *options)
     if arguments.dry_run:
         plan, stored = plan_fit(request)

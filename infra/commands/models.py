@@ -19,6 +19,7 @@ from metagmvae.infra.commands.parsing import (
     output_file,
     progress_bar,
 )
+from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.paper_tables.table_structure import TableName
@@ -167,7 +168,6 @@ def figure(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.sweeps.record import is_sweep
     from metagmvae.infra.registry.resolve import resolve_model
     from metagmvae.infra.runs.run_folder import METRICS, read_lines
-    from metagmvae.pipelines.records import DataError
     from metagmvae.pipelines.shards.dataset import Dataset
 
     out = Path(arguments.out)
@@ -204,7 +204,6 @@ def table(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.results_table import results_table
     from metagmvae.evaluation.paper_tables.readme import write_pages
     from metagmvae.evaluation.paper_tables.table_structure import parse_table_name
-    from metagmvae.pipelines.records import DataError
 
     if len(arguments.names) == 1 and not arguments.write:
         name = parse_table_name(arguments.names[0])
@@ -236,7 +235,6 @@ def _paper_table(arguments: Namespace, name: TableName) -> Answer:
     from metagmvae.evaluation.paper_tables.table_structure import select_columns, select_rows
     from metagmvae.infra.fitting.fit_plan import parse_budget
     from metagmvae.infra.tables.table_request import TableRequest, open_data
-    from metagmvae.pipelines.records import DataError
 
     parts = select_columns(select_rows(table_parts(name), arguments.rows), arguments.ways, arguments.shots)
     results = Path(arguments.results)

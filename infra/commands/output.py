@@ -12,6 +12,8 @@ from contextlib import suppress
 from typing import TextIO
 
 from metagmvae.configs.credentials import redact
+from metagmvae.pipelines.output_target import output_mode
+from metagmvae.pipelines.records import DataError, printable
 
 LOG = logging.getLogger("metagmvae")
 QUIET, USUAL = logging.WARNING, logging.INFO
@@ -75,8 +77,6 @@ class _OneLine(logging.Formatter):
         self.tracebacks = tracebacks
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        from metagmvae.pipelines.records import printable  # imports NumPy, which `--help` does not need
-
         return printable(redact(super().formatMessage(record)))
 
     def formatException(self, trace: object) -> str:
@@ -127,9 +127,6 @@ class _LogFile(logging.StreamHandler[TextIO]):
 
 
 def _open_log(path: str) -> TextIO:
-    from metagmvae.pipelines.output_target import output_mode
-    from metagmvae.pipelines.records import DataError
-
     output_mode(path)
     try:
         # Without blocking: opening a pipe would wait for its reader.

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from metagmvae.configs.credentials import redact, with_credentials
 from metagmvae.configs.suggestions import similar, suggestion
+from metagmvae.evaluation.provenance import version_line
 from metagmvae.infra.commands.output import LoggedProgress, write_line
+from metagmvae.pipelines.output_target import check_output
+from metagmvae.pipelines.records import DataError, printable
 
 if TYPE_CHECKING:
     from metagmvae.pipelines.records import ProgressCallback
@@ -47,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        write_line(_printable(redact(f"{self.prog}: {message}; see `{self.prog} --help`")), sys.stderr)
+        write_line(printable(redact(f"{self.prog}: {message}; see `{self.prog} --help`")), sys.stderr)
         raise WrongOptions(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -105,8 +108,6 @@ class VersionAction(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print and exit."""
-        from metagmvae.evaluation.provenance import version_line
-
         raise SystemExit(1 if write_line(version_line(), sys.stdout) else 0)
 
 
@@ -180,9 +181,6 @@ def output_file(path: str) -> str:
     Raises:
         argparse.ArgumentTypeError: it is a folder, a socket or a disk, or its folder cannot be written.
     """
-    from metagmvae.pipelines.output_target import check_output
-    from metagmvae.pipelines.records import DataError
-
     try:
         check_output(path)
     except DataError as error:
@@ -198,7 +196,7 @@ def format_answer(answer: Answer) -> str:
             lines.append(f"{key}:")
             lines += _table(value)
         elif isinstance(value, str) and "\n" in value:
-            lines += [_printable(line) for line in value.split("\n")]
+            lines += [printable(line) for line in value.split("\n")]
         else:
             lines.append(f"{key}: {_cell(key, value)}")
     return "\n".join(lines)
@@ -207,7 +205,7 @@ def format_answer(answer: Answer) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [
-        [_printable(name) for name in names],
+        [printable(name) for name in names],
         *([_cell(name, row.get(name, "")) for name in names] for row in rows),
     ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -226,16 +224,10 @@ def _plain(value: Any) -> str:
             return f"{value:.3g}"
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, dict):
-        return ", ".join(f"{_printable(str(k))} {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{printable(str(k))} {_plain(v)}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value) or "none"
-    return _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    from metagmvae.pipelines.records import printable  # imports NumPy, which `--help` does not need
-
-    return printable(text)
+    return printable(str(value))
 
 
 @contextmanager

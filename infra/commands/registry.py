@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import partial
 
+from metagmvae.configs.credentials import redact
 from metagmvae.infra.commands.encoder import add_head
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import (
@@ -16,6 +17,7 @@ from metagmvae.infra.commands.parsing import (
     add_tracking,
     progress_bar,
 )
+from metagmvae.pipelines.records import DataError
 
 SUCCESSFUL = ("promoted", "would be promoted", "rolled back", "would be rolled back")
 
@@ -97,7 +99,6 @@ def _promote(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.head_to_head import open_plan
     from metagmvae.infra.registry.promote import PromotionRequest
     from metagmvae.infra.registry.promote import promote as promote_challenger
-    from metagmvae.pipelines.records import DataError
 
     if not arguments.data:
         raise DataError("--data is missing; name the dataset to evaluate on")
@@ -112,7 +113,6 @@ def _promote(arguments: Namespace) -> Answer:
 
 def models(arguments: Namespace) -> Answer:
     """Run `metagmvae models`."""
-    from metagmvae.configs.credentials import redact
     from metagmvae.configs.schema import TrackingSettings
     from metagmvae.infra.registry.listing import list_models, table_row
     from metagmvae.infra.tracking.store import connect

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from metagmvae.infra.commands.parsing import DRY_RUN_HELP, Answer, Parsers, add_command, progress_bar
+from metagmvae.pipelines.optional_packages import optional_package
 
 
 def add(parsers: Parsers) -> None:
@@ -47,7 +48,6 @@ def tune(arguments: Namespace) -> Answer:
     """Run `metagmvae tune`."""
     from metagmvae.configs.load import SettingsError, load_settings
     from metagmvae.configs.search_space import load_space
-    from metagmvae.pipelines.optional_packages import optional_package
 
     with optional_package("optuna", "metagmvae tune"):
         from metagmvae.infra.tune.request import SweepRequest, run

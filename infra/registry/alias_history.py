@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store
@@ -21,10 +21,8 @@ Action = Literal["registered", "promoted", "rolled back"]
 """The command that moved the alias: `train` (to the first version of a name), `promote`, `promote --rollback`."""
 
 
-class AliasChange(BaseModel):
+class AliasChange(BaseModel, frozen=True, extra="forbid"):
     """One move of an alias."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
     """Counts the moves of all aliases of the registered model in their order, from 1."""

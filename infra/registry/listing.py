@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+from metagmvae.evaluation.comparison.formatting import percent
 from metagmvae.infra.registry.evidence import PREFIX
 from metagmvae.infra.registry.resolve import unknown_name
 from metagmvae.infra.tracking.store import Store, paginate
@@ -73,7 +74,7 @@ def data_state(uri: str, fingerprint: str) -> tuple[str, str]:
 
 def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a row of `list_models` to short strings for a table."""
-    results = [f"{key} {_percent(value)}" for key, value in row["results"].items()]
+    results = [f"{key} {percent(value['accuracy'], value.get('ci95'))}" for key, value in row["results"].items()]
     promotion = row["promotion"]
     decision = promotion.get("decision", "")
     champion = promotion.get("champion", "").rpartition("/")[2]
@@ -150,12 +151,7 @@ def _promotion(tags: Mapping[str, str]) -> dict[str, Any]:
     return promotion
 
 
-def _percent(result: Mapping[str, float]) -> str:
-    interval = f" ± {100 * result['ci95']:.2f}" if "ci95" in result else ""
-    return f"{100 * result['accuracy']:.2f}{interval}"
-
-
 def _difference(task: Mapping[str, float]) -> str:
     if "difference" not in task:
-        return f"{100 * task['challenger']:.2f} ± {100 * task['ci95']:.2f}"
+        return percent(task["challenger"], task["ci95"])
     return f"{100 * task['difference']:+.2f} ± {100 * task['ci95']:.2f}"

@@ -9,13 +9,11 @@ import os
 import socket
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
-class FolderIdentity(BaseModel):
+class FolderIdentity(BaseModel, strict=True, frozen=True):
     """Place and inode of a folder, as a record in it holds them."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
 
     host: str
     path: str

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from metagmvae.configs.load import SettingsError, settings_from_json
 from metagmvae.configs.schema import Settings
@@ -81,10 +81,9 @@ def not_written(path: Path, error: OSError) -> WorkError:
     return WorkError(f"{path}: cannot be written ({error.strerror}); mend this and continue with --resume")
 
 
-class _MetricLine(BaseModel):
+class _MetricLine(BaseModel, strict=True, extra="allow"):
     """The keys of a line of `metrics.jsonl` that this program reads; all others are numbers or words."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float | bool | str | None]
 
     @model_validator(mode="after")
@@ -106,10 +105,8 @@ class _MetricLine(BaseModel):
     images_per_s: float = 0.0
 
 
-class _Record(BaseModel):
+class _Record(BaseModel, strict=True):
     """The keys of `run.json` that this program reads; those of later versions are missing in older files."""
-
-    model_config = ConfigDict(strict=True)
 
     data: str | None = None
     data_fingerprint: str | None = None

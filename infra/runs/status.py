@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from metagmvae.infra.runs.folder_identity import FolderIdentity
 from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, STATUS, Count, is_finished
@@ -72,17 +72,13 @@ def _is_alive(pid: int, written_s: float) -> bool:
         return False
 
 
-class _Owner(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Owner(BaseModel, strict=True):
     pid: Annotated[int, Field(ge=0, lt=2**31)]
     host: str
 
 
-class _Status(BaseModel):
+class _Status(BaseModel, strict=True):
     """Content of `status.json`."""
-
-    model_config = ConfigDict(strict=True)
 
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
     started_ms: Count

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from metagmvae.configs.credentials import redact
 from metagmvae.infra.runs.folder_identity import FolderIdentity
@@ -117,9 +117,7 @@ def upload_lock(run_dir: Path) -> Iterator[None]:
         raise TrackingError(f"{run_dir}: another process is uploading it to MLflow; try again later") from error
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Entry(BaseModel, strict=True):
     key: str
     run_id: str | None
     lines: dict[str, dict[str, Any]]
@@ -127,10 +125,8 @@ class _Entry(BaseModel):
     folder: FolderIdentity | None = None
 
 
-class _Cursor(BaseModel):
+class _Cursor(BaseModel, strict=True):
     """Content of `tracking.json`."""
-
-    model_config = ConfigDict(strict=True)
 
     stores: dict[str, _Entry]
     run_id: str | None = None

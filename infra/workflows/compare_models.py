@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score
-from metagmvae.evaluation.comparison.validation_rows import ComparedItem, compared_settings
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.infra.registry.resolve import resolve_model
@@ -142,7 +142,7 @@ def _row(item: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, result
         kind, name, protocol = "encoder", f"{item.name}, {first.head}", replace(protocol, mode=first.mode)
     scores = {task: Score(result.mean, result.ci95, result) for task, result in results.items()}
     info: dict[str, Any] = loaded.info
-    settings = compared_settings(loaded.settings, info.get("data_fingerprint"))
+    settings = compared_settings(loaded.settings.model_dump(mode="json"), info.get("data_fingerprint"))
     if first.head:
         heads = {task: _head(result) for task, result in results.items()}
         settings = {key: value for key, value in settings.items() if key.startswith(OF_ENCODERS)}

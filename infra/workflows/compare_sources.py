@@ -12,10 +12,9 @@ from metagmvae.configs.load import settings_from_json
 from metagmvae.evaluation.comparison.formatting import Task, parse_task
 from metagmvae.evaluation.comparison.paper import DATA, PublishedResult, published_rows
 from metagmvae.evaluation.comparison.result_files import read_recorded, recorded_name, rows_of
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score, decisive_settings
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score, compared_settings, decisive_settings
 from metagmvae.evaluation.comparison.validation_rows import (
     ComparedItem,
-    compared_settings,
     newest_validation,
     validation_protocol,
     validation_row,
@@ -133,7 +132,8 @@ def _sweep(ref: str, path: Path, top: int) -> ComparedItem:
         raise DataError(f"{ref}: no trial of the sweep has a validation result yet")
     best = sorted(trials, key=lambda trial: -trial.curve[-1].accuracy)[:top]
     settings, data = settings_from_json(base), plan.get("data_fingerprint")
-    protocol, compared = validation_protocol(settings, "transductive", data), compared_settings(settings, data)
+    protocol = validation_protocol(settings, "transductive", data)
+    compared = compared_settings(settings.model_dump(mode="json"), data)
     rows = tuple(_trial(ref, name, task, protocol, compared, trial) for trial in best)
     lines = tuple(
         {

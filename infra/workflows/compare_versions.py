@@ -13,13 +13,8 @@ from metagmvae.configs.load import settings_from_json
 from metagmvae.configs.schema import Settings, TrackingSettings
 from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.result_files import read_recorded, rows_of, same_model
-from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score
-from metagmvae.evaluation.comparison.validation_rows import (
-    ComparedItem,
-    compared_settings,
-    newest_validation,
-    validation_row,
-)
+from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score, compared_settings
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem, newest_validation, validation_row
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
@@ -129,7 +124,7 @@ def _tagged(name: str, ref: str, version: Any, settings: Settings, info: dict[st
             ci95 = version.tags.get(f"{key}_ci95")
             score = Score(float(value), float(ci95) if ci95 else None)
             groups.setdefault((mode, split), {})[int(way), int(shot)] = score
-    compared = compared_settings(settings, info.get("data_fingerprint"))
+    compared = compared_settings(settings.model_dump(mode="json"), info.get("data_fingerprint"))
     cost = (info.get("elapsed_s"), info.get("step"))
     return [
         Row(name, "version", ref, EvalProtocol(mode, split, None, None, None, None), scores, *cost, compared)

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import psutil
 
+from metagmvae.configs.credentials import redact
+from metagmvae.infra.tracking.mlflow_environment import MissingMlflowError, TrackingError
+from metagmvae.pipelines.optional_packages import EXTRA_OF_PACKAGE, MissingPackageError, optional_package
+from metagmvae.pipelines.records import DataError
+
 GIB = 2**30
 MIN_DISK_GIB = 5
 MIN_MEMORY_GIB = 4
@@ -53,8 +58,6 @@ def _python(name: str) -> CheckResult:
 def _packages(name: str) -> CheckResult:
     """Check that every dependency is installed in a version that the package allows; name extras that are not."""
     from packaging.requirements import Requirement
-
-    from metagmvae.pipelines.optional_packages import EXTRA_OF_PACKAGE
 
     try:
         requirements = [Requirement(line) for line in metadata.requires("metagmvae") or []]
@@ -151,12 +154,9 @@ def _home_folder(name: str) -> CheckResult:
 
 
 def _mlflow(name: str) -> CheckResult:
-    from metagmvae.configs.credentials import redact
     from metagmvae.configs.schema import TrackingSettings
-    from metagmvae.infra.tracking.mlflow_environment import MissingMlflowError, TrackingError
     from metagmvae.infra.tracking.store import connect, paginate, store_uri
     from metagmvae.infra.tracking.tracking_errors import tracking_errors
-    from metagmvae.pipelines.records import DataError
 
     tracking = TrackingSettings()
     uri = redact(store_uri(tracking))
@@ -179,7 +179,6 @@ def _mlflow(name: str) -> CheckResult:
 
 def _ray(name: str) -> CheckResult:
     from metagmvae.configs.load import SettingsError
-    from metagmvae.pipelines.optional_packages import MissingPackageError, optional_package
 
     try:
         with optional_package("ray", "run.engine = ray"):
