@@ -56,13 +56,8 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
     found: dict[str, LabelRow] = {}
     files, missing = _by_name(names), []
     for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(rows[0]):
-            raise DataError(f"{path}: row {number} has {len(row)} columns, but the heading has {len(rows[0])}")
-        file, label = row[places["file"]].strip(), row[places["label"]].strip()
-        group = row[places["group"]].strip() if "group" in places else ""
-        if not label or (groups and not group):
-            what = printable(groups) if groups and label else "class"
-            raise DataError(f"{path}: row {number} ({printable(file)}) has no {what}; complete or remove it")
+        given = _label_row(path, number, row, rows[0], places, groups)
+        file = row[places["file"]].strip()
         matches = files.get(_composed(file.replace("\\", "/").removeprefix("./")), [])
         if len(matches) > 1:
             both = " and ".join(map(printable, sorted(matches)[:2]))
@@ -70,7 +65,6 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
         if not matches:
             missing.append(printable(file))
             continue
-        given = LabelRow(label, row[places["split"]].strip() if "split" in places else "", group)
         if found.setdefault(matches[0], given) != given:
             what = f"class or {printable(groups)}" if groups else "class"
             both = f"{printable(file)} another {what} than a row before"
@@ -82,26 +76,48 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
     return found
 
 
-def read_row_labels(path: str | Path, count: int) -> tuple[list[str], list[str] | None]:
-    """Classes, and contents of the column `split` if there is one, of vectors in their order.
+def read_row_labels(path: str | Path, count: int, groups: str | None = None) -> list[LabelRow]:
+    """Rows of a table of vectors, in their order.
 
     Args:
         path: table with a heading and the column `label`, one row for each vector; else as in `read_labels`.
         count: number of vectors.
+        groups: as in `read_labels`.
 
     Raises:
-        DataError: the table cannot be read, lacks the column, has another number of rows, or a row without a class.
+        DataError: the table cannot be read, lacks a column, has another number of rows, or a row without a class or a
+            group.
     """
     rows = _rows(Path(path))
-    places = _columns(path, rows[0], ("label", "split"))
+    places = dict(_columns(path, rows[0], ("label", "split")))
+    if groups is not None:
+        places["group"] = _column(path, rows[0], groups)
     if len(rows) - 1 != count:
         raise DataError(f"{path}: {len(rows) - 1:,} rows for {count:,} vectors; give one for each, in their order")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(rows[0]) or not row[places["label"]].strip():
-            raise DataError(f"{path}: row {number} has no class or another number of columns; complete it")
-    labels, splits = ([row[places[c]].strip() for row in rows[1:]] if c in places else None for c in ("label", "split"))
-    assert labels is not None
-    return labels, splits
+    return [_label_row(path, number, row, rows[0], places, groups) for number, row in enumerate(rows[1:], start=2)]
+
+
+def _label_row(
+    path: str | Path,
+    number: int,
+    row: Sequence[str],
+    heading: Sequence[str],
+    places: Mapping[str, int],
+    groups: str | None,
+) -> LabelRow:
+    """What a row says.
+
+    Raises:
+        DataError: it has another number of columns than the heading, or no class or group.
+    """
+    if len(row) != len(heading):
+        raise DataError(f"{path}: row {number} has {len(row)} columns, but the heading has {len(heading)}")
+    label, split, group = (row[places[key]].strip() if key in places else "" for key in ("label", "split", "group"))
+    if not label or (groups and not group):
+        what = printable(groups) if groups and label else "class"
+        name = f" ({printable(row[places['file']].strip())})" if "file" in places else ""
+        raise DataError(f"{path}: row {number}{name} has no {what}; complete or remove it")
+    return LabelRow(label, split, group)
 
 
 def plain_name(name: str) -> str:

@@ -8,11 +8,10 @@ from metagmvae.configs.load import load_settings
 from metagmvae.infra.fitting.fit_plan import (
     episode_sizes,
     format_seconds,
-    held_out_classes,
-    make_plan,
     parse_budget,
 )
 from metagmvae.infra.fitting.fit_schedule import VIEWS, FitSchedule, affordable_average, sizes_for
+from metagmvae.infra.fitting.make_plan import held_out_classes, make_plan
 from metagmvae.infra.runs.training_speed import Speed, measure_episode_s
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.glyphs import open_glyphs

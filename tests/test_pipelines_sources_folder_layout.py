@@ -4,19 +4,16 @@ import pytest
 
 from metagmvae.pipelines.archives.entries import Entry
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sources.folder_layout import class_names, parse_paths
+from metagmvae.pipelines.sources.folder_layout import LabelRequest, read_layout
 
 
 def splits(*folders):
     """Class names by split, of a tree with two images in each folder."""
     entries = [Entry(f"{folder}/{number}.png", 0, 0) for folder in folders for number in range(2)]
-    images = parse_paths("src", sorted(entries), classes=True)
-    names = class_names("src", images)
     result: dict[str, list[str]] = {}
-    for image in images:
-        name = names[image.split, image.folder]
-        if name not in result.setdefault(image.split, []):
-            result[image.split].append(name)
+    for image in read_layout("src", sorted(entries), LabelRequest()):
+        if image.class_name not in result.setdefault(image.split, []):
+            result[image.split].append(image.class_name)
     return result
 
 

@@ -121,12 +121,15 @@ def test_a_dataset_whose_splits_share_classes_and_no_patient(folder, capsys, tab
     [
         ({"groups": "patient"}, "--groups patient: is a column of --labels"),
         ({"groups": "patient", "labels": "with.csv", "join_splits": True}, "without --join-splits"),
-        ({"groups": "patient", "labels": "with.csv", "fractions": (0.5, 0.2, 0.3)}, "already has a column of splits"),
+        (
+            {"groups": "patient", "labels": "with.csv", "fractions": (0.5, 0.2, 0.3)},
+            "already has splits, as the table says",
+        ),
         (
             {"groups": "label", "labels": "with.csv"},
             "with.csv: group a is in train and ",
         ),
-        ({"groups": "patient", "labels": "with.csv", "test_classes": 2}, "already has a column of splits"),
+        ({"groups": "patient", "labels": "with.csv", "test_classes": 2}, "already has splits, as the table says"),
         ({"groups": "patient", "labels": "labels.csv", "test_classes": 2}, "groups divide the images"),
     ],
 )

@@ -147,7 +147,7 @@ def test_split_folders_are_the_splits(tmp_path):
     source = open_source("folder", str(tree(tmp_path / "x", files)))
     assert classes(source) == {"train": [""], "validation": ["cat", "dog"], "test": ["hen", "ox"]}
     assert source.splits["test"][0].key == "test/hen/1.png"
-    assert_refused(tmp_path / "x", "already has folders for the splits", fractions=(0.5, 0, 0.5))
+    assert_refused(tmp_path / "x", "already has splits, as the folders are named", fractions=(0.5, 0, 0.5))
     one = open_source("folder", str(tree(tmp_path / "y", ["train/cat/1.png", "train/dog/1.png"])))
     assert classes(one) == {"train": ["cat", "dog"]}
     beside = open_source("folder", str(tree(tmp_path / "z", ["train/1.png", "plane/1.png"])))

@@ -185,5 +185,5 @@ def test_numbers_need_class_folders(tmp_path):
         open_source("folder", str(tmp_path / "flat"), test_classes=2)
     for split in ("train", "test"):
         write(tmp_path / "splits" / split, f"{split}.png", photo(1))
-    with pytest.raises(DataError, match="already has folders for the splits"):
+    with pytest.raises(DataError, match="already has splits, as the folders are named"):
         open_source("folder", str(tmp_path / "splits"), test_classes=2)

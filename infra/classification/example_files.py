@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths
-from metagmvae.pipelines.sources.image_files import list_images
+from metagmvae.pipelines.sources.folder_layout import FolderImage
 
 WAYS, QUERIES = 5, 4
 
 
-def write_example(root: str, out: Path, keys: Container[str] | None, seed: int) -> dict[str, str]:
+def write_example(root: str, out: Path, images: Iterable[FolderImage], seed: int) -> dict[str, str]:
     """Copy one labelled file and up to four queries of up to five classes; return the class of each query file.
 
     Args:
-        root: folder or archive with class folders.
+        root: folder or archive of the images.
         out: folder to write `labelled/CLASS/FILE` and `queries/FILE` into; what it holds is replaced.
-        keys: of the images that may be used; None: all.
+        images: that may be used; those without a class are not.
         seed: of the choice.
     """
-    images = parse_paths(root, list_images(root).entries, classes=True)
-    names = class_names(root, images)
     by_class: dict[str, list[FolderImage]] = {}
     for image in images:
-        name = names[image.split, image.folder]
-        if name and (keys is None or image.key in keys):
-            by_class.setdefault(name, []).append(image)
+        if image.class_name:
+            by_class.setdefault(image.class_name, []).append(image)
     rng = keyed_rng("example", seed)
     possible = sorted(name for name, members in by_class.items() if len(members) > 1)
     chosen = [possible[row] for row in rng.permutation(len(possible))[:WAYS]]

@@ -17,8 +17,8 @@ from metagmvae.configs.mlflow_names import model_name
 from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.classification.example_files import write_example
 from metagmvae.infra.fitting.fit_call import FitCall, RunCommand, is_labelled, tasks_of
-from metagmvae.infra.fitting.fit_evaluation import EVALUATED_ON, evaluate_all
-from metagmvae.infra.fitting.fit_plan import FitPlan, format_seconds, make_plan
+from metagmvae.infra.fitting.fit_evaluation import evaluate_all, evaluated_on
+from metagmvae.infra.fitting.fit_plan import FitPlan, format_seconds
 from metagmvae.infra.fitting.fit_report import fit_result, write_fit_report
 from metagmvae.infra.fitting.fit_schedule import make_schedule
 from metagmvae.infra.fitting.fit_state import (
@@ -39,9 +39,12 @@ from metagmvae.infra.fitting.frozen_encoder import (
     measure_comparison_s,
     requested_encoder,
 )
+from metagmvae.infra.fitting.make_plan import make_plan
 from metagmvae.infra.runs.run_folder import SETTINGS
 from metagmvae.pipelines.output_target import check_outside
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.sources.folder_layout import LabelRequest, read_layout
+from metagmvae.pipelines.sources.image_files import list_images
 
 LOG = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ def plan_fit(request: FitRequest) -> tuple[FitPlan, FitState | None]:
     check_outside(out, pictures)
     stored = read_state(out)
     options: dict[str, Any] = {"unlabelled": request.unlabelled, "encoder": requested_encoder(request)}
-    options["crop"] = request.crop
+    options |= {"crop": request.crop, "labels": request.labels, "groups": request.groups}
     plan = make_plan(request.pictures, request.labelled, request.budget_s, request.seed, **options)
     if stored is not None:
         check_same(out, stored.plan, plan)
@@ -112,7 +115,7 @@ class _Fit(FitCall):
         self._train(dataset)
         copy_package(self.out)
         evaluated = evaluate_all(self, dataset)
-        compared = compare_encoder(self, [where for where in evaluated if where in EVALUATED_ON])
+        compared = compare_encoder(self, [where for where in evaluated if where in evaluated_on(self.plan)])
         example = self._classify_example(dataset)
         self._report(dataset, evaluated, compared, example)
 
@@ -122,11 +125,7 @@ class _Fit(FitCall):
         plan = self.plan
         words = ["prepare", "folder", "--source", plan.pictures, "--out", str(self.out / DATA)]
         words += ["--seed", str(plan.seed)]
-        words += plan.preprocessing_words
-        if plan.unlabelled:
-            words.append("--unlabelled")
-        elif plan.classes and not plan.split_folders:
-            words += ["--validation-classes", str(plan.validation_classes), "--test-classes", str(plan.test_classes)]
+        words += [*plan.preprocessing_words, *plan.label_words]
         with self.timed("prepare"):
             answer = self.command(*words)
         if "crop" in answer:
@@ -179,11 +178,19 @@ class _Fit(FitCall):
 
     def _classify_example(self, dataset: Dataset) -> dict[str, Any] | None:
         """Classify some of the files as a user would; None without classes that were not trained on."""
-        root = self.plan.labelled or (self.plan.pictures if is_labelled(dataset, "test") else None)
-        if root is None:
+        plan = self.plan
+        if plan.labelled:
+            root, images = plan.labelled, read_layout(plan.labelled, list_images(plan.labelled).entries, LabelRequest())
+        elif is_labelled(dataset, "test"):
+            root, images = (
+                plan.pictures,
+                read_layout(plan.pictures, list_images(plan.pictures).entries, plan.label_request),
+            )
+            keys = set(dataset.index("test")["key"].to_pylist())
+            images = [image for image in images if image.key in keys]
+        else:
             return None
-        keys = None if self.plan.labelled else set(dataset.index("test")["key"].to_pylist())
-        class_of_file = write_example(root, self.out / EXAMPLE, keys, self.plan.seed)
+        class_of_file = write_example(root, self.out / EXAMPLE, images, plan.seed)
         folder, figure = self.out / EXAMPLE, self.out / EXAMPLE / "predictions.png"
         words = ["--support", str(folder / "labelled"), "--query", str(folder / "queries"), "--figure", str(figure)]
         with self.timed("classify"):

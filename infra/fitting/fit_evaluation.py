@@ -1,4 +1,4 @@
-"""Evaluation in `metagmvae fit`: held-out classes, labelled pictures, or augmented views."""
+"""Evaluation in `metagmvae fit`: the test split, labelled pictures, or augmented views."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from typing import Any
 
 from metagmvae.evaluation.uncertainty.augmented_accuracy import evaluate_augmented, result_record
 from metagmvae.infra.fitting.fit_call import FitCall, is_labelled, tasks_of
+from metagmvae.infra.fitting.fit_plan import FitPlan
 from metagmvae.infra.fitting.fit_state import DATA, LABELLED, RESULTS, RUN
 from metagmvae.infra.runs.training_speed import measure_episode_s
 from metagmvae.pipelines.files import read_json, write_json
+from metagmvae.pipelines.records import printable
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import load_model
 
-TEST_CLASSES, LABELLED_PICTURES = "test classes", "labelled pictures"
-EVALUATED_ON = {TEST_CLASSES: (DATA, "test"), LABELLED_PICTURES: (LABELLED, "train")}
-"""Where a model is evaluated on classes: folder of the dataset in the output folder, and split."""
+LABELLED_PICTURES = "labelled pictures"
+
+
+def evaluated_on(plan: FitPlan) -> dict[str, tuple[str, str]]:
+    """Where a model is evaluated on classes: folder of the dataset in the output folder, and split."""
+    return {_test_images(plan): (DATA, "test"), LABELLED_PICTURES: (LABELLED, "train")}
+
+
+def _test_images(plan: FitPlan) -> str:
+    return f"test images of another {printable(plan.groups)}" if plan.groups else "test classes"
 
 
 def evaluate_all(call: FitCall, dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
-    """Evaluate on the test classes and on the labelled pictures; return the records of each, by where."""
+    """Evaluate on the test split and on the labelled pictures; return the records of each, by where."""
     evaluated = {}
     if is_labelled(dataset, "test"):
-        evaluated[TEST_CLASSES] = _evaluate(call, dataset, "test", "test")
+        evaluated[_test_images(call.plan)] = _evaluate(call, dataset, "test", "test")
     if call.plan.labelled is not None:
         folder = call.out / LABELLED
         if not (folder / "dataset.json").exists():

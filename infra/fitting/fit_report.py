@@ -45,6 +45,7 @@ def fit_result(
         "found": state.plan.found,
         "samples": {split: part["samples"] for split, part in splits.items()},
         "classes": {split: len({*dataset.class_names(split)} - {""}) for split in splits},
+        **({"groups": state.plan.held_out} if state.plan.groups else {}),
         "preset": state.plan.preset,
         "steps": {"pretrain": schedule.pretrain_steps, "meta": schedule.meta_steps},
         "accuracy": [{key: record[key] for key in keys if key in record} for record in records],

@@ -42,6 +42,10 @@ class FitRequest:
     """Side to which its images are resized; None: its published input size."""
     crop: bool = True
     """Whether the middle square of each image is cut out."""
+    labels: Path | None = None
+    """Table with the classes of the pictures; None: the folders are the classes."""
+    groups: str | None = None
+    """Column of the table with what keeps images together in one split, such as the patient."""
 
 
 class FitState(BaseModel):

@@ -14,7 +14,7 @@ from metagmvae.evaluation.encoders.frozen_comparison import results_minus_frozen
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name, named_encoder
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.infra.fitting.fit_call import FitCall, tasks_of
-from metagmvae.infra.fitting.fit_evaluation import EVALUATED_ON
+from metagmvae.infra.fitting.fit_evaluation import evaluated_on
 from metagmvae.infra.fitting.fit_plan import FrozenEncoder
 from metagmvae.infra.fitting.fit_state import RESULTS, RUN, FitRequest
 from metagmvae.infra.runs.run_folder import RESULTS as RUN_RESULTS
@@ -83,7 +83,7 @@ def compare_encoder(call: FitCall, evaluated: Sequence[str]) -> list[dict[str, A
 
     Args:
         call: of `metagmvae fit`.
-        evaluated: keys of `EVALUATED_ON`.
+        evaluated: keys of `evaluated_on`.
 
     Returns:
         The rows of `results_minus_frozen`, with `on`: where.
@@ -95,7 +95,7 @@ def compare_encoder(call: FitCall, evaluated: Sequence[str]) -> list[dict[str, A
         rows = []
         with call.timed("compare with the frozen encoder"):
             for where in evaluated:
-                folder, split = EVALUATED_ON[where]
+                folder, split = evaluated_on(call.plan)[where]
                 dataset = Dataset.open(call.out / folder)
                 ours = _stored_results(call, dataset, split)
                 frozen = load_frozen(encoder, dataset)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing, image_header
 from metagmvae.pipelines.sources.image_survey import SIZES
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer
-from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, assign_splits
+from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, divide
 
 Items = Sequence[Any] | np.ndarray
 PARTS = (("train", "val", "test"), ("images", "labels"))
@@ -79,15 +78,14 @@ def open_images(
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
     if not crop:
         preprocessing = preprocessing.model_copy(update={"crop": "none"})
-    sizes = Counter(("train", label) for label in classes if label)
-    split_of, division = assign_splits(name, sizes, request, seed, in_splits=False)
+    split_of, division = divide(name, ["train"] * len(classes), classes, None, request, seed, given=None)
     load = partial(load_item, images, preprocessing=preprocessing)
     pixels = hashlib.sha256()
     splits: dict[str, list[ImageRecord]] = {}
     for number, label in enumerate(classes):
         pixels.update(load(number).tobytes())
         record = ImageRecord(f"{number:08d}", label, partial(load, number))
-        splits.setdefault(split_of.get(("train", label), "train"), []).append(record)
+        splits.setdefault(split_of[number], []).append(record)
     splits = {split: splits[split] for split in SPLITS if split in splits}
     report = {
         "images": {split: len(records) for split, records in splits.items()},
@@ -192,13 +190,14 @@ def _look(image: np.ndarray | Image.Image | bytes, name: str) -> tuple[int, int]
     return min(image.size), 1 if image.mode in GREY_MODES else 3
 
 
-def class_names(labels: Items, count: int, items: str = "image") -> list[str]:
-    """The class of each item as text, from whole numbers or words of shape (n,) or (n, 1).
+def class_names(labels: Items, count: int, items: str = "image", what: str = "label") -> list[str]:
+    """The class (or group) of each item as text, from whole numbers or words of shape (n,) or (n, 1).
 
     Args:
         labels: of all items.
         count: number of items n.
         items: what an item is, for messages.
+        what: `label` or `group`, for messages.
 
     Raises:
         DataError: the number, the shape or the type of the labels is another one, or a label is empty.
@@ -207,12 +206,12 @@ def class_names(labels: Items, count: int, items: str = "image") -> list[str]:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1 or len(array) != count:
-        raise DataError(f"labels have shape {array.shape} for {count} {items}s; give one class for each {items}")
+        raise DataError(f"{what}s have shape {array.shape} for {count} {items}s; give one for each {items}")
     if array.dtype.kind not in "iuU" and not all(isinstance(label, str) for label in array):
-        raise DataError(f"labels are {array.dtype}; give whole numbers or words")
+        raise DataError(f"{what}s are {array.dtype}; give whole numbers or words")
     names = [str(label) for label in array.tolist()]
     if "" in names:
-        raise DataError(f"label {names.index('')} is empty; give every {items} a class, or no labels")
+        raise DataError(f"{what} {names.index('')} is empty; give every {items} one, or no {what}s")
     return names
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ MOST_VALUES = 2**20
 
 
 def column_of(files: Sequence[VectorFile], meaning: str) -> np.ndarray | list[Any] | None:
-    """Labels, splits or names of all files; None if no file has them.
+    """Labels, splits, groups or names of all files; None if no file has them.
 
     Raises:
         DataError: only some files have them, or another number than vectors.
@@ -66,20 +65,6 @@ def check_formats(files: Sequence[VectorFile], dtype: str | None) -> str:
     if kind.name not in DTYPES["features"]:
         raise DataError(f"{name}: vectors are {kind}; give --dtype float32 to store them rounded to that")
     return str(kind.name)
-
-
-def check_apart(name: str, split_of_row: np.ndarray, label_of: np.ndarray) -> None:
-    """Refuse a class in several splits."""
-    splits_of_class: dict[str, tuple[str, str]] = {}
-    for split, label in sorted(set(zip(split_of_row.tolist(), label_of.tolist(), strict=True)) - {("train", "")}):
-        plain = unicodedata.normalize("NFC", label).casefold()
-        before = splits_of_class.setdefault(plain, (split, label))
-        if label and before != (split, label):
-            both = f"{before[0]}/{before[1]} and {split}/{label}"
-            raise DataError(
-                f"{name}: {both} are classes with the same name; the splits of few-shot learning have different "
-                "classes: rename them, or --join-splits joins the splits and divides the classes"
-            )
 
 
 def scan_vectors(files: Sequence[VectorFile], dtype: str, class_ids: np.ndarray) -> tuple[str, dict[str, Any]]:

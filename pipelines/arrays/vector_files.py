@@ -48,24 +48,31 @@ class VectorFile:
     """(n, F), numbers of any format."""
     labels: Sequence[Any] | np.ndarray | None = None
     split: Sequence[Any] | np.ndarray | None = None
+    groups: Sequence[Any] | np.ndarray | None = None
+    """What keeps vectors together, such as the patient."""
     names: Sequence[Any] | np.ndarray | None = None
     """Name of each vector."""
     unused: tuple[str, ...] = ()
     """Arrays or columns that mean nothing here."""
 
 
-def read_vector_file(path: Path) -> VectorFile:
+def read_vector_file(path: Path, groups: str | None = None) -> VectorFile:
     """Read a file of vectors.
 
+    Args:
+        path: `.npy`, `.npz` or Parquet file.
+        groups: name of the array or column with the group of each vector; None: there is none.
+
     Raises:
-        DataError: it cannot be read, holds no vectors or several arrays that can be them, or Python objects.
+        DataError: it cannot be read, holds no vectors or several arrays that can be them, no groups of this name, or
+            Python objects.
     """
-    readers: Mapping[str, Callable[[Path], VectorFile]] = {".npy": _npy, ".npz": _npz, ".parquet": _parquet}
+    readers: Mapping[str, Callable[[Path, str | None], VectorFile]] = {".npy": _npy, ".npz": _npz, ".parquet": _parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise DataError(f"{path}: is none of {', '.join(SUFFIXES)}; save the vectors as one of them")
     try:
-        found = readers[suffix](path)
+        found = readers[suffix](path, groups)
     except DataError:
         raise
     except ERRORS as error:
@@ -81,7 +88,10 @@ def read_vector_file(path: Path) -> VectorFile:
     return found
 
 
-def _npy(path: Path) -> VectorFile:
+def _npy(path: Path, groups: str | None) -> VectorFile:
+    if groups is not None:
+        name = printable(groups)
+        raise DataError(f"{path}: holds no groups; give them as the column {name} of a CSV file with --labels")
     with open_file(path) as file:
         shape, order, dtype = _header(file, path)
         return VectorFile(str(path), FileRows.open(path, shape, dtype, file.tell(), order))
@@ -99,10 +109,10 @@ def _header(file: IO[bytes], where: object) -> tuple[tuple[int, ...], Order, np.
     return shape, "F" if by_column else "C", dtype
 
 
-def _npz(path: Path) -> VectorFile:
+def _npz(path: Path, groups: str | None) -> VectorFile:
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        names = _by_meaning(path, list(members), list(members), "array")
+        names = _by_meaning(path, list(members), list(members), "array", groups)
         arrays = {
             meaning: _small_array(archive, members[name], f"{path}: {name}")
             for meaning, name in names.items()
@@ -113,19 +123,30 @@ def _npz(path: Path) -> VectorFile:
     return VectorFile(str(path), rows, unused=unused, **arrays)
 
 
-def _by_meaning(path: Path, names: Sequence[str], vectors: Sequence[str], kind: str) -> dict[str, str]:
-    """Name of the array or column by meaning (`NAMES`).
+def _by_meaning(
+    path: Path, names: Sequence[str], vectors: Sequence[str], kind: str, groups: str | None
+) -> dict[str, str]:
+    """Name of the array or column by meaning (`NAMES`, and `groups`).
 
     Args:
         path: for messages.
         names: all names.
         vectors: those that can be vectors; a single one is, whatever its name.
         kind: `array` or `column`.
+        groups: name of the groups; None: there are none.
 
     Raises:
-        DataError: none or several can be the vectors, or several have another meaning.
+        DataError: none or several can be the vectors, several have another meaning, or there are no groups of the name.
     """
     found = {}
+    if groups is not None:
+        named = [name for name in names if plain_name(name) == plain_name(groups)]
+        if len(named) != 1:
+            listed = ", ".join(map(printable, names[:20])) or "none"
+            raise DataError(f"{path}: no {kind} {printable(groups)} for the groups; it has {listed}")
+        found["groups"] = named[0]
+        names = [name for name in names if name != named[0]]
+        vectors = [name for name in vectors if name != named[0]]
     for meaning, known in NAMES.items():
         others = [name for name in names if name not in vectors or kind == "array"]
         possible = vectors if meaning == "vectors" else others
@@ -185,7 +206,7 @@ def _blocks(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
             return
 
 
-def _parquet(path: Path) -> VectorFile:
+def _parquet(path: Path, groups: str | None) -> VectorFile:
     with open_file(path) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
@@ -193,7 +214,7 @@ def _parquet(path: Path) -> VectorFile:
         if not vectors:
             columns = ", ".join(f"{printable(field.name)}: {field.type}" for field in schema)[:300]
             raise DataError(f"{path}: no column holds lists of numbers, one vector a row; it has {columns}")
-        names = _by_meaning(path, schema.names, vectors, "column")
+        names = _by_meaning(path, schema.names, vectors, "column", groups)
         others = {
             meaning: _texts(path, name, parquet.read([name])[name])
             for meaning, name in names.items()

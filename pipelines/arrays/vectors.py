@@ -13,15 +13,15 @@ import numpy as np
 
 from metagmvae.pipelines.archives.entries import LeftOut
 from metagmvae.pipelines.arrays.image_arrays import Items, class_names
-from metagmvae.pipelines.arrays.vector_checks import check_apart, check_formats, column_of, scan_vectors
+from metagmvae.pipelines.arrays.vector_checks import check_formats, column_of, scan_vectors
 from metagmvae.pipelines.arrays.vector_files import SUFFIXES, VectorFile, read_vector_file
 from metagmvae.pipelines.arrays.vector_source import VectorRecords, VectorSource
 from metagmvae.pipelines.files import reading, sha256_json
 from metagmvae.pipelines.label_file import read_row_labels
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_files import files_report
 from metagmvae.pipelines.sources.source import check_integer
-from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, assign_splits, split_of
+from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, divide, split_of
 from metagmvae.pipelines.vectors import VECTORS, vector_shape
 
 PART = re.compile(r"[-_.]\d+(-of-\d+)?$")
@@ -34,6 +34,7 @@ def open_vector_files(
     dtype: str | None = None,
     classes: bool = True,
     labels: str | None = None,
+    groups: str | None = None,
     join_splits: bool = False,
     fractions: Sequence[float] | None = None,
     validation_classes: int | None = None,
@@ -49,6 +50,8 @@ def open_vector_files(
         classes: False leaves out classes and splits: all vectors are training vectors.
         labels: file with the class of each vector, in their order: `.npy`, or CSV with a column `label`, and a column
             `split` if wanted. None: the classes that the files hold.
+        groups: column of the CSV file, else array or column of the files, whose value, such as the patient, keeps
+            vectors together: as `open_vectors`.
         join_splits: as all further options, see `open_vectors`.
 
     Raises:
@@ -58,10 +61,13 @@ def open_vector_files(
         raise DataError("no vectors given; give a .npy, .npz or .parquet file, or a folder of them, with --source")
     if labels is not None and not classes:
         raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
+    if groups is not None and not classes:
+        raise DataError(f"--groups {printable(groups)} divides classes and --unlabelled takes none; omit one of them")
     paths, left_out = _paths(Path(source))
-    files = [read_vector_file(path) for path in paths]
+    in_table = labels is not None and Path(labels).suffix.lower() != ".npy"
+    files = [read_vector_file(path, None if in_table else groups) for path in paths]
     if labels is not None:
-        files = _labelled(files, labels)
+        files = _labelled(files, labels, groups)
     files = [file if file.split is not None else replace(file, split=split) for file, split in _by_name(files)]
     if not classes:
         files = [replace(file, labels=None, split=None) for file in files]
@@ -85,6 +91,7 @@ def open_vectors(
     labels: Items | None = None,
     *,
     splits: Items | None = None,
+    groups: Items | None = None,
     names: Items | None = None,
     dtype: str | None = None,
     **options: Any,
@@ -94,7 +101,9 @@ def open_vectors(
     Args:
         vectors: (n, F) finite numbers: an array, or what NumPy makes one of.
         labels: class of each vector, words or numbers; None: no classes, and all vectors are in `train`.
-        splits: split of each vector (train, validation, test); None: `splits.assign_splits` divides the classes.
+        splits: split of each vector (train, validation, test); None: `splits.divide` divides the classes or groups.
+        groups: what keeps vectors together in one split, such as the patient: the vectors are divided, not the classes,
+            which the splits share (`splits.divide_groups`); None: the classes are divided.
         names: of the vectors, unique; None: their rows.
         dtype: number format of the dataset, `float16` or `float32`; None: that of the vectors, which must be one of
             them.
@@ -103,7 +112,7 @@ def open_vectors(
 
     Raises:
         DataError: the vectors have another shape, widths or formats that differ, or a value that is not finite; a
-            class is in several splits; or an option is invalid.
+            class, or with groups a group, is in several splits; or an option is invalid.
     """
     try:
         array = vectors if isinstance(vectors, np.ndarray) else np.asarray(vectors)
@@ -112,7 +121,7 @@ def open_vectors(
         raise DataError(f"vectors are no array of numbers ({reason}); give all the same number of values") from error
     if array.ndim != 2 or 0 in array.shape:
         raise DataError(f"vectors have shape {array.shape}, but (number, values) is needed; reshape them")
-    given = {"labels": labels, "split": splits, "names": names}
+    given = {"labels": labels, "split": splits, "groups": groups, "names": names}
     columns: Any = {key: np.atleast_1d(np.asarray(value)) for key, value in given.items() if value is not None}
     return _open_files([VectorFile(VECTORS, array, **columns)], VECTORS, dtype, **options)
 
@@ -144,14 +153,13 @@ def _by_name(files: Sequence[VectorFile]) -> list[tuple[VectorFile, list[str] | 
     return [(file, [split or ""] * len(file.rows)) for file, split in zip(files, named, strict=True)]
 
 
-def _labelled(files: Sequence[VectorFile], labels: str) -> list[VectorFile]:
-    """Files with the classes, and splits if it has them, of a file of labels."""
+def _labelled(files: Sequence[VectorFile], labels: str, groups: str | None) -> list[VectorFile]:
+    """Files with the classes, and splits and groups if it has them, of a file of labels."""
     known = [file.name for file in files if file.labels is not None]
     if known:
         raise DataError(f"--labels {labels}: {known[0]} holds classes too; omit --labels, or remove them there")
     count = sum(len(file.rows) for file in files)
-    found: Any
-    split: Sequence[str] | None = None
+    columns: dict[str, Any] = {}
     if Path(labels).suffix.lower() == ".npy":
         try:
             with open(labels, "rb") as content:
@@ -163,12 +171,16 @@ def _labelled(files: Sequence[VectorFile], labels: str) -> list[VectorFile]:
             raise DataError(
                 f"{labels}: shape {found.shape} for {count:,} vectors; give one class for each, in their order"
             )
+        columns["labels"] = found
     else:
-        found, split = read_row_labels(labels, count)
+        table = read_row_labels(labels, count, groups)
+        columns["labels"] = [row.label for row in table]
+        columns |= {"split": [row.split for row in table]} if any(row.split for row in table) else {}
+        columns |= {"groups": [row.group for row in table]} if groups is not None else {}
     given, first = [], 0
     for file in files:
         rows = slice(first, first + len(file.rows))
-        given.append(replace(file, labels=found[rows], split=file.split if split is None else split[rows]))
+        given.append(replace(file, **{key: values[rows] for key, values in columns.items()}))
         first = rows.stop
     return given
 
@@ -218,26 +230,25 @@ def _open_files(
 def _divide(
     files: Sequence[VectorFile], name: str, label_of: np.ndarray, join: bool, request: SplitRequest, seed: int
 ) -> tuple[np.ndarray, str]:
-    """Split of each vector, and a sentence on how the classes were divided."""
-    given = column_of(files, "split")
+    """Split of each vector, and a sentence on how they were divided."""
+    count = len(label_of)
+    given, groups = column_of(files, "split"), column_of(files, "groups")
+    if groups is not None:
+        if join or column_of(files, "labels") is None:
+            raise DataError(f"{name}: groups need classes, and no joined splits; give labels, or omit groups")
+        groups = class_names(groups, count, "vector", "group")
     if given is None and join:
         raise DataError(f"{name}: has no splits to join; omit --join-splits")
-    split_of_row = np.full(len(label_of), "train", dtype="U10")
+    splits = ["train"] * count
     if given is not None and not join:
-        texts = [str(value) for value in given]
-        meaning = {text: split_of(text) for text in set(texts)}
+        meaning = {text: split_of(text) for text in set(map(str, given))}
         unknown = sorted(text for text, split in meaning.items() if split is None)
         if unknown:
             raise DataError(f"{name}: split {unknown[0]!r}; write train, validation or test for every vector")
-        split_of_row = np.array([meaning[text] for text in texts])
-        check_apart(name, split_of_row, label_of)
-    sizes = Counter(zip(split_of_row.tolist(), label_of.tolist(), strict=True))
-    sizes = Counter({folder: count for folder, count in sizes.items() if folder[1]})
-    in_splits = given is not None and not join
-    split_of_class, division = assign_splits(name, sizes, request, seed, in_splits=in_splits)
-    if split_of_class:
-        split_of_row = np.array([split_of_class.get(("train", label), "train") for label in label_of.tolist()])
-    return split_of_row, "as the vectors say" if in_splits else division
+        splits = [meaning[str(text)] or "" for text in given]
+    in_splits = None if given is None or join else "as the vectors say"
+    splits, division = divide(name, splits, label_of.tolist(), groups, request, seed, given=in_splits)
+    return np.array(splits), division
 
 
 def _keys(files: Sequence[VectorFile], count: int) -> list[str] | None:

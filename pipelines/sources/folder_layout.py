@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import posixpath
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from metagmvae.pipelines.archives.entries import Entry
-from metagmvae.pipelines.label_file import LabelRow
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.label_file import LabelRow, read_labels
+from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.source import first_few
-from metagmvae.pipelines.sources.splits import split_hint, split_of
+from metagmvae.pipelines.sources.splits import SplitRequest, check_class_names, divide, split_hint, split_of
 
 RENAME = "name the split folders train, validation and test, with nothing beside them, and give classes other names"
 
@@ -27,8 +26,82 @@ class FolderImage:
     split: str
     folder: str
     """Path of its folder below the folder of the split."""
+    class_name: str = ""
+    """Empty without classes."""
     group: str = ""
     """What keeps images together, such as the patient; empty without groups."""
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """Where the classes of the images of a folder stand."""
+
+    classes: bool = True
+    """False: the images have none, and their folders mean nothing."""
+    labels: str | None = None
+    """Table of the classes (`label_file.read_labels`); None: the folders are the classes."""
+    groups: str | None = None
+    """Column of the table with what keeps images together in one split, such as the patient."""
+    join_splits: bool = False
+    """Join folders of the splits, which hold the same classes."""
+
+    def check(self) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            DataError: naming them.
+        """
+        if self.labels is not None and not self.classes:
+            raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
+        if self.groups is not None and (self.labels is None or self.join_splits):
+            name = printable(self.groups)
+            raise DataError(f"--groups {name}: is a column of --labels, without --join-splits; change these options")
+
+
+def read_layout(source: str, entries: Sequence[Entry], request: LabelRequest) -> list[FolderImage]:
+    """Images with their splits and classes; those that a table does not name are left out.
+
+    Args:
+        source: name for error messages.
+        entries: the image files.
+        request: of `LabelRequest.check`.
+
+    Raises:
+        DataError: the tree or the table is ambiguous, or two classes have the same name.
+    """
+    if request.labels is None:
+        images = parse_paths(source, entries, request.classes)
+    else:
+        rows = read_labels(request.labels, [entry.name for entry in entries], request.groups)
+        images = table_images(request.labels, entries, rows)
+    if request.join_splits:
+        if {image.split for image in images} == {"train"}:
+            raise DataError(f"{source}: has no folders of the splits to join; omit --join-splits")
+        images = [replace(image, split="train") for image in images]
+    if request.labels is None and request.classes:
+        images = _with_classes(source, images)
+    # With groups the splits share classes, whose names must differ all the same.
+    found = {("train" if request.groups else image.split, image.class_name) for image in images}
+    check_class_names(request.labels or source, found - {("train", "")})
+    return images
+
+
+def divide_images(
+    source: str, images: Sequence[FolderImage], labels: LabelRequest, request: SplitRequest, seed: int
+) -> tuple[list[FolderImage], str]:
+    """Images with the splits that they are divided into (`splits.divide`), and a sentence on it."""
+    splits = [image.split for image in images]
+    given = "as the folders are named" if labels.labels is None else "as the table says"
+    splits, division = divide(
+        labels.labels or source,
+        splits,
+        [image.class_name for image in images],
+        None if labels.groups is None else [image.group for image in images],
+        request,
+        seed,
+        given=None if set(splits) == {"train"} else given,
+    )
+    return [replace(image, split=split) for image, split in zip(images, splits, strict=True)], division
 
 
 def parse_paths(source: str, entries: Sequence[Entry], classes: bool) -> list[FolderImage]:
@@ -81,7 +154,7 @@ def table_images(table: str, entries: Sequence[Entry], rows: Mapping[str, LabelR
     if unknown and names != [""]:
         raise DataError(f"{table}: split {unknown[0]!r}; write train, validation or test in every row")
     return [
-        FolderImage(entry, entry.name, split_of(row.split) or "train", row.label, row.group)
+        FolderImage(entry, entry.name, split_of(row.split) or "train", row.label, row.label, row.group)
         for entry in entries
         if (row := rows.get(entry.name))
     ]
@@ -150,35 +223,20 @@ def _similar_names(names: Sequence[str]) -> Iterator[str]:
             yield name
 
 
-def class_names(source: str, images: Sequence[FolderImage]) -> dict[tuple[str, str], str]:
-    """Class name by (split, folder): the folder, or "" if all images of a split are in one folder.
+def _with_classes(source: str, images: Sequence[FolderImage]) -> list[FolderImage]:
+    """Images with their folder as the class; without one if all images of a split are in one folder.
 
     Raises:
-        DataError: two classes have the same name, or a class folder is inside another one.
+        DataError: a class folder is inside another one.
     """
     folders: dict[str, set[str]] = {}
     for image in images:
         folders.setdefault(image.split, set()).add(image.folder)
-    class_of: dict[tuple[str, str], str] = {}
-    folder_of: dict[str, str] = {}
-    for split, inside in folders.items():
-        if len(inside) == 1:
-            class_of[split, next(iter(inside))] = ""
-            continue
+    for inside in folders.values():
         for folder in sorted(inside):
             _check_leaf(source, folder, inside)
-            # Names that a file system or a person may confuse are equal.
-            name = unicodedata.normalize("NFC", folder).casefold()
-            if name in folder_of:
-                both = f"{folder_of[name]} and {split}/{folder}"
-                raise DataError(
-                    f"{source}: {both} are classes with the same name; rename or merge them, because the splits of "
-                    "few-shot learning have different classes (`prepare folder --join-splits` joins the splits and "
-                    "divides the classes)"
-                )
-            folder_of[name] = f"{split}/{folder}"
-            class_of[split, folder] = folder
-    return class_of
+    several = {split for split, inside in folders.items() if len(inside) > 1}
+    return [replace(image, class_name=image.folder) if image.split in several else image for image in images]
 
 
 def _check_leaf(source: str, folder: str, inside: set[str]) -> None:

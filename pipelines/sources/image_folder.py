@@ -12,9 +12,7 @@ The meaning of the folders follows from the tree (`folder_layout`); a tree that 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -24,16 +22,15 @@ import numpy as np
 from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.files import sha256_json
-from metagmvae.pipelines.label_file import read_labels
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
-from metagmvae.pipelines.sources.folder_layout import FolderImage, class_names, parse_paths, table_images
+from metagmvae.pipelines.sources.folder_layout import LabelRequest, divide_images, read_layout
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
 from metagmvae.pipelines.sources.image_files import KeptFile, duplicates_note, files_report, list_images, require_images
 from metagmvae.pipelines.sources.image_scan import scan_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
-from metagmvae.pipelines.sources.splits import SPLITS, Folder, SplitRequest, assign_splits, check_groups, divide_groups
+from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest
 
 NOT_INVERTED = (
     "these are drawings with dark strokes on a bright background; --invert makes the strokes bright, which the random "
@@ -90,41 +87,21 @@ def open_folder(
     """
     if source is None:
         raise DataError("no folder of images given; give a folder or an archive with --source")
-    if labels is not None and not classes:
-        raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
-    if groups is not None and (labels is None or join_splits):
-        raise DataError(f"--groups {groups}: is a column of --labels, without --join-splits; change these options")
+    label_request = LabelRequest(classes, labels, groups, join_splits)
+    label_request.check()
     request = SplitRequest(fractions, validation_classes, test_classes)
     request.check(classes)
     _check_options(size, channels, seed, max_broken)
     listing = list_images(source)
     require_images(source, listing)
+    images = read_layout(source, listing.entries, label_request)
+    images, division = divide_images(source, images, label_request, request, seed)
     unlisted: list[LeftOut] = []
-    if labels is None:
-        images = parse_paths(source, listing.entries, classes)
-    else:
-        rows = read_labels(labels, [entry.name for entry in listing.entries], groups)
-        images = table_images(labels, listing.entries, rows)
+    if labels is not None:
         listed = {image.key for image in images}
         reason = f"not in {PurePath(labels).name}"
         unlisted = [LeftOut(entry.name, reason) for entry in listing.entries if entry.name not in listed]
-    if join_splits:
-        if {image.split for image in images} == {"train"}:
-            raise DataError(f"{source}: has no folders of the splits to join; omit --join-splits")
-        images = [replace(image, split="train") for image in images]
     names = [image.file.name for image in images]
-    split_of: dict[Folder, str] = {}
-    if groups is not None:
-        # With one split only: the splits share classes, whose names must differ all the same.
-        class_names(source, [replace(image, split="train") for image in images])
-        images, division = _grouped(labels or source, images, request, seed)
-    class_of = class_names(labels or source, images) if classes and groups is None else {}
-    if labels is not None:  # the only class of a split has a name too
-        class_of = {(image.split, image.folder): image.folder for image in images}
-    if groups is None:
-        sizes = Counter((image.split, image.folder) for image in images if class_of.get((image.split, image.folder)))
-        in_splits = {image.split for image in images} != {"train"}
-        split_of, division = assign_splits(source, sizes, request, seed, in_splits=in_splits)
     notes = {}
     if size is None or channels is None:
         survey = survey_images(str(source), names)
@@ -140,19 +117,17 @@ def open_folder(
     splits: dict[str, list[ImageRecord]] = {}
     kept: list[KeptFile] = []
     for image in intact:
-        folder = (image.split, image.folder)
-        split = split_of.get(folder, image.split)
         read = partial(read_entry, str(source), image.file.name)
-        record = ImageRecord(image.key, class_of.get(folder, ""), partial(load, image.file.name), read)
-        splits.setdefault(split, []).append(record)
-        kept.append(KeptFile(Entry(image.key, image.file.crc, image.file.size), record.class_name, split, read))
+        record = ImageRecord(image.key, image.class_name, partial(load, image.file.name), read)
+        splits.setdefault(image.split, []).append(record)
+        kept.append(KeptFile(Entry(image.key, image.file.crc, image.file.size), image.class_name, image.split, read))
     splits = {split: splits[split] for split in SPLITS if split in splits}
     options: dict[str, Any] = {"size": size, "channels": channels, "invert": invert, "classes": classes}
     # Only where they are used: the fingerprints of other datasets stay.
     if not crop:
         options["crop"] = "none"
     if labels is not None:
-        options["labels"] = sha256_json({image.key: image.folder for image in images})
+        options["labels"] = sha256_json({image.key: image.class_name for image in images})
     report: dict[str, Any] = {
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
@@ -168,19 +143,6 @@ def open_folder(
     files = files_report([image.file.name for image in intact], left_out, listing.folders) | scan.report
     files |= duplicates_note(kept) | {"division": division, **notes}
     return ImageSource("folder", (channels, size, size), splits, fingerprint, report, scan.preprocessing, files)
-
-
-def _grouped(table: str, images: list[FolderImage], request: SplitRequest, seed: int) -> tuple[list[FolderImage], str]:
-    """Images with splits that keep their groups together, and a sentence on how they were divided."""
-    groups = [image.group for image in images]
-    splits, division = [image.split for image in images], "as the table says"
-    if set(splits) == {"train"}:
-        splits, division = divide_groups(table, groups, [image.folder for image in images], request, seed)
-    elif request.given:
-        raise DataError(f"{table}: already has a column of splits; omit fractions and numbers of classes")
-    check_groups(table, groups, splits)
-    shared = f"{division}; the splits share classes"
-    return [replace(image, split=split) for image, split in zip(images, splits, strict=True)], shared
 
 
 def load_image(root: str, name: str, *, preprocessing: Preprocessing) -> np.ndarray:

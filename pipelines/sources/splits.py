@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from metagmvae.pipelines.records import DataError, printable
@@ -42,8 +43,8 @@ def split_hint(name: str) -> tuple[str, str] | None:
     return meaning[mentioned[0]], " ".join(word for word in words if word != mentioned[0])
 
 
-Folder = tuple[str, str]
-"""Split and path of a class folder, as in `folder_layout.class_names`."""
+SplitClass = tuple[str, str]
+"""Split and name of a class; without classes the name is empty."""
 
 EPISODE_IMAGES = 20
 """Images of a class in the usual episodes: 5 labelled ones and 15 queries."""
@@ -107,50 +108,108 @@ def default_held_out(sizes: Sequence[int]) -> int:
     return number if len(sizes) >= LEAST_CLASSES and number >= EPISODE_CLASSES else 0
 
 
-def assign_splits(
-    source: str, images_of: Mapping[Folder, int], request: SplitRequest, seed: int, *, in_splits: bool
-) -> tuple[dict[Folder, str], str]:
-    """Divide classes at random; return the split of each class folder, and a sentence on what was done.
+def divide(
+    source: str,
+    splits: Sequence[str],
+    classes: Sequence[str],
+    groups: Sequence[str] | None,
+    request: SplitRequest,
+    seed: int,
+    *,
+    given: str | None,
+) -> tuple[list[str], str]:
+    """Split of each image or vector, and a sentence on how they were divided.
 
-    Numbers of classes are drawn from the classes that have at least 20 images; if these are too few, from the largest
-    ones. Classes are left as they are if the tree has folders for the splits, or no classes.
+    Splits that the source has are kept. Else the classes are divided (`assign_splits`), or the groups
+    (`divide_groups`), whose images then share classes in all splits.
 
     Args:
         source: name for error messages.
-        images_of: number of images of each class folder.
+        splits: of each image, as the source has it.
+        classes: of each image; empty without classes.
+        groups: of each image, such as the patient; None: there are none.
         request: how they are divided.
         seed: of the draw.
-        in_splits: whether the tree has folders for the splits.
+        given: where the splits stand, for messages: `as the folders are named`; None: the source has no splits.
+
+    Raises:
+        DataError: the request does not fit, or a class (with groups: a group) is in two splits.
+    """
+    if given is not None:
+        if groups is None:
+            check_class_names(source, zip(splits, classes, strict=True))
+        if request.given:
+            raise DataError(f"{source}: already has splits, {given}; omit fractions and numbers of classes")
+        found, division = list(splits), given
+    elif groups is None:
+        split_of, division = assign_splits(source, Counter(name for name in classes if name), request, seed)
+        found = [split_of.get(name, "train") for name in classes]
+    else:
+        found, division = divide_groups(source, groups, classes, request, seed)
+    if groups is not None:
+        check_groups(source, groups, found)
+        division += "; the splits share classes"
+    return found, division
+
+
+def check_class_names(source: str, classes: Iterable[SplitClass]) -> None:
+    """Refuse classes with the same name, also in different splits.
+
+    Raises:
+        DataError: naming both.
+    """
+    first: dict[str, SplitClass] = {}
+    for split, name in sorted(set(classes)):
+        # Names that a file system or a person may confuse are equal.
+        plain = unicodedata.normalize("NFC", name).casefold()
+        before = first.setdefault(plain, (split, name))
+        if name and before != (split, name):
+            both = f"{printable('/'.join(before))} and {printable(f'{split}/{name}')}"
+            raise DataError(
+                f"{source}: {both} are classes with the same name; rename or merge them, because the splits of "
+                "few-shot learning have different classes (--join-splits joins the splits and divides the classes; "
+                "with --groups the splits share classes)"
+            )
+
+
+def assign_splits(
+    source: str, images_of: Mapping[str, int], request: SplitRequest, seed: int
+) -> tuple[dict[str, str], str]:
+    """Divide classes at random; return the split of each class, and a sentence on what was done.
+
+    Numbers of classes are drawn from the classes that have at least 20 images; if these are too few, from the largest
+    ones. Classes are left as they are if there are none.
+
+    Args:
+        source: name for error messages.
+        images_of: number of images of each class.
+        request: how they are divided.
+        seed: of the draw.
 
     Raises:
         DataError: the request does not fit the classes.
     """
-    if in_splits:
-        if request.given:
-            raise DataError(f"{source}: already has folders for the splits; omit fractions and numbers of classes")
-        return {}, "as the folders are named"
-    folders = sorted(images_of)
+    classes = sorted(images_of)
     if request.fractions is not None:
-        return _by_fractions(source, folders, request.fractions, seed), "by fractions of the classes"
-    sizes = [images_of[folder] for folder in folders]
+        return _by_fractions(source, classes, request.fractions, seed), "by fractions of the classes"
+    sizes = [images_of[name] for name in classes]
     default = default_held_out(sizes)
     given = (request.validation_classes, request.test_classes)
     counts = [default if number is None else number for number in given]
-    if sum(counts) >= len(folders) and request.given:
+    if sum(counts) >= len(classes) and request.given:
         raise DataError(
-            f"{source}: has {len(folders)} classes, which cannot give {counts[0]} for validation, {counts[1]} for test "
+            f"{source}: has {len(classes)} classes, which cannot give {counts[0]} for validation, {counts[1]} for test "
             "and one for training; lower the numbers"
         )
     if not sum(counts):
         return {}, _why_none(sizes, asked=None not in given)
-    large = [folder for folder in folders if images_of[folder] >= EPISODE_IMAGES]
+    large = [name for name in classes if images_of[name] >= EPISODE_IMAGES]
     if len(large) < sum(counts):
-        large = sorted(folders, key=lambda folder: -images_of[folder])[: sum(counts)]
+        large = sorted(classes, key=lambda name: -images_of[name])[: sum(counts)]
     drawn = [large[row] for row in keyed_rng("classes", seed).permutation(len(large))]
-    split_of_folder = dict.fromkeys(folders, "train") | dict.fromkeys(drawn[: counts[0]], "validation")
-    split_of_folder |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
-    sentence = f"{counts[0]} validation and {counts[1]} test classes of {len(folders)}, drawn with seed {seed}"
-    return split_of_folder, sentence
+    split_of = dict.fromkeys(classes, "train") | dict.fromkeys(drawn[: counts[0]], "validation")
+    split_of |= dict.fromkeys(drawn[counts[0] : sum(counts)], "test")
+    return split_of, f"{counts[0]} validation and {counts[1]} test classes of {len(classes)}, drawn with seed {seed}"
 
 
 def divide_groups(
@@ -222,11 +281,11 @@ def _why_none(sizes: Sequence[int], *, asked: bool) -> str:
     )
 
 
-def _by_fractions(source: str, folders: Sequence[Folder], fractions: Sequence[float], seed: int) -> dict[Folder, str]:
-    held_out = [round(len(folders) * fraction) for fraction in fractions[1:]]
-    counts = [len(folders) - sum(held_out), *held_out]
+def _by_fractions(source: str, classes: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
+    held_out = [round(len(classes) * fraction) for fraction in fractions[1:]]
+    counts = [len(classes) - sum(held_out), *held_out]
     if any((count > 0) != (fraction > 0) for count, fraction in zip(counts, fractions, strict=True)):
-        raise DataError(f"{source}: fractions {tuple(fractions)} cannot divide {len(folders)} classes; change them")
+        raise DataError(f"{source}: fractions {tuple(fractions)} cannot divide {len(classes)} classes; change them")
     names = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
-    order = keyed_rng("folder", seed).permutation(len(folders))
-    return {folders[row]: split for row, split in zip(order, names, strict=True)}
+    order = keyed_rng("folder", seed).permutation(len(classes))
+    return {classes[row]: split for row, split in zip(order, names, strict=True)}
