@@ -68,10 +68,10 @@ def test_baselines_on_separated_classes_and_on_noise():
 
 def test_auroc_is_that_of_the_queries_in_one_pool():
     (result, *_) = evaluate_open_baselines(split("test", 3, 1.0), split("validation", 1, 1.0), TASK)
-    from metagmvae.evaluation.uncertainty.open_queries import _answers, nearest_class_mean_scores
+    from metagmvae.evaluation.uncertainty.open_queries import _answers
 
     data = split("test", 3, 1.0)
-    predicted, score, truth = _answers(nearest_class_mean_scores, data.by_kind["scaled"], data.labels, TASK)
+    predicted, score, truth = _answers("nearest class mean", {}, data.by_kind["scaled"], data.labels, TASK)
     assert result.auroc == roc_auc_score((truth < 3).ravel(), score.ravel())
     known = [(p[t < 3] == t[t < 3]).mean() for p, t in zip(predicted, truth, strict=True)]
     np.testing.assert_allclose(result.known, known)

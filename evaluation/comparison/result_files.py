@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.schema import Settings
@@ -40,8 +40,10 @@ class RecordedDifference(BaseModel, frozen=True):
     ci95: HalfWidth
 
 
-class RecordedAccuracy(BaseModel, frozen=True):
+class RecordedAccuracy(BaseModel):
     """Accuracy of a model or a baseline on the episodes of one task."""
+
+    model_config = ConfigDict(frozen=True)
 
     accuracy: Fraction
     ci95: HalfWidth | None

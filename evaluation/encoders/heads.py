@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-import numpy as np
-from torch import Tensor
-
-from metagmvae.evaluation.fewshot.baseline_tuning import (
-    EM_TEMPERATURES,
-    GRIDS,
-    TunedBaseline,
-)
-from metagmvae.evaluation.fewshot.baselines import BASELINES, em_on_features
-from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.fewshot.baseline_tuning import EM_TEMPERATURES, GRIDS, TunedBaseline
+from metagmvae.evaluation.fewshot.baselines import BASELINES, em
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.meta_learner import PredictionMode
 
 DEFAULT_HEAD = "nearest-mean"
-
-
-def _em(x_nF: Tensor, labels: np.ndarray, *, e_step: Literal["identity", "diagonal"], **task: Any) -> EpisodeResults:
-    return em_on_features(e_step, x_nF, labels, **task)
 
 
 _KINDS = ("scaled",)
@@ -37,7 +23,7 @@ HEADS: dict[str, TunedBaseline] = {
         }.items()
     },
     "em": TunedBaseline(
-        "EM on features", _em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
+        "EM on features", em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
     ),
 }
 """Heads by the value of `--head`. Their settings are chosen on validation classes, by the rule of the baselines."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,136 +25,95 @@ from metagmvae.evaluation.fewshot.query_assignments import (
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
-from metagmvae.training.objectives.mixture import class_log_posterior, fit_semi_supervised
-
-Classifier = Callable[[Tensor, Tensor], Tensor]
-"""Support (E, K, S, F) and queries (E, P, F) of a batch of episodes -> class of each query, 0 to K - 1, (E, P)."""
+from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
 
 VALUES_PER_BATCH = 2**21
 """Maximum number of feature values in a batch of episodes (8 MB): small batches fit the caches of a CPU."""
 
 
-def nearest_class_mean(x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
-    """Evaluate the nearest class mean: a query gets the class whose mean support vector has the largest cosine.
-
-    Vectors are normalised before the mean is taken. Inductive: each query is classified alone.
-
-    Args:
-        x_nF: one vector per image: pixels or features.
-        labels: their classes, (n,).
-        task: way, shot, query, episodes and seed, as in `evaluate_features`, which draws the same episodes.
-
-    Raises:
-        DataError: the split has too few classes, or a class too few images, for the task.
-    """
-
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        mean_EKF = F.normalize(F.normalize(support_EKSF, dim=3).mean(dim=2), dim=2)
-        return (F.normalize(query_EPF, dim=2) @ mean_EKF.transpose(1, 2)).argmax(dim=2)
-
-    return evaluate_batches(classify, "inductive", x_nF, labels, **task)
+def nearest_class_mean_scores(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
+    """Return the cosines of the queries to the class means, (E, P, K); vectors are normalised before the mean."""
+    mean_EKF = F.normalize(F.normalize(support_EKSF, dim=3).mean(dim=2), dim=2)
+    return F.normalize(query_EPF, dim=2) @ mean_EKF.transpose(1, 2)
 
 
-def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
-    """Evaluate an encoder-only model: nearest class mean on features that are centred on the mean of the split.
+def logistic_regression_scores(support_EKSF: Tensor, query_EPF: Tensor, strength: float = 1.0) -> Tensor:
+    """Return the logits of logistic regression on the normalised support (the paper's "LR"), (E, P, K).
 
-    Arguments and errors are those of `nearest_class_mean`.
-    """
-    return nearest_class_mean(h_nF - h_nF.mean(dim=0), labels, **task)
-
-
-def soft_k_means(
-    x_nF: Tensor, labels: np.ndarray, *, temperature: float = 20.0, iterations: int = 10, **task: Any
-) -> EpisodeResults:
-    """Evaluate class means that are refined by soft assignments of all queries (Ren et al., ICLR 2018).
-
-    Arguments and errors are those of `nearest_class_mean`, and two of `soft_k_means_cosines`. Transductive.
-    """
-
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        return soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations).argmax(dim=2)
-
-    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
-
-
-def optimal_transport(x_nF: Tensor, labels: np.ndarray, *, sharpness: float = 10.0, **task: Any) -> EpisodeResults:
-    """Evaluate the assignment of all queries to moving prototypes with as many queries in each class. Transductive.
-
-    Arguments and errors are those of `nearest_class_mean`, and one of `optimal_transport_posterior`.
-    """
-
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        return optimal_transport_posterior(support_EKSF, query_EPF, sharpness).argmax(dim=2)
-
-    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
-
-
-def laplacian(
-    x_nF: Tensor, labels: np.ndarray, *, weight: float = 0.7, neighbours: int = 3, **task: Any
-) -> EpisodeResults:
-    """Evaluate the nearest class mean, made consistent among neighbouring queries (LaplacianShot). Transductive.
-
-    Arguments and errors are those of `nearest_class_mean`, and two of `laplacian_logits`.
-    """
-
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        return laplacian_logits(support_EKSF, query_EPF, weight, neighbours).argmax(dim=2)
-
-    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
-
-
-def logistic_regression(x_nF: Tensor, labels: np.ndarray, *, strength: float = 1.0, **task: Any) -> EpisodeResults:
-    """Evaluate logistic regression on the normalised support (the paper's "LR"), many episodes at a time. Inductive.
-
-    Args:
-        x_nF: as in `nearest_class_mean`.
-        labels: as in `nearest_class_mean`.
-        strength: C of scikit-learn, the inverse of the L2 penalty.
-        task: as in `nearest_class_mean`.
+    `strength` is C of scikit-learn, the inverse of the L2 penalty.
 
     Raises:
-        DataError: as in `nearest_class_mean`, or the fit of an episode did not converge.
+        DataError: the fit of an episode did not converge.
     """
+    support_EKSF, query_EPF = F.normalize(support_EKSF, dim=3), F.normalize(query_EPF, dim=2)
+    return logistic_regression_logits(support_EKSF, query_EPF, strength)
 
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        support_EKSF, query_EPF = F.normalize(support_EKSF, dim=3), F.normalize(query_EPF, dim=2)
-        return logistic_regression_logits(support_EKSF, query_EPF, strength).argmax(dim=2)
 
-    return evaluate_batches(classify, "inductive", x_nF, labels, **task)
+def em_scores(
+    support_EKSF: Tensor, query_EPF: Tensor, e_step: Literal["identity", "diagonal"], temperature: float = 1.0
+) -> Tensor:
+    """Return the class logits of semi-supervised EM (Eq. 10 and 11) on the features themselves, (E, P, K).
+
+    Args:
+        support_EKSF: labelled vectors by class.
+        query_EPF: vectors of the queries.
+        e_step: covariance in the E-steps and in the final posterior.
+        temperature: divides the log-likelihoods, as `adapt.temperature`.
+    """
+    mixture = fit_semi_supervised(support_EKSF, query_EPF, iterations=10, e_step=e_step, temperature=temperature)
+    return class_logits(mixture, query_EPF, e_step, temperature)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A classifier that gives each query the class of its highest score. Called, it is evaluated."""
+
+    scores: Callable[..., Tensor]
+    """Support (E, K, S, F), queries (E, P, F) and settings by name -> score of each class, (E, P, K)."""
+    mode: PredictionMode
+    """`inductive` if it classifies each query alone, else `transductive`."""
+
+    def __call__(self, x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
+        """Evaluate it as `evaluate_batches` does; keywords that it does not have are settings of the scores."""
+        return evaluate_batches(self._classify, self.mode, x_nF, labels, **task)
+
+    def _classify(self, support_EKSF: Tensor, query_EPF: Tensor, **settings: Any) -> Tensor:
+        return self.scores(support_EKSF, query_EPF, **settings).argmax(dim=2)
+
+
+nearest_class_mean = Baseline(nearest_class_mean_scores, "inductive")
+logistic_regression = Baseline(logistic_regression_scores, "inductive")
+soft_k_means = Baseline(soft_k_means_cosines, "transductive")
+optimal_transport = Baseline(optimal_transport_posterior, "transductive")
+laplacian = Baseline(laplacian_logits, "transductive")
+em = Baseline(em_scores, "transductive")
+BASELINES: dict[str, Baseline] = {
+    "nearest class mean": nearest_class_mean,
+    "logistic regression": logistic_regression,
+    "soft k-means": soft_k_means,
+    "optimal transport": optimal_transport,
+    "Laplacian": laplacian,
+    "EM on features, identity": Baseline(partial(em_scores, e_step="identity"), "transductive"),
+    "EM on features, diagonal": Baseline(partial(em_scores, e_step="diagonal"), "transductive"),
+}
+"""Baselines by the name that tables show; `evaluate --baselines` runs all of them."""
 
 
 def em_on_features(
-    e_step: Literal["identity", "diagonal"],
-    x_nF: Tensor,
-    labels: np.ndarray,
-    *,
-    temperature: float = 1.0,
-    iterations: int = 10,
-    **task: Any,
+    e_step: Literal["identity", "diagonal"], x_nF: Tensor, labels: np.ndarray, **task: Any
 ) -> EpisodeResults:
-    """Evaluate semi-supervised EM (Eq. 10 and 11) on the features themselves, without a trained model. Transductive.
+    """Evaluate `em` with one covariance."""
+    return em(x_nF, labels, e_step=e_step, **task)
 
-    Args:
-        e_step: covariance in the E-steps and in the final posterior.
-        x_nF: as in `nearest_class_mean`.
-        labels: as in `nearest_class_mean`.
-        temperature: divides the log-likelihoods, as `adapt.temperature` does for a model.
-        iterations: of EM.
-        task: as in `nearest_class_mean`.
-    """
 
-    def classify(support_EKSF: Tensor, query_EPF: Tensor) -> Tensor:
-        mixture = fit_semi_supervised(
-            support_EKSF, query_EPF, iterations=iterations, e_step=e_step, temperature=temperature
-        )
-        return class_log_posterior(mixture, query_EPF, e_step, temperature).argmax(dim=2)
-
-    return evaluate_batches(classify, "transductive", x_nF, labels, **task)
+def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
+    """Evaluate an encoder-only model: nearest class mean on features that are centred on the mean of the split."""
+    return nearest_class_mean(h_nF - h_nF.mean(dim=0), labels, **task)
 
 
 @torch.inference_mode()
 def evaluate_batches(
-    classify: Classifier,
+    classify: Callable[..., Tensor],
     mode: PredictionMode,
     x_nF: Tensor,
     labels: np.ndarray,
@@ -166,11 +125,12 @@ def evaluate_batches(
     seed: int = 0,
     unbalanced: bool = False,
     dirichlet: float | None = None,
+    **settings: Any,
 ) -> EpisodeResults:
     """Evaluate a classifier of batches of episodes, in float32, over the episodes of `evaluate_features`.
 
     Args:
-        classify: predicts the queries of each episode; its classes are the rows of the support.
+        classify: support (E, K, S, F), queries (E, P, F) and `settings` -> class of each query, 0 to K - 1, (E, P).
         mode: what the classifier is: `inductive` if it classifies each query alone, else `transductive`.
         x_nF: one vector per image, on any device; images, (n, C, H, W), become vectors of pixels.
         labels: their classes, (n,).
@@ -181,6 +141,7 @@ def evaluate_batches(
         seed: of the draw of the episodes.
         unbalanced: as in `evaluate_features`.
         dirichlet: as in `evaluate_features`.
+        settings: further arguments of `classify`.
 
     Raises:
         DataError: the split has too few classes, or a class too few images, for the task.
@@ -190,7 +151,7 @@ def evaluate_batches(
     accuracies = []
     start = time.perf_counter()
     for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, episodes):
-        predicted_EP = classify(support_EKSF, query_EPF)
+        predicted_EP = classify(support_EKSF, query_EPF, **settings)
         accuracies.append((predicted_EP == truth_EP.to(predicted_EP.device)).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
@@ -207,15 +168,3 @@ def feature_batches(x_nF: Tensor, sampler: QuerySampler, episodes: int) -> Itera
         rows = sampler.batch(first, min(per_batch, episodes - first))
         support_EKS, query_EP, truth_EP = map(torch.as_tensor, rows)
         yield x_nF[support_EKS], x_nF[query_EP], truth_EP
-
-
-BASELINES: dict[str, Callable[..., EpisodeResults]] = {
-    "nearest class mean": nearest_class_mean,
-    "logistic regression": logistic_regression,
-    "soft k-means": soft_k_means,
-    "optimal transport": optimal_transport,
-    "Laplacian": laplacian,
-    "EM on features, identity": partial(em_on_features, "identity"),
-    "EM on features, diagonal": partial(em_on_features, "diagonal"),
-}
-"""Baselines by the name that tables show; `evaluate --baselines` runs all of them."""

@@ -23,8 +23,8 @@ BOUND_UPDATES = 20
 def soft_k_means_cosines(
     support_EKSF: Tensor,
     query_EPF: Tensor,
-    temperature: float,
-    iterations: int,
+    temperature: float = 20.0,
+    iterations: int = 10,
     mask_EKS: Tensor | None = None,
 ) -> Tensor:
     """Return the cosines of the queries to the class means of soft k-means, (E, P, K) (Ren et al., ICLR 2018).
@@ -46,7 +46,7 @@ def soft_k_means_cosines(
 
 
 def optimal_transport_posterior(
-    support_EKSF: Tensor, query_EPF: Tensor, sharpness: float, mask_EKS: Tensor | None = None
+    support_EKSF: Tensor, query_EPF: Tensor, sharpness: float = 10.0, mask_EKS: Tensor | None = None
 ) -> Tensor:
     """Return the transport plan from queries to prototypes as class probabilities, (E, P, K) float64.
 
@@ -95,7 +95,11 @@ def _sinkhorn(cost_EPK: Tensor, sharpness: float, weight_EK: Tensor | None) -> t
 
 
 def laplacian_logits(
-    support_EKSF: Tensor, query_EPF: Tensor, weight: float, neighbours: int, mask_EKS: Tensor | None = None
+    support_EKSF: Tensor,
+    query_EPF: Tensor,
+    weight: float = 0.7,
+    neighbours: int = 3,
+    mask_EKS: Tensor | None = None,
 ) -> Tensor:
     """Return the logits of the assignments of LaplacianShot, (E, P, K) (Ziko et al., ICML 2020, Algorithm 1).
 

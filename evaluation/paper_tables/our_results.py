@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from metagmvae.evaluation.comparison.pairwise import compare_with_first
 from metagmvae.evaluation.comparison.result_files import (
@@ -25,8 +25,10 @@ Found = tuple[FoundResult, RecordedAccuracy]
 """A result, and the accuracy of it that counts: that of the model or of a baseline on it."""
 
 
-class DocumentModel(BaseModel, frozen=True, extra="forbid"):
+class DocumentModel(BaseModel):
     """A part of the JSON document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class OurResult(DocumentModel):

@@ -11,33 +11,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, TUNING_EPISODES, SplitFeatures
+from metagmvae.evaluation.fewshot.baselines import BASELINES as CLASSIFIERS
 from metagmvae.evaluation.fewshot.baselines import feature_batches
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import calibrated
-from metagmvae.evaluation.fewshot.query_assignments import soft_k_means_cosines
 from metagmvae.evaluation.uncertainty.background import known_score
 from metagmvae.pipelines.records import ProgressCallback
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import FittedBackground
-from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
-from metagmvae.training.objectives.mixture import class_logits, fit_semi_supervised
-
-Scorer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Support (E, K, S, F) and queries (E, P, F) -> predicted classes and scores, (E, P) each."""
 
 
 @dataclass(frozen=True)
@@ -141,37 +134,18 @@ def evaluate_open(
     )
 
 
-def nearest_class_mean_scores(support_EKSF: Tensor, query_EPF: Tensor) -> tuple[Tensor, Tensor]:
-    """Score a query by its largest cosine to a class mean, as in `baselines.nearest_class_mean`."""
-    mean_EKF = F.normalize(F.normalize(support_EKSF, dim=3).mean(dim=2), dim=2)
-    return _best(F.normalize(query_EPF, dim=2) @ mean_EKF.transpose(1, 2))
+def _largest(score_EPK: Tensor) -> Tensor:
+    return score_EPK.amax(dim=2)
 
 
-def logistic_regression_scores(support_EKSF: Tensor, query_EPF: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Score a query by the log-probability of its most probable class."""
-    support_EKSF, query_EPF = F.normalize(support_EKSF, dim=3), F.normalize(query_EPF, dim=2)
-    return _best(logistic_regression_logits(support_EKSF, query_EPF, strength).log_softmax(dim=2))
-
-
-def soft_k_means_scores(support_EKSF: Tensor, query_EPF: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Score a query by its largest cosine to a refined class mean."""
-    return _best(soft_k_means_cosines(support_EKSF, query_EPF, temperature, iterations=10))
-
-
-def em_scores(support_EKSF: Tensor, query_EPF: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Score a query by its log density under the mixture that EM with identity covariance fits to the features."""
-    mixture = fit_semi_supervised(support_EKSF, query_EPF, iterations=10, e_step="identity", temperature=temperature)
-    logits_EPK = class_logits(mixture, query_EPF, "identity", temperature)
-    return logits_EPK.argmax(dim=2), torch.logsumexp(logits_EPK, dim=2)
-
-
-BASELINES: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], PredictionMode]] = {
-    "nearest class mean": (nearest_class_mean_scores, "inductive"),
-    "logistic regression": (logistic_regression_scores, "inductive"),
-    "soft k-means": (soft_k_means_scores, "transductive"),
-    "EM on features, identity": (em_scores, "transductive"),
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nearest class mean": _largest,
+    "logistic regression": lambda logits_EPK: _largest(logits_EPK.log_softmax(dim=2)),
+    "soft k-means": _largest,
+    "EM on features, identity": lambda logits_EPK: logits_EPK.logsumexp(dim=2),
 }
-"""Names of `baselines.BASELINES`; their candidates are those of `baseline_tuning.GRIDS`."""
+"""Names of `baselines.BASELINES` -> score of a query, (E, P), from those of its classes: the largest cosine or
+log-probability, or the log density under the mixture. The candidates of their settings are `baseline_tuning.GRIDS`."""
 
 
 def evaluate_open_baselines(
@@ -187,25 +161,25 @@ def evaluate_open_baselines(
         task: as in `evaluate_open`.
     """
     trial = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
-    for name, (scorer, mode) in BASELINES.items():
+    for name in BASELINES:
         start = time.perf_counter()
         grid = GRIDS[name]
         best: tuple[float, float, dict[str, Any], str] = (-1.0, 0.0, {}, "scaled")
         for kind, *values in product(evaluated.by_kind, *grid.values()):
             settings = dict(zip(grid, values, strict=True))
-            answers = _answers(partial(scorer, **settings), validation.by_kind[kind], validation.labels, trial)
+            answers = _answers(name, settings, validation.by_kind[kind], validation.labels, trial)
             threshold = best_threshold(*(part.reshape(-1) for part in answers), way=task["way"])
             accuracy = float(_answered(*answers, threshold, task["way"]).mean())
             if accuracy > best[0]:
                 best = (accuracy, threshold, settings, kind)
         accuracy, threshold, settings, kind = best
-        answers = _answers(partial(scorer, **settings), evaluated.by_kind[kind], evaluated.labels, task)
+        answers = _answers(name, settings, evaluated.by_kind[kind], evaluated.labels, task)
         predicted, score, truth = answers
         of_class = truth < task["way"]
         known = (predicted == truth).sum(axis=1) / of_class.sum(axis=1)
         yield OpenResults(
             name,
-            mode,
+            CLASSIFIERS[name].mode,
             task,
             known,
             _answered(*answers, threshold, task["way"]),
@@ -234,21 +208,17 @@ def best_threshold(predicted: np.ndarray, score: np.ndarray, truth: np.ndarray, 
 
 
 def _answers(
-    scorer: Scorer, x_nF: Tensor, labels: np.ndarray, task: Mapping[str, Any]
+    name: str, settings: Mapping[str, Any], x_nF: Tensor, labels: np.ndarray, task: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted class, score and true class of each query, (E, P) each."""
     sampler, parts = QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"}), []
     for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, task["episodes"]):
-        predicted, score = scorer(support_EKSF, query_EPF)
-        parts.append((predicted.cpu().numpy(), score.double().cpu().numpy(), truth_EP.numpy()))
+        score_EPK = CLASSIFIERS[name].scores(support_EKSF, query_EPF, **settings)
+        score_EP = BASELINES[name](score_EPK).double()
+        parts.append((score_EPK.argmax(dim=2).cpu().numpy(), score_EP.cpu().numpy(), truth_EP.numpy()))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _answered(predicted: np.ndarray, score: np.ndarray, truth: np.ndarray, threshold: float, way: int) -> np.ndarray:
     """Fraction of the queries of each episode that are answered correctly, (E,)."""
     return (np.where(score < threshold, way, predicted) == truth).mean(axis=1)
-
-
-def _best(score_EPK: Tensor) -> tuple[Tensor, Tensor]:
-    best = score_EPK.max(dim=2)
-    return best.indices, best.values
