@@ -1,27 +1,22 @@
 """`metagmvae fit` from a folder of pictures to a model package and a report, with a tiny budget."""
 
-import contextlib
 import html
-import io
 import json
 import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_fit import commands, few_steps, fit, write_glyphs
 
 import metagmvae
 from metagmvae.infra.cli import main
 from metagmvae.infra.fitting import fit as fit_module
-from metagmvae.infra.fitting import fit_schedule
 from metagmvae.infra.fitting.fit_state import FitState
-from metagmvae.infra.runs import training_speed
-from metagmvae.pipelines.sources.glyphs import open_glyphs
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -29,29 +24,8 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module", autouse=True)
 def _short():
     """As few steps as possible."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_schedule, "LEAST_STEPS", 4)
-        patch.setattr(fit_schedule, "LEAST_EPISODES", 6)
-        patch.setattr(training_speed, "MEASURED_STEPS", (3, 3))
+    with few_steps():
         yield
-
-
-def write_glyphs(root: Path, classes: int, drawings: int, *, flat: bool = False) -> Path:
-    """Dark drawings on a bright background."""
-    source = open_glyphs(classes=(classes, 0, 0), drawings=drawings)
-    for number, record in enumerate(source.splits["train"]):
-        path = root / (f"{number:03d}.png" if flat else f"{record.class_name}/{number:03d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(255 - record.load()[0]).save(path)
-    return root
-
-
-def fit(*words):
-    """Exit code, answer and lines on standard error."""
-    said, printed = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
-        code = main(["fit", *map(str, words), "--budget", "2s", "--json"])
-    return code, json.loads(printed.getvalue() or "null"), said.getvalue().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +45,6 @@ def fitted(tmp_path_factory, frozen):
     code, answer, lines = fit(pictures, "--out", model, "--record", root / "record.json", *frozen)
     assert code == 0, lines
     return pictures, model, answer, lines
-
-
-def commands(lines):
-    return [line.removeprefix("$ metagmvae ").split()[0] for line in lines if line.startswith("$ metagmvae ")]
 
 
 def test_it_says_what_it_finds_and_does(fitted):
@@ -211,12 +181,14 @@ def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, c
     assert f"Training {words[best['verdict']]} the frozen encoder timm:test_resnet with {best['head']}" in report
 
 
-def test_an_older_state_without_encoder_and_crop_is_read(fitted):
+def test_an_older_state_without_later_options_is_read(fitted):
     _, model, _, _ = fitted
     state = json.loads((model / "fit.json").read_text())
-    del state["plan"]["encoder"], state["plan"]["crop"]
+    later = {"encoder": None, "crop": True, "labels": None, "labels_sha256": None, "groups": None, "group_division": ""}
+    for key in later:
+        del state["plan"][key]
     plan = FitState.model_validate_json(json.dumps(state)).plan
-    assert (plan.encoder, plan.crop) == (None, True)
+    assert {key: getattr(plan, key) for key in later} == later
 
 
 def test_again_it_does_nothing_and_with_other_options_it_refuses(fitted, frozen, tmp_path):

@@ -73,8 +73,11 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text += "their folders then mean nothing, and images without a row are left out; vectors: .npy, or CSV with "
     help_text += "the column label, one row for each vector, in their order"
     parser.add_argument("--labels", metavar="FILE", help=help_text)
-    help_text = "folder: column of --labels whose value, such as the patient, keeps images together: the images are "
-    help_text += "divided into the splits, not the classes, so the splits share classes (default: by classes)"
+    help_text = (
+        "folder: column of --labels (vectors: or array or column of the files) whose value, such as the patient, "
+    )
+    help_text += "keeps images together: the images are divided into the splits, not the classes, so the splits share "
+    help_text += "classes (default: by classes)"
     parser.add_argument("--groups", metavar="COLUMN", help=help_text)
     help_text = "vectors: number format of the dataset (default: that of the vectors, float16 or float32)"
     parser.add_argument("--dtype", choices=["float16", "float32"], help=help_text)

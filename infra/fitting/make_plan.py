@@ -67,7 +67,7 @@ def make_plan(
         images, division = divide_images(root, images, request, SplitRequest(), seed)
     sizes = class_sizes(images)
     if in_splits or groups is not None:
-        check_held_out(request.labels or root, sizes)
+        check_held_out(request.labels or root, sizes, "" if in_splits else ", or try another --seed")
     survey = survey_images(root, [image.file.name for image in images])
     if groups is not None:
         held_out = (sum(split == "validation" for split, _ in sizes), sum(split == "test" for split, _ in sizes))
@@ -126,8 +126,13 @@ def class_sizes(images: Sequence[FolderImage]) -> Counter[tuple[str, str]]:
     return Counter((image.split, image.class_name) for image in images if image.class_name)
 
 
-def check_held_out(source: str, sizes: Mapping[tuple[str, str], int]) -> None:
-    """Refuse a given division whose held-out classes are too small for an episode.
+def check_held_out(source: str, sizes: Mapping[tuple[str, str], int], further: str) -> None:
+    """Refuse a division whose held-out classes are too small for an episode.
+
+    Args:
+        source: name for error messages.
+        sizes: number of images of each split and class.
+        further: another remedy.
 
     Raises:
         DataError: a class of validation or test has one image.
@@ -137,7 +142,7 @@ def check_held_out(source: str, sizes: Mapping[tuple[str, str], int]) -> None:
         if split != "train" and classes_of[split] > 1 and count < 2:
             raise DataError(
                 f"{source}: class {printable(name)} has 1 image in {split}, but an episode needs 2 of each class, one "
-                "with a label and a query; add images of it, or leave this class out"
+                f"with a label and a query; add images of it, or leave this class out{further}"
             )
 
 

@@ -266,7 +266,7 @@ def check_groups(source: str, group_of: Sequence[str], split_of_image: Sequence[
     for group, split in zip(group_of, split_of_image, strict=True):
         if first.setdefault(group, split) != split:
             both = f"{first[group]} and {split}"
-            raise DataError(f"{source}: group {printable(group)} is in {both}; give all its images one split")
+            raise DataError(f"{source}: group {printable(group)} is in {both}; give it one split")
 
 
 def _why_none(sizes: Sequence[int], *, asked: bool) -> str:
