@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from metagmvae.evaluation.fewshot import baselines
 from metagmvae.evaluation.fewshot.baselines import (
     BASELINES,
-    em_on_features,
+    em,
     evaluate_encoder,
     logistic_regression,
     nearest_class_mean,
@@ -86,7 +86,7 @@ def test_em_at_a_temperature_on_one_episode(e_step):
     support, query = x[torch.as_tensor(episode.support)][None], x[torch.as_tensor(episode.query.reshape(-1))][None]
     mixture = fit_semi_supervised(support, query, iterations=10, e_step=e_step, temperature=9.0)
     predicted = class_log_posterior(mixture, query, e_step, 9.0)[0].argmax(dim=1).numpy()
-    result = em_on_features(e_step, x, LABELS, temperature=9.0, **TASK | {"episodes": 1})
+    result = em(x, LABELS, e_step=e_step, temperature=9.0, **TASK | {"episodes": 1})
     assert result.accuracies.tolist() == pytest.approx([(predicted == np.repeat(range(4), 5)).mean()])
     assert result.mode == "transductive"
 

@@ -93,11 +93,7 @@ def evaluate_head_to_head(
 
 
 def _check_training_data(plan: EvalPlan, name: str, loaded: LoadedModel) -> list[str]:
-    """Return a warning if the model was trained on the evaluated classes, and one if on another dataset.
-
-    Raises:
-        DataError: it was trained on another dataset and `other_data` is not set.
-    """
+    """Return a warning if the model was trained on the evaluated classes, and one if on another dataset."""
     warnings = []
     if loaded.settings.data.train_split == plan.split:
         warnings.append(f"{name} was trained on the split {plan.split!r} that it is evaluated on")

@@ -124,11 +124,7 @@ def _with_reliability(
 
 
 def _features(model: EncoderModel, dataset: Dataset, split: str, name: str) -> SplitFeatures:
-    """Encode a split.
-
-    Raises:
-        DataError: another encoder made the features of the dataset, or they are not finite.
-    """
+    """Encode a split."""
     device = default_device()
     h_nF = encode_split(model.to(device), dataset, split, device)
     if not torch.isfinite(h_nF).all():

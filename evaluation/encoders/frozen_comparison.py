@@ -63,18 +63,9 @@ def results_minus_frozen(
     split: str = "test",
     progress: ProgressBar = no_progress,
 ) -> list[dict[str, Any]]:
-    """Return the rows of `compare_with_frozen` for a trained model whose results are known.
+    """Return the rows of `compare_with_frozen` for a trained model whose results on balanced episodes are known.
 
-    Args:
-        ours: results of the trained model on balanced episodes of the split, one for each task.
-        frozen: as in `compare_with_frozen`.
-        dataset: as in `compare_with_frozen`, of images or of features made by `frozen`.
-        heads: as in `compare_with_frozen`.
-        split: as in `compare_with_frozen`.
-        progress: as in `compare_with_frozen`.
-
-    Raises:
-        DataError: as in `evaluate_model`.
+    Other arguments and errors are those of `compare_with_frozen`.
     """
     keys = ("way", "shot", "query", "seed")
     tasks = [{key: getattr(our, key) for key in keys} | {"episodes": len(our.accuracies)} for our in ours]

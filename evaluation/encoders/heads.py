@@ -10,30 +10,24 @@ from metagmvae.training.models.meta_learner import PredictionMode
 DEFAULT_HEAD = "nearest-mean"
 
 
+_NAMES = {
+    "nearest-mean": "nearest class mean",
+    "logistic-regression": "logistic regression",
+    "soft-k-means": "soft k-means",
+    "optimal-transport": "optimal transport",
+    "laplacian": "Laplacian",
+}
 _KINDS = ("scaled",)
 HEADS: dict[str, TunedBaseline] = {
-    **{
-        head: TunedBaseline(baseline, BASELINES[baseline], _KINDS, GRIDS[baseline])
-        for head, baseline in {
-            "nearest-mean": "nearest class mean",
-            "logistic-regression": "logistic regression",
-            "soft-k-means": "soft k-means",
-            "optimal-transport": "optimal transport",
-            "laplacian": "Laplacian",
-        }.items()
-    },
+    **{head: TunedBaseline(name, BASELINES[name], _KINDS, GRIDS[name]) for head, name in _NAMES.items()},
     "em": TunedBaseline(
         "EM on features", em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
     ),
 }
 """Heads by the value of `--head`. Their settings are chosen on validation classes, by the rule of the baselines."""
 MODES: dict[str, PredictionMode] = {
-    "nearest-mean": "inductive",
-    "logistic-regression": "inductive",
-    "soft-k-means": "transductive",
-    "optimal-transport": "transductive",
-    "laplacian": "transductive",
-    "em": "transductive",
+    **{head: BASELINES[name].mode for head, name in _NAMES.items()},
+    "em": em.mode,
 }
 """Whether a head classifies each query alone."""
 

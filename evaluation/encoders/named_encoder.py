@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +83,9 @@ def named_encoder(
     if network is None and weights is None:
         raise EncoderError(f"{name}: has no published weights; give --weights FILE, or train it: metagmvae pretrain")
     size = image_size if image_size is not None else network.size[0] if network else SIZES.get(name, 0)
-    if dataset is not None:
-        image_shape = dataset.image_shape
-    else:
-        side = size or 84
-        image_shape = (3, side, side)
-    settings = Settings(
-        name=name,
-        model=ModelSettings(encoder=name, image_size=size, normalise="imagenet" if name == "resnet12" else "none"),
-    )
+    image_shape = dataset.image_shape if dataset is not None else (3, size or 84, size or 84)
+    normalise: Literal["imagenet", "none"] = "imagenet" if name == "resnet12" else "none"
+    settings = Settings(name=name, model=ModelSettings(encoder=name, image_size=size, normalise=normalise))
     model = build_encoder_model(settings.model, image_shape, seed=0)
     input_shape = (size, size) if size else image_shape[1:]
     info = {"weights": _load(model, weights, network, input_shape)}

@@ -99,13 +99,6 @@ BASELINES: dict[str, Baseline] = {
 """Baselines by the name that tables show; `evaluate --baselines` runs all of them."""
 
 
-def em_on_features(
-    e_step: Literal["identity", "diagonal"], x_nF: Tensor, labels: np.ndarray, **task: Any
-) -> EpisodeResults:
-    """Evaluate `em` with one covariance."""
-    return em(x_nF, labels, e_step=e_step, **task)
-
-
 def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
     """Evaluate an encoder-only model: nearest class mean on features that are centred on the mean of the split."""
     return nearest_class_mean(h_nF - h_nF.mean(dim=0), labels, **task)

@@ -80,19 +80,8 @@ def paired_difference(
     mean, ci95 = mean_ci95(difference)
     if ci95 is None:
         raise PairingError(f"{count} episode gives no confidence interval; evaluate both models on at least 2 episodes")
-    t_test, wilcoxon = _p_values(difference)
-    return PairedDifference(
-        challenger.way,
-        challenger.shot,
-        challenger.mode,
-        count,
-        challenger.mean,
-        champion.mean,
-        mean,
-        ci95,
-        t_test,
-        wilcoxon,
-    )
+    task, accuracies = (challenger.way, challenger.shot, challenger.mode, count), (challenger.mean, champion.mean)
+    return PairedDifference(*task, *accuracies, mean, ci95, *_p_values(difference))
 
 
 def paired_with_baselines(result: EpisodeResults) -> list[dict[str, Any]]:

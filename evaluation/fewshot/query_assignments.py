@@ -95,11 +95,7 @@ def _sinkhorn(cost_EPK: Tensor, sharpness: float, weight_EK: Tensor | None) -> t
 
 
 def laplacian_logits(
-    support_EKSF: Tensor,
-    query_EPF: Tensor,
-    weight: float = 0.7,
-    neighbours: int = 3,
-    mask_EKS: Tensor | None = None,
+    support_EKSF: Tensor, query_EPF: Tensor, weight: float = 0.7, neighbours: int = 3, mask_EKS: Tensor | None = None
 ) -> Tensor:
     """Return the logits of the assignments of LaplacianShot, (E, P, K) (Ziko et al., ICML 2020, Algorithm 1).
 

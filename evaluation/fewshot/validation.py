@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,13 +32,7 @@ def validate(
     validation = settings.validation
     scores: dict[str, Mapping[str, float]] = {}
     for shot in validation.shots:
-        task: dict[str, Any] = {
-            "way": validation.way,
-            "shot": shot,
-            "query": validation.query,
-            "episodes": validation.episodes,
-            "seed": validation.seed,
-        }
+        task = {key: getattr(validation, key) for key in ("way", "query", "episodes", "seed")} | {"shot": shot}
         if isinstance(model, MetaLearner):
             result = evaluate_features(model, settings.adapt, h_nF, labels, **task)
         else:

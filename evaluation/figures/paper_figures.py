@@ -15,13 +15,7 @@ from torch import Tensor
 
 from metagmvae.evaluation.fewshot.encoding import check_encoder, check_shape, scale_features
 from metagmvae.evaluation.figures import plots
-from metagmvae.evaluation.figures.mixture_modes import (
-    FittedSet,
-    MixtureMode,
-    ModeFinder,
-    fit_episode,
-    fit_training_set,
-)
+from metagmvae.evaluation.figures.mixture_modes import FittedSet, MixtureMode, ModeFinder, fit_episode, fit_training_set
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
@@ -117,11 +111,7 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
 
 
 def _sets(loaded: LoadedModel, dataset: Dataset, split: str, shot: int) -> _Sets:
-    """Draw the rows: of classes with more than `shot` images, and fewer queries if the smallest of them is small.
-
-    Raises:
-        DataError: as `draw_paper_figure`.
-    """
+    """Draw the rows: of classes with more than `shot` images, and fewer queries if the smallest of them is small."""
     model, data = loaded.model, loaded.settings.data
     if not isinstance(model, MetaGMVAE):
         raise DataError(f"{loaded.settings.name}: figures 3 and 4 show the mixture of a Meta-GMVAE, and this is none")

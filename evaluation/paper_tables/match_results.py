@@ -11,12 +11,7 @@ from typing import Any
 
 from metagmvae.configs.load import SettingsError, flatten, load_settings
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.comparison.result_files import (
-    RecordedAccuracy,
-    RecordedDataset,
-    RecordedResult,
-    read_results,
-)
+from metagmvae.evaluation.comparison.result_files import RecordedAccuracy, RecordedDataset, RecordedResult, read_results
 from metagmvae.evaluation.paper_tables.table_rows import paper_tables
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json

@@ -14,13 +14,7 @@ from pydantic import BaseModel
 from metagmvae.configs.describe import preset_head
 from metagmvae.configs.load import presets
 from metagmvae.evaluation.comparison import record_tables
-from metagmvae.evaluation.comparison.formatting import (
-    markdown_code,
-    markdown_table,
-    markdown_text,
-    percent,
-    task_name,
-)
+from metagmvae.evaluation.comparison.formatting import markdown_code, markdown_table, markdown_text, percent, task_name
 from metagmvae.evaluation.comparison.results_table import (
     accuracy_cell,
     calibration_table,

@@ -27,6 +27,7 @@ MIN_TRIALS_PER_SETTING = 4
 """With fewer trials than 20, or than 4 per setting, no importance is reported."""
 TREES, SHUFFLED_TREES, SHUFFLES = 64, 8, 19
 """19 shuffles: a setting without effect exceeds all of them once in 20 times (5% level)."""
+SEED = 0
 MIN_IMPORTANCE = 0.01
 """A setting below 1% does not matter, however certain its importance is."""
 MAX_DEPTH = 6
@@ -80,7 +81,7 @@ class Importance:
         return {**asdict(self), "evaluator": EVALUATOR, "settings": settings}
 
 
-def compute_importance(sweep: SweepRecord, compared: TrialsAtStep, seed: int = 0) -> Importance:
+def compute_importance(sweep: SweepRecord, compared: TrialsAtStep) -> Importance:
     """Compute the importance of every setting from trials with equal budgets.
 
     The search space is treated as a product. Where combinations are impossible (K > M), the forest extrapolates.
@@ -94,11 +95,11 @@ def compute_importance(sweep: SweepRecord, compared: TrialsAtStep, seed: int = 0
         return Importance(compared.step, count, reason)
     if np.ptp(compared.accuracy) == 0:
         return Importance(compared.step, count, f"all {count} trials have the same accuracy")
-    unit, accuracy, rng = sweep.positions(compared.trials), compared.accuracy, np.random.default_rng(seed)
+    unit, accuracy, rng = sweep.positions(compared.trials), compared.accuracy, np.random.default_rng(SEED)
     if count > MAX_TRIALS:
         sample = np.sort(rng.choice(count, MAX_TRIALS, replace=False))
         unit, accuracy = unit[sample], accuracy[sample]
-    fractions = _variance_fractions(unit, accuracy, TREES, seed)
+    fractions = _variance_fractions(unit, accuracy, TREES, SEED)
     low, high = np.quantile(fractions, (0.025, 0.975), axis=0)
     settings = [
         SettingImportance(
@@ -111,7 +112,7 @@ def compute_importance(sweep: SweepRecord, compared: TrialsAtStep, seed: int = 0
         for column, dimension in enumerate(sweep.dimensions)
     ]
     ordered = sorted(settings, key=lambda setting: -setting.importance)
-    return Importance(compared.step, count, "", _explained(unit, accuracy, seed), tuple(ordered))
+    return Importance(compared.step, count, "", _explained(unit, accuracy), tuple(ordered))
 
 
 def _chance(unit: Array, accuracy: Array, column: int, rng: np.random.Generator) -> float:
@@ -169,9 +170,9 @@ def _trial(row: Sequence[float], accuracy: float, distributions: dict[str, Any])
     return create_trial(params=params, distributions=distributions, value=float(accuracy))
 
 
-def _explained(unit: Array, accuracy: Array, seed: int) -> float:
+def _explained(unit: Array, accuracy: Array) -> float:
     """Out-of-bag R² of a forest like the one that Optuna fits."""
     from sklearn.ensemble import RandomForestRegressor
 
-    forest = RandomForestRegressor(TREES, max_depth=MAX_DEPTH, oob_score=True, random_state=seed)
+    forest = RandomForestRegressor(TREES, max_depth=MAX_DEPTH, oob_score=True, random_state=SEED)
     return float(forest.fit(unit, accuracy).oob_score_)

@@ -85,9 +85,6 @@ def _with_fitted_head(
     """Return a model with the background level of its head for a task; a model without a head as it is.
 
     A head that was not calibrated with a level is calibrated on the validation classes.
-
-    Raises:
-        DataError: the head has no background component, or the validation classes do not suffice.
     """
     model = loaded.model
     if not isinstance(model, HeadModel):

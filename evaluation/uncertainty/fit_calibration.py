@@ -165,9 +165,6 @@ def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int
     """Ways and shots of the plan, lowered to the classes of the split and to one image less than the smallest has.
 
     A line is logged about each number that is lowered.
-
-    Raises:
-        DataError: a class has a single image.
     """
     smallest, classes = _smallest_and_classes(labels)
     if smallest < 2:
@@ -188,12 +185,7 @@ def _queries(labels: np.ndarray, shot: int, plan: CalibrationPlan) -> int:
 
 
 def _fit(
-    model: MetaLearner,
-    adapt: AdaptSettings,
-    data: _Data,
-    task: dict[str, Any],
-    mode: PredictionMode,
-    episodes: int,
+    model: MetaLearner, adapt: AdaptSettings, data: _Data, task: dict[str, Any], mode: PredictionMode, episodes: int
 ) -> FittedMap:
     sampler = QuerySampler(data.labels, **task)
     log_p_nK, labels = _collect(posterior_batches(model, adapt, data.h_nF, sampler, episodes, mode=mode))
@@ -201,12 +193,7 @@ def _fit(
 
 
 def _fit_background(
-    model: MetaLearner,
-    adapt: AdaptSettings,
-    data: _Data,
-    task: dict[str, Any],
-    mode: PredictionMode,
-    episodes: int,
+    model: MetaLearner, adapt: AdaptSettings, data: _Data, task: dict[str, Any], mode: PredictionMode, episodes: int
 ) -> FittedBackground | None:
     """Fit on episodes with as many classes without labelled images as with; None if the split has too few classes."""
     open_classes = min(task["way"], _smallest_and_classes(data.labels)[1] - task["way"])

@@ -85,11 +85,7 @@ def prepare_images(
 
 
 def prepare_vectors(
-    vectors: Any,
-    labels: Sequence[Any] | np.ndarray | None = None,
-    *,
-    out: Reference,
-    **options: Any,
+    vectors: Any, labels: Sequence[Any] | np.ndarray | None = None, *, out: Reference, **options: Any
 ) -> PreparedData:
     """Write feature vectors that another network computed as a data set; train on it with the preset `vectors`.
 

@@ -92,11 +92,7 @@ def compare(arguments: Namespace) -> Answer:
 
 
 def _check_encoder_options(arguments: Namespace) -> None:
-    """Check the options of encoders.
-
-    Raises:
-        DataError: they have no effect, or it is not clear which encoder they are for.
-    """
+    """Check the options of encoders."""
     from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 
     named = [ref for ref in arguments.refs if is_encoder_name(ref)]
@@ -150,11 +146,7 @@ def _evaluate(
 
 
 def _notes_on_missing(items: list[ComparedItem]) -> list[str]:
-    """Return a note for each version of `models:/NAME` that has no result.
-
-    Raises:
-        DataError: an item that was given by its own reference has no result, or no item has one.
-    """
+    """Return a note for each version of `models:/NAME` that has no result."""
     missing = [item for item in items if not item.rows]
     for item in missing:
         if not item.optional or len(missing) == len(items):

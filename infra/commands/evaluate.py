@@ -118,11 +118,7 @@ def evaluate(arguments: Namespace) -> Answer:
 
 
 def _queries(arguments: Namespace) -> dict[str, Any]:
-    """Return `unbalanced` and `dirichlet` of the tasks.
-
-    Raises:
-        DataError: `--queries` has another form, or options contradict each other.
-    """
+    """Return `unbalanced` and `dirichlet` of the tasks."""
     kind, _, value = arguments.queries.partition(":")
     if arguments.open_classes < 0:
         raise DataError(f"--open {arguments.open_classes}: must be at least 1")
@@ -145,11 +141,7 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
 
 
 def _models(arguments: Namespace, dataset: Dataset) -> list[tuple[LoadedModel, list[int]]]:
-    """The models that the numbers of shots select.
-
-    Raises:
-        DataError: there are several, and an option that describes one is given; or as `models_by_shot`.
-    """
+    """The models that the numbers of shots select."""
     from metagmvae.infra.workflows.evaluated_models import models_by_shot
 
     options = encoder_options(arguments, dataset)

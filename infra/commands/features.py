@@ -71,10 +71,7 @@ def features(arguments: Namespace) -> Answer:
     loaded = resolve_model(arguments.model, shot=arguments.shot, **encoder_options(arguments, dataset))
     if arguments.average is not None:
         loaded = with_average(encoder_only(loaded), arguments.average)
-    with (
-        feature_source(loaded, dataset, arguments.dtype) as source,
-        task_mapper(arguments, gpu=True) as map_tasks,
-    ):
+    with feature_source(loaded, dataset, arguments.dtype) as source, task_mapper(arguments, gpu=True) as map_tasks:
         if arguments.dry_run:
             return describe_output(source, arguments.out)
         return _write(source, arguments, map_tasks)
@@ -84,10 +81,7 @@ def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | No
     from metagmvae.infra.workflows.prepare import open_output
     from metagmvae.pipelines.shards.writer import write_dataset
 
-    with (
-        open_output(arguments.out) as (out, uri),
-        progress_bar("shards", arguments.json) as on_progress,
-    ):
+    with open_output(arguments.out) as (out, uri), progress_bar("shards", arguments.json) as on_progress:
         manifest = write_dataset(source, out, map_tasks=map_tasks, on_progress=on_progress)
     return {
         "data": uri,

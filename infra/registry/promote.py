@@ -13,7 +13,7 @@ from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead, e
 from metagmvae.evaluation.comparison.promotion_rule import MARGIN, Decision, check_margin, decide
 from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.registry.alias_change import change_alias, describe_move, settled_state
-from metagmvae.infra.registry.alias_history import AliasChange, AliasState, alias_state, read_history
+from metagmvae.infra.registry.alias_history import AliasChange, AliasState, alias_state, alias_version, read_history
 from metagmvae.infra.registry.evidence import Evidence, Status, complete_tags, tag_version, upload_evidence
 from metagmvae.infra.registry.register import check_alias_name, check_model_name, register, registered_version
 from metagmvae.infra.registry.resolve import find_version, load_from_store
@@ -159,8 +159,8 @@ def _move_alias(challenger: Challenger, evidence: Evidence, before: AliasState) 
                 tag_version(store, version, record, folder)
             return evidence.answer("promoted") | {"evidence": folder}
     reason = describe_move(store, name, before)
-    now = alias_state(store, name, before.alias, read_history(store, name))
-    if now.version == challenger.version:  # another process promoted the same version: its tags are about that
+    # If another process promoted the same version, its tags are about that promotion.
+    if alias_version(store, name, before.alias) == challenger.version:
         return evidence.answer("overtaken", reason)
     return _store_evidence(challenger, evidence, "overtaken", reason, folder)
 
@@ -209,9 +209,6 @@ def _opponent(request: PromotionRequest, challenger: Challenger, aliased: str | 
         request: may name a model with `over`.
         challenger: must be another version.
         aliased: version that the alias points to.
-
-    Raises:
-        DataError: the challenger is the champion, or `over` names another model than the champion.
     """
     champion = f"models:/{challenger.name}/{aliased}" if aliased else ""
     if request.over:

@@ -100,11 +100,7 @@ def register(
 
 @contextmanager
 def _registering(run_dir: Path) -> Iterator[None]:
-    """Let one process at a time register a run, so that the next one finds its version.
-
-    Raises:
-        TrackingError: another process needs longer than `PATIENCE_S`.
-    """
+    """Let one process at a time register a run, so that the next one finds its version."""
     try:
         with held_lock(run_dir / REGISTERING_LOCK, PATIENCE_S):
             yield

@@ -7,12 +7,7 @@ from typing import Any
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_change import change_alias, describe_move
-from metagmvae.infra.registry.alias_history import (
-    alias_state,
-    alias_version,
-    promotion_change,
-    read_history,
-)
+from metagmvae.infra.registry.alias_history import alias_state, alias_version, promotion_change, read_history
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.store import connect

@@ -113,11 +113,7 @@ def _reason(settings: Settings) -> str:
 
 
 def _check_method(settings: Settings, dataset: Dataset) -> None:
-    """Check what the method reads.
-
-    Raises:
-        SettingsError, DataError: naming the key.
-    """
+    """Check what the method reads."""
     method, name = find_method(settings.method.name), settings.method.name
     if method.needs_steps(settings) and not settings.train.steps:
         raise SettingsError("train.steps is 0: set it to the number of meta-training steps, or use metagmvae pretrain")

@@ -85,7 +85,8 @@ def _train(job: TableJob) -> None:
     """
     begun = (job.run_dir / SETTINGS).exists()
     if begun:
-        _check_run_folder(job)
+        if changed := _changed(read_settings(job.run_dir), load_settings(job.preset, job.overrides)):
+            raise DataError(f"{job.run_dir}: was trained with other settings ({', '.join(changed)}); delete it")
         if read_status(job.run_dir)[0] == "FINISHED":
             return
         settings = load_run_settings(job.run_dir)
@@ -93,13 +94,6 @@ def _train(job: TableJob) -> None:
         settings = planned_settings(job)
     LOG.info("%s: %d + %d steps", job.name, settings.pretrain.steps, settings.train.steps)
     run_training(settings, resume=begun, quiet=True)
-
-
-def _check_run_folder(job: TableJob) -> None:
-    """Check that the run folder is of this preset as it is now."""
-    changed = _changed(read_settings(job.run_dir), load_settings(job.preset, job.overrides))
-    if changed:
-        raise DataError(f"{job.run_dir}: was trained with other settings ({', '.join(changed)}); delete it")
 
 
 def _changed(ours: Settings, theirs: Settings) -> list[str]:
@@ -178,7 +172,9 @@ def _evaluate(job: TableJob) -> Iterator[str]:
 
     for _, group in groupby(sorted(job.evaluations, key=kind), key=kind):
         evaluations = list(group)
-        loaded = _adapted(load_model(job.run_dir, shot=evaluations[0].shot), evaluations[0].adapt)
+        loaded = load_model(job.run_dir, shot=evaluations[0].shot)
+        if adapt := evaluations[0].adapt:
+            loaded = replace(loaded, settings=settings_from_json(to_json(loaded.settings), adapt))
         # Together the images are encoded once. Other methods read images, and an episode may take seconds.
         fast = isinstance(loaded.model, MetaGMVAE)
         for together in [evaluations] if fast else [[evaluation] for evaluation in evaluations]:
@@ -219,7 +215,3 @@ def affordable_episodes(job: TableJob, episode_s: float) -> int:
         episode_s: seconds of an episode.
     """
     return min(job.episodes, max(LEAST_EPISODES, int(job.budget_s / max(episode_s, 1e-9))))
-
-
-def _adapted(loaded: LoadedModel, adapt: Sequence[str]) -> LoadedModel:
-    return replace(loaded, settings=settings_from_json(to_json(loaded.settings), adapt)) if adapt else loaded

@@ -97,13 +97,9 @@ def _outcomes(jobs: Sequence[TableJob], command: Sequence[str], map_tasks: MapTa
     if map_tasks is None:
         yield from (run_job(job, command) for job in jobs)
         return
-    for outcome in map_tasks(_run_listed, [(tuple(jobs), number, tuple(command)) for number in range(len(jobs))]):
+    for outcome in map_tasks(run_job, [(job, tuple(command)) for job in jobs]):
         assert isinstance(outcome, JobOutcome)
         yield outcome
-
-
-def _run_listed(jobs: Sequence[TableJob], number: int, command: Sequence[str]) -> JobOutcome:
-    return run_job(jobs[number], command)
 
 
 def _answer(plan: JobList, outcomes: Sequence[JobOutcome]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,19 @@ def training_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoin
     ]
 
 
-def system_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoint]:
-    """Convert a line of system.jsonl; the step is its `sample` number, the time its `time` (seconds since 1970)."""
-    return _timed_points(line, "sample")
+def timed_points(line: Mapping[str, Any], step_key: str) -> list[MetricPoint]:
+    """Convert a line that has its own `time`, in seconds since 1970; its step is the value of a key."""
+    timestamp_ms, step = round(1000 * float(line["time"])), int(line[step_key])
+    not_metrics = ("time", step_key)
+    return [MetricPoint(key, value, timestamp_ms, step) for key, value in _numbers(line) if key not in not_metrics]
 
 
-def evaluation_points(line: Mapping[str, Any], started_ms: int) -> list[MetricPoint]:
-    """Convert a line of evaluations.jsonl; the step is the training step that the evaluated model had reached."""
-    return _timed_points(line, "step")
-
-
-READERS = {METRICS: training_points, SYSTEM: system_points, EVALUATIONS: evaluation_points}
+READERS: dict[str, Callable[[Mapping[str, Any], int], list[MetricPoint]]] = {
+    METRICS: training_points,
+    SYSTEM: lambda line, _: timed_points(line, "sample"),
+    EVALUATIONS: lambda line, _: timed_points(line, "step"),
+}
+"""Name of a file -> conversion of a line; the second argument is the start of the run, in ms since 1970."""
 
 
 def unsent_chunks(path: Path, position: Mapping[str, Any], started_ms: int, limit: int) -> Iterator[Chunk]:
@@ -128,12 +130,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif value is not None:
             flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def _timed_points(line: Mapping[str, Any], step_key: str) -> list[MetricPoint]:
-    timestamp_ms, step = round(1000 * float(line["time"])), int(line[step_key])
-    not_metrics = ("time", step_key)
-    return [MetricPoint(key, value, timestamp_ms, step) for key, value in _numbers(line) if key not in not_metrics]
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
 from metagmvae.infra.runs.run_folder import EVALUATIONS, METRICS, RESULTS, read_lines, read_record
-from metagmvae.infra.tracking.convert import evaluation_points, training_points
+from metagmvae.infra.tracking.convert import timed_points, training_points
 from metagmvae.infra.tracking.dataset_input import log_model_metrics
 from metagmvae.infra.tracking.store import Store
 from metagmvae.pipelines.files import read_json
@@ -24,7 +24,7 @@ def log_scores(store: Store, run_id: str, model_id: str, loaded: Any, run_dir: P
         if (line["stage"], line["step"]) == reached:
             points = [point for point in training_points(line, started_ms) if "validation/" in point.key]
             log_model_metrics(store, run_id, model_id, points, read_record(run_dir))
-    evaluated = [point for line in read_lines(run_dir / EVALUATIONS) for point in evaluation_points(line, started_ms)]
+    evaluated = [point for line in read_lines(run_dir / EVALUATIONS) for point in timed_points(line, "step")]
     latest = {point.key: point for point in evaluated}
     for path in sorted((run_dir / RESULTS).glob("*.json")):
         for task in read_recorded(path):

@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.runs.run_folder import (
-    CURSOR,
-    FIGURES,
-    RESULTS,
-    SETTINGS,
-    STATUS,
-    read_record,
-    read_settings,
-)
+from metagmvae.infra.runs.run_folder import CURSOR, FIGURES, RESULTS, SETTINGS, STATUS, read_record, read_settings
 from metagmvae.infra.runs.status import read_status
 from metagmvae.infra.tracking.convert import READERS, parameters, tags, unsent_chunks
 from metagmvae.infra.tracking.cursor import Cursor, upload_lock
