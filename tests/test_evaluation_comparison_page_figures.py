@@ -3,7 +3,8 @@
 import base64
 import re
 
-from metagmvae.evaluation.comparison.page_figures import COLOURS, Curve, draw_curves
+from metagmvae.evaluation.comparison.page_figures import COLOURS, draw_curves
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem
 
 
 def markers(svg: str) -> int:
@@ -20,7 +21,7 @@ def vertical_lines(svg: str) -> list[tuple[str, str]]:
 def test_a_single_point_is_drawn_with_its_interval():
     line = {"stage": "meta", "global_step": 4, "elapsed_s": 2.0, "loss": 3.0}
     line |= {"validation/5w1s": 0.5, "validation/5w1s_ci95": 0.1}
-    images = draw_curves([Curve("run", [line])])
+    images = draw_curves([ComparedItem("run", "run", (), [line])])
     assert [image.caption for image in images] == [
         "Validation accuracy, (5,1), by training step",
         "Validation accuracy, (5,1), by training time, seconds",

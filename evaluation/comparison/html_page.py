@@ -18,10 +18,11 @@ from metagmvae.evaluation.comparison.formatting import (
     points,
     task_name,
 )
-from metagmvae.evaluation.comparison.page_figures import COLOURS, Curve, ModelImages, draw_curves
+from metagmvae.evaluation.comparison.page_figures import COLOURS, ModelImages, draw_curves
 from metagmvae.evaluation.comparison.pairwise import PairedComparison
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, all_tasks, trainings_of_means
 from metagmvae.evaluation.comparison.table import INTERVALS, Comparison, over_trainings_cell, score_cell
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem
 from metagmvae.pipelines.files import atomic_file
 
 TEMPLATES = resources.files("metagmvae.evaluation.comparison").joinpath("templates")
@@ -32,7 +33,7 @@ FOREST_WIDTH = 260
 def write_report(
     path: str | Path,
     comparison: Comparison,
-    curves: Sequence[Curve],
+    curves: Sequence[ComparedItem],
     models: Sequence[ModelImages],
     environment: Mapping[str, Any],
 ) -> None:
@@ -43,7 +44,7 @@ def write_report(
     Args:
         path: file to write.
         comparison: rows, marks and differences.
-        curves: metric lines of the trainings that have them.
+        curves: what has metric lines of its training.
         models: figures of each model that was evaluated for this comparison.
         environment: `evaluation.provenance.provenance()`.
 

@@ -18,12 +18,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from metagmvae.evaluation.comparison.formatting import Task, parse_task, task_name
-from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem, EvaluatedModel
 from metagmvae.evaluation.figures import plots
 from metagmvae.evaluation.figures.paper_figures import episode_figures
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE
-from metagmvae.training.trainer.package import LoadedModel
 
 COLOURS = [*plots.COLOURS[:6], "#999933", "#882255"]
 THEMES = {"light": ("#1c1e21", "#d5d8dc"), "dark": ("#e6e8eb", "#4a4f57")}
@@ -46,23 +45,6 @@ class PageImage:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Metric lines of one training."""
-
-    name: str
-    lines: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model with its results by task."""
-
-    name: str
-    loaded: LoadedModel
-    results: Mapping[Task, EpisodeResults]
-
-
-@dataclass(frozen=True)
 class ModelImages:
     """The figures and calibration errors of one model."""
 
@@ -76,11 +58,11 @@ def draw_models(models: Sequence[EvaluatedModel], dataset: Dataset, split: str) 
     """Draw the reliability diagram, the latent map and one episode of the split for every model."""
     drawn = []
     for model in models:
+        if not isinstance(model.loaded.model, MetaGMVAE):  # an encoder alone has neither latents nor probabilities
+            continue
         known = {task: result.reliability for task, result in model.results.items() if result.reliability is not None}
         bins = {task: reliability.summary()["bins"] for task, reliability in known.items()}
         images = [draw_reliability(bins)] if known else []
-        if not isinstance(model.loaded.model, MetaGMVAE):  # an encoder alone has neither latents nor probabilities
-            continue
         unnamed = replace(model.loaded, settings=model.loaded.settings.model_copy(update={"name": "model"}))
         # The latent map fits beside the reliability diagram; the grid of an episode fills a row.
         figures = sorted(episode_figures(unnamed, dataset, split).items(), key=lambda item: _aspect(item[1]))
@@ -90,17 +72,9 @@ def draw_models(models: Sequence[EvaluatedModel], dataset: Dataset, split: str) 
     return drawn
 
 
-def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
+def draw_curves(curves: Sequence[ComparedItem]) -> list[PageImage]:
     """Draw validation accuracy over steps and over seconds for each task, and the loss of meta-training."""
-    tasks = sorted(
-        {
-            k
-            for curve in curves
-            for line in curve.lines
-            for k in line
-            if k.startswith("validation/") and "_ci95" not in k
-        }
-    )
+    tasks = plots.validated_tasks(line for curve in curves for line in curve.lines)
     images = []
     for task in tasks:
         for key, label in (("global_step", "training step"), ("elapsed_s", "training time, seconds")):
@@ -113,7 +87,7 @@ def draw_curves(curves: Sequence[Curve]) -> list[PageImage]:
     return images
 
 
-def _accuracy(curves: Sequence[Curve], task: str, key: str, label: str) -> Figure:
+def _accuracy(curves: Sequence[ComparedItem], task: str, key: str, label: str) -> Figure:
     figure, axes = _panel(label, "accuracy, %")
     for number, curve in enumerate(curves):
         rows = [line for line in curve.lines if task in line]
@@ -125,7 +99,7 @@ def _accuracy(curves: Sequence[Curve], task: str, key: str, label: str) -> Figur
     return figure
 
 
-def _loss(curves: Sequence[Curve]) -> Figure:
+def _loss(curves: Sequence[ComparedItem]) -> Figure:
     figure, axes = _panel("training step", "loss")
     for number, curve in enumerate(curves):
         rows = [line for line in curve.lines if line.get("stage") == "meta" and "loss" in line]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.comparison.formatting import parse_task
+from metagmvae.evaluation.comparison.formatting import Task, parse_task
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.training.trainer.package import LoadedModel
 
 PREFIX = "validation/"
 
@@ -28,6 +30,15 @@ class ComparedItem:
     """Equal for two references to the same thing."""
     optional: bool = False
     """One of several items of a reference. Without any result it is left out instead of being an error."""
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model with its results by task."""
+
+    name: str
+    loaded: LoadedModel
+    results: Mapping[Task, EpisodeResults]
 
 
 def newest_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

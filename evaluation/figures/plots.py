@@ -5,7 +5,7 @@ Each function takes arrays and returns a new matplotlib Figure; pyplot and its g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +45,7 @@ def write_png(figure: Figure, file: IO[bytes]) -> None:
 def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Plot the loss of each stage, one panel per stage, and the validation accuracy, over the global steps of a run."""
     stages = list(dict.fromkeys(str(line["stage"]) for line in lines if "loss" in line))
-    tasks = sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
+    tasks = validated_tasks(lines)
     figure = Figure(figsize=(4.2 * (len(stages) + bool(tasks)), 3.2), layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(1, len(stages) + bool(tasks), squeeze=False)[0]
@@ -68,6 +68,11 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
         panels[-1].set(ylabel="validation accuracy, %")
         panels[-1].legend(frameon=False, fontsize=8)
     return figure
+
+
+def validated_tasks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of the validation accuracies in metric lines, sorted."""
+    return sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
 
 
 def reconstructions(images: Array, decoded: Array, label: str, *, negative: bool = False) -> Figure:

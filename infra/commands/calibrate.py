@@ -19,9 +19,8 @@ def add(parsers: Parsers) -> None:
     description += "class, on validation episodes, and store both with the model; predictions do not change"
     parser = add_command(parsers, "calibrate", calibrate, description, example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--data", required=True, metavar="URI", help="dataset with labels, which are used for nothing else"
-    )
+    help_text = "dataset with labels, which are used for nothing else"
+    parser.add_argument("--data", required=True, metavar="URI", help=help_text)
     help_text = "split whose classes are used (default: the validation split of the model, or augmented training "
     help_text += "images where it has no labelled classes)"
     parser.add_argument("--split", help=help_text)
@@ -52,19 +51,10 @@ def calibrate(arguments: Namespace) -> Answer:
         if min(values) < least:
             raise DataError(f"--{name} {min(values)}: must be at least {least}")
     dataset = Dataset.open(arguments.data)
-    plan = CalibrationPlan(
-        tuple(arguments.way),
-        tuple(arguments.shot),
-        arguments.query,
-        arguments.episodes,
-        arguments.seed,
-        background=not arguments.no_unknown,
-    )
-    options = {
-        "split": arguments.split,
-        "head": arguments.head,
-        "progress": partial(progress_bar, quiet=arguments.json),
-    }
+    tasks = (tuple(arguments.way), tuple(arguments.shot), arguments.query)
+    plan = CalibrationPlan(*tasks, arguments.episodes, arguments.seed, background=not arguments.no_unknown)
+    progress = partial(progress_bar, quiet=arguments.json)
+    options = {"split": arguments.split, "head": arguments.head, "progress": progress}
     if arguments.out:
         return calibrate_to_package(resolve_model(arguments.model), dataset, plan, Path(arguments.out), **options)
     if not Path(arguments.model).exists():

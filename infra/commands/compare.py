@@ -21,8 +21,8 @@ from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.comparison.table import Comparison
-    from metagmvae.evaluation.comparison.validation_rows import ComparedItem
-    from metagmvae.infra.workflows.compare_models import EvalRequest, EvaluatedItem
+    from metagmvae.evaluation.comparison.validation_rows import ComparedItem, EvaluatedModel
+    from metagmvae.infra.workflows.compare_models import EvalRequest
     from metagmvae.pipelines.shards.dataset import Dataset
 
 
@@ -31,13 +31,9 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae compare runs/first models:/omniglot@champion paper:omniglot --data data/omniglot --html c.html"
     what = "compare models, runs, sweeps and the paper: a table, paired differences, an HTML page"
     parser = add_command(parsers, "compare", compare, what, example)
-    parser.add_argument(
-        "refs",
-        metavar="WHAT",
-        nargs="+",
-        help="run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], encoder (timm:NAME, "
-        "torchvision:NAME), paper:DATASET[/ROW]; the others are compared with the first one",
-    )
+    help_text = "run folder, result file, sweep folder, models:/NAME[@ALIAS|/VERSION], encoder (timm:NAME, "
+    help_text += "torchvision:NAME), paper:DATASET[/ROW]; the others are compared with the first one"
+    parser.add_argument("refs", metavar="WHAT", nargs="+", help=help_text)
     parser.add_argument("--data", metavar="URI", help="evaluate every model on episodes of this dataset")
     parser.add_argument("--split", default="test", help="with --data: split of the classes (test)")
     parser.add_argument("--way", type=int, nargs="+", default=[5], help="with --data: numbers of classes (5)")
@@ -49,12 +45,10 @@ def add(parsers: Parsers) -> None:
     add_encoder_options(parser)
     parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
     parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
-    parser.add_argument(
-        "--csv", metavar="FILE", type=output_file, help="write a CSV file with one line for each row and task"
-    )
-    parser.add_argument(
-        "--html", metavar="FILE", type=output_file, help="write an HTML page with all tables and figures"
-    )
+    help_text = "write a CSV file with one line for each row and task"
+    parser.add_argument("--csv", metavar="FILE", type=output_file, help=help_text)
+    help_text = "write an HTML page with all tables and figures"
+    parser.add_argument("--html", metavar="FILE", type=output_file, help=help_text)
     add_tracking(parser)
 
 
@@ -69,7 +63,7 @@ def compare(arguments: Namespace) -> Answer:
         raise DataError(f"--top {arguments.top}: must be at least 1")
     items = read_items(arguments.refs, arguments.top)
     _check_encoder_options(arguments)
-    evaluated: list[EvaluatedItem] = []
+    evaluated: list[EvaluatedModel] = []
     dataset = None
     if arguments.data:
         dataset, request = _request(arguments)
@@ -119,23 +113,15 @@ def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
         raise DataError(f"--episodes {arguments.episodes}: a confidence interval needs at least 2")
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
-    encoder = {key: value for key, value in encoder_options(arguments, None).items() if key != "dataset"}
-    tasks = dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot)
-    return dataset, EvalRequest(
-        arguments.split,
-        tuple(tasks),
-        arguments.query,
-        arguments.episodes,
-        arguments.seed,
-        arguments.mode,
-        arguments.head,
-        **encoder,
-    )
+    tasks = tuple(dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot))
+    options = {key: getattr(arguments, key) for key in ("split", "query", "episodes", "seed", "mode", "head")}
+    options |= {key: value for key, value in encoder_options(arguments, None).items() if key != "dataset"}
+    return dataset, EvalRequest(tasks=tasks, **options)
 
 
 def _evaluate(
     arguments: Namespace, items: list[ComparedItem], dataset: Dataset, request: EvalRequest
-) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
+) -> tuple[list[ComparedItem], list[EvaluatedModel]]:
     from metagmvae.infra.workflows.compare_models import evaluate_items
 
     if not any(item.is_model for item in items):
@@ -154,9 +140,9 @@ def _notes_on_missing(items: list[ComparedItem]) -> list[str]:
     return [f"{item.ref}: left out, because it has no result yet" for item in missing]
 
 
-def _calibration(evaluated: list[EvaluatedItem]) -> dict[str, Any]:
+def _calibration(evaluated: list[EvaluatedModel]) -> dict[str, Any]:
     rows = [
-        {"name": model.item.name, "way": way, "shot": shot, "ece": result.reliability.calibration_error}
+        {"name": model.name, "way": way, "shot": shot, "ece": result.reliability.calibration_error}
         for model in evaluated
         for (way, shot), result in model.results.items()
         if result.reliability is not None
@@ -168,13 +154,12 @@ def _write_html(
     arguments: Namespace,
     comparison: Comparison,
     items: list[ComparedItem],
-    evaluated: list[EvaluatedItem],
+    evaluated: list[EvaluatedModel],
     dataset: Dataset | None,
 ) -> None:
     from metagmvae.evaluation.comparison.html_page import write_report
-    from metagmvae.evaluation.comparison.page_figures import Curve, EvaluatedModel, draw_models
+    from metagmvae.evaluation.comparison.page_figures import draw_models
 
-    curves = [Curve(item.name, item.lines) for item in items if item.lines]
-    models = [EvaluatedModel(model.item.name, model.loaded, model.results) for model in evaluated]
-    images = draw_models(models, dataset, arguments.split) if dataset is not None else []
+    curves = [item for item in items if item.lines]
+    images = draw_models(evaluated, dataset, arguments.split) if dataset is not None else []
     write_report(arguments.html, comparison, curves, images, provenance())

@@ -63,12 +63,8 @@ def add(parsers: Parsers) -> None:
     help_text = "also evaluate baselines on the same features and episodes, with settings chosen on the validation "
     help_text += "classes, and the paired differences of the model to them"
     parser.add_argument("--baselines", action="store_true", help=help_text)
-    parser.add_argument(
-        "--results",
-        metavar="FILE.parquet",
-        type=output_file,
-        help="write the accuracy of every episode, of the baselines too",
-    )
+    help_text = "write the accuracy of every episode, of the baselines too"
+    parser.add_argument("--results", metavar="FILE.parquet", type=output_file, help=help_text)
     help_text = "write the result with settings, fingerprints and versions"
     parser.add_argument("--record", metavar="FILE.json", type=output_file, help=help_text)
     help_text = "write a page with accuracy, calibration error, reliability diagram and an example episode"
@@ -88,12 +84,8 @@ def evaluate(arguments: Namespace) -> Answer:
     dataset.split(arguments.split)
     models = _models(arguments, dataset)
     loaded = models[0][0]
-    about = {
-        "split": arguments.split,
-        "data": str(arguments.data),
-        "data_fingerprint": dataset.fingerprint,
-        "model": str(arguments.model),
-    }
+    about = {"split": arguments.split, "data": str(arguments.data), "data_fingerprint": dataset.fingerprint}
+    about["model"] = str(arguments.model)
     origin = result_origin(loaded, dataset)
     if arguments.open_classes:
         answer = _evaluate_open(arguments, dataset, loaded, queries) | about
@@ -176,9 +168,9 @@ def _answer(
     return answer, {"reliability": bins} | trials
 
 
-def _diagram(bins: list[dict[str, Any]], width: int = 30) -> list[dict[str, Any]]:
+def _diagram(bins: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The reliability diagram as text: a bar of the accuracy of each bin, and a mark at its confidence."""
-    rows = []
+    width, rows = 30, []
     for row in bins:
         bar = list(("#" * round(width * row["accuracy"])).ljust(width + 1))
         bar[round(width * row["confidence"])] = "|"
@@ -253,21 +245,14 @@ def _evaluate_open(
 
 def _write_page(arguments: Namespace, dataset: Dataset, loaded: LoadedModel, results: list[EpisodeResults]) -> None:
     from metagmvae.evaluation.comparison.html_page import write_report
-    from metagmvae.evaluation.comparison.page_figures import EvaluatedModel, draw_models
+    from metagmvae.evaluation.comparison.page_figures import draw_models
     from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score
     from metagmvae.evaluation.comparison.table import compare
+    from metagmvae.evaluation.comparison.validation_rows import EvaluatedModel
 
     first = results[0]
-    protocol = EvalProtocol(
-        first.mode,
-        arguments.split,
-        dataset.fingerprint,
-        first.query,
-        arguments.episodes,
-        first.seed,
-        first.unbalanced,
-        first.dirichlet,
-    )
+    episodes = (first.query, arguments.episodes, first.seed, first.unbalanced, first.dirichlet)
+    protocol = EvalProtocol(first.mode, arguments.split, dataset.fingerprint, *episodes)
     by_task = {(result.way, result.shot): result for result in results}
     scores = {task: Score(result.mean, result.ci95, result) for task, result in by_task.items()}
     row = Row(loaded.settings.name, "model", str(arguments.model), protocol, scores)

@@ -39,10 +39,8 @@ def add(parsers: Parsers) -> None:
 
 def _add_ceiling(parsers: Parsers) -> None:
     example = "metagmvae ceiling runs/omniglot --data data/omniglot --ways 5 20 --shots 1 5 --record ceiling.json"
-    description = (
-        "find classes whose images cannot be told apart, such as symmetric characters and their rotations, and "
-    )
-    description += "the highest accuracy that they leave possible"
+    description = "find classes whose images cannot be told apart, such as symmetric characters and their rotations, "
+    description += "and the highest accuracy that they leave possible"
     parser = add_command(parsers, "ceiling", ceiling, description, example)
     help_text = f"{MODEL_HELP}, or {ENCODER_HELP}: its features tell the classes apart"
     parser.add_argument("model", metavar="MODEL", help=help_text)
@@ -83,14 +81,9 @@ def _write(source: FeatureSource, arguments: Namespace, map_tasks: MapTasks | No
 
     with open_output(arguments.out) as (out, uri), progress_bar("shards", arguments.json) as on_progress:
         manifest = write_dataset(source, out, map_tasks=map_tasks, on_progress=on_progress)
-    return {
-        "data": uri,
-        "name": manifest["name"],
-        "feature_size": manifest["feature_size"],
-        "dtype": manifest["dtype"],
-        "encoder": manifest["encoder"],
-        "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
-    }
+    described = {key: manifest[key] for key in ("name", "feature_size", "dtype", "encoder")}
+    samples = {split: part["samples"] for split, part in manifest["splits"].items()}
+    return {"data": uri, **described, "samples": samples}
 
 
 def ceiling(arguments: Namespace) -> Answer:
@@ -107,11 +100,8 @@ def ceiling(arguments: Namespace) -> Answer:
     found = split_ceiling(loaded.model, dataset, tasks, arguments.split)
     about = {"split": arguments.split, "data": str(arguments.data), "model": str(arguments.model)}
     if arguments.record:
-        origin: dict[str, Any] = {
-            "dataset": dataset_origin(dataset.manifest, dataset.fingerprint),
-            "trained": loaded.info,
-        }
-        origin |= {"data_fingerprint": dataset.fingerprint, "environment": provenance()}
-        write_json(arguments.record, found | about | origin)
+        origin = {"dataset": dataset_origin(dataset.manifest, dataset.fingerprint), "trained": loaded.info}
+        made_with = {"data_fingerprint": dataset.fingerprint, "environment": provenance()}
+        write_json(arguments.record, found | about | origin | made_with)
     lines = [{"alike classes": ", ".join(names)} for names in found["groups"]]
     return found | about | ({} if arguments.json else {"groups": lines})

@@ -88,10 +88,9 @@ def add(parsers: Parsers) -> None:
     paper = parser.add_argument_group("tables of the paper")
     help_text = "only results on this dataset and split of its classes; may be repeated for several datasets"
     paper.add_argument("--data", action="append", default=[], metavar="URI", help=help_text)
-    help_text = (
-        "only results whose training was planned for this time, such as 90s, 5m or 1h. With --run: time for the "
-    )
-    help_text += "steps of each training (default with --run: 5m); encoding, clustering and evaluation are not counted"
+    help_text = "only results whose training was planned for this time, such as 90s, 5m or 1h. With --run: time for "
+    help_text += "the steps of each training (default with --run: 5m); encoding, clustering and evaluation are not "
+    help_text += "counted"
     paper.add_argument("--budget", metavar="TIME", help=help_text)
     help_text = "only these rows, by their keys in the JSON document, such as maml or meta-gmvae-best (default: all)"
     paper.add_argument("--rows", nargs="+", default=[], metavar="KEY", help=help_text)
@@ -248,17 +247,9 @@ def _paper_table(arguments: Namespace, name: TableName) -> Answer:
         from metagmvae.infra.tables.table_run import run_table
 
         assert budget_s is not None
-        request = TableRequest(
-            name,
-            tuple(arguments.data),
-            results,
-            Path(arguments.out),
-            budget_s,
-            arguments.episodes,
-            tuple(arguments.overrides),
-            tuple(arguments.seeds),
-            arguments.workers,
-        )
+        places = (tuple(arguments.data), results, Path(arguments.out))
+        trainings = (tuple(arguments.overrides), tuple(arguments.seeds), arguments.workers)
+        request = TableRequest(name, *places, budget_s, arguments.episodes, *trainings)
         mapper = partial(task_mapper, arguments, gpu=True)
         answer = run_table(request, parts, given, mapper, dry_run=arguments.dry_run)
         if arguments.dry_run:

@@ -58,22 +58,17 @@ def tune(arguments: Namespace) -> Answer:
     at_once = arguments.workers_at_once
     if at_once != "auto" and (not at_once.isdigit() or at_once == "0"):
         raise SettingsError(f"--workers-at-once is {at_once}; give auto or a number of trials")
+    keys = ("search", "scheduler", "trials", "hours", "seed", "resume", "dry_run")
     request = SweepRequest(
         base=settings,
         space=space,
         out=Path(arguments.out or f"runs/{settings.name}-{space.name}").absolute(),
         name=arguments.name or "",
-        search=arguments.search,
-        scheduler=arguments.scheduler,
-        trials=arguments.trials,
-        hours=arguments.hours,
         at_once=0 if at_once == "auto" else int(at_once),
         gpus=arguments.gpus_per_trial,
         task=arguments.task or "",
-        seed=arguments.seed,
         keep_all=arguments.keep == "all",
-        resume=arguments.resume,
-        dry_run=arguments.dry_run,
+        **{key: getattr(arguments, key) for key in keys},
     )
     with progress_bar("trials", arguments.quiet or arguments.json) as progress:
         return run(request, progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
-from metagmvae.evaluation.comparison.validation_rows import ComparedItem
+from metagmvae.evaluation.comparison.validation_rows import ComparedItem, EvaluatedModel
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
 from metagmvae.infra.registry.resolve import resolve_model
@@ -56,18 +56,9 @@ class EvalRequest:
         return EvalProtocol(self.mode, self.split, dataset.fingerprint, self.query, self.episodes, self.seed)
 
 
-@dataclass(frozen=True)
-class EvaluatedItem:
-    """A compared item with the row of this evaluation, and its model for the first task."""
-
-    item: ComparedItem
-    loaded: LoadedModel
-    results: dict[Task, EpisodeResults]
-
-
 def evaluate_items(
     items: Sequence[ComparedItem], dataset: Dataset, request: EvalRequest, *, reuse: bool, progress: ProgressBar
-) -> tuple[list[ComparedItem], list[EvaluatedItem]]:
+) -> tuple[list[ComparedItem], list[EvaluatedModel]]:
     """Evaluate every model on every task of the request.
 
     Args:
@@ -78,7 +69,7 @@ def evaluate_items(
         progress: opens a progress bar for each task.
 
     Returns:
-        All items in their order; and those that were evaluated.
+        All items in their order, with the rows of this evaluation; and the models, each for the first task.
 
     Raises:
         DataError: a model or the data do not fit the request.
@@ -88,13 +79,13 @@ def evaluate_items(
         for position, item in enumerate(items)
         if item.is_model
     }
-    merged = [evaluated[position].item if position in evaluated else item for position, item in enumerate(items)]
-    return merged, list(evaluated.values())
+    merged = [evaluated[position][0] if position in evaluated else item for position, item in enumerate(items)]
+    return merged, [model for _, model in evaluated.values()]
 
 
 def _evaluate(
     item: ComparedItem, dataset: Dataset, request: EvalRequest, reuse: bool, progress: ProgressBar
-) -> EvaluatedItem:
+) -> tuple[ComparedItem, EvaluatedModel]:
     protocol = request.protocol(dataset)
     results: dict[Task, EpisodeResults] = {}
     named = is_encoder_name(item.ref)
@@ -132,7 +123,7 @@ def _evaluate(
     row = _row(item, first, protocol, {task: results[task] for task in request.tasks})
     if is_encoder:
         item = replace(item, name=row.name)
-    return EvaluatedItem(replace(item, rows=(row,)), first, results)
+    return replace(item, rows=(row,)), EvaluatedModel(item.name, first, results)
 
 
 def _row(item: ComparedItem, loaded: LoadedModel, protocol: EvalProtocol, results: dict[Task, EpisodeResults]) -> Row:
