@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from metagmvae.training.device.precision import at_least_float32
 from metagmvae.training.models.normalisation import ImageNetNormalisation
+from metagmvae.training.models.patch_statistics import patch_statistics
 
 LEVELS = 4
+CACHED_VALUES = 2**20
+"""Values of feature maps that a folded block computes and pools at a time: they stay in the processor's cache."""
 
 
 def pooled_sizes(size: int, levels: int = LEVELS, round_up: bool = True) -> list[int]:
@@ -46,9 +49,10 @@ class ConvBlock(nn.Module):
     ReLU and max pooling commute; pooling first leaves ReLU a quarter of the values. In a first block (1 to 4 input
     channels) the normalisation is folded into the convolution: the mean and variance of its outputs over the batch
     follow exactly from the mean and covariance of the 3x3 input patches. The largest feature map of the network is then
-    written once, instead of being written, read for its statistics and written again. The patch statistics carry no
-    gradient to the input, so the folded form is used only where the input needs none. On a GPU it is not used: `unfold`
-    launches a kernel per image there. In evaluation mode the normalisation is folded into every block.
+    written once, instead of being written, read for its statistics and written again, and a few images at a time, which
+    stay in the cache until they are pooled. The patch statistics carry no gradient to the input, so the folded form is
+    used only where the input needs none, and on a CPU only. In evaluation mode the normalisation is folded into every
+    block.
     """
 
     def __init__(self, inputs: int, channels: int, round_up: bool = True, relu: bool = True) -> None:
@@ -61,17 +65,22 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         foldable = self.fold or self._running_statistics() is not None
-        folded = foldable and not x.requires_grad and x.device.type == "cpu"
-        x = self._folded_norm(x) if folded else self.norm(self.conv(x))
+        if not foldable or x.requires_grad or x.device.type != "cpu":
+            return self._activated(self.norm(self.conv(x)))
+        weight, bias = self._folded_norm(x)
+        values_of_map = len(weight) * x[0, 0].numel()
+        parts = x.split(max(1, CACHED_VALUES // values_of_map))
+        return torch.cat([self._activated(F.conv2d(part, weight, bias, padding=1)) for part in parts])
+
+    def _activated(self, x: Tensor) -> Tensor:
         pooled = max_pool(x, self.round_up)
         return F.relu(pooled, inplace=True) if self.relu else pooled
 
-    def _folded_norm(self, x: Tensor) -> Tensor:
-        """norm(conv(x)) as one convolution."""
+    def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of norm(conv(x)) as one convolution."""
         mean, variance = self._statistics(x)
         factor = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        weight = self.conv.weight * factor[:, None, None, None]
-        return F.conv2d(x, weight, self.norm.bias - mean * factor, padding=1)
+        return self.conv.weight * factor[:, None, None, None], self.norm.bias - mean * factor
 
     def _running_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance that evaluation mode uses; None where the statistics are those of the batch."""
@@ -88,21 +97,15 @@ class ConvBlock(nn.Module):
         norm, fixed = self.norm, self._running_statistics()
         if fixed is not None:
             return fixed
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            patches = F.unfold(at_least_float32(x).contiguous(), 3, padding=1)  # (n, 9c, s*s)
-            count = patches.shape[0] * patches.shape[2]
-            patch_mean = patches.mean(dim=(0, 2))
-            # In place: the patches are the largest array of the block.
-            patches -= patch_mean[:, None]
-            covariance = (patches @ patches.transpose(1, 2)).sum(dim=0) / count
         with torch.autocast(x.device.type, enabled=False):
             kernel = at_least_float32(self.conv.weight).flatten(1)
+            patch_mean, covariance = (value.to(kernel.dtype) for value in patch_statistics(at_least_float32(x)))
             mean = kernel @ patch_mean
-            variance = ((kernel @ covariance) * kernel).sum(dim=1)
+            variance = ((kernel @ covariance) * kernel).sum(dim=1).clamp_min(0)  # rounding can make 0 negative
         if norm.running_mean is None or norm.running_var is None:
             return mean, variance
         with torch.no_grad():
-            momentum = norm.momentum or 0.0
+            momentum, count = norm.momentum or 0.0, len(x) * x[0, 0].numel()
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
             if norm.num_batches_tracked is not None:
