@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +34,7 @@ HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS +
 PACKAGES = ("configs", "pipelines", "training", "evaluation", "infra")
 OBJECT_STORE_BYTES = 200 * 2**20
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 """Set only where the user has not set them."""
+NEW_CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Of a cluster that is started here, also only where unset: no cloud provider takes its node away."""
 
 
 @contextmanager
@@ -179,14 +181,16 @@ def _start(cpus: int, dashboard: bool) -> Any:
     # machine, which may be another one, and then the workers of a stopped trial are never freed.
     dashboard_address = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"} if dashboard else {}
     try:
-        return _init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=dashboard,
-            dashboard_port=port if dashboard else None,
-            runtime_env={"env_vars": ENVIRONMENT | dashboard_address},
-        )
+        # Not as a runtime environment: Ray would start new processes for it, and not use those that wait for work.
+        unset = {key: value for key, value in NEW_CLUSTER_ENVIRONMENT.items() if key not in os.environ}
+        with _inherited(unset | dashboard_address):
+            return _init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard,
+                dashboard_port=port if dashboard else None,
+            )
     except (PermissionError, NotADirectoryError) as error:
         remedy = "set HOME to a writable folder, or RAY_AUTH_TOKEN to a secret of your own"
         raise SettingsError(f"{error.filename}: Ray cannot write there ({error.strerror}); {remedy}") from error
@@ -195,6 +199,21 @@ def _start(cpus: int, dashboard: bool) -> Any:
             raise
         remedy = "try again when the machine is less busy, or join a running cluster: --set run.address=auto"
         raise WorkError(f"Ray did not start within 30 s because this machine is too busy: {remedy}") from error
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the processes that are started inside the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -31,26 +31,9 @@ NON_FINITE = "non-finite"
 STOPPED = "stopped"
 """Key of the last report before a requested stop, and name of a file in Ray's folder once it has been written."""
 REPORT_INTERVAL_S = 2.0
-"""Seconds of training between reports without a checkpoint; Ray processes about two reports per second."""
+"""Seconds of training between reports without a checkpoint; Ray processes about five reports per second."""
 STOP_POLL_S = 0.5
 """Seconds between a worker's questions whether it must stop."""
-
-
-class StopFlag:
-    """Tells the workers that the driver has received a signal; an actor of Ray."""
-
-    def __init__(self) -> None:
-        self.requested = self.polled = False
-
-    def request(self) -> bool:
-        """Request the stop; return whether a worker is training."""
-        self.requested = True
-        return self.polled
-
-    def poll(self) -> bool:
-        """Whether a stop is requested; called by the workers."""
-        self.polled = True
-        return self.requested
 
 
 class RayContext(RunContext):

@@ -34,3 +34,14 @@ def lock_run_folder(run_dir: Path, *, setting: str = "--set run.out=…", patien
             f"{run_dir}: another process trains in this folder; wait for it, or choose another folder: {setting}"
             f"{tasks_of_slurm()}"
         ) from error
+
+
+def check_not_in_use(run_dir: Path, *, setting: str = "--set run.out=…") -> None:
+    """Check early, before Ray starts, that no process trains in a run folder; nothing is created.
+
+    Raises:
+        DataError: as `lock_run_folder`.
+    """
+    if (run_dir / TRAINING_LOCK).exists():
+        with lock_run_folder(run_dir, setting=setting):
+            pass

@@ -13,7 +13,7 @@ from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.search_space import Space
 from metagmvae.infra.runs.checks import check_model, check_settings
-from metagmvae.infra.runs.folder_lock import lock_run_folder
+from metagmvae.infra.runs.folder_lock import check_not_in_use, lock_run_folder
 from metagmvae.infra.runs.run_folder import CHECKPOINT
 from metagmvae.infra.runs.training_inputs import ENCODER_KEYS, has_samples, load_inputs
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
@@ -66,15 +66,17 @@ def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict
         SettingsError: an option or setting is wrong, or the sweep in the folder has another plan.
         DataError: the dataset or the folder cannot be used.
     """
-    with optional_package("ray.tune", "metagmvae tune"):
-        from metagmvae.infra.tune.ray_backend import run_sweep, sweep_cluster
-
-    if request.base.tracking.enabled:
-        import_mlflow("tracking.enabled = true", "--set tracking.enabled=false")
     dataset = Dataset.open(request.base.data.uri)
     plan = _make_plan(request, dataset)
     folder = SweepFolder(request.out)
     folder.check(request.resume)
+    check_not_in_use(folder.root, setting="--out DIR")
+    folder.check_plan(plan, dataset)
+    if request.base.tracking.enabled:
+        import_mlflow("tracking.enabled = true", "--set tracking.enabled=false")
+    with optional_package("ray.tune", "metagmvae tune"):
+        from metagmvae.infra.tune.ray_backend import run_sweep, sweep_cluster
+
     max_trials = request.trials or (None if request.search == "grid" else DEFAULT_TRIALS)
     total = max_trials or GridSearch(request.space, request.seed).size
     with sweep_cluster(plan.base, request.at_once):

@@ -113,20 +113,26 @@ class SweepFolder:
                 path.unlink()
 
     def write_or_check_plan(self, plan: SweepPlan, dataset: Dataset) -> None:
-        """Write the plan of a new sweep, or compare it with the plan in the folder.
+        """Write the plan of a new sweep, or compare it with the plan in the folder, see `check_plan`."""
+        from metagmvae.evaluation.provenance import provenance
+
+        if (self.root / SWEEP).exists():
+            self.check_plan(plan, dataset)
+        else:
+            write_json(self.root / SWEEP, plan.to_dict(dataset) | {"environment": provenance()})
+
+    def check_plan(self, plan: SweepPlan, dataset: Dataset) -> None:
+        """Compare a plan with the one in the folder, if it has one.
 
         Raises:
             SettingsError: something that decides the results has changed; the message names it.
             DataError: the plan in the folder cannot be read.
         """
-        from metagmvae.evaluation.provenance import provenance
-
-        new, path = plan.to_dict(dataset), self.root / SWEEP
+        path = self.root / SWEEP
         if not path.exists():
-            write_json(path, new | {"environment": provenance()})
             return
         try:
-            changes = _plan_changes(read_json(path), new)
+            changes = _plan_changes(read_json(path), plan.to_dict(dataset))
         except (KeyError, TypeError, AttributeError, SettingsError) as error:
             message = str(error) if isinstance(error, SettingsError) else "a value has the wrong type"
             message = f"{error.args[0]} is missing" if isinstance(error, KeyError) else message

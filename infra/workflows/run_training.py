@@ -25,7 +25,7 @@ from metagmvae.configs.load import (
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.runs.checks import check_model, check_settings
-from metagmvae.infra.runs.folder_lock import lock_run_folder
+from metagmvae.infra.runs.folder_lock import check_not_in_use, lock_run_folder
 from metagmvae.infra.runs.live_line import LiveLine
 from metagmvae.infra.runs.local_context import LocalContext
 from metagmvae.infra.runs.run_folder import (
@@ -178,6 +178,7 @@ def checked_training(settings: Settings, kind: ModelKind, resume: bool) -> Itera
     if settings.run.engine == "local":
         yield TrainingPlan(inputs, kind, run_dir, resume, select_device(settings))
         return
+    check_not_in_use(run_dir)
     with optional_package("ray", "run.engine = ray", "--set run.engine=local"):
         from metagmvae.infra.cluster.train_on_ray import training_cluster  # Ray is imported only where it is used
 
