@@ -19,6 +19,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS
 from metagmvae.infra.registry import alias_change, alias_history
 from metagmvae.infra.registry.alias_change import change_alias, describe_move
 from metagmvae.infra.registry.alias_history import AliasState, alias_state, read_history
+from metagmvae.infra.tracking import tracking_errors
 from metagmvae.infra.tracking.store import Store
 
 
@@ -110,6 +111,7 @@ def _repeatable(monkeypatch):
     monkeypatch.setattr(alias_change, "whoami", lambda: "me@here")
     for module in (alias_change, alias_history):
         monkeypatch.setattr(module, "tracking_errors", lambda uri: nullcontext())
+    for module in (alias_change, tracking_errors):
         monkeypatch.setattr(module, "import_mlflow", lambda: SimpleNamespace(MlflowException=MlflowException))
 
 

@@ -55,7 +55,7 @@ def evaluate_model(
     Raises:
         DataError: as in `evaluate_tasks`, `head` is given for a Meta-GMVAE, or does not suit the mode.
     """
-    name = loaded.settings.name if name is None else name
+    name = name or loaded.settings.name
     if isinstance(loaded.model, MetaLearner):
         if head is not None:
             raise DataError(f"--head {head}: is for an encoder alone, and {name} is not one; omit it")
@@ -82,7 +82,7 @@ def evaluate_heads(
 
     Other arguments and errors are those of `evaluate_model`, whose results it returns for each head.
     """
-    name = loaded.settings.name if name is None else name
+    name = name or loaded.settings.name
     labels = dataset.labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long

@@ -85,8 +85,9 @@ def with_head(loaded: LoadedModel, head: str | None = None, name: str | None = N
     """
     if isinstance(loaded.model, MetaLearner):
         if head is not None:
-            named = loaded.settings.name if name is None else name
-            raise DataError(f"head {head}: is for an encoder alone, and {named} is not one; omit it")
+            raise DataError(
+                f"head {head}: is for an encoder alone, and {name or loaded.settings.name} is not one; omit it"
+            )
         return loaded
     fitted = None if loaded.calibration is None else loaded.calibration.head
     head = head or (fitted.name if fitted is not None else loaded.info.get(HEAD, DEFAULT_HEAD))

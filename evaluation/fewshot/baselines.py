@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -140,7 +140,8 @@ def evaluate_batches(
         DataError: the split has too few classes, or a class too few images, for the task.
     """
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
-    sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
+    task |= {"unbalanced": unbalanced, "dirichlet": dirichlet}
+    sampler = QuerySampler(labels, **task)
     accuracies = []
     start = time.perf_counter()
     for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, episodes):
@@ -148,8 +149,7 @@ def evaluate_batches(
         accuracies.append((predicted_EP == truth_EP.to(predicted_EP.device)).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
     accuracies_E = torch.cat(accuracies).numpy()
-    result = EpisodeResults(way, shot, query, seed, mode, accuracies_E, seconds)
-    return replace(result, unbalanced=unbalanced, dirichlet=dirichlet, capped=sampler.capped)
+    return EpisodeResults(**task, mode=mode, accuracies=accuracies_E, seconds=seconds, capped=sampler.capped)
 
 
 def feature_batches(x_nF: Tensor, sampler: QuerySampler, episodes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -192,14 +192,9 @@ def posterior_batches(
     for first in range(0, episodes, per_batch):
         count = min(per_batch, episodes - first)
         support_EKS, query_EP, truth_EP = (torch.as_tensor(rows) for rows in sampler.batch(first, count))
+        seeds = range(first, first + count)
         log_p_EPK = log_posteriors(
-            model,
-            adapt,
-            h_nF[support_EKS],
-            h_nF[query_EP],
-            mode=mode,
-            seed_by_episode=range(first, first + count),
-            background=background,
+            model, adapt, h_nF[support_EKS], h_nF[query_EP], mode=mode, seed_by_episode=seeds, background=background
         )
         yield log_p_EPK, truth_EP.to(h_nF.device)
         if on_progress is not None:
@@ -250,7 +245,8 @@ def evaluate_features(
     """
     start = time.perf_counter()
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
-    sampler = QuerySampler(labels, **task, unbalanced=unbalanced, dirichlet=dirichlet)
+    task |= {"unbalanced": unbalanced, "dirichlet": dirichlet}
+    sampler = QuerySampler(labels, **task)
     accuracies, reliability, uncalibrated = [], Reliability(), Reliability()
     batches = posterior_batches(model, adapt, h_nF, sampler, episodes, mode=mode, on_progress=on_progress)
     for log_p_EPK, truth_EP in batches:
@@ -259,18 +255,12 @@ def evaluate_features(
             collected.add(calibrated(log_p_EPK, by).flatten(0, 1).cpu().numpy(), truth)
         accuracies.append((log_p_EPK.argmax(dim=2) == truth_EP).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
-    accuracies_E = torch.cat(accuracies).numpy()
     return EpisodeResults(
-        way,
-        shot,
-        query,
-        seed,
-        mode,
-        accuracies_E,
-        seconds,
-        reliability,
-        unbalanced=unbalanced,
-        dirichlet=dirichlet,
+        **task,
+        mode=mode,
+        accuracies=torch.cat(accuracies).numpy(),
+        seconds=seconds,
+        reliability=reliability,
         capped=sampler.capped,
         calibration=calibration,
         uncalibrated=None if calibration.is_identity else uncalibrated,

@@ -69,7 +69,7 @@ def evaluate_tasks(
         DataError: the model is encoder-only, another encoder made the features, the split has too few classes or
             images for a task, or the features are not finite.
     """
-    name = loaded.settings.name if name is None else name
+    name = name or loaded.settings.name
     device = default_device()
     model, labels = require_learner(loaded, name).to(device), dataset.labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]

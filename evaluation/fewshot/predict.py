@@ -32,15 +32,9 @@ def log_posteriors(
     """Return `model.log_posteriors` in evaluation mode, for a support by class, (E, K, S, ...)."""
     model.eval()
     K, S = support_EKS.shape[1:3]
-    label_T = torch.arange(K).repeat_interleave(S)
+    support_ET, label_T = support_EKS.flatten(1, 2), torch.arange(K).repeat_interleave(S)
     return model.log_posteriors(
-        adapt,
-        support_EKS.flatten(1, 2),
-        label_T,
-        query_EP,
-        mode=mode,
-        seed_by_episode=seed_by_episode,
-        background=background,
+        adapt, support_ET, label_T, query_EP, mode=mode, seed_by_episode=seed_by_episode, background=background
     )
 
 

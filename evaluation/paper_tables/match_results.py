@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -98,7 +97,9 @@ def read_result_folder(folder: Path) -> ResultFolder:
             continue
         for result in read_results(path):
             tree = result.settings
-            if not (tree.get("pretrain") or {}).get("steps") and (pretrain := _pretrained(result)):
+            # The pre-training of a model that was trained on stored features, if it is recorded.
+            pretrain = (result.encoder.get("trained") or {}).get("pretrain")
+            if not (tree.get("pretrain") or {}).get("steps") and isinstance(pretrain, dict):
                 tree = tree | {"pretrain": pretrain}
             found.append(FoundResult(path, result, compared_settings(tree), cost_settings(tree)))
     return ResultFolder(tuple(found), tuple(others))
@@ -112,16 +113,9 @@ def _is_result(content: Any) -> bool:
     return all(isinstance(row, dict) and "accuracy" in row and "open_classes" not in row for row in rows)
 
 
-def _pretrained(result: RecordedResult) -> dict[str, Any] | None:
-    """The settings of the pre-training of a model that was trained on stored features, if they are recorded."""
-    trained = result.encoder.get("trained") or {}
-    pretrain = trained.get("pretrain")
-    return pretrain if isinstance(pretrain, dict) else None
-
-
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
-    return dict(flatten(json.loads(Settings().model_dump_json())))
+    return dict(flatten(Settings().model_dump(mode="json")))
 
 
 def compared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +166,7 @@ def differing_keys(recipe: Recipe, flat: Mapping[str, Any]) -> list[str] | None:
     settings = recipe_settings(recipe)
     if settings is None:
         return None
-    wanted = compared_settings(json.loads(settings.model_dump_json()))
+    wanted = compared_settings(settings.model_dump(mode="json"))
     keys = wanted.keys() | flat.keys()
     if not wanted["pretrained"]:
         keys = {key for key in keys if not key.startswith("pretrain")}

@@ -50,7 +50,7 @@ def evaluate_open_task(
         DataError: the model has no background level, or its head has no such component; the data does not fit the task
             or the model; or there are no validation classes to choose the level of a head or the baselines on.
     """
-    name = loaded.settings.name if name is None else name
+    name = name or loaded.settings.name
     device, adapt = default_device(), loaded.settings.adapt
     labels = dataset.labels(split)
     check_task(labels, task)

@@ -115,12 +115,8 @@ def fit_calibration(
     steps = [(way, shot, mode) for way, shot in tasks for mode in model.modes]
     with progress("calibration") as on_progress:
         for done, (way, shot, mode) in enumerate(steps, start=1):
-            task: dict[str, Any] = {
-                "way": way,
-                "shot": shot,
-                "query": _queries(data.labels, shot, plan),
-                "seed": plan.seed,
-            }
+            query = _queries(data.labels, shot, plan)
+            task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": plan.seed}
             maps.append(_fit(model, adapt, data, task, mode, plan.episodes))
             if may_be_open and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
                 backgrounds.append(fit)

@@ -79,8 +79,7 @@ def prepare_images(
     from metagmvae.infra.workflows.prepare import write_source
     from metagmvae.pipelines.arrays.image_arrays import open_images
 
-    seed = options.get("seed", 0)
-    answer = write_source(open_images(images, labels, **options), os.fspath(out), seed=seed)
+    answer = write_source(open_images(images, labels, **options), os.fspath(out), seed=options.get("seed", 0))
     return PreparedData.from_answer(answer, uri=answer["data"])
 
 
@@ -110,8 +109,7 @@ def prepare_vectors(
     from metagmvae.infra.workflows.prepare import write_source
     from metagmvae.pipelines.arrays.vectors import open_vectors
 
-    seed = options.get("seed", 0)
-    answer = write_source(open_vectors(vectors, labels, **options), os.fspath(out), seed=seed)
+    answer = write_source(open_vectors(vectors, labels, **options), os.fspath(out), seed=options.get("seed", 0))
     return PreparedData.from_answer(answer, uri=answer["data"])
 
 

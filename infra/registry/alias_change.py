@@ -32,7 +32,7 @@ from metagmvae.infra.registry.alias_history import (
 )
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 
 PREFIX = "metagmvae-alias-change"
 TOKEN, RECORD = "token", "record"
@@ -162,17 +162,17 @@ def _claims(store: Store, name: str) -> str:
 
 def _claim(store: Store, claims: str, change: AliasChange, token: str) -> bool:
     """Claim the number of a move; return whether this process has it."""
-    client, mlflow_error = store.client, import_mlflow().MlflowException
+    client = store.client
     claim, tags = f"{claims}/{change.number}", {TOKEN: token, RECORD: change.model_dump_json(exclude_none=True)}
-    try:
+    created = None
+    with ignored("RESOURCE_ALREADY_EXISTS"):
         created = client.create_experiment(claim, artifact_location=store.artifacts, tags=tags)
-    except mlflow_error as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    if created is None:
         # It is ours after all if the server's answer was lost and the HTTP client has repeated the request.
         existing = client.get_experiment_by_name(claim)
         return existing is not None and bool(existing.tags.get(TOKEN) == token)
-    with suppress(mlflow_error):  # the request may have been repeated; a visible experiment does no harm
+    # The request may have been repeated; a visible experiment does no harm.
+    with suppress(import_mlflow().MlflowException):
         client.delete_experiment(created)
     return True
 

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.records import DataError
 
 PREFIX = "promotion.history."
@@ -104,13 +103,9 @@ def registered_model(store: Store, name: str) -> Any:
     Raises:
         TrackingError: the store cannot be reached.
     """
-    with tracking_errors(store.uri):
-        try:
-            return store.client.get_registered_model(name)
-        except import_mlflow().MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
+    with tracking_errors(store.uri), ignored("RESOURCE_DOES_NOT_EXIST"):
+        return store.client.get_registered_model(name)
+    return None
 
 
 def promotion_change(changes: Sequence[AliasChange], alias: str, version: str) -> AliasChange | None:

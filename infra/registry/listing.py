@@ -12,7 +12,7 @@ from typing import Any
 from metagmvae.evaluation.comparison.formatting import percent
 from metagmvae.infra.registry.evidence import PREFIX
 from metagmvae.infra.registry.resolve import unknown_name
-from metagmvae.infra.tracking.store import Store, paginate
+from metagmvae.infra.tracking.store import Store, paginate, registered_models
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -37,7 +37,7 @@ def list_models(store: Store, name: str = "", on_progress: ProgressCallback | No
         TrackingError: the store cannot be reached.
     """
     with tracking_errors(store.uri):
-        models = {model.name: model for model in paginate(store.client.search_registered_models)}
+        models = registered_models(store)
         if name and name not in models:
             raise DataError(unknown_name(store, name, models))
         query = {"filter_string": f"name = '{name}'"} if name else {}

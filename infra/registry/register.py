@@ -25,8 +25,8 @@ from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.mlflow_environment import TrackingError, import_mlflow
 from metagmvae.infra.tracking.model_scores import log_scores
 from metagmvae.infra.tracking.run_uploader import upload_run
-from metagmvae.infra.tracking.store import Store, connect, paginate
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, paginate, versions_of
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.files import held_lock
 from metagmvae.pipelines.records import DataError
 
@@ -114,10 +114,11 @@ def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str
     Raises:
         TrackingError: the store cannot be reached.
     """
-    model = [str(loaded.info.get(key, "")) for key in ("step", "selected_by")]
+    keys = ("step", "selected_by")
+    model = [str(loaded.info.get(key, "")) for key in keys]
     with tracking_errors(store.uri):
-        for version in paginate(store.client.search_model_versions, filter_string=f"name = '{name}'"):
-            if version.run_id == run_id and [version.tags.get(key, "") for key in ("step", "selected_by")] == model:
+        for version in versions_of(store, name):
+            if version.run_id == run_id and [version.tags.get(key, "") for key in keys] == model:
                 return str(version.version)
     return ""
 
@@ -125,12 +126,13 @@ def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str
 def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dict[str, str], run_dir: Path) -> str:
     """Log the model in the run, and create a version of the registered model from it; return its number."""
     source, model_id = _log_model(store, run_id, name, loaded, tags, run_dir)
-    _create_registered_model(store, name)
+    with ignored("RESOURCE_ALREADY_EXISTS"):
+        store.client.create_registered_model(name)
     # The version is ready at once; without the 0, MLflow prints on stderr that it waits.
     options = {"run_id": run_id, "model_id": model_id, "tags": tags, "await_creation_for": 0}
     created = str(store.client.create_model_version(name, source, **options).version)
     # If the answer was lost or late, MLflow's HTTP client has repeated the request, and there are two versions.
-    for version in list(paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")):
+    for version in versions_of(store, name):
         if version.source == source and str(version.version) != created:
             store.client.delete_model_version(name, version.version)
     return created
@@ -225,11 +227,6 @@ def _delete_unregistered(store: Store, experiment: str, run_id: str, name: str, 
             client.delete_logged_model(left.model_id)
 
 
-def _requirements(loaded: Any) -> tuple[str, ...]:
-    """Return the packages that the model needs: also timm if it has the encoder."""
-    return (*REQUIREMENTS, "timm") if loaded.settings.model.encoder.startswith("timm:") else REQUIREMENTS
-
-
 def _model_type(loaded: Any) -> str:
     from metagmvae.training.models.meta_learner import MetaLearner
 
@@ -248,6 +245,7 @@ def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
     mlflow = import_mlflow()
     from metagmvae.infra.registry.pyfunc_model import PACKAGE, example_request, model_signature
 
+    needed = (*REQUIREMENTS, "timm") if loaded.settings.model.encoder.startswith("timm:") else REQUIREMENTS
     with quiet_mlflow(), tempfile.TemporaryDirectory() as folder:
         wheel = write_wheel(Path(folder))
         mlflow.pyfunc.save_model(
@@ -257,18 +255,10 @@ def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
             signature=model_signature(loaded),
             input_example=example_request(loaded),
             # pip resolves the path from the folder of the model, where MLflow calls it.
-            pip_requirements=[f"code/{wheel.name}" if wheel else "metagmvae", *map(_pinned, _requirements(loaded))],
+            pip_requirements=[f"code/{wheel.name}" if wheel else "metagmvae", *map(_pinned, needed)],
             code_paths=[str(wheel)] if wheel else None,
             mlflow_model=mlflow.models.Model(**ids),
         )
-
-
-def _create_registered_model(store: Store, name: str) -> None:
-    try:
-        store.client.create_registered_model(name)
-    except import_mlflow().MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _pinned(name: str) -> str:

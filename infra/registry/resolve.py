@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
-from metagmvae.infra.tracking.store import Store, connect, paginate
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.store import Store, connect, registered_models, versions_of
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.records import DataError
 
 if TYPE_CHECKING:
@@ -83,22 +83,18 @@ def find_version(store: Store, ref: str) -> Any:
     if match is None:
         raise DataError(f"{ref}: not a model reference; give {FORMS}")
     name, alias, number = match.groups()
-    try:
+    with ignored("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
         if alias:
             return store.client.get_model_version_by_alias(name, alias)
         return store.client.get_model_version(name, number)
-    except import_mlflow().MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise DataError(f"{ref}: {_unknown_version(store, name)}") from error
+    raise DataError(f"{ref}: {_unknown_version(store, name)}")
 
 
 def _unknown_version(store: Store, name: str) -> str:
-    models = {model.name: model for model in paginate(store.client.search_registered_models)}
+    models = registered_models(store)
     if name not in models:
         return unknown_name(store, name, models)
-    entries = paginate(store.client.search_model_versions, filter_string=f"name = '{name}'")
-    versions = sorted(int(entry.version) for entry in entries)
+    versions = sorted(int(entry.version) for entry in versions_of(store, name))
     aliases = ", ".join(f"{alias} -> {v}" for alias, v in sorted(models[name].aliases.items())) or "none"
     return f"no such version; versions of {name}: {', '.join(map(str, versions)) or 'none'}; aliases: {aliases}"
 
@@ -122,12 +118,11 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
     if match is None:
         raise DataError(f"{ref}: not a model reference; give {FORMS}")
     run_id, path = match.groups()
-    try:
+    root = None
+    with ignored("RESOURCE_DOES_NOT_EXIST"):
         root = store.client.get_run(run_id).info.artifact_uri
-    except import_mlflow().MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise DataError(f"{ref}: no such run in {redact(store.uri)}") from error
+    if root is None:
+        raise DataError(f"{ref}: no such run in {redact(store.uri)}")
     path = path or CHECKPOINT
     if not path.endswith(".pt"):
         return _fetch_package(store, f"{root}/{path}", folder, ref, root)

@@ -15,10 +15,9 @@ from metagmvae.infra.runs.run_folder import RESULTS
 from metagmvae.infra.tracking.convert import MetricPoint
 from metagmvae.infra.tracking.dataset_input import log_model_metrics, logged_model_id
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
-from metagmvae.infra.tracking.run_results import result_key
+from metagmvae.infra.tracking.run_results import result_metrics, write_result
 from metagmvae.infra.tracking.store import connect
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
-from metagmvae.pipelines.files import write_json
 
 if TYPE_CHECKING:
     from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
@@ -34,15 +33,13 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
     Returns:
         `models:/name/version`; empty if the results could not be stored.
     """
-    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
-
     try:
         store = connect(TrackingSettings(), create=False)
         with tracking_errors(store.uri), tempfile.TemporaryDirectory() as folder:
             version = find_version(store, ref)
             for result in results:
-                key = result_key(split, result)
-                numbers = {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})
+                numbers = result_metrics(split, result)
+                key = next(iter(numbers))
                 for name, value in numbers.items():
                     tag = f"results.{name.replace('/', '.')}"
                     store.client.set_model_version_tag(version.name, version.version, tag, f"{value:.6f}")
@@ -52,9 +49,7 @@ def save_on_version(ref: str, split: str, results: Sequence[EpisodeResults], mad
                 for field in ("data", "data_fingerprint"):  # with these `metagmvae models` checks the dataset
                     tag = f"results.{key.replace('/', '.')}_{field}"
                     store.client.set_model_version_tag(version.name, version.version, tag, made_with[field])
-                stem = Path(folder) / key.replace("/", "-")
-                write_json(stem.with_suffix(".json"), result.summary() | baselines_summary([result]) | made_with)
-                result.write_parquet(stem.with_suffix(".parquet"))
+                write_result(Path(folder) / key.replace("/", "-"), result, made_with)
             store.client.log_artifacts(version.run_id, folder, RESULTS)
     except TrackingError as error:
         LOG.warning("%s; the results were not stored with the registered version: evaluate again to store them", error)

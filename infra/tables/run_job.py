@@ -98,7 +98,7 @@ def _train(job: TableJob) -> None:
 
 def _changed(ours: Settings, theirs: Settings) -> list[str]:
     """Names of the compared settings that differ."""
-    a, b = (compared_settings(json.loads(settings.model_dump_json())) for settings in (ours, theirs))
+    a, b = (compared_settings(settings.model_dump(mode="json")) for settings in (ours, theirs))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 

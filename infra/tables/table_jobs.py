@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -70,9 +69,9 @@ class TableJob:
     episodes: int
     cost: int
     """Images that the full schedule of the preset reads; the order of the jobs."""
-    rows: tuple[str, ...]
+    rows: tuple[str, ...] = ()
     """Names of the systems that need it."""
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[Evaluation, ...] = ()
     steps: PlannedSteps | None = None
     """None: as many as take the budget."""
 
@@ -181,7 +180,7 @@ def recorded_results(
         request: of the command.
         settings: of the row, with the changes of the request.
     """
-    costs = cost_settings(json.loads(settings.model_dump_json()))
+    costs = cost_settings(settings.model_dump(mode="json"))
     named = [key for key in costs if any(text.partition("=")[0].strip() == key for text in request.overrides)]
     return [
         item
@@ -218,32 +217,24 @@ def _is_enough(item: FoundResult, request: TableRequest, seed: int, paired: bool
 
 def _training_key(settings: Settings, data_fingerprint: str) -> str:
     """Equal for rows that are evaluations of the same training."""
-    flat = compared_settings(json.loads(settings.model_dump_json()))
+    flat = compared_settings(settings.model_dump(mode="json"))
     trained = {key: value for key, value in flat.items() if not key.startswith("adapt.")}
     return sha256_json([trained, settings.pretrain.steps, settings.train.steps, settings.train.seed, data_fingerprint])
 
 
 def _new_job(recipe: Recipe, settings: Settings, dataset: Dataset, cost: int, request: TableRequest) -> TableJob:
     preset = load_settings(recipe.preset, recipe.overrides)
-    ours, theirs = (cost_settings(json.loads(each.model_dump_json())) for each in (settings, preset))
+    ours, theirs = (cost_settings(each.model_dump(mode="json")) for each in (settings, preset))
     costs = "".join(f"-{_slug(f'{key}-{ours[key]}')}" for key in ours if ours[key] != theirs[key])
     training = f"-{dataset.fingerprint[:6]}-{request.budget_s:g}s-seed{settings.train.seed}{costs}"
     model = "-".join(map(_slug, [settings.name, *recipe.overrides]))
     if len(model + training) > MAX_NAME:
         model = f"{model[: MAX_NAME - 9 - len(training)]}-{sha256_json(model)[:8]}"
     name = model + training
+    overrides = (*recipe.overrides, *request.overrides)
+    run_dir, results = (request.out / name).absolute(), request.results.absolute()
     return TableJob(
-        name,
-        recipe.preset,
-        (*recipe.overrides, *request.overrides),
-        dataset.uri,
-        (request.out / name).absolute(),
-        request.results.absolute(),
-        request.budget_s,
-        request.episodes,
-        cost,
-        (),
-        (),
+        name, recipe.preset, overrides, dataset.uri, run_dir, results, request.budget_s, request.episodes, cost
     )
 
 

@@ -53,22 +53,28 @@ def _write(
     run_dir: Path, split: str, results: Sequence[EpisodeResults], made_with: dict[str, Any], step: int
 ) -> list[Path]:
     """Write the files of `save_results`; return those of `results/`."""
-    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
-
     line: dict[str, Any] = {"time": time.time(), "step": step}
     files: list[Path] = []
     for result in results:
         stem = f"{split}-{result.way}way-{result.shot}shot-{result.mode}"
-        files += [run_dir / RESULTS / f"{stem}.json", run_dir / RESULTS / f"{stem}.parquet"]
-        write_json(files[-2], result.summary() | baselines_summary([result]) | made_with)
-        result.write_parquet(files[-1])
-        key = result_key(split, result)
-        line |= {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})
+        files += write_result(run_dir / RESULTS / stem, result, made_with)
+        line |= result_metrics(split, result)
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return files
 
 
-def result_key(split: str, result: EpisodeResults) -> str:
-    """Return the metric name of a result: `test/5w1s/transductive`."""
-    return f"{split}/{result.way}w{result.shot}s/{result.mode}"
+def write_result(stem: Path, result: EpisodeResults, made_with: dict[str, Any]) -> list[Path]:
+    """Write a result to `STEM.json`, and the accuracy of each episode to `STEM.parquet`; return the files."""
+    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
+
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".parquet")]
+    write_json(files[0], result.summary() | baselines_summary([result]) | made_with)
+    result.write_parquet(files[1])
+    return files
+
+
+def result_metrics(split: str, result: EpisodeResults) -> dict[str, float]:
+    """Return accuracy and interval by their metric names: `test/5w1s/transductive`, and `…_ci95` if there is one."""
+    key = f"{split}/{result.way}w{result.shot}s/{result.mode}"
+    return {key: result.mean} | ({} if result.ci95 is None else {f"{key}_ci95": result.ci95})

@@ -23,7 +23,7 @@ from metagmvae.infra.tracking.cursor import Cursor, upload_lock
 from metagmvae.infra.tracking.dataset_input import DatasetReference
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.store import Store, connect, experiment_id, paginate
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.files import read_json, sha256_file
 from metagmvae.pipelines.records import DataError
 
@@ -173,14 +173,9 @@ class RunUploader:
         return created
 
     def _check_not_deleted(self, run_id: str) -> None:
-        from mlflow import MlflowException
-
-        try:
+        deleted = True
+        with ignored("RESOURCE_DOES_NOT_EXIST"):
             deleted = self.client.get_run(run_id).info.lifecycle_stage != "active"
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            deleted = True
         if deleted:
             raise TrackingError(
                 f"MLflow at {self.cursor.shown}: run {run_id} was deleted there; restore it, or delete "

@@ -25,7 +25,7 @@ from metagmvae.infra.tracking.sqlite_store import (
     sqlite_path,
     sqlite_uri,
 )
-from metagmvae.infra.tracking.tracking_errors import tracking_errors
+from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.files import local_folder
 from metagmvae.pipelines.records import DataError
 
@@ -135,12 +135,9 @@ def experiment_id(store: Store, name: str) -> str:
     with tracking_errors(store.uri):
         experiment = store.client.get_experiment_by_name(name)
         if experiment is None:
-            try:
+            with ignored("RESOURCE_ALREADY_EXISTS"):  # another run may have just created it
                 return store.client.create_experiment(name, artifact_location=store.artifacts)
-            except import_mlflow().MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = store.client.get_experiment_by_name(name)  # another run has just created it
+            experiment = store.client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow at {redact(store.uri)}: experiment {name!r} is deleted; restore it, or set tracking.experiment"
@@ -157,6 +154,16 @@ def paginate(search: Callable[..., Any], **request: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def registered_models(store: Store) -> dict[str, Any]:
+    """Return MLflow's entries of all registered models by name."""
+    return {model.name: model for model in paginate(store.client.search_registered_models)}
+
+
+def versions_of(store: Store, name: str) -> list[Any]:
+    """Return MLflow's entries of all versions of a registered model; a search gives no aliases."""
+    return list(paginate(store.client.search_model_versions, filter_string=f"name = '{name}'"))
 
 
 def _forget_artifact_places() -> None:

@@ -66,6 +66,16 @@ def tracking_errors(uri: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def ignored(*codes: str) -> Iterator[None]:
+    """Leave the block at an error of MLflow with one of these codes, such as RESOURCE_DOES_NOT_EXIST."""
+    try:
+        yield
+    except import_mlflow().MlflowException as error:
+        if error.error_code not in codes:
+            raise
+
+
 def reason(error: Exception) -> str:
     """Return the reason in one line, without a password; for a failed connection, the operating system's message."""
     message = redact(str(error))

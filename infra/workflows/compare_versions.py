@@ -18,7 +18,7 @@ from metagmvae.evaluation.comparison.validation_rows import ComparedItem, newest
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
-from metagmvae.infra.tracking.store import Store, connect, paginate
+from metagmvae.infra.tracking.store import Store, connect, registered_models, versions_of
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import read_json
 from metagmvae.pipelines.records import DataError
@@ -44,12 +44,11 @@ def version_items(ref: str) -> list[ComparedItem]:
 
 def _versions(store: Store, name: str) -> list[Any]:
     """Return all versions of a registered model, the oldest first."""
-    entries = list(paginate(store.client.search_model_versions, filter_string=f"name = '{name}'"))
+    entries = versions_of(store, name)
     if not entries:
-        known = ", ".join(sorted(model.name for model in paginate(store.client.search_registered_models))) or "none"
+        known = ", ".join(sorted(registered_models(store))) or "none"
         raise DataError(f"models:/{name}: no registered model of that name in {redact(store.uri)}; known: {known}")
-    # A search does not return the aliases.
-    numbers = sorted(int(entry.version) for entry in entries)
+    numbers = sorted(int(entry.version) for entry in entries)  # read again, because a search gives no aliases
     return [store.client.get_model_version(name, str(number)) for number in numbers]
 
 
