@@ -161,12 +161,12 @@ def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatch)
     for name, reason in {
         "batch": "no NumPy file of numbers",
         "text.npy": "no NumPy file of numbers",
-        "objects.npy": "no NumPy file of numbers",
-        "objects.npz": "no NumPy file of numbers",
+        "objects.npy": "holds Python objects; save arrays of numbers and words",
+        "objects.npz": "holds Python objects; save arrays of numbers and words",
         "cut.npz": "no NumPy file of numbers",
         "names.npz": "holds the arrays pictures; name them images and labels",
         "floats.npz": "image 0 is float64",
-        "none.npz": "cannot be read",
+        "none.npz": "no such file",
         "folder": "is a folder; give one .npz or .npy file",
     }.items():
         with pytest.raises(DataError, match=reason) as caught:

@@ -121,7 +121,7 @@ def test_wrong_files_are_one_line(tmp_path):
         with pytest.raises(DataError, match=reason):
             open_source("parquet", str(tmp_path / path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds no \.parquet files"):
+    with pytest.raises(DataError, match="holds no .parquet or .arrow files"):
         open_source("parquet", str(tmp_path / "empty"))
     (tmp_path / "a.parquet").unlink()
     pq.write_table(table(range(4)), tmp_path / "a.parquet")

@@ -17,7 +17,7 @@ from folder_contents import contents
 
 import metagmvae
 from metagmvae.infra.cli import main
-from metagmvae.pipelines.arrays import file_rows, vector_files
+from metagmvae.pipelines.arrays import file_rows, numpy_arrays, vector_files
 from metagmvae.pipelines.arrays.file_rows import FileRows
 from metagmvae.pipelines.arrays.vector_files import read_vector_file
 from metagmvae.pipelines.arrays.vectors import open_vector_files, open_vectors
@@ -72,7 +72,7 @@ def forms(folder: Path) -> list[Path]:
 
 
 def test_all_formats_give_the_same_dataset_byte_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vector_files, "BLOCK_BYTES", 64)  # several blocks
+    monkeypatch.setattr(numpy_arrays, "BLOCK_BYTES", 64)  # several blocks
     monkeypatch.setattr(vector_files, "PARQUET_ROWS", 5)
     expected = open_vectors(X, Y, **HELD_OUT)
     write_dataset(expected, tmp_path / "expected", shard_rows=10, block=4)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,7 +54,7 @@ class FileRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: np.ndarray | int) -> np.ndarray:
         if not all(self.shape):  # nothing can be mapped
             return np.empty(self.shape, self.dtype)[rows]
         return np.asarray(_map(self.path, self.shape, self.dtype, self.offset, self.order, self.stamp)[rows])
@@ -63,6 +64,32 @@ class FileRows:
 def _map(path: str, shape: tuple[int, ...], dtype: str, offset: int, order: Order, stamp: tuple[int, int]) -> np.memmap:
     with reading(path):
         return np.memmap(path, np.dtype(dtype), "r", offset, shape, order)
+
+
+@contextmanager
+def unpacking(path: str | Path) -> Iterator[Path]:
+    """Yield a new file in a temporary folder to unpack a file into; see `remove_unpacked`.
+
+    Args:
+        path: the file that is read, for messages.
+
+    Raises:
+        WorkError: the disk with the temporary folder is full. The folder is deleted, as after other errors.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="metagmvae-"))
+    try:
+        yield folder / "rows"
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        where = f"cannot be unpacked into {tempfile.gettempdir()} ({error.strerror})"
+        raise WorkError(f"{path}: {where}; set TMPDIR to a disk with space") from error
+
+
+def remove_unpacked(target: Path) -> None:
+    """Delete a file of `unpacking` with its folder."""
+    shutil.rmtree(target.parent, ignore_errors=True)
 
 
 def unpack_rows(path: str | Path, blocks: Iterator[np.ndarray]) -> FileRows:
@@ -78,24 +105,17 @@ def unpack_rows(path: str | Path, blocks: Iterator[np.ndarray]) -> FileRows:
     Raises:
         WorkError: the disk with the temporary folder is full.
     """
-    folder = Path(tempfile.mkdtemp(prefix="metagmvae-vectors-"))
-    target, count = folder / "rows", 0
-    try:
+    count = 0
+    with unpacking(path) as target:
         with open(target, "wb") as file:
             for block in blocks:
                 file.write(np.ascontiguousarray(block).tobytes())
                 count += len(block)
         rows = FileRows.open(target, (count, *block.shape[1:]), block.dtype)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        where = f"cannot be unpacked into {tempfile.gettempdir()} ({error.strerror})"
-        raise WorkError(f"{path}: {where}; set TMPDIR to a disk with space") from error
-    weakref.finalize(rows, _remove, folder)
+    weakref.finalize(rows, _remove, target)
     return rows
 
 
-def _remove(folder: Path) -> None:
+def _remove(target: Path) -> None:
     _map.cache_clear()  # a mapped file would keep its place on the disk
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_unpacked(target)

@@ -1,40 +1,36 @@
-"""Images that Python holds or other libraries read: arrays, images of Pillow, contents of files; and NumPy files."""
+"""Images that Python holds or other libraries read: arrays, images of Pillow, contents of files; by one file reader."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
-from metagmvae.pipelines.records import DataError, ImageRecord
+from metagmvae.pipelines.records import DataError, ImageRecord, printable
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing, image_header
 from metagmvae.pipelines.sources.image_survey import SIZES
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer
 from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest, divide
 
 Items = Sequence[Any] | np.ndarray
-PARTS = (("train", "val", "test"), ("images", "labels"))
-"""Names of the arrays of MedMNIST: `train_images`, `train_labels`, `val_images`, …"""
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 """Modes of Pillow without colour."""
-IMAGES, LABELS = ("images", "x", "data"), ("labels", "y", "targets")
-"""Names of the arrays of other files, in any case."""
 
 
 def open_images(
     images: Items,
     labels: Items | None = None,
     *,
+    groups: Items | None = None,
     name: str = "images",
     size: int | None = None,
     channels: int | None = None,
@@ -52,6 +48,8 @@ def open_images(
             (H, W), (H, W, C) or (C, H, W), images of Pillow, or image files (paths, or their content as bytes, also as
             `{"bytes": …}`).
         labels: class of each image, words or numbers; None: no classes, and all images are in `train`.
+        groups: what keeps images together in one split, such as the patient: the images are divided, not the classes,
+            which the splits share (`splits.divide_groups`); None: the classes are divided.
         name: of the dataset.
         size: side in pixels; None: the shorter side of the first image, from 28 to 84.
         channels: 1 (grey) or 3 (RGB); None: as the first image.
@@ -78,7 +76,11 @@ def open_images(
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
     if not crop:
         preprocessing = preprocessing.model_copy(update={"crop": "none"})
-    split_of, division = divide(name, ["train"] * len(classes), classes, None, request, seed, given=None)
+    if groups is not None:
+        if labels is None:
+            raise DataError("groups need classes; give labels, or omit groups")
+        groups = class_names(groups, len(images), what="group")
+    split_of, division = divide(name, ["train"] * len(classes), classes, groups, request, seed, given=None)
     load = partial(load_item, images, preprocessing=preprocessing)
     pixels = hashlib.sha256()
     splits: dict[str, list[ImageRecord]] = {}
@@ -99,56 +101,92 @@ def open_images(
     return ImageSource(name, shape, splits, sha256_json({"source": "images", **content}), report, preprocessing, files)
 
 
-def open_npz(
-    source: str | None = None,
-    *,
-    size: int | None = None,
-    channels: int | None = None,
-    invert: bool = False,
-    crop: bool = True,
-    fractions: Sequence[float] | None = None,
-    validation_classes: int | None = None,
-    test_classes: int | None = None,
-    seed: int = 0,
-) -> ImageSource:
-    """Images of a NumPy file, `.npz` or `.npy`; see `open_images`.
+@dataclass(frozen=True)
+class Columns:
+    """Names of the arrays or columns of a file; None: found by their usual names."""
 
-    The images of MedMNIST's three parts are joined, because they have the same classes: the classes are divided, as
-    those of a folder. Other `.npz` files hold `images` and, if they have classes, `labels`; a `.npy` file holds images.
+    classes: bool
+    """False: the classes are not read."""
+    image: str | None
+    label: str | None
+    groups: str | None
 
-    Raises:
-        DataError: the file cannot be read, holds Python objects, or has arrays of other names.
+
+class ImageTable(NamedTuple):
+    """What a file holds."""
+
+    images: Items
+    labels: Items | None
+    groups: Items | None
+    files: dict[str, Any]
+    """Account of the files that were read."""
+
+
+def images_opener(name: str, what: str, read: Callable[[str, Columns], ImageTable]) -> Callable[..., ImageSource]:
+    """The function that opens images of some kind of file, with the options of `open_images`.
+
+    Args:
+        name: of the source.
+        what: the kind of file, for the message if none is given.
+        read: reads a file.
     """
-    if source is None:
-        raise DataError("no NumPy file given; give a .npz or .npy file with --source")
-    arrays = _read(source)
-    first, second = PARTS
-    parts = [part for part in first if f"{part}_{second[0]}" in arrays]
-    if parts:
-        images = np.concatenate([arrays[f"{part}_{second[0]}"] for part in parts])
-        given = [arrays[f"{part}_{second[1]}"] for part in parts if f"{part}_{second[1]}" in arrays]
-        labels = np.concatenate(given) if len(given) == len(parts) else None
-    else:
-        found = [[arrays[key] for key in arrays if key.casefold() in names] for names in (IMAGES, LABELS)]
-        if len(found[0]) != 1 or len(found[1]) > 1:
-            raise DataError(f"{source}: holds the arrays {', '.join(arrays)}; name them images and labels")
-        images, labels = found[0][0], found[1][0] if found[1] else None
-    try:
-        return open_images(
-            images,
-            labels,
-            name="npz",
-            size=size,
-            channels=channels,
-            invert=invert,
-            crop=crop,
-            fractions=fractions,
-            validation_classes=validation_classes,
-            test_classes=test_classes,
-            seed=seed,
-        )
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+
+    def open_file(
+        source: str | None = None,
+        *,
+        image: str | None = None,
+        label: str | None = None,
+        groups: str | None = None,
+        classes: bool = True,
+        size: int | None = None,
+        channels: int | None = None,
+        invert: bool = False,
+        crop: bool = True,
+        fractions: Sequence[float] | None = None,
+        validation_classes: int | None = None,
+        test_classes: int | None = None,
+        seed: int = 0,
+    ) -> ImageSource:
+        """Images of a file.
+
+        Args:
+            source: the file.
+            image: array or column of the images; None: the one that can be it.
+            label: that of the classes; None: the one with a usual name, if there is one.
+            groups: that of what keeps images together, such as the patient; None: there is none.
+            classes: False takes no classes.
+            size: as all further options, see `open_images`.
+
+        Raises:
+            DataError: the file cannot be read, or lacks an array or a column; or as `open_images`.
+        """
+        if source is None:
+            raise DataError(f"no {what} given; give one with --source")
+        if groups is not None and not classes:
+            raise DataError(f"--groups {printable(str(groups))} divides classes, and --unlabelled takes none; omit one")
+        # Values of --option are those of JSON: a column may be named 1.
+        names = (None if given is None else str(given) for given in (image, label, groups))
+        table = read(source, Columns(classes, *names))
+        try:
+            opened = open_images(
+                table.images,
+                table.labels,
+                groups=table.groups,
+                name=name,
+                size=size,
+                channels=channels,
+                invert=invert,
+                crop=crop,
+                fractions=fractions,
+                validation_classes=validation_classes,
+                test_classes=test_classes,
+                seed=seed,
+            )
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        return replace(opened, files=table.files | opened.files)
+
+    return open_file
 
 
 def load_item(images: Items, number: int, *, preprocessing: Preprocessing) -> np.ndarray:
@@ -213,19 +251,3 @@ def class_names(labels: Items, count: int, items: str = "image", what: str = "la
     if "" in names:
         raise DataError(f"{what} {names.index('')} is empty; give every {items} one, or no {what}s")
     return names
-
-
-def _read(source: str) -> dict[str, np.ndarray]:
-    if Path(source).is_dir():
-        raise DataError(f"{source}: is a folder; give one .npz or .npy file with all images, of equal shape")
-    try:
-        with open(source, "rb") as file:  # NumPy leaves a damaged file open
-            loaded = np.load(file, allow_pickle=False)
-            return {"images": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror or error}); check the path") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{source}: no NumPy file of numbers; write arrays with numpy.savez (Python objects, such as pickle files, "
-            "are never read)"
-        ) from error

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from metagmvae.pipelines.arrays.vector_files import BLOCK_BYTES, VectorFile
+from metagmvae.pipelines.arrays.numpy_arrays import BLOCK_BYTES
+from metagmvae.pipelines.arrays.vector_files import VectorFile
 from metagmvae.pipelines.arrays.vector_source import stored_values
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.manifest import DTYPES

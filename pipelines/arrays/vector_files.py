@@ -7,18 +7,19 @@ block by block. Nothing is unpickled.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from metagmvae.pipelines.arrays.file_rows import FileRows, Order, unpack_rows
+from metagmvae.pipelines.arrays.file_rows import unpack_rows
+from metagmvae.pipelines.arrays.numpy_arrays import ERRORS, NO_OBJECTS, member_rows, npy_rows, small_array
+from metagmvae.pipelines.arrays.table_column import streamed_parquet
 from metagmvae.pipelines.files import first_line, open_file
 from metagmvae.pipelines.label_file import COLUMNS, plain_name
 from metagmvae.pipelines.records import DataError, Rows, printable
@@ -31,10 +32,6 @@ NAMES = {
     "names": (*COLUMNS["file"], "filenames", "files", "key", "keys", "ids", "name", "names"),
 }
 """Names of arrays and columns by what they hold; case, spaces, `-` and `_` are ignored."""
-NO_OBJECTS = "Python objects, such as pickle files, are never read"
-ERRORS = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
-"""What the libraries raise for damaged files."""
-BLOCK_BYTES = 2**26
 PARQUET_ROWS = 4096
 """Rows of a Parquet file that are in memory at once."""
 
@@ -75,7 +72,7 @@ def read_vector_file(path: Path, groups: str | None = None) -> VectorFile:
         found = readers[suffix](path, groups)
     except DataError:
         raise
-    except ERRORS as error:
+    except (*ERRORS, pa.ArrowException) as error:
         reason = f"no intact {suffix} file ({first_line(error)})"
         raise DataError(f"{path}: {reason}; write it again ({NO_OBJECTS})") from error
     if len(found.rows.shape) != 2:
@@ -92,21 +89,7 @@ def _npy(path: Path, groups: str | None) -> VectorFile:
     if groups is not None:
         name = printable(groups)
         raise DataError(f"{path}: holds no groups; give them as the column {name} of a CSV file with --labels")
-    with open_file(path) as file:
-        shape, order, dtype = _header(file, path)
-        return VectorFile(str(path), FileRows.open(path, shape, dtype, file.tell(), order))
-
-
-def _header(file: IO[bytes], where: object) -> tuple[tuple[int, ...], Order, np.dtype[Any]]:
-    """Shape, order and number format of an array of NumPy; the file then stands at its first value."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(file)
-    if dtype.hasobject:
-        raise DataError(f"{where}: holds Python objects; save arrays of numbers and words ({NO_OBJECTS})")
-    if shape and min(shape) < 0:
-        raise ValueError(f"the shape is {shape}")
-    return shape, "F" if by_column else "C", dtype
+    return VectorFile(str(path), npy_rows(path))
 
 
 def _npz(path: Path, groups: str | None) -> VectorFile:
@@ -114,12 +97,12 @@ def _npz(path: Path, groups: str | None) -> VectorFile:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         names = _by_meaning(path, list(members), list(members), "array", groups)
         arrays = {
-            meaning: _small_array(archive, members[name], f"{path}: {name}")
+            meaning: small_array(archive, members[name], f"{path}: {name}")
             for meaning, name in names.items()
             if meaning != "vectors"
         }
         unused = tuple(printable(name) for name in members if name not in names.values())
-        rows = _member_rows(path, file, archive, members[names["vectors"]])
+        rows = member_rows(path, file, archive, members[names["vectors"]])
     return VectorFile(str(path), rows, unused=unused, **arrays)
 
 
@@ -163,52 +146,9 @@ def _by_meaning(
     return found
 
 
-def _small_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.ndarray:
-    with archive.open(info) as member:
-        _header(member, where)
-    with archive.open(info) as member:
-        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
-    return array.astype(str) if array.dtype.kind == "S" else array
-
-
-def _member_rows(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> FileRows:
-    """Rows of an array in an open `.npz` file, after its checksum was compared."""
-    with archive.open(info) as member:
-        shape, order, dtype = _header(member, f"{path}: {info.filename}")
-        header = member.tell()
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            if order == "F":  # one column after the other
-                whole = np.frombuffer(member.read(), dtype).reshape(shape[::-1]).T
-                return unpack_rows(path, iter([whole]))
-            return unpack_rows(path, _blocks(member, shape, dtype))
-        while member.read(BLOCK_BYTES):
-            pass
-    file.seek(info.header_offset + 26)
-    lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
-    return FileRows.open(path, shape, dtype, info.header_offset + 30 + lengths + header, order)
-
-
-def _blocks(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    row_bytes = int(np.prod(shape[1:], dtype=object)) * dtype.itemsize
-    if not row_bytes:
-        yield np.empty(shape, dtype)
-        return
-    left = shape[0]
-    while True:
-        count = min(left, max(1, BLOCK_BYTES // row_bytes))
-        content = member.read(count * row_bytes)
-        if len(content) != count * row_bytes:
-            raise ValueError("it ends too early")
-        yield np.frombuffer(content, dtype).reshape(count, *shape[1:])
-        left -= count
-        if not left:
-            member.read(1)  # compares the checksum
-            return
-
-
 def _parquet(path: Path, groups: str | None) -> VectorFile:
     with open_file(path) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = streamed_parquet(file)
         schema = parquet.schema_arrow
         vectors = [field.name for field in schema if _is_vector(_storage(field.type))]
         if not vectors:

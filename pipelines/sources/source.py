@@ -22,7 +22,7 @@ OPENERS = {
     "folder": "metagmvae.pipelines.sources.image_folder:open_folder",
     "glyphs": "metagmvae.pipelines.sources.glyphs:open_glyphs",
     "mini-imagenet": "metagmvae.pipelines.sources.mini_imagenet:open_mini_imagenet",
-    "npz": "metagmvae.pipelines.arrays.image_arrays:open_npz",
+    "npz": "metagmvae.pipelines.arrays.numpy_images:open_npz",
     "omniglot": "metagmvae.pipelines.sources.omniglot:open_omniglot",
     "parquet": "metagmvae.pipelines.arrays.image_tables:open_parquet",
     "vectors": "metagmvae.pipelines.arrays.vectors:open_vector_files",
