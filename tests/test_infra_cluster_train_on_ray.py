@@ -27,7 +27,7 @@ from metagmvae.training.trainer.checkpoint import load_state
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 HOSTILE = 'raise RuntimeError("a module of the user was imported in place of ours")\n'
-STEPS = 40
+STEPS = 60
 SETTINGS = TINY | {
     "pretrain.steps": 0,
     "train.steps": STEPS,
@@ -72,12 +72,12 @@ def steps(out: Path) -> list[int]:
 
 
 @contextmanager
-def running(data: Path, out: Path) -> Iterator[subprocess.Popen]:
-    """A driver that has trained 10 steps; it and its processes are killed at the end."""
-    driver = start(data, out)
+def running(data: Path, out: Path, until: int = 10, *more: str) -> Iterator[subprocess.Popen]:
+    """A driver that has trained `until` steps; it and its processes are killed at the end."""
+    driver = start(data, out, *more)
     deadline = time.monotonic() + 120
     try:
-        while not (done := steps(out)) or done[-1] < 10:
+        while not (done := steps(out)) or done[-1] < until:
             log = (out.parent / f"{out.name}.log").read_text()
             assert driver.poll() is None, log
             assert time.monotonic() < deadline, log
@@ -127,17 +127,8 @@ def test_killed_worker_is_replaced_and_training_continues_from_the_last_checkpoi
     assert_equal_runs(out, reference_run)
 
 
-def test_run_of_a_killed_driver_is_resumed(data, reference_run, tmp_path):
-    out = tmp_path / "run"
-    with running(data, out) as driver:
-        driver.kill()
-    assert 0 < load_state(out / CHECKPOINT)["step"] < STEPS
-    assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
-    assert_equal_runs(out, reference_run)
-
-
-def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, tmp_path):
-    """The workers save the step that they are at. (Ctrl-C goes the same way: `test_infra_runs_stop_signals.py`.)"""
+def test_a_stopped_and_a_killed_driver_are_resumed(data, reference_run, tmp_path):
+    """After SIGTERM the workers save the step that they are at. (Ctrl-C: `test_infra_runs_stop_signals.py`.)"""
     out = tmp_path / "run"
     with running(data, out) as driver:
         driver.send_signal(signal.SIGTERM)
@@ -152,6 +143,10 @@ def test_interrupted_run_ends_with_one_line_and_is_resumed(data, reference_run, 
     assert "SIGTERM received" not in log
     # If a line is due at the step of the stop, the resumed run writes it.
     assert steps(out) == list(range(5, step, 5))
+
+    with running(data, out, step + 5, "--resume") as driver:
+        driver.kill()
+    assert step < load_state(out / CHECKPOINT)["step"] < STEPS
     assert end(start(data, out, "--resume")) == 0, (tmp_path / "run.log").read_text()
     assert_equal_runs(out, reference_run)
 
