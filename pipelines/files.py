@@ -67,22 +67,34 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
             file.seek(0)
             stream_into(path, file)
         return
-    target = Path(os.path.realpath(path))
+    remedy = "choose another folder"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        with replaced_file(Path(os.path.realpath(path)), mode) as file:
+            remedy = "the partial file was deleted"
+            yield file
     except OSError as error:
-        raise cannot_write(path, error, "choose another folder") from error
+        raise cannot_write(path, error, remedy) from error
+
+
+@contextmanager
+def replaced_file(path: Path, mode: int | None) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; put it there, readable for all, when the block ends without an error.
+
+    The path holds the complete old or the complete new file at any time. `mode` is that of the old file; None: there is
+    none.
+
+    Raises:
+        OSError: it cannot be written. The old file stays, and no temporary file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644 if mode is None else stat.S_IMODE(mode))
-        os.replace(temporary, target)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise cannot_write(path, error, "the partial file was deleted") from error
+        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -101,7 +101,7 @@ def test_failure_while_saving_keeps_the_old_file(
         raise error
 
     if moment == "before the rename":
-        monkeypatch.setattr(metagmvae.training.trainer.checkpoint.os, "replace", failing_replace)
+        monkeypatch.setattr(os, "replace", failing_replace)
     else:
         monkeypatch.setattr(metagmvae.training.trainer.checkpoint.torch, "save", failing_save)
     with pytest.raises(type(error)):

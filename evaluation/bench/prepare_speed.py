@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,40 +34,33 @@ def bench_prepare(
     images = sum(len(records) for records in opened.splits.values())
     rows = []
     for count in workers:
-        with tempfile.TemporaryDirectory() as folder:
-            if count:
-                with pool(count) as map_tasks:
-                    rows.append({"workers": count, **_measure(opened, Path(folder) / "data", images, map_tasks)})
-            else:
-                rows.append({"workers": 0, **_measure(opened, Path(folder) / "data", images, None)})
+        with tempfile.TemporaryDirectory() as folder, pool(count) if count else nullcontext() as map_tasks:
+            rows.append({"workers": count, **_measure(opened, Path(folder) / "data", images, map_tasks)})
     return {"source": name, "images": images, "listing_s": listing_seconds, "rows": rows}
 
 
 def _measure(source: Any, folder: Path, images: int, map_tasks: MapTasks | None) -> dict[str, float]:
-    with _PeakMemory() as memory:
+    with _sampled_memory() as samples:
         start = time.perf_counter()
         write_dataset(source, folder, map_tasks=map_tasks)
         seconds = time.perf_counter() - start
-    return {"images_per_s": images / seconds, "peak_memory_gib": memory.peak / 2**30}
+    return {"images_per_s": images / seconds, "peak_memory_gib": max(samples, default=0) / 2**30}
 
 
-class _PeakMemory:
-    """Samples the resident memory of this process and of Ray's workers; pages that they share count once each."""
+@contextmanager
+def _sampled_memory() -> Iterator[list[int]]:
+    """Yield samples of the resident memory, in bytes, of this process and of Ray's workers during the block."""
+    samples: list[int] = []
+    ending = threading.Event()
 
-    def __init__(self) -> None:
-        self.peak = 0
-        """Bytes."""
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+    def sample() -> None:
+        while not ending.wait(POLL_S):
+            samples.append(current_rss() + ray_worker_rss("write_shard"))
 
-    def __enter__(self) -> _PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._ending.wait(POLL_S):
-            self.peak = max(self.peak, current_rss() + ray_worker_rss("write_shard"))
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ending.set()
+        thread.join()

@@ -56,12 +56,7 @@ def mixture_joint(z_BPD: Tensor, mean_BKD: Tensor, weight_BK: Tensor) -> Tensor:
 def step_loss(model: MetaGMVAE, images_BMCHW: Tensor, noise_BMND: Tensor, rows_BK: Tensor, iterations: int) -> Tensor:
     """The negative of the objective of Eq. 9 on pixels, summed over points and averaged over episodes.
 
-    Args:
-        model: a model that reconstructs pixels.
-        images_BMCHW: uint8 images.
-        noise_BMND: standard normal noise.
-        rows_BK: indices (below M * N) of the samples that initialise the means of EM.
-        iterations: number of EM iterations.
+    `rows_BK` are the indices (below M * N) of the samples that initialise the means of EM.
     """
     B, M, N, _ = noise_BMND.shape
     x = images_BMCHW.flatten(0, 1).float() / 255

@@ -42,11 +42,6 @@ SIZE = 42
 def bench_simclr(dataset: Dataset, split: str, repeats: int) -> dict[str, Any]:
     """Measure images per second of each method: the median of `repeats` passes, in which the methods take turns.
 
-    Args:
-        dataset: data set of RGB images.
-        split: of the data set.
-        repeats: timed passes of each method.
-
     Raises:
         DataError: the split has too few images, or they are not RGB.
     """

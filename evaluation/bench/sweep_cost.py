@@ -30,6 +30,11 @@ class Sample:
     workers: int
     """Resident bytes of the Ray workers that run trials."""
 
+    @classmethod
+    def now(cls) -> Sample:
+        """Sample this moment."""
+        return cls(time.perf_counter(), current_rss(), ray_worker_rss(descendants=True))
+
 
 def bench_tune(run: RunSweep, trials: int) -> dict[str, Any]:
     """Time a sweep of short trials with MLflow tracking, and a sweep of a quarter of the size without.
@@ -54,9 +59,9 @@ def bench_tune(run: RunSweep, trials: int) -> dict[str, Any]:
 
 def _measure(run: RunSweep, trials: int, *, tracked: bool) -> dict[str, Any]:
     samples: list[Sample] = []
-    ended = run(trials, tracked, lambda: samples.append(_sample()))
-    validated = [trial for trial in ended if trial.last is not None]
-    training = [trial.last.seconds for trial in validated if trial.last is not None]
+    ended = run(trials, tracked, lambda: samples.append(Sample.now()))
+    validated = [trial for trial in ended if trial.curve]
+    training = [trial.curve[-1].seconds for trial in validated]
     rows = _rows(samples)
     quarter = max(1, len(rows) // 4)
     early, late = rows[quarter : 2 * quarter + 1], rows[-quarter - 1 :]
@@ -71,10 +76,6 @@ def _measure(run: RunSweep, trials: int, *, tracked: bool) -> dict[str, Any]:
         },
         "rows": rows,
     }
-
-
-def _sample() -> Sample:
-    return Sample(time.perf_counter(), current_rss(), ray_worker_rss(descendants=True))
 
 
 def _rows(samples: Sequence[Sample]) -> list[dict[str, float]]:

@@ -41,12 +41,7 @@ def write_report(
 
     Everything inserted is escaped, and the page's content security policy forbids scripts and external resources.
 
-    Args:
-        path: file to write.
-        comparison: rows, marks and differences.
-        curves: what has metric lines of its training.
-        models: figures of each model that was evaluated for this comparison.
-        environment: `evaluation.provenance.provenance()`.
+    `environment` is the result of `evaluation.provenance.provenance`.
 
     Raises:
         DataError: the file cannot be written.

@@ -102,10 +102,7 @@ def _remedy(paired: PairedDifference) -> str:
 def write_pairs(path: str | Path, challenger: Sequence[EpisodeResults], champion: Sequence[EpisodeResults]) -> None:
     """Write the accuracies of both models by episode to a Parquet file, one task after another.
 
-    Args:
-        path: file to write.
-        challenger: one result for each task.
-        champion: results of the same tasks in the same order, or empty; the column is null then.
+    Without results of the champion its column is null.
     """
     tables = []
     for number, result in enumerate(challenger):

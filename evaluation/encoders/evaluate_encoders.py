@@ -39,15 +39,9 @@ def evaluate_model(
     """Evaluate a Meta-GMVAE (`evaluate_tasks`), or an encoder alone with a head, on the same episodes.
 
     Args:
-        loaded: the model.
-        dataset: images, or features made by its encoder.
-        tasks: as in `evaluate_tasks`.
-        split: whose classes the episodes are drawn from.
+        loaded, dataset, tasks, split, baselines, name, progress: as in `evaluate_tasks`.
         mode: of a Meta-GMVAE. A head has its own, `MODES`; one that classifies queries together refuses `inductive`.
         head: a key of `HEADS`, for an encoder alone; None: `nearest-mean`.
-        baselines: as in `evaluate_tasks`.
-        name: of the model in error messages; None: its name in the settings.
-        progress: opens a progress bar for each task.
 
     Returns:
         The result of each task. That of an encoder names its head, and the settings of the head in `tuning`.

@@ -31,13 +31,10 @@ def compare_with_frozen(
 
     Args:
         trained: a Meta-GMVAE.
-        dataset: images, or features made by the encoder of the trained model.
+        dataset, split, mode, progress: as in `evaluate_model`.
         tasks: as in `evaluate_tasks`, with at least 2 episodes.
         frozen: an encoder alone, for example by `named_encoder`; None: the one that made the features of the dataset.
         heads: keys of `evaluation.encoders.heads.HEADS`; settings are chosen on the validation classes.
-        split: whose classes the episodes are drawn from.
-        mode: of the trained model.
-        progress: opens a progress bar for each task.
 
     Returns:
         `encoder`, `head`, `head_mode`, `head_settings`, and the keys of `PairedDifference.summary`: `challenger` is the

@@ -37,12 +37,7 @@ def result_record(
 ) -> dict[str, Any]:
     """Return the content of the result file of one task, as `metagmvae evaluate --record` writes it.
 
-    Args:
-        loaded: the evaluated model.
-        dataset: whose classes it was evaluated on.
-        split: of these classes.
-        model: reference of the model.
-        result: accuracies.
+    `model` is the reference of the model.
     """
     about = {"split": split, "data": dataset.uri, "data_fingerprint": dataset.fingerprint, "model": model}
     tables = head_records(loaded, [result]) | baselines_summary([result])

@@ -54,11 +54,7 @@ def em_scores(
 ) -> Tensor:
     """Return the class logits of semi-supervised EM (Eq. 10 and 11) on the features themselves, (E, P, K).
 
-    Args:
-        support_EKSF: labelled vectors by class.
-        query_EPF: vectors of the queries.
-        e_step: covariance in the E-steps and in the final posterior.
-        temperature: divides the log-likelihoods, as `adapt.temperature`.
+    `e_step` is the covariance in the E-steps and in the final posterior.
     """
     mixture = fit_semi_supervised(support_EKSF, query_EPF, iterations=10, e_step=e_step, temperature=temperature)
     return class_logits(mixture, query_EPF, e_step, temperature)
@@ -126,18 +122,9 @@ def evaluate_batches(
         classify: support (E, K, S, F), queries (E, P, F) and `settings` -> class of each query, 0 to K - 1, (E, P).
         mode: what the classifier is: `inductive` if it classifies each query alone, else `transductive`.
         x_nF: one vector per image, on any device; images, (n, C, H, W), become vectors of pixels.
-        labels: their classes, (n,).
-        way: classes per episode.
-        shot: labelled images per class.
-        query: queries per class.
-        episodes: number of episodes.
-        seed: of the draw of the episodes.
-        unbalanced: as in `evaluate_features`.
-        dirichlet: as in `evaluate_features`.
         settings: further arguments of `classify`.
 
-    Raises:
-        DataError: the split has too few classes, or a class too few images, for the task.
+    The others, and errors, are those of `evaluate_features`.
     """
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
     task |= {"unbalanced": unbalanced, "dirichlet": dirichlet}

@@ -175,14 +175,10 @@ def posterior_batches(
     """Classify episodes 0 to `episodes` - 1 of a sampler, as many at a time as fit the memory.
 
     Args:
-        model: on the device of the features.
-        adapt: settings of EM.
-        h_nF: features of all images of the split.
+        model, adapt, h_nF, on_progress: as in `evaluate_features`.
         sampler: of the episodes.
         episodes: number of episodes.
-        mode: as in `log_posteriors`, which the result comes from.
-        background: as in `log_posteriors`.
-        on_progress: called with the number of finished episodes and of all episodes.
+        mode, background: as in `log_posteriors`, which the result comes from.
 
     Yields:
         log-probabilities of the queries, float64, (E, P, K) or (E, P, K + 1), and their classes, (E, P).

@@ -56,10 +56,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two models that were evaluated on the same episodes.
 
-    Args:
-        challenger: results of one model.
-        champion: results of the other model.
-        any_mode: accept a transductive and an inductive result; the mode of the difference is that of the challenger.
+    `any_mode` accepts a transductive and an inductive result; the mode of the difference is that of the challenger.
 
     Raises:
         PairingError: the episodes differ (way, shot, query, seed, mode or their number), or there is only one, which

@@ -38,14 +38,11 @@ def predict_queries(
     up to rounding.
 
     Args:
-        model: on the device of the features.
-        adapt: settings of EM.
+        model, adapt, mode, calibration: as in `evaluate_features`.
         h_TF: features of the labelled images, by `encode_images`.
         label_T: their classes, 0 to K - 1; each class occurs at least once.
         h_PF: features of the queries.
-        mode: as in `log_posteriors`.
         seed: of the Monte Carlo noise.
-        calibration: as in `calibrated`.
         background: as in `log_posteriors`; the last column is then the probability that a query is of no labelled
             class, (P, K + 1).
 

@@ -56,10 +56,8 @@ def optimal_transport_posterior(
     by such a plan too. The plan gives every class P / K queries: it assumes that the queries are balanced.
 
     Args:
-        support_EKSF: labelled vectors by class.
-        query_EPF: vectors of the queries.
+        support_EKSF, query_EPF, mask_EKS: as in `soft_k_means_cosines`.
         sharpness: multiplies the squared distances: the inverse of the weight of the entropy of the plan.
-        mask_EKS: as in `soft_k_means_cosines`.
     """
     support_EKSF, query_EPF, count_EK1 = _normalised(support_EKSF, query_EPF, mask_EKS)
     total_EKF = support_EKSF.sum(dim=2)
@@ -107,11 +105,9 @@ def laplacian_logits(
     is made 20 times, from the softmax of -a. Without the paper's rectification of the prototypes.
 
     Args:
-        support_EKSF: labelled vectors by class.
-        query_EPF: vectors of the queries.
+        support_EKSF, query_EPF, mask_EKS: as in `soft_k_means_cosines`.
         weight: of the neighbours; 0: the nearest class mean.
         neighbours: of each query, among the other queries.
-        mask_EKS: as in `soft_k_means_cosines`.
     """
     support_EKSF, query_EPF, count_EK1 = _normalised(support_EKSF, query_EPF, mask_EKS)
     mean_EKF = F.normalize(support_EKSF.sum(dim=2) / count_EK1, dim=2)

@@ -23,11 +23,7 @@ def validate(
     A Meta-GMVAE classifies with its mixture, transductively. An encoder-only model is evaluated by the nearest class
     mean, inductively, and by two probes without an interval: `neighbours` and `linear`.
 
-    Args:
-        model: in evaluation mode.
-        settings: `validation` and `adapt` are read.
-        h_nF: features of the validation images.
-        labels: their classes, (n,).
+    `model` is in evaluation mode; of the settings, `validation` and `adapt` are read.
     """
     validation = settings.validation
     scores: dict[str, Mapping[str, float]] = {}

@@ -32,12 +32,8 @@ def draw_gallery(
     A Meta-GMVAE gives Fig. 3 and 4 of the paper and reconstructions; on a dataset of features only Fig. 4, because
     features cannot be shown as images. Every other model gives curves only.
 
-    Args:
-        loaded: the model.
-        dataset: its training split gives the unlabelled set, `split` the labelled episode.
-        split: whose classes are shown, for example `validation`.
-        out: folder; existing files in it are replaced.
-        lines: metric lines of the run, for the curves; empty: no curves.
+    The unlabelled set is of the training split of the dataset, the labelled episode of `split`. Existing files in `out`
+    are replaced. Without metric lines there are no curves.
 
     Raises:
         DataError: the images have another shape than those of the model, or the split has too few classes or images.

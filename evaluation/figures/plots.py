@@ -90,11 +90,7 @@ def reconstructions(images: Array, decoded: Array, label: str, *, negative: bool
 def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str, *, negative: bool = False) -> Figure:
     """Draw the modes of one set, one row per mode: labelled images, images that EM assigns to it, generated images.
 
-    Args:
-        modes: the rows.
-        title: of the figure.
-        generated: title of the column of generated images.
-        negative: as in `predictions`.
+    `generated` is the title of the column of generated images; `negative` is as in `predictions`.
     """
     return mode_grids([(title, modes)], generated, negative=negative)
 

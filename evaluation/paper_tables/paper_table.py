@@ -100,13 +100,8 @@ def table_document(
 ) -> TableDocument:
     """Find the result of every cell.
 
-    Args:
-        name: of the table.
-        parts: its rows.
-        folder: content of `results`.
-        results: folder of the result files.
-        data: the only datasets whose results count; empty: all.
-        budget_s: only results with this budget; None: all.
+    `folder` is the content of `results`. Only results on the datasets of `data`, and with the budget, count; empty or
+    None: all.
     """
     find = partial(results_of, folder, data=data, budget_s=budget_s)
     documents = [

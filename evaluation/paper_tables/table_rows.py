@@ -161,11 +161,7 @@ def _row(
 ) -> TableRow:
     """Return a row with the numbers of the paper's row of this key.
 
-    Args:
-        key: of the row in `comparison.paper`.
-        columns: of the table.
-        recipes: by dataset.
-        twenty_ways: changes of the recipes for tasks of 20 ways.
+    `twenty_ways` are changes of the recipes, which are given by dataset, for tasks of 20 ways.
     """
     used = {column: recipes[_name(column)] for column in columns if column.dataset in recipes}
     if twenty_ways:

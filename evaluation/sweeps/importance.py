@@ -129,11 +129,7 @@ def _chance(unit: Array, accuracy: Array, column: int, rng: np.random.Generator)
 def _variance_fractions(unit: Array, accuracy: Array, trees: int, seed: int) -> Array:
     """Fractions of the variance that each setting has alone, one row per tree: (trees, settings).
 
-    Args:
-        unit: settings on the unit cube, (trials, settings).
-        accuracy: (trials,).
-        trees: number of trees, each with its own seed.
-        seed: of the first tree.
+    `unit` holds the settings on the unit cube, (trials, settings). Each tree has its own seed, from `seed` on.
     """
     with optional_package("optuna", "the importance of the settings of a sweep"):
         from optuna.importance import FanovaImportanceEvaluator

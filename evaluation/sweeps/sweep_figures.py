@@ -44,7 +44,7 @@ def sample_trials(trials: Sequence[Trial], maximum: int) -> list[Trial]:
 
 def parallel_coordinates(sweep: SweepRecord) -> Figure:
     """One curve per trial across the axes of all settings to its accuracy; the best trial is drawn in bold."""
-    validated = [trial for trial in sweep.trials if trial.last is not None]
+    validated = [trial for trial in sweep.trials if trial.curve]
     trials, best = sample_trials(validated, MAX_LINES), best_trial(validated)
     accuracy = 100 * np.array([trial.curve[-1].accuracy for trial in trials])
     low, high = _limits(accuracy)
@@ -118,7 +118,7 @@ def _draw_vertical_axis(axes: Any, x: int, name: str, ticks: Sequence[float], la
 
 def accuracy_over_cost(sweep: SweepRecord) -> Figure:
     """Left: accuracy of each trial over its training time. Right: best accuracy so far over the total time."""
-    validated = [trial for trial in sweep.trials if trial.last is not None]
+    validated = [trial for trial in sweep.trials if trial.curve]
     trials, best = sample_trials(validated, MAX_LINES), best_trial(validated)
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -153,7 +153,7 @@ def _draw_best_so_far(axes: Any, trials: Sequence[Trial]) -> None:
     """Latest accuracies over the summed time of the trials, in the order in which they ended, and the best so far."""
     total = np.cumsum([trial.seconds for trial in trials])
     unit, seconds = time_unit(float(total[-1]) if len(total) else 0.0)
-    rows = [row for row, trial in enumerate(trials) if trial.last is not None]
+    rows = [row for row, trial in enumerate(trials) if trial.curve]
     latest = 100 * np.array([trials[row].curve[-1].accuracy for row in rows])
     finished = np.array([trials[row].status == "finished" for row in rows], bool)
     times = total[rows] / seconds

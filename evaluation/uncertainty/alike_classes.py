@@ -134,12 +134,6 @@ def ceiling_accuracies(
     expected accuracy is the number of different groups among the K classes, divided by K. The reference is the nearest
     class mean where all other images of each class of the episode are labelled (`class_scores`): a reference, which
     methods that use the balance of the queries can exceed.
-
-    Args:
-        labels: class ids, (n,).
-        group_c: as from `alike_groups`.
-        score_nc: as from `class_scores`.
-        task: way, shot, query, episodes and seed.
     """
     sampler = QuerySampler(labels, way=task["way"], shot=task["shot"], query=task["query"], seed=task["seed"])
     guess, nearest = [], []

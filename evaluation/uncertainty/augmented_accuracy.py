@@ -27,12 +27,6 @@ def evaluate_augmented(loaded: LoadedModel, dataset: Dataset, split: str, episod
     This says whether the model recognises an image in its random views, which are those of the contrastive
     pre-training. It is no estimate of the accuracy on classes. The settings of the baselines are the defaults.
 
-    Args:
-        loaded: a Meta-GMVAE.
-        dataset: images.
-        split: whose images become classes.
-        episodes: number of episodes.
-
     Raises:
         DataError: the dataset contains features, or too few images.
     """

@@ -29,13 +29,7 @@ def augmented_features(
     The views are those of the contrastive pre-training (`pretrain.views`). Such episodes resemble those of labelled
     classes only as far as the views resemble the variation within a class.
 
-    Args:
-        loaded: a Meta-GMVAE on the device.
-        dataset: images.
-        split: whose images are used.
-        views: number of views of each image.
-        seed: draws images and views.
-        device: where the model runs.
+    `views` is the number of views of each image; `seed` draws images and views.
 
     Raises:
         DataError: the dataset contains features, which cannot be augmented, or fewer than two images.

@@ -34,13 +34,10 @@ def evaluate_open_task(
     Args:
         loaded: a Meta-GMVAE with a background level (`metagmvae calibrate`), or an encoder alone. The settings and the
             level of the head of an encoder that has no level are chosen on the validation classes of the dataset.
-        dataset: images, or features made by the encoder of the model.
+        dataset, split, name, progress: as in `evaluate_tasks`.
         task: `way`, `shot`, `query`, `episodes`, `seed`, `open_classes`, and, if wanted, `unbalanced` or `dirichlet`.
-        split: whose classes the episodes are drawn from.
         head: as in `with_head`.
         baselines: also evaluate the baselines, with settings and threshold chosen on validation classes.
-        name: of the model in error messages; None: its name in the settings.
-        progress: opens a progress bar.
 
     Returns:
         The model in transductive and inductive mode, or a head in its own, each with and without its background

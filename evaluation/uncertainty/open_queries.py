@@ -87,17 +87,12 @@ def evaluate_open(
     """Evaluate a model on episodes with queries of no labelled class.
 
     Args:
-        model: on the device of the features.
-        adapt: settings of EM.
-        h_nF: features of all images of the split.
-        labels: their classes, (n,).
+        model, adapt, h_nF, labels, mode, on_progress: as in `evaluate_features`.
         task: way, shot, query, episodes, seed and `open_classes`, as in `QuerySampler`.
-        mode: as in `log_posteriors`.
         background: its level is the threshold, and in transductive mode its component keeps queries of no labelled
             class out of the classes. None: the plain model, whose score is the probability of the most probable class;
             nothing is answered "unknown".
         name: of the model in its result.
-        on_progress: called with the number of finished episodes and of all episodes.
 
     Raises:
         DataError: the split has too few classes, or a class too few images, for the task.

@@ -24,13 +24,7 @@ SMALLEST = 1e-300
 
 
 def negative_log_likelihood(log_p_nK: np.ndarray, labels: np.ndarray, by: CalibrationMap) -> float:
-    """Return -1/n sum_i log q_i(y_i) in nats, for the probabilities q of `predict.calibrated`.
-
-    Args:
-        log_p_nK: log-probabilities.
-        labels: the true classes, (n,).
-        by: the map.
-    """
+    """Return -1/n sum_i log q_i(y_i) in nats, for the probabilities q of `predict.calibrated`."""
     return _mixed_loss(_true_class(log_p_nK, labels, by.temperature), by.uniform, log_p_nK.shape[1])
 
 
@@ -39,10 +33,6 @@ def fit_map(log_p_nK: np.ndarray, labels: np.ndarray) -> CalibrationMap:
 
     The likelihood is convex in u, the weight of a component of a mixture, and for u = 0 in 1/T, but not in both. So the
     best u is found for each T: of a grid first, then of Brent's bounded search between the neighbours of the best T.
-
-    Args:
-        log_p_nK: log-probabilities.
-        labels: the true classes, (n,).
     """
     K = log_p_nK.shape[1]
 

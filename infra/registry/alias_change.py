@@ -9,6 +9,8 @@ A claimed move is carried out in two steps: set the alias, then copy the record 
 (the history). Any process may carry it out, any number of times, so nobody waits for a process that has died: the next
 one that wants the number completes its move. The experiment is deleted at once, which hides it in the user interface;
 MLflow keeps the names and tags of deleted experiments.
+
+What reads or writes a store raises a TrackingError if it cannot be reached.
 """
 
 from __future__ import annotations
@@ -52,9 +54,6 @@ def change_alias(
 
     Returns:
         The record; None if the alias has been moved since, so that nothing was done.
-
-    Raises:
-        TrackingError: the store cannot be reached.
     """
     token, claims = uuid.uuid4().hex, _claims(store, name)
     while True:
@@ -81,21 +80,13 @@ def change_alias(
 
 
 def set_alias_if_free(store: Store, name: str, alias: str, version: str) -> bool:
-    """Give an alias to a version if no version has it; return whether it was given.
-
-    Raises:
-        TrackingError: the store cannot be reached.
-    """
+    """Give an alias to a version if no version has it; return whether it was given."""
     before = alias_state(store, name, alias, read_history(store, name))
     return before.version is None and change_alias(store, name, "registered", before, version) is not None
 
 
 def _complete_moves(store: Store, name: str) -> None:
-    """Carry out the moves that a process has claimed and not carried out, because it died or the store went away.
-
-    Raises:
-        TrackingError: the store cannot be reached.
-    """
+    """Carry out the moves that a process has claimed and not carried out, because it died or the store went away."""
     number, claims = _next_number(read_history(store, name)), _claims(store, name)
     with tracking_errors(store.uri):
         _carry_out(store, name, claims, number)
@@ -105,9 +96,6 @@ def settled_state(store: Store, name: str, alias: str) -> tuple[AliasState, list
     """Return the state of an alias and the history when no move is under way; one that is claimed is carried out first.
 
     Otherwise the state could have the version of a move that the history does not have yet.
-
-    Raises:
-        TrackingError: the store cannot be reached.
     """
     while True:
         changes = read_history(store, name)
@@ -123,11 +111,7 @@ def settled_state(store: Store, name: str, alias: str) -> tuple[AliasState, list
 
 
 def describe_move(store: Store, name: str, before: AliasState) -> str:
-    """Return one line that says who has moved an alias since `before`.
-
-    Raises:
-        TrackingError: the store cannot be reached.
-    """
+    """Return one line that says who has moved an alias since `before`."""
     _complete_moves(store, name)  # the process that moved it may not have recorded its move yet
     changes = read_history(store, name)
     now = alias_state(store, name, before.alias, changes)

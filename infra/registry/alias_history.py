@@ -1,6 +1,8 @@
 """Reads who moved an alias of a registered model, when, and from which version.
 
 Each move is stored as one tag of the registered model. `alias_change` writes these tags.
+
+What reads or writes a store raises a TrackingError if it cannot be reached.
 """
 
 from __future__ import annotations
@@ -60,20 +62,13 @@ def alias_state(store: Store, name: str, alias: str, changes: Sequence[AliasChan
 
     An alias is set before the record of its move appears in the history. So a version that is read after the history
     includes all moves of that history.
-
-    Raises:
-        TrackingError: the store cannot be reached.
     """
     last_change = max((change.number for change in changes if change.alias == alias), default=0)
     return AliasState(alias, alias_version(store, name, alias), last_change)
 
 
 def alias_version(store: Store, name: str, alias: str) -> str | None:
-    """Return the version that an alias points to; None if the registered model or the alias does not exist.
-
-    Raises:
-        TrackingError: the store cannot be reached.
-    """
+    """Return the version that an alias points to; None if the registered model or the alias does not exist."""
     model = registered_model(store, name)
     version = None if model is None else model.aliases.get(alias)
     return None if version is None else str(version)
@@ -84,7 +79,6 @@ def read_history(store: Store, name: str) -> list[AliasChange]:
 
     Raises:
         DataError: a tag with our prefix is not such a record.
-        TrackingError: the store cannot be reached.
     """
     model = registered_model(store, name)
     tags = {} if model is None else model.tags
@@ -98,11 +92,7 @@ def read_history(store: Store, name: str) -> list[AliasChange]:
 
 
 def registered_model(store: Store, name: str) -> Any:
-    """Return MLflow's entry of a registered model; None if there is none.
-
-    Raises:
-        TrackingError: the store cannot be reached.
-    """
+    """Return MLflow's entry of a registered model; None if there is none."""
     with tracking_errors(store.uri), ignored("RESOURCE_DOES_NOT_EXIST"):
         return store.client.get_registered_model(name)
     return None
@@ -111,10 +101,7 @@ def registered_model(store: Store, name: str) -> Any:
 def promotion_change(changes: Sequence[AliasChange], alias: str, version: str) -> AliasChange | None:
     """Return the latest promotion that gave an alias to a version and was not rolled back.
 
-    Args:
-        changes: history of a registered model.
-        alias: one of its aliases.
-        version: version that the alias points to now.
+    `version` is the one that the alias points to now.
     """
     ours = [change for change in changes if change.alias == alias]
     versions_after = [*(change.former for change in ours[1:]), version]

@@ -1,4 +1,7 @@
-"""Evidence for a decision about a challenger: files in the challenger's run, and tags of its version."""
+"""Evidence for a decision about a challenger: files in the challenger's run, and tags of its version.
+
+What reads or writes a store raises a TrackingError if it cannot be reached.
+"""
 
 from __future__ import annotations
 
@@ -88,18 +91,10 @@ class Evidence:
 def upload_evidence(store: Store, version: Any, evidence: Evidence, record: Mapping[str, Any], folder: str = "") -> str:
     """Upload `decision.json` and `episodes.parquet` to the run of the challenger's version.
 
-    Args:
-        store: store of the version.
-        version: MLflow's entry of the challenger's version.
-        evidence: of the decision.
-        record: of the evidence.
-        folder: folder of an earlier upload to overwrite; empty: a new one.
+    `folder` is that of an earlier upload to overwrite; empty: a new one.
 
     Returns:
         The folder, `runs:/id/promotions/…`.
-
-    Raises:
-        TrackingError: the store cannot be reached.
     """
     root = f"runs:/{version.run_id}/"
     if not folder:
@@ -115,14 +110,7 @@ def upload_evidence(store: Store, version: Any, evidence: Evidence, record: Mapp
 def tag_version(store: Store, version: Any, record: Mapping[str, Any], folder: str) -> None:
     """Set the tags `promotion.…` of the version to the newest decision, and delete those of earlier decisions.
 
-    Args:
-        store: store of the version.
-        version: MLflow's entry of the challenger's version.
-        record: of the decision.
-        folder: in which it is stored. This tag is set last, so it says that all others are complete.
-
-    Raises:
-        TrackingError: the store cannot be reached.
+    The tag with the folder of the decision is set last, so it says that all others are complete.
     """
     by_task = {row["task"]: {key: value for key, value in row.items() if key != "task"} for row in record["tasks"]}
     environment = record["environment"]
@@ -146,17 +134,13 @@ def tag_version(store: Store, version: Any, record: Mapping[str, Any], folder: s
 def complete_tags(store: Store, version: Any, folder: str) -> dict[str, Any] | None:
     """Set the tags of a version whose promotion was interrupted after the alias had moved.
 
-    Args:
-        store: store of the version.
-        version: MLflow's entry of it.
-        folder: in which the evidence of its promotion is stored.
+    `folder` holds the evidence of its promotion.
 
     Returns:
         The answer of the interrupted command; None if the tags are complete.
 
     Raises:
         DataError: the stored decision cannot be read.
-        TrackingError: the store cannot be reached.
     """
     if version.tags.get(f"{PREFIX}evidence") == folder:
         return None

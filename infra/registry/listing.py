@@ -27,10 +27,7 @@ GIVEN = re.compile(r"results\.(.+)\.accuracy")
 def list_models(store: Store, name: str = "", on_progress: ProgressCallback | None = None) -> list[dict[str, Any]]:
     """Return one row for each version, the newest of each registered model first.
 
-    Args:
-        store: an open store.
-        name: one registered model; empty: all.
-        on_progress: called with (versions done, versions in total); opening their datasets takes time.
+    `name` selects one registered model; empty: all. Opening the datasets takes time.
 
     Raises:
         DataError: there is no registered model of that name; the message lists those that exist.

@@ -203,13 +203,7 @@ def _find_challenger(request: PromotionRequest, shot: int) -> Challenger:
 
 
 def _opponent(request: PromotionRequest, challenger: Challenger, aliased: str | None) -> str:
-    """Return the reference of the model to compare with; empty if there is none.
-
-    Args:
-        request: may name a model with `over`.
-        challenger: must be another version.
-        aliased: version that the alias points to.
-    """
+    """Return the reference of the model to compare with; empty if there is none."""
     champion = f"models:/{challenger.name}/{aliased}" if aliased else ""
     if request.over:
         with tracking_errors(challenger.store.uri):

@@ -29,6 +29,8 @@ from metagmvae.infra.tracking.store import Store, connect, paginate, versions_of
 from metagmvae.infra.tracking.tracking_errors import ignored, tracking_errors
 from metagmvae.pipelines.files import held_lock
 from metagmvae.pipelines.records import DataError
+from metagmvae.training.models.meta_learner import MetaLearner
+from metagmvae.training.trainer.package import LoadedModel, load_model, save_package
 
 PATIENCE_S = 120.0
 """Longest wait for another process that registers the same run."""
@@ -75,8 +77,6 @@ def register(
         DataError: there is no name, or no trained model in the folder.
         TrackingError: the store cannot be reached or refuses.
     """
-    from metagmvae.training.trainer.package import load_model
-
     name = check_model_name(name or tracking.register_as)
     check_alias_name(alias or tracking.alias)
     loaded = load_model(run_dir, shot=shot)
@@ -108,7 +108,7 @@ def _registering(run_dir: Path) -> Iterator[None]:
         raise TrackingError(f"{run_dir}: another process is registering it; try again later") from error
 
 
-def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str:
+def registered_version(store: Store, name: str, run_id: str, loaded: LoadedModel) -> str:
     """Return the version of a registered model that already holds this model of a run; empty if there is none.
 
     Raises:
@@ -123,7 +123,9 @@ def registered_version(store: Store, name: str, run_id: str, loaded: Any) -> str
     return ""
 
 
-def _create_version(store: Store, name: str, run_id: str, loaded: Any, tags: dict[str, str], run_dir: Path) -> str:
+def _create_version(
+    store: Store, name: str, run_id: str, loaded: LoadedModel, tags: dict[str, str], run_dir: Path
+) -> str:
     """Log the model in the run, and create a version of the registered model from it; return its number."""
     source, model_id = _log_model(store, run_id, name, loaded, tags, run_dir)
     with ignored("RESOURCE_ALREADY_EXISTS"):
@@ -165,11 +167,9 @@ def check_alias_name(alias: str) -> str:
 
 
 def _version_tags(
-    loaded: Any, run_dir: Path, run_id: str, shot: int | None, results: Mapping[str, Any]
+    loaded: LoadedModel, run_dir: Path, run_id: str, shot: int | None, results: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the tags of a version: settings, data, training and results of the model."""
-    from metagmvae.training.models.meta_learner import MetaLearner
-
     # The record says where the dataset was; the checkpoint does not.
     record = read_record(run_dir)
     tags = {
@@ -186,14 +186,12 @@ def _version_tags(
 
 
 def _log_model(
-    store: Store, run_id: str, name: str, loaded: Any, tags: dict[str, str], run_dir: Path
+    store: Store, run_id: str, name: str, loaded: LoadedModel, tags: dict[str, str], run_dir: Path
 ) -> tuple[str, str]:
     """Log the model package as an MLflow model of the run; return its location and its ID.
 
     Code and weights are text and safetensors; nothing is pickled.
     """
-    from metagmvae.training.trainer.package import save_package
-
     client = store.client
     experiment = client.get_run(run_id).info.experiment_id
     _delete_unregistered(store, experiment, run_id, name, tags)
@@ -227,20 +225,14 @@ def _delete_unregistered(store: Store, experiment: str, run_id: str, name: str, 
             client.delete_logged_model(left.model_id)
 
 
-def _model_type(loaded: Any) -> str:
-    from metagmvae.training.models.meta_learner import MetaLearner
-
+def _model_type(loaded: LoadedModel) -> str:
     return "few-shot classifier" if isinstance(loaded.model, MetaLearner) else "encoder"
 
 
-def save_pyfunc(path: Path, package: Path, loaded: Any, **ids: str) -> None:
+def save_pyfunc(path: Path, package: Path, loaded: LoadedModel, **ids: str) -> None:
     """Write a model package as an MLflow model, which MLflow loads and serves.
 
-    Args:
-        path: new folder.
-        package: folder of the model package, which is copied into it.
-        loaded: the model in the package.
-        ids: `model_id` and `run_id` of a model that is logged in a run.
+    The package is copied into it. `ids` are `model_id` and `run_id` of a model that is logged in a run.
     """
     mlflow = import_mlflow()
     from metagmvae.infra.registry.pyfunc_model import PACKAGE, example_request, model_signature

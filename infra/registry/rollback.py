@@ -18,10 +18,7 @@ from metagmvae.pipelines.records import DataError
 def roll_back(ref: str, alias: str, dry_run: bool = False) -> dict[str, Any]:
     """Undo the promotion of the version that an alias points to. The next call undoes the promotion before it.
 
-    Args:
-        ref: `models:/name` or `models:/name@alias`.
-        alias: used if the reference names none.
-        dry_run: only return what would be done.
+    `ref` is `models:/name` or `models:/name@alias`; `alias` is used if it names none.
 
     Raises:
         DataError: there is no version to go back to; says why.

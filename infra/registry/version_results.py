@@ -7,9 +7,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metagmvae.configs.schema import TrackingSettings
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.infra.registry.resolve import find_version
 from metagmvae.infra.runs.run_folder import RESULTS
 from metagmvae.infra.tracking.convert import MetricPoint
@@ -18,9 +19,6 @@ from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_results import result_metrics, write_result
 from metagmvae.infra.tracking.store import connect
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
-
-if TYPE_CHECKING:
-    from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 
 LOG = logging.getLogger(__name__)
 

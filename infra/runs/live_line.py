@@ -22,10 +22,7 @@ LOG_S = 30.0
 def progress_text(line: MetricLine, total_steps: int, accuracies: dict[str, float]) -> str:
     """Format stage, step, loss, validation accuracies, images per second and remaining time.
 
-    Args:
-        line: the newest metric line.
-        total_steps: steps of all stages.
-        accuracies: the newest validation accuracy of each task, between 0 and 1.
+    `accuracies` are the newest validation accuracies by task, between 0 and 1.
     """
     done = int(line["global_step"])
     elapsed = float(line["elapsed_s"])

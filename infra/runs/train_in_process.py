@@ -24,11 +24,6 @@ from metagmvae.training.trainer.stages import ModelKind, train
 def train_in_process(inputs: TrainingInputs, context: RunContext, kind: ModelKind) -> None:
     """Train until the last step.
 
-    Args:
-        inputs: settings, dataset and encoder of the run.
-        context: rank, world size, device, checkpoints and metric lines of this process.
-        kind: what is trained, the whole model or an encoder only.
-
     Raises:
         NonFiniteLossError: a step had a loss that is not finite; the last checkpoint is kept.
     """

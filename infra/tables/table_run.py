@@ -33,12 +33,8 @@ def run_table(
 ) -> dict[str, Any]:
     """Train and evaluate what has no result yet; return `ran`, `failed`, `left_out` and `done_before`.
 
-    Args:
-        request: arguments of the command.
-        parts: of the table.
-        given: datasets.
-        mapper: opens what runs the trainings as tasks; None: they run here, one after another.
-        dry_run: return `would_run` instead of `ran`, and write nothing.
+    `mapper` opens what runs the trainings as tasks; None: they run here, one after another. With `dry_run`, `would_run`
+    is returned instead of `ran`, and nothing is written.
 
     Raises:
         DataError: no dataset is given.

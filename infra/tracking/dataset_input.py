@@ -64,12 +64,7 @@ def log_model_metrics(
 ) -> None:
     """Log metrics of a run that belong to one of its models and to the data set of a record.
 
-    Args:
-        store: an open store.
-        run_id: the MLflow run.
-        model_id: the logged model; empty: none, see `logged_model_id`.
-        points: the metrics.
-        record: see `DatasetReference.of`.
+    An empty `model_id` stands for no model, see `logged_model_id`; for the record see `DatasetReference.of`.
     """
     reference = DatasetReference.of(record)
     dataset = {} if reference is None else {"dataset_name": reference.name, "dataset_digest": reference.digest}

@@ -9,14 +9,15 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.infra.runs.run_folder import CURSOR, EVALUATIONS, METRICS, RESULTS, read_lines
+from metagmvae.infra.tracking.mlflow_environment import TrackingError
+from metagmvae.infra.tracking.run_tracker import track
 from metagmvae.pipelines.files import write_json
 from metagmvae.pipelines.records import DataError
-
-if TYPE_CHECKING:
-    from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 
 LOG = logging.getLogger(__name__)
 
@@ -30,9 +31,6 @@ def save_results(run_dir: Path, split: str, results: Sequence[EpisodeResults], m
     Returns:
         Paths of the written files; empty if the folder cannot be written.
     """
-    from metagmvae.infra.tracking.mlflow_environment import TrackingError
-    from metagmvae.infra.tracking.run_tracker import track
-
     metric_lines = read_lines(run_dir / METRICS)
     step = int(metric_lines[-1]["global_step"]) if metric_lines else 0
     try:
@@ -66,8 +64,6 @@ def _write(
 
 def write_result(stem: Path, result: EpisodeResults, made_with: dict[str, Any]) -> list[Path]:
     """Write a result to `STEM.json`, and the accuracy of each episode to `STEM.parquet`; return the files."""
-    from metagmvae.evaluation.fewshot.baseline_tuning import baselines_summary
-
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".parquet")]
     write_json(files[0], result.summary() | baselines_summary([result]) | made_with)
     result.write_parquet(files[1])

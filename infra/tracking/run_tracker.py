@@ -35,11 +35,8 @@ class RunTracker(LiveTracker):
     ) -> None:
         """Prepare the tracker; `start` starts it.
 
-        Args:
-            run_dir: run folder; must hold `settings.json` when `start` is called.
-            tracking: MLflow store and experiment.
-            interval_s: seconds between uploads, and between samples of the machine.
-            artifact_interval_s: seconds between uploads of changed files before the last upload.
+        The machine is sampled and new lines are uploaded every `interval_s` seconds, changed files every
+        `artifact_interval_s`.
         """
         super().__init__(Path(run_dir).absolute(), tracking, interval_s)
         self.artifact_interval_s = artifact_interval_s

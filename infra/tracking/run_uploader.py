@@ -93,12 +93,7 @@ class RunUploader:
     ) -> None:
         """Read the status and the cursor.
 
-        Args:
-            run_dir: folder of a run or of a sweep.
-            store: an open store.
-            experiment: name of the MLflow experiment.
-            settings: become parameters of the MLflow run, and tags where they may change.
-            record: becomes tags of the MLflow run.
+        The settings become parameters of the MLflow run, and tags where they may change; the record becomes tags.
         """
         self.run_dir, self.store, self.client = run_dir, store, store.client
         self.experiment, self.settings, self.record = experiment, settings, record

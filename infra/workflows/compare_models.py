@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metagmvae.evaluation.comparison.formatting import Task, task_name
 from metagmvae.evaluation.comparison.result_files import read_recorded, same_model
@@ -14,17 +14,13 @@ from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Sco
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, EvaluatedModel
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.named_encoder import is_encoder_name
+from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import RESULTS
-from metagmvae.training.models.meta_learner import MetaLearner
-
-if TYPE_CHECKING:
-    from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
-    from metagmvae.pipelines.records import ProgressBar
-    from metagmvae.pipelines.shards.dataset import Dataset
-    from metagmvae.training.models.meta_learner import PredictionMode
-    from metagmvae.training.trainer.package import LoadedModel
-
+from metagmvae.pipelines.records import ProgressBar
+from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
+from metagmvae.training.trainer.package import LoadedModel
 
 OF_ENCODERS = (
     *(f"model.{key}" for key in ("encoder", "image_size", "normalise", "average", "channels", "rectified")),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import stat
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from metagmvae.pipelines.files import check_document, first_line
+from metagmvae.pipelines.files import check_document, first_line, replaced_file
 from metagmvae.pipelines.output_target import output_mode
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.trainer.checkpoint_checks import CheckpointSchema, check_archive, check_values
@@ -31,34 +28,18 @@ class CheckpointError(ValueError):
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: the path holds the complete old or the complete new file at any time.
+    """Write a checkpoint atomically, as `replaced_file`.
 
     Raises:
-        OSError: the folder cannot be written. The old file stays, and no temporary file is left behind.
+        OSError: as in `replaced_file`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = output_mode(path)  # a temporary file is readable for its owner only
-        os.chmod(temporary, 0o644 if mode is None else stat.S_IMODE(mode))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _write(state: dict[str, Any], file: IO[bytes]) -> None:
-    try:
-        torch.save({"version": VERSION, **state}, file)
-    except RuntimeError as error:  # PyTorch's writer of zip files raises its own error on a full disk
-        if isinstance(error.__context__, OSError):
-            raise OSError(error.__context__.errno, error.__context__.strerror) from error
-        raise
+    with replaced_file(Path(path), output_mode(path)) as file:
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:  # PyTorch's writer of zip files raises its own error on a full disk
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror) from error
+            raise
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
