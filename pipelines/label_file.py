@@ -1,13 +1,14 @@
-"""Reads a table with the class of each image file: CSV files as data sets and competitions publish them."""
+"""Reads a table with the class of each image file: CSV and JSON Lines files as data sets and competitions have them."""
 
 from __future__ import annotations
 
 import csv
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from metagmvae.pipelines.files import parse_json
 from metagmvae.pipelines.records import DataError, printable
 
 COLUMNS = {
@@ -17,6 +18,7 @@ COLUMNS = {
 }
 """Names of the columns; case, spaces, `-` and `_` are ignored. `split` may be missing."""
 DELIMITERS = ",;\t"
+JSON_LINES = (".jsonl", ".ndjson")
 SHOWN = 3
 """Names that an error shows."""
 
@@ -38,7 +40,7 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
     ways in which Unicode writes a letter with an accent are equal.
 
     Args:
-        path: the table, UTF-8, with commas, semicolons or tabs between the columns.
+        path: the table, UTF-8, with commas, semicolons or tabs between the columns; or `.jsonl`, an object a line.
         names: paths of the image files in their folder.
         groups: name of the column with the group of each image; None: there is none.
 
@@ -55,7 +57,7 @@ def read_labels(path: str | Path, names: Sequence[str], groups: str | None = Non
         places["group"] = _column(path, rows[0], groups)
     found: dict[str, LabelRow] = {}
     files, missing = _by_name(names), []
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in _numbered(path, rows):
         given = _label_row(path, number, row, rows[0], places, groups)
         file = row[places["file"]].strip()
         matches = files.get(_composed(file.replace("\\", "/").removeprefix("./")), [])
@@ -94,7 +96,7 @@ def read_row_labels(path: str | Path, count: int, groups: str | None = None) -> 
         places["group"] = _column(path, rows[0], groups)
     if len(rows) - 1 != count:
         raise DataError(f"{path}: {len(rows) - 1:,} rows for {count:,} vectors; give one for each, in their order")
-    return [_label_row(path, number, row, rows[0], places, groups) for number, row in enumerate(rows[1:], start=2)]
+    return [_label_row(path, number, row, rows[0], places, groups) for number, row in _numbered(path, rows)]
 
 
 def _label_row(
@@ -126,8 +128,11 @@ def plain_name(name: str) -> str:
 
 
 def _rows(path: Path) -> list[list[str]]:
+    """The heading and the rows of a CSV or JSON Lines file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() in JSON_LINES:
+                return _json_rows(path, file)
             heading = file.readline()
             delimiter = max(DELIMITERS, key=heading.count)
             file.seek(0)
@@ -139,6 +144,27 @@ def _rows(path: Path) -> list[list[str]]:
     if len(rows) < 2:
         raise DataError(f"{path}: has no rows below a heading; give a CSV file with the columns file and label")
     return rows
+
+
+def _numbered(path: str | Path, rows: Sequence[list[str]]) -> Iterable[tuple[int, list[str]]]:
+    """Rows below the heading with their numbers in the file, whose first row is the heading of a CSV file."""
+    return enumerate(rows[1:], start=1 if Path(path).suffix.lower() in JSON_LINES else 2)
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> list[list[str]]:
+    """Rows of JSON objects, one a line, as `metadata.jsonl` of Hugging Face has them; a missing value is empty."""
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found = parse_json(line, f"{path}: line {number}")
+            if not isinstance(found, dict):
+                raise DataError(f"{path}: line {number} is no JSON object; write {{…}} with the keys file and label")
+            objects.append(found)
+    heading = list(dict.fromkeys(key for found in objects for key in found))
+    rows = [["" if (value := found.get(key)) is None else str(value) for key in heading] for found in objects]
+    if not rows:
+        raise DataError(f"{path}: has no lines; write objects with the keys file and label")
+    return [heading, *rows]
 
 
 def _columns(path: str | Path, heading: Sequence[str], meanings: Sequence[str] = tuple(COLUMNS)) -> Mapping[str, int]:

@@ -11,10 +11,13 @@ from PIL import Image
 import metagmvae
 from metagmvae.infra.api.testing import check_source
 from metagmvae.infra.cli import main
-from metagmvae.pipelines.arrays.image_arrays import open_images
+from metagmvae.pipelines.arrays.file_rows import FileRows
+from metagmvae.pipelines.arrays.image_arrays import Columns, open_images
+from metagmvae.pipelines.arrays.numpy_images import read_numpy
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.sources.source import open_source
+from metagmvae.pipelines.sources.splits import SplitRequest, divide_groups
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 28, 28, 3), dtype=np.uint8)
 LABELS = np.arange(24) % 6
@@ -214,3 +217,53 @@ def test_the_seed_draws_other_classes_of_a_folder(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["division"].endswith(f"drawn with seed {seed}")
         drawn.add(tuple(Dataset.open(out).class_names("test")))
     assert len(drawn) > 1
+
+
+def test_objects_of_hugging_face_that_are_no_columns_are_refused_with_what_to_give(tmp_path):
+    """Rows of a dataset, a dataset of several splits, a stream; images that are not decoded are read."""
+    file = tmp_path / "0.png"
+    Image.fromarray(RGB[0]).save(file)
+    for images, reason in (
+        (
+            [{"image": Image.fromarray(RGB[0]), "label": 0}],
+            "image 0 is a row with image, label; give columns",
+        ),
+        ({"train": RGB, "test": RGB}, "images are a dict of train, test; give the images of one"),
+        (iter(RGB), "images are one .*, without a length; give a list of images"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            open_images(images)
+    images = [{"bytes": None, "path": str(file)}, {"bytes": file.read_bytes(), "path": None}]
+    first, second = (record.load() for record in open_images(images).splits["train"])
+    np.testing.assert_array_equal(first, second)
+
+
+def test_groups_of_images_are_kept_together(tmp_path):
+    groups = [number // 2 for number in range(len(LABELS))]
+    expected, said = divide_groups("", list(map(str, groups)), list(map(str, LABELS)), SplitRequest(), 2)
+    source = open_images(RGB, LABELS, groups=groups, seed=2)
+    assert source.files["division"] == f"{said}; the splits share classes"
+    found = {int(record.key): split for split, records in source.splits.items() for record in records}
+    assert [found[number] for number in range(len(LABELS))] == expected
+    np.savez(tmp_path / "a.npz", images=RGB, labels=LABELS, case=groups)
+    assert open_source("npz", str(tmp_path / "a.npz"), groups="case", seed=2).fingerprint == source.fingerprint
+    for options, reason in (
+        ({"groups": "x"}, "holds the arrays images, labels, case, and none is x; give the name of one"),
+        ({"groups": "case", "classes": False}, "--groups case divides classes, and --unlabelled takes none"),
+        ({"groups": "case", "label": "nothing"}, "and none is nothing"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            open_source("npz", str(tmp_path / "a.npz"), **options)
+    with pytest.raises(DataError, match="groups need classes; give labels"):
+        open_images(RGB, groups=groups)
+
+
+def test_arrays_of_other_names_are_chosen_and_parts_are_not_held_in_memory(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", front=RGB, back=255 - RGB, kind=LABELS, one=np.float32(3))
+    chosen = open_source("npz", str(tmp_path / "a.npz"), image="back", label="kind")
+    assert chosen.fingerprint == open_images(255 - RGB, LABELS).fingerprint
+    assert open_source("npz", str(tmp_path / "a.npz"), image="front").fingerprint == open_images(RGB).fingerprint
+    with pytest.raises(DataError, match="is a single value; give an array"):
+        open_source("npz", str(tmp_path / "a.npz"), image="one")
+    table = read_numpy(str(tmp_path / "a.npz"), Columns(True, "front", None, None))
+    assert all(isinstance(part, FileRows) for part in table.images.parts)

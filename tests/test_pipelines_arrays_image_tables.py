@@ -121,7 +121,7 @@ def test_wrong_files_are_one_line(tmp_path):
         with pytest.raises(DataError, match=reason):
             open_source("parquet", str(tmp_path / path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no .parquet or .arrow files"):
+    with pytest.raises(DataError, match=r"holds no \.parquet or \.arrow files"):
         open_source("parquet", str(tmp_path / "empty"))
     (tmp_path / "a.parquet").unlink()
     pq.write_table(table(range(4)), tmp_path / "a.parquet")
@@ -138,3 +138,53 @@ def test_a_folder_of_other_files_names_what_reads_them(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"; \.parquet files: prepare parquet; \.tar files: give one of them$"):
         open_source("folder", str(tmp_path))
+
+
+def save_to_disk(folder, rows):
+    """What `datasets` writes: a stream, its description, and beside it a result of `map`."""
+    folder.mkdir(parents=True)
+    for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=3)
+    (folder / "state.json").write_text("{}")
+
+
+def test_the_folder_of_save_to_disk_is_read_without_results_of_map(tmp_path):
+    save_to_disk(tmp_path / "ds" / "train", table(range(24)))
+    save_to_disk(tmp_path / "ds" / "test", table(range(24, 40)))
+    source = open_source("parquet", str(tmp_path / "ds"), size=8)
+    assert content(source) == [(r, NAMES[r % 4]) for r in range(40)]
+    assert content(pickle.loads(pickle.dumps(source))) == content(source)
+    assert source.files["files"] == {"seen": 6, "read": 2, "left_out": 4}
+    assert {row["reason"]: row["files"] for row in source.files["left_out"]} == {
+        "holds results of `datasets`": 2,
+        "is no table": 2,
+    }
+    # The rows are read in the order of the file names: test, train.
+    pq.write_table(pa.concat_tables([table(range(24, 40)), table(range(24))]), tmp_path / "all.parquet")
+    assert open_source("parquet", str(tmp_path / "all.parquet"), size=8).fingerprint == source.fingerprint
+    pq.write_table(table(range(4)), tmp_path / "ds" / "a.parquet")
+    with pytest.raises(DataError, match=r"holds \.parquet and \.arrow files; give the folder of one kind"):
+        open_source("parquet", str(tmp_path / "ds"))
+    with pytest.raises(DataError, match=r"; \.arrow files: prepare parquet; \.parquet files: prepare parquet$"):
+        open_source("folder", str(tmp_path / "ds"))
+
+
+def test_groups_are_a_column(tmp_path):
+    rows = table(range(40)).append_column("shop", pa.array([r // 4 for r in range(40)]))
+    pq.write_table(rows, tmp_path / "a.parquet")
+    source = open_source("parquet", str(tmp_path / "a.parquet"), size=8, groups="shop")
+    shops = [{int(record.key) // 4 for record in records} for records in source.splits.values()]
+    assert sorted(shop for part in shops for shop in part) == list(range(10))
+    assert source.report["classes"] == {"train": 4, "validation": 4, "test": 4}
+    with pytest.raises(DataError, match=r"no column brand .*; name it with --groups COLUMN"):
+        open_source("parquet", str(tmp_path / "a.parquet"), groups="brand")
+    with pytest.raises(DataError, match="the column title is string; give one of contents of image files"):
+        open_source("parquet", str(tmp_path / "a.parquet"), image="title")
+
+
+def test_images_of_which_only_the_path_is_stored_are_refused(tmp_path):
+    pq.write_table(without(table(range(4)), "image", {"bytes": None, "path": "x/3.png"}), tmp_path / "a.parquet")
+    reason = "row 3 has no image file in the column image, only the path x/3.png; save the files in it, as"
+    with pytest.raises(DataError, match=reason):
+        open_source("parquet", str(tmp_path / "a.parquet"))

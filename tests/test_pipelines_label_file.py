@@ -37,6 +37,32 @@ def test_files_are_named_by_path_name_or_stem(tmp_path, text):
     assert read_labels(table(tmp_path, text), NAMES) == expected
 
 
+def test_json_lines_are_read_as_the_csv_file_with_the_same_rows(tmp_path):
+    """`metadata.jsonl` of Hugging Face: numbers, missing values, keys in another order."""
+    path = tmp_path / "metadata.jsonl"
+    lines = [
+        '{"file_name": "a/1.png", "label": 3, "patient": "p", "score": 0.5}',
+        "",
+        '{"label": "y", "file_name": "2.png", "patient": 7, "box": [1, 2]}',
+    ]
+    path.write_text("\n".join(lines))
+    assert read_labels(path, NAMES) == {"a/1.png": ("3", "", ""), "a/2.png": ("y", "", "")}
+    assert {row.group for row in read_labels(path, NAMES, "Patient").values()} == {"p", "7"}
+    for text, reason in (
+        ('{"file_name": "a/1.png", "label": "x"}\n[1]', "line 2 is no JSON object; write {"),
+        ('{"file_name": "a/1.png", "label"', "line 1: not valid JSON"),
+        ('{"file_name": "a/1.png"}', "no column of file_name can be label"),
+        ('{"file_name": "a/1.png", "label": "x"}\n{"file_name": "2.png"}', r"row 2 \(2.png\) has no class"),
+        ('{"file_name": "a/1.png", "label": "x"}\n{"file_name": "2.png", "label": null}', "has no class; complete"),
+        ("\n", "has no lines; write objects with the keys file and label"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=reason) as caught:
+            read_labels(path, NAMES)
+        assert str(caught.value).startswith(str(path))
+        assert "\n" not in str(caught.value)
+
+
 def test_a_path_comes_before_shorter_names(tmp_path):
     """`1.png` is a path and also the name of another file; `a` is a name and the stem of a third one."""
     names = ["1.png", "a/1.png", "b/a", "c/a.png"]
@@ -153,3 +179,14 @@ def test_classes_of_the_table_are_divided_and_checked_like_folders(tmp_path):
             open_source("folder", folder, size=8, labels=labels)
     with pytest.raises(DataError, match="--labels gives classes and --unlabelled takes none"):
         open_source("folder", folder, size=8, labels=labels, classes=False)
+
+
+def test_a_folder_with_the_table_of_hugging_face_says_that_it_was_not_read(tmp_path):
+    for number in range(4):
+        Image.fromarray(np.full((8, 8), 60 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{n}.png,{'ab'[n % 2]}\n" for n in range(4)))
+    plain = open_source("folder", str(tmp_path), size=8)
+    assert plain.files["labels"] == "metadata.csv may hold the classes: --labels metadata.csv reads them"
+    labelled = open_source("folder", str(tmp_path), size=8, labels=str(tmp_path / "metadata.csv"))
+    assert "labels" not in labelled.files
+    assert labelled.report["classes"] == {"train": 2}

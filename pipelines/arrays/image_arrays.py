@@ -60,8 +60,11 @@ def open_images(
     """
     request = SplitRequest(fractions, validation_classes, test_classes)
     request.check(labels is not None)
-    if not hasattr(images, "__len__"):
-        raise DataError(f"images are one {type(images).__name__}, without a length; give a list")
+    if not hasattr(images, "__len__"):  # a stream of Hugging Face, for example
+        raise DataError(f"images are one {type(images).__name__}, without a length; give a list of images")
+    if isinstance(images, Mapping):
+        parts = ", ".join(map(str, images))
+        raise DataError(f"images are a {type(images).__name__} of {parts}; give the images of one, such as its column")
     if not len(images):
         raise DataError("there are no images; give at least one")
     if hasattr(images, "iloc"):  # a column of pandas, whose numbers may be those of a larger table
@@ -197,8 +200,12 @@ def load_item(images: Items, number: int, *, preprocessing: Preprocessing) -> np
 
 def _as_image(item: Any, name: str) -> np.ndarray | Image.Image | bytes:
     """An array as uint8 (C, H, W); the content of a file; an image of Pillow as it is."""
-    if isinstance(item, Mapping) and isinstance(item.get("bytes"), bytes):  # of Hugging Face, not decoded
-        item = item["bytes"]
+    if isinstance(item, Mapping):  # of Hugging Face: an image that is not decoded, or a row
+        content = item.get("bytes") or item.get("path")
+        if content is None:
+            columns = ", ".join(map(str, item))
+            raise DataError(f"{name} is a row with {columns}; give columns: images=data[NAME], labels=data[NAME]")
+        item = content
     if isinstance(item, bytes | Image.Image):
         return item
     if isinstance(item, str | os.PathLike):

@@ -20,7 +20,7 @@ from metagmvae.pipelines.sources.image_files import files_report
 
 CACHE = "cache-"
 """Beginning of the names of Arrow files into which `datasets` writes the results of `map` beside a dataset."""
-EMBED = "save the files in it, with Dataset.to_parquet of Hugging Face"
+EMBED = "save the files in it, as Dataset.save_to_disk of Hugging Face does"
 
 
 def read_tables(source: str, columns: Columns) -> ImageTable:

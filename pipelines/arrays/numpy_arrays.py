@@ -16,7 +16,7 @@ import numpy as np
 
 from metagmvae.pipelines.arrays.file_rows import FileRows, Order, unpack_rows
 from metagmvae.pipelines.files import open_file
-from metagmvae.pipelines.records import DataError, printable
+from metagmvae.pipelines.records import DataError
 
 NO_OBJECTS = "Python objects, such as pickle files, are never read"
 ERRORS = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -46,8 +46,6 @@ def open_array(path: Path, name: str) -> FileRows:
         else:
             with open_file(path) as file:
                 rows = member_rows(path, file, archive, archive.getinfo(f"{name}.npy"))
-    if not rows.shape:
-        raise DataError(f"{path}: {printable(name)} is a single value; give an array")
     return rows
 
 
@@ -111,7 +109,9 @@ def _header(file: IO[bytes], where: object) -> tuple[tuple[int, ...], Order, np.
     shape, by_column, dtype = read(file)
     if dtype.hasobject:
         raise DataError(f"{where}: holds Python objects; save arrays of numbers and words ({NO_OBJECTS})")
-    if shape and min(shape) < 0:
+    if not shape:
+        raise DataError(f"{where}: is a single value; give an array")
+    if min(shape) < 0:
         raise ValueError(f"the shape is {shape}")
     return shape, "F" if by_column else "C", dtype
 

@@ -14,7 +14,7 @@ from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
 from metagmvae.pipelines.sources.source import first_few
 
-KINDS = {".parquet": "prepare parquet", ".npz": "prepare npz", ".npy": "prepare npz"}
+KINDS = {".parquet": "prepare parquet", ".arrow": "prepare parquet", ".npz": "prepare npz", ".npy": "prepare npz"}
 KINDS |= dict.fromkeys((".tar", ".zip"), "give one of them")
 """What reads files that are no images, by suffix."""
 EXAMPLES = 5

@@ -250,7 +250,9 @@ def divide_groups(
         split_of_group[group] = split
         lacking[split].subtract(images[group])
     if empty := [split for split in lacking if split not in split_of_group.values()]:
-        raise DataError(f"{source}: has {len(images)} groups, which leave none for {empty[0]}; change the fractions")
+        raise DataError(
+            f"{source}: has {len(images)} groups, which leave none for {empty[0]}; give more, or other fractions"
+        )
     counts = Counter(split_of_group.values())
     numbers = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
     return [split_of_group[group] for group in group_of], f"{numbers} of {len(images):,} groups, drawn with seed {seed}"
