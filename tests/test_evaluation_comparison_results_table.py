@@ -129,7 +129,22 @@ def test_a_record_of_the_wrong_type_is_one_line(tmp_path, table, file, good):
 def test_file_of_another_task_than_its_name_says_is_refused(tmp_path):
     write(tmp_path, "a", way=3)
     (tmp_path / "a-3way-1shot.json").rename(tmp_path / "a-5way-1shot.json")
-    with pytest.raises(DataError, match="its result is not 5-way 1-shot, as its name says"):
+    with pytest.raises(
+        DataError, match=r"a-5way-1shot.json: its result is of \(3,1\), not as its name says; rename it"
+    ):
+        results_table(tmp_path, ["a"])
+
+
+def test_one_file_may_hold_several_tasks_and_trainings_a_file_each(tmp_path):
+    write(tmp_path, "a-seed0", shot=1, accuracy=0.8)
+    write(tmp_path, "a-seed0", shot=5, accuracy=0.9)
+    result = json.loads((tmp_path / "a-seed0-5way-1shot.json").read_text())
+    rows = [result | {"shot": 1, "accuracy": 0.82}, result | {"shot": 5, "accuracy": 0.96}]
+    (tmp_path / "a-seed1.json").write_text(json.dumps(result | {"rows": rows}))
+    table = results_table(tmp_path, ["a"])
+    assert row(table, "**`a`**") == "| **`a`** (transductive, 2 trainings) | 81.00 ± 1.41 | 93.00 ± 4.24 |"
+    write(tmp_path, "a-seed1", shot=5, accuracy=0.9)
+    with pytest.raises(DataError, match=r"a-seed1.json: another file has a result of \(5,5\) too; remove one of them"):
         results_table(tmp_path, ["a"])
 
 

@@ -198,21 +198,28 @@ def _settings(baseline: RecordedBaseline | None) -> str:
 def results_by_task(results: Path, name: str) -> ByTask:
     """Read the results of a name, one or one for each training, by task; empty if there are none.
 
+    The files are `NAME-5way-1shot.json` and so on, or `NAME.json` for several tasks, with `-seed0` and so on after the
+    name for several trainings.
+
     Raises:
-        DataError: a file is not a result, or is of another task than its name says.
+        DataError: a file is not a result, is of another task than its name says, or of one that another file has.
     """
-    pattern = re.compile(rf"{re.escape(name)}(-seed\d+)?-(\d+)way-(\d+)shot\.json")
-    files: dict[Task, dict[str, Path]] = {}
+    pattern = re.compile(rf"{re.escape(name)}(-seed\d+)?(?:-(\d+)way-(\d+)shot)?\.json")
+    by_task: dict[Task, dict[str, RecordedResult]] = {}
     for path in sorted(results.glob("*.json")):
-        if match := pattern.fullmatch(path.name):
-            files.setdefault((int(match[2]), int(match[3])), {})[match[1] or ""] = path
-    by_task = {}
-    for task, trainings in sorted(files.items()):
-        paths = [trainings[""]] if "" in trainings else list(trainings.values())
-        by_task[task] = [result for path in paths for result in read_results(path) if (result.way, result.shot) == task]
-        if len(by_task[task]) != len(paths):
-            raise DataError(f"{paths[0]}: its result is not {task[0]}-way {task[1]}-shot, as its name says; rename it")
-    return by_task
+        if not (match := pattern.fullmatch(path.name)):
+            continue
+        for result in read_results(path):
+            task, training = (result.way, result.shot), match[1] or ""
+            if match[2] and task != (int(match[2]), int(match[3])):
+                raise DataError(f"{path}: its result is of {task_name(task)}, not as its name says; rename it")
+            if training in by_task.setdefault(task, {}):
+                raise DataError(f"{path}: another file has a result of {task_name(task)} too; remove one of them")
+            by_task[task][training] = result
+    return {
+        task: [trainings[""]] if "" in trainings else list(trainings.values())
+        for task, trainings in sorted(by_task.items())
+    }
 
 
 def _require(results: Path, name: str) -> ByTask:
@@ -220,7 +227,7 @@ def _require(results: Path, name: str) -> ByTask:
         return by_task
     if not results.is_dir():
         raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
-    files = (re.fullmatch(r"(.+?)(?:-seed\d+)?-\d+way-\d+shot\.json", path.name) for path in results.iterdir())
+    files = (re.fullmatch(r"(.+?)(?:-seed\d+)?(?:-\d+way-\d+shot)?\.json", path.name) for path in results.iterdir())
     hint = did_you_mean(similar(name, sorted({"flips", *(match[1] for match in files if match)})))
     raise DataError(f"{results}: no result of {name!r}{hint or f'; expected {name}-5way-1shot.json or similar'}")
 
