@@ -77,9 +77,7 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae table 1 --run --data data/omniglot --budget 5m"
     description = "print recorded results as a Markdown table: of models, or Table 1, 2 or 10 of the paper, or flips"
     parser = add_command(parsers, "table", table, description, example, "the same command continues")
-    help_text = (
-        "name of a model; its results are in NAME.json, or in NAME-5way-1shot.json and so on. Or 1, 2 or 10: this "
-    )
+    help_text = "name of a model; its results are in NAME.json, or in NAME-5way-1shot.json and so on. Or 1, 2 or "
     help_text += (
         "table of the paper, with the results in the folder whose settings are those of its rows. Or flips: the "
     )
