@@ -77,11 +77,11 @@ def add(parsers: Parsers) -> None:
     example = "metagmvae table 1 --run --data data/omniglot --budget 5m"
     description = "print recorded results as a Markdown table: of models, or Table 1, 2 or 10 of the paper, or flips"
     parser = add_command(parsers, "table", table, description, example, "the same command continues")
-    help_text = "name of a model; its results are in NAME.json, or in NAME-5way-1shot.json and so on. Or 1, 2 or "
+    help_text = "name of a model; its results are in NAME.json, or in NAME-5way-1shot.json and so on. Or 1, 2 or 10: "
     help_text += (
-        "table of the paper, with the results in the folder whose settings are those of its rows. Or flips: the "
+        "this table of the paper, with the results in the folder whose settings are those of its rows. Or flips: "
     )
-    help_text += "differences between the paper and its published code, each alone, compared on the same episodes"
+    help_text += "the differences between the paper and its published code, each alone, compared on the same episodes"
     parser.add_argument("names", metavar="NAME|1|2|10|flips", nargs="*", help=help_text)
     help_text = "folder of the result files (default: evaluation/results)"
     parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
