@@ -138,7 +138,18 @@ def choose_settings(
     if validation is None or note:
         kind, chosen = next(run.candidates())
         return kind, chosen, Tuning(run.settings(kind, chosen), note=note)
-    return _tune(run, validation, trial_task, advance)
+    protocol = {"split": validation.split, "episodes": trial_task["episodes"], "seed": trial_task["seed"]}
+    trials = []
+    for kind, settings in run.candidates():
+        result = run.evaluate(validation.by_kind[kind], validation.labels, **settings, **trial_task)
+        trials.append((result, kind, settings))
+        advance()
+    _, kind, settings = max(trials, key=lambda trial: trial[0].mean)  # the first of equal ones
+    rows = tuple(
+        {"settings": run.settings(kind, settings), "accuracy": result.mean, "ci95": result.ci95}
+        for result, kind, settings in trials
+    )
+    return kind, settings, Tuning(run.settings(kind, settings), rows, protocol)
 
 
 def _trial_task(task: Mapping[str, int]) -> dict[str, int]:
@@ -170,24 +181,6 @@ def _cannot_tune(validation: SplitFeatures | None, task: Mapping[str, int]) -> s
     except DataError as error:
         return f"defaults: the split {validation.split!r} is too small ({str(error).partition(';')[0]})"
     return ""
-
-
-def _tune(
-    run: TunedBaseline, validation: SplitFeatures, task: Mapping[str, int], advance: Callable[[], None]
-) -> tuple[str, dict[str, Any], Tuning]:
-    """Return the kind of features, the settings and the record of the choice."""
-    protocol = {"split": validation.split, "episodes": task["episodes"], "seed": task["seed"]}
-    trials = []
-    for kind, settings in run.candidates():
-        result = run.evaluate(validation.by_kind[kind], validation.labels, **settings, **task)
-        trials.append((result, kind, settings))
-        advance()
-    _, kind, settings = max(trials, key=lambda trial: trial[0].mean)  # the first of equal ones
-    rows = tuple(
-        {"settings": run.settings(kind, settings), "accuracy": result.mean, "ci95": result.ci95}
-        for result, kind, settings in trials
-    )
-    return kind, settings, Tuning(run.settings(kind, settings), rows, protocol)
 
 
 def baselines_summary(results: Sequence[EpisodeResults]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -100,22 +101,20 @@ def fit_calibration(
     head = None
     if isinstance(model, HeadModel):
         features = SplitFeatures(data.split, data.labels, {"scaled": data.h_nF})
-        sizes = [(way, shot, _queries(data.labels, shot, plan)) for way, shot in tasks]
-        head = fit_head(model, features, sizes, plan.seed)
+        head = fit_head(model, features, tasks, plan.seed)
         model = HeadModel(model, head)
     maps, backgrounds = [], []
-    may_be_open, classes = plan.background and model.has_background, _smallest_and_classes(data.labels)[1]
-    for way in dict.fromkeys(way for way, _ in tasks if may_be_open and way >= classes):
+    may_be_open, classes = plan.background and model.has_background, len(np.unique(data.labels))
+    for way in dict.fromkeys(way for way, _, _ in tasks if may_be_open and way >= classes):
         LOG.warning(
             "no level for `classify --unknown` was fitted with way %d: the split has %d classes, and some must have no "
             "labelled images; lower --way, or give more classes",
             way,
             classes,
         )
-    steps = [(way, shot, mode) for way, shot in tasks for mode in model.modes]
+    steps = list(product(tasks, model.modes))
     with progress("calibration") as on_progress:
-        for done, (way, shot, mode) in enumerate(steps, start=1):
-            query = _queries(data.labels, shot, plan)
+        for done, ((way, shot, query), mode) in enumerate(steps, start=1):
             task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": plan.seed}
             maps.append(_fit(model, adapt, data, task, mode, plan.episodes))
             if may_be_open and (fit := _fit_background(model, adapt, data, task, mode, plan.episodes)):
@@ -141,7 +140,7 @@ def _data(
         dataset.split(split)
     if name in dataset.splits:
         labels = dataset.labels(name)
-        if _smallest_and_classes(labels)[1] >= 2:
+        if len(np.unique(labels)) >= 2:
             return _Data("labelled classes", name, encode_split(loaded.model, dataset, name, device), labels)
     if split is not None:
         raise DataError(f"{dataset.uri}: the split {split!r} has fewer than two classes of two images; choose another")
@@ -151,18 +150,13 @@ def _data(
     return _Data("augmented images", train, *drawn)
 
 
-def _smallest_and_classes(labels: np.ndarray) -> tuple[int, int]:
-    """Images of the smallest class, and the number of classes."""
-    counts = np.unique(labels, return_counts=True)[1]
-    return (int(counts.min()), len(counts)) if len(counts) else (0, 0)
-
-
-def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int, int]]:
-    """Ways and shots of the plan, lowered to the classes of the split and to one image less than the smallest has.
+def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int, int, int]]:
+    """Ways, shots and queries of the plan, lowered to the classes of the split and to the images of the smallest.
 
     A line is logged about each number that is lowered.
     """
-    smallest, classes = _smallest_and_classes(labels)
+    counts = np.unique(labels, return_counts=True)[1]
+    smallest, classes = int(counts.min()), len(counts)
     if smallest < 2:
         raise DataError("calibration needs two images of each class, and a class has one; leave small classes out")
     limits = [("way", way, classes) for way in plan.ways]
@@ -173,11 +167,7 @@ def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int
             LOG.warning("calibration with %s %d instead of %d: the classes do not allow more", name, most, wanted)
     ways = dict.fromkeys(min(way, classes) for way in plan.ways)
     shots = dict.fromkeys(min(shot, smallest - 1) for shot in plan.shots)
-    return [(way, shot) for way in ways for shot in shots]
-
-
-def _queries(labels: np.ndarray, shot: int, plan: CalibrationPlan) -> int:
-    return min(plan.query, _smallest_and_classes(labels)[0] - shot)
+    return [(way, shot, min(plan.query, smallest - shot)) for way in ways for shot in shots]
 
 
 def _fit(
@@ -192,7 +182,7 @@ def _fit_background(
     model: MetaLearner, adapt: AdaptSettings, data: _Data, task: dict[str, Any], mode: PredictionMode, episodes: int
 ) -> FittedBackground | None:
     """Fit on episodes with as many classes without labelled images as with; None if the split has too few classes."""
-    open_classes = min(task["way"], _smallest_and_classes(data.labels)[1] - task["way"])
+    open_classes = min(task["way"], len(np.unique(data.labels)) - task["way"])
     if open_classes < 1:
         return None
     sampler = QuerySampler(data.labels, **task, open_classes=open_classes)

@@ -76,9 +76,11 @@ class Predictor:
         """
         try:
             params = dict(params or {})
-            images = self._images(list(model_input[inputs_key(self.loaded)]), params)
+            key = inputs_key(self.loaded)
+            depth = 1 if self.loaded.model.takes_vectors else 3
+            images = self._images(request_values(model_input[key], depth), params)
             if "label" in model_input:
-                return self._probabilities(images, list(model_input["label"]), params)
+                return self._probabilities(images, request_values(model_input["label"], 0), params)
             if isinstance(self.loaded.model, HeadModel):
                 return encode_images(self.loaded.model, images, self.device).double().cpu().numpy()
             raise DataError("no label: give one per image, -1 or null for the images to classify")
@@ -87,14 +89,20 @@ class Predictor:
 
     def _images(self, values: list[Any], params: dict[str, Any]) -> np.ndarray:
         """The images of a request as the model takes them, uint8 (n, C, H, W); or the vectors, float32 (n, F, 1, 1)."""
+        if not values:
+            raise DataError(f"there are no {inputs_key(self.loaded)}; give labelled ones, and those to classify")
         if self.loaded.model.takes_vectors:
             try:
                 return vectors_as_images(self.loaded.model, np.asarray(values), "vectors")
             except ValueError as error:
                 raise DataError(str(error) if isinstance(error, DataError) else "vectors differ in length") from error
-        if values and all(isinstance(value, str | bytes) for value in values):
+        files = [isinstance(value, str | bytes) for value in values]
+        if all(files):
             params.pop("preprocessed", None)
             return decode_files(self.loaded, values)
+        if any(files):
+            number = files.index(False)
+            raise DataError(f"image {number} is no file, and others are; give files in base64 only, or arrays only")
         return preprocess(self.loaded, check_images(values, self.loaded.image_shape), params)
 
     def _probabilities(self, images: np.ndarray, labels: list[Any], params: dict[str, Any]) -> np.ndarray:
@@ -121,6 +129,27 @@ class FewShotModel(Predictor, PythonModel):
 def inputs_key(loaded: LoadedModel) -> str:
     """Key of a request that holds what the model takes."""
     return "vectors" if loaded.model.takes_vectors else "images"
+
+
+def request_values(column: Sequence[Any], depth: int) -> list[Any]:
+    """Return what a request gives for a key, one value per image.
+
+    MLflow puts all values of a key into one row if they are all words, or if the keys have different numbers of values.
+
+    Args:
+        column: of MLflow.
+        depth: dimensions of a value that is an array of numbers; words have none.
+    """
+    values = list(column)
+    if len(values) != 1 or not isinstance(values[0], list | np.ndarray):
+        return values
+    try:
+        only = np.asarray(values[0])
+    except ValueError:  # arrays of different shapes
+        return list(values[0])
+    if only.ndim == 0:
+        return [only.item()]
+    return list(values[0]) if not only.size or only.ndim > (depth if only.dtype.kind in "uif" else 0) else values
 
 
 def _mode(name: str) -> PredictionMode:

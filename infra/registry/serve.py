@@ -93,7 +93,7 @@ def scoring_app(loaded: LoadedModel) -> Any:
 
 
 class ShortErrors:
-    """The scoring server with errors that say the reason only.
+    """The scoring server with errors that are JSON and say the reason only.
 
     MLflow repeats the request, with all its images, in the message of an error, and gives no reason at all for JSON
     that is nested too deeply and for requests that are cancelled when the server ends.
@@ -118,8 +118,16 @@ class ShortErrors:
             else:
                 body += message.get("body", b"")
 
+        gone = False
+
+        async def watch() -> Message:
+            nonlocal gone
+            message: Message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
+
         try:
-            await self.app(scope, receive, hold_error)
+            await self.app(scope, watch, hold_error)
         except RecursionError:
             start, body = {"status": 400}, _error("BAD_REQUEST", "the JSON is nested too deeply; send a flat request")
         except asyncio.CancelledError:
@@ -127,11 +135,16 @@ class ShortErrors:
                 raise
             reason = "the server is stopping; send the request again to another one"
             start, body = {"status": 503}, _error("TEMPORARILY_UNAVAILABLE", reason)
+        except Exception:
+            if not gone:
+                raise
+            LOG.debug("a client went away before its request was complete")
+            return
         if start is not None:
             body = short_message(body)
-            kept = [(name, value) for name, value in start.get("headers", []) if name.lower() != b"content-length"]
-            headers = kept or [(b"content-type", b"application/json")]
-            headers.append((b"content-length", str(len(body)).encode()))
+            replaced = (b"content-length", b"content-type")
+            headers = [(name, value) for name, value in start.get("headers", []) if name.lower() not in replaced]
+            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             await send({"type": "http.response.start", "status": start["status"], "headers": headers})
             await send({"type": "http.response.body", "body": body})
 
@@ -141,16 +154,20 @@ def _error(code: str, message: str) -> bytes:
 
 
 def short_message(body: bytes) -> bytes:
-    """Return the body of an error of MLflow without the request that its message repeats; other bodies as they are."""
+    """Return the body of an error of MLflow as one JSON object, without the request that its message repeats."""
     try:
         error = json.loads(body)
-        message = error["message"]
-    except (ValueError, TypeError, KeyError):
-        return body
-    if not isinstance(message, str):
-        return body
-    if message.startswith("Failed to predict data "):
-        message = message.rpartition("\nError: ")[2]
+    except ValueError:
+        error = body.decode(errors="replace")
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return _error("BAD_REQUEST", error if isinstance(error, str) else body.decode(errors="replace"))
+    message = error["message"]
+    for beginning, reason in (
+        ("Failed to predict data ", "\nError: "),
+        ("Failed to enforce schema of data ", ". Error: "),
+    ):
+        if message.startswith(beginning):
+            message = message.rpartition(reason)[2]
     return json.dumps(error | {"message": message.partition("\nInput: ")[0]}).encode()
 
 

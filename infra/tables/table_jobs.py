@@ -46,6 +46,16 @@ class Evaluation:
         return "".join(f"-{_slug(part)}" for part in parts) + f"-{self.way}way-{self.shot}shot.json"
 
 
+class TableCell(NamedTuple):
+    """A row at a column, for which there is a recipe."""
+
+    row: TableRow
+    column: Column
+    recipe: Recipe
+    paired: bool
+    """Whether its table compares the accuracies of the episodes with those of a base row."""
+
+
 class PlannedSteps(NamedTuple):
     """Steps of a training, and after how many a checkpoint is written."""
 
@@ -112,7 +122,8 @@ def _plan_seed(
     left_out: dict[tuple[str, str], dict[str, str]] = {}
     failed: dict[tuple[str, str], dict[str, str]] = {}
     done = 0
-    for row, column, recipe, paired in _cells(parts):
+    for cell in _cells(parts):
+        row, column, recipe, paired = cell
         label = {"system": row.name, "settings": recipe.label}
         key = (row.key, recipe.label)
         if all(g.images.name != column.dataset for g in given):
@@ -131,7 +142,7 @@ def _plan_seed(
         if data is None:
             left_out[key] = label | {"reason": f"needs a dataset of {kind} of {column.dataset}: give it with --data"}
             continue
-        recorded = recorded_results(folder, recipe, column, row.mode, data, request, settings)
+        recorded = recorded_results(folder, cell, data, request, settings)
         if any(_is_enough(item, request, settings.train.seed, paired) for item in recorded):
             done += 1
             continue
@@ -145,11 +156,10 @@ def _plan_seed(
     return JobList(tuple(ordered), tuple(left_out.values()), tuple(failed.values()), done)
 
 
-def _cells(parts: Sequence[TablePart]) -> Iterator[tuple[TableRow, Column, Recipe, bool]]:
-    """Each cell, and whether its table compares the accuracies of the episodes with those of a base row."""
+def _cells(parts: Sequence[TablePart]) -> Iterator[TableCell]:
     for part in parts:
         for row in part.rows:
-            yield from ((row, column, recipe, part.base is not None) for column, recipe in row.recipes.items())
+            yield from (TableCell(row, column, recipe, part.base is not None) for column, recipe in row.recipes.items())
 
 
 def _data_kind(settings: Settings) -> str:
@@ -164,27 +174,17 @@ def _cost(settings: Settings) -> int:
 
 
 def recorded_results(
-    folder: ResultFolder,
-    recipe: Recipe,
-    column: Column,
-    mode: EvalMode,
-    data: GivenData,
-    request: TableRequest,
-    settings: Settings,
+    folder: ResultFolder, cell: TableCell, data: GivenData, request: TableRequest, settings: Settings
 ) -> list[FoundResult]:
     """Return the results of a cell on this data, with this budget and with the costs that `--set` names.
 
-    Args:
-        folder, recipe, column, mode: as `results_of`.
-        data: dataset.
-        request: of the command.
-        settings: of the row, with the changes of the request.
+    `settings` are those of the row, with the changes of the request.
     """
     costs = cost_settings(settings.model_dump(mode="json"))
     named = [key for key in costs if any(text.partition("=")[0].strip() == key for text in request.overrides)]
     return [
         item
-        for item, _ in results_of(folder, recipe, column, mode, [data.images], request.budget_s)
+        for item, _ in results_of(folder, cell.recipe, cell.column, cell.row.mode, [data.images], request.budget_s)
         if item.result.data_fingerprint == data.dataset.fingerprint
         and all(item.costs[key] == costs[key] for key in named)
     ]
@@ -195,10 +195,10 @@ def recorded_steps(
 ) -> PlannedSteps | None:
     """Return the steps that the trainings of tables with a base row have, from a result; None: there is none yet."""
     with_base = [replace(part, rows=(part.base, *part.rows)) for part in parts if part.base]
-    for row, column, recipe, _ in _cells(with_base):
-        settings = load_settings(recipe.preset, [*recipe.overrides, *recipe.adapt, *request.overrides])
+    for cell in _cells(with_base):
+        settings = load_settings(cell.recipe.preset, [*cell.recipe.overrides, *cell.recipe.adapt, *request.overrides])
         for data in given:
-            for item in recorded_results(folder, recipe, column, row.mode, data, request, settings):
+            for item in recorded_results(folder, cell, data, request, settings):
                 tree = item.result.settings
                 return PlannedSteps(
                     tree["pretrain"]["steps"], tree["train"]["steps"], tree["train"]["checkpoint_every"]
