@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from argparse import BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction, Namespace, _ArgumentGroup
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,12 @@ MODEL_HELP = "run folder, checkpoint file, model package, or registered model (m
 
 def add(parsers: Parsers) -> None:
     """Add the commands of this module to the parser."""
+    _add_classify(parsers)
+    _add_figure(parsers)
+    _add_table(parsers)
+
+
+def _add_classify(parsers: Parsers) -> None:
     example = "metagmvae classify models:/omniglot@champion --support labelled --query unlabelled"
     description = "classify image files, or vectors, from a few labelled ones"
     parser = add_command(parsers, "classify", classify, description, example)
@@ -62,6 +68,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--data", metavar="URI", help=help_text)
     add_tracking(parser)
 
+
+def _add_figure(parsers: Parsers) -> None:
     example = "metagmvae figure runs/first --data data/omniglot --out figures"
     description = "plot learning curves, reconstructions, and figures 3 and 4 of the paper; or a sweep"
     parser = add_command(parsers, "figure", figure, description, example)
@@ -74,6 +82,8 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files")
     add_tracking(parser)
 
+
+def _add_table(parsers: Parsers) -> None:
     example = "metagmvae table 1 --run --data data/omniglot --budget 5m"
     description = "print recorded results as a Markdown table: of models, or Table 1, 2 or 10 of the paper, or flips"
     parser = add_command(parsers, "table", table, description, example, "the same command continues")
@@ -87,7 +97,12 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--results", default="evaluation/results", metavar="DIR", help=help_text)
     help_text = "write all tables of README.md and of the pages in evaluation/results in place instead"
     parser.add_argument("--write", action="store_true", help=help_text)
-    paper = parser.add_argument_group("tables of the paper")
+    _add_paper_tables(parser.add_argument_group("tables of the paper"))
+    add_tracking(parser)
+
+
+def _add_paper_tables(paper: _ArgumentGroup) -> None:
+    """Add the options of the tables of the paper."""
     help_text = "only results on this dataset and split of its classes; may be repeated for several datasets"
     paper.add_argument("--data", action="append", default=[], metavar="URI", help=help_text)
     help_text = "only results whose training was planned for this time, such as 90s, 5m or 1h. With --run: time for "
@@ -119,7 +134,6 @@ def add(parsers: Parsers) -> None:
     paper.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help=help_text)
     help_text = "with --run: for example train.decode_samples=1 or tracking.enabled=false; may be repeated"
     paper.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
-    add_tracking(parser)
 
 
 def classify(arguments: Namespace) -> Answer:
