@@ -19,6 +19,9 @@ from metagmvae.infra.api.results import (
     TrainedRun,
 )
 from metagmvae.infra.registry.resolve import resolve_model
+from metagmvae.infra.workflows.prepare import write_source
+from metagmvae.pipelines.arrays.image_arrays import open_images
+from metagmvae.pipelines.arrays.vectors import open_vectors
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import LoadedModel
 
@@ -71,14 +74,12 @@ def prepare_images(
             Pillow, or image files (paths, or their content as bytes).
         labels: class of each image, words or numbers; None: no classes.
         out: new folder, or `s3://bucket/prefix`.
-        options: of `pipelines.arrays.image_arrays.open_images`: `size=84`, `crop=False`, `validation_classes=16`.
+        options: of `pipelines.arrays.image_arrays.open_images`: `size=84`, `crop=False`, `validation_classes=16`,
+            `groups=patients`.
 
     Raises:
         DataError: an image has another form or cannot be decoded, or an option is wrong.
     """
-    from metagmvae.infra.workflows.prepare import write_source
-    from metagmvae.pipelines.arrays.image_arrays import open_images
-
     answer = write_source(open_images(images, labels, **options), os.fspath(out), seed=options.get("seed", 0))
     return PreparedData.from_answer(answer, uri=answer["data"])
 
@@ -100,15 +101,12 @@ def prepare_vectors(
         vectors: (n, F) finite numbers, float16 or float32.
         labels: class of each vector, words or numbers; None: no classes.
         out: new folder, or `s3://bucket/prefix`.
-        options: of `pipelines.arrays.vectors.open_vectors`: `splits=…`, `names=…`, `dtype="float16"`,
+        options: of `pipelines.arrays.vectors.open_vectors`: `splits=…`, `groups=…`, `names=…`, `dtype="float16"`,
             `validation_classes=16`.
 
     Raises:
         DataError: the vectors have another shape or format, a value is not finite, or an option is wrong.
     """
-    from metagmvae.infra.workflows.prepare import write_source
-    from metagmvae.pipelines.arrays.vectors import open_vectors
-
     answer = write_source(open_vectors(vectors, labels, **options), os.fspath(out), seed=options.get("seed", 0))
     return PreparedData.from_answer(answer, uri=answer["data"])
 
