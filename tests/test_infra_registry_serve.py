@@ -174,6 +174,11 @@ def fails(error):
     [
         ("Failed to predict data '{'images': ['AAAA']}'. \nError: mode is 'x'; choose", "mode is 'x'; choose"),
         ("Invalid input. Error: 'JSONDecodeError(1)'\nInput: \nb'{'\n", "Invalid input. Error: 'JSONDecodeError(1)'"),
+        ("Failed to enforce schema of data '{'images': 'AAA'}' with schema '[]'. Error: no images", "no images"),
+        (
+            "Failed to enforce schema of data '{}'. Error: casting: All arrays must be of the same length",
+            "the lists of a request differ in length; give one label per image, -1 or null for a query",
+        ),
         ("The input must be a JSON dictionary", "The input must be a JSON dictionary"),
     ],
 )
@@ -184,10 +189,45 @@ def test_an_error_gives_the_reason_without_the_request(message, short):
     assert json.loads(content) == {"error_code": "INVALID_PARAMETER_VALUE", "message": short}
 
 
-@pytest.mark.parametrize("body", [b"plain text", b"[1]", b'{"message": 3}', b"null", b"\xff"])
-def test_other_errors_and_answers_are_passed_on(body):
-    assert answers(replies(415, body)) == (415, body)
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"plain text", "plain text"),
+        (b'"a text in JSON"', "a text in JSON"),
+        (b"[1]", "[1]"),
+        (b'{"message": 3}', '{"message": 3}'),
+        (b"null", "null"),
+        (b"\xff", "\ufffd"),
+    ],
+)
+def test_every_error_is_one_json_object_and_answers_are_passed_on(body, message):
+    status, content = answers(replies(415, body))
+    assert (status, json.loads(content)) == (415, {"error_code": "BAD_REQUEST", "message": message})
+    assert b"\n" not in content
     assert answers(replies(200, body, body)) == (200, body + body)
+
+
+def test_a_client_that_goes_away_is_no_error_of_the_server():
+    """The server of MLflow raises an exception then."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await receive()
+        raise RuntimeError("client disconnected")
+
+    async def call(message):
+        async def receive():
+            return {"type": message}
+
+        async def send(message):
+            sent.append(message)
+
+        await ShortErrors(app)({"type": "http"}, receive, send)
+
+    asyncio.run(call("http.disconnect"))
+    assert sent == []
+    with pytest.raises(RuntimeError):
+        asyncio.run(call("http.request"))
 
 
 def test_a_request_that_is_nested_too_deeply_and_one_at_the_end_of_the_server_get_a_reason():

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 GRACE_S = 10
 """Longest time that requests in progress have to end after a signal."""
+REPEATED = {"Failed to predict data ": "\nError: ", "Failed to enforce schema of data ": ". Error: "}
+"""Beginnings of messages of MLflow that repeat the request, and what stands before the reason in them."""
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -162,12 +164,11 @@ def short_message(body: bytes) -> bytes:
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         return _error("BAD_REQUEST", error if isinstance(error, str) else body.decode(errors="replace"))
     message = error["message"]
-    for beginning, reason in (
-        ("Failed to predict data ", "\nError: "),
-        ("Failed to enforce schema of data ", ". Error: "),
-    ):
+    for beginning, before_reason in REPEATED.items():
         if message.startswith(beginning):
-            message = message.rpartition(reason)[2]
+            message = message.rpartition(before_reason)[2]
+    if message.endswith("All arrays must be of the same length"):
+        message = "the lists of a request differ in length; give one label per image, -1 or null for a query"
     return json.dumps(error | {"message": message.partition("\nInput: ")[0]}).encode()
 
 
