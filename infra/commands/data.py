@@ -69,13 +69,13 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--no-crop", action="store_false", dest="crop", default=None, help=help_text)
     help_text = "folder: sub-folders are not classes; everything becomes the training split"
     parser.add_argument("--unlabelled", action="store_false", dest="classes", default=None, help=help_text)
-    help_text = "folder: CSV or JSON Lines file with the columns file and label (and split, if wanted): the classes of the "
-    help_text += "images; their folders then mean nothing, and images without a row are left out; vectors: .npy, or CSV with "
-    help_text += "the column label, one row for each vector, in their order"
+    help_text = "folder: CSV or JSON Lines file with the columns file and label (and split, if wanted): the classes of "
+    help_text += "the images; their folders then mean nothing, and images without a row are left out; vectors: .npy or "
+    help_text += "a table with the column label, one row for each vector, in their order"
     parser.add_argument("--labels", metavar="FILE", help=help_text)
-    help_text = "folder: column of --labels; npz, parquet: array or column; vectors: one of both: its value, such as the "
-    help_text += "patient, keeps images together: the images are divided into the splits, not the classes, so the splits "
-    help_text += "share classes (default: by classes)"
+    help_text = "folder: column of --labels; npz, parquet: array or column; vectors: one of both: its value, such as "
+    help_text += "the patient, keeps images together: the images are divided into the splits, not the classes, so the "
+    help_text += "splits share classes (default: by classes)"
     parser.add_argument("--groups", metavar="COLUMN", help=help_text)
     help_text = "vectors: number format of the dataset (default: that of the vectors, float16 or float32)"
     parser.add_argument("--dtype", choices=["float16", "float32"], help=help_text)
