@@ -3,11 +3,9 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -132,23 +130,3 @@ def test_a_cluster_that_others_use_is_named(monkeypatch, caplog, address, free, 
         pass
     warning = "the Ray cluster at 'head:6379' has 1 of its 4 CPUs free; the work starts when 2 are free"
     assert caplog.messages == ([warning] if warns else [])
-
-
-def test_a_head_node_that_stops_answering_is_named_once(monkeypatch, caplog):
-    """Ray itself ends the process a minute later, without a line about what to do."""
-    monkeypatch.setattr(connect, "WATCH_S", 0.05)
-    with socket.socket() as head:
-        head.bind(("127.0.0.1", 0))
-        head.listen()
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        with connect._watched(address):
-            head.accept()[0].close()  # it is asked
-            assert caplog.messages == []
-            head.close()
-            deadline = time.monotonic() + 30
-            while not caplog.messages and time.monotonic() < deadline:
-                time.sleep(0.02)
-            time.sleep(0.2)
-    (line,) = caplog.messages
-    assert line.startswith(f"the head node of the Ray cluster ({address}) does not answer. If it stays away")
-    assert not any(thread.name == "ray-head" for thread in threading.enumerate())

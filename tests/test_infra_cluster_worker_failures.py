@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, WorkerCrashedError
 
 from metagmvae.infra.cluster import worker_failures
 from metagmvae.infra.cluster.worker_failures import failure_reason
@@ -29,6 +29,14 @@ LOST = (
         (RuntimeError("2 worker(s) were killed due to the node running low on memory"), "its node ran out of memory"),
         (RuntimeError(LOST), "killed (SIGKILL), most likely because its node ran out of memory"),
         (WorkerCrashedError(), "killed (SIGKILL)"),
+        (
+            RuntimeError(f"{LOST}\nThe actor died because its node has died. Node Id: ab\n\tthe actor's node was lost"),
+            "a node of the Ray cluster was lost",
+        ),
+        (
+            ActorUnavailableError("The actor is temporarily unavailable: RpcError: Socket closed rpc_code: 14", None),
+            "a node of the Ray cluster was lost",
+        ),
         (RuntimeError("Traceback\n  in step\nValueError: batch is 0\n\n"), "ValueError: batch is 0"),
         (RuntimeError(""), "RuntimeError"),
     ],

@@ -20,13 +20,12 @@ from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError
 
 from metagmvae.configs.load import SettingsError
+from metagmvae.infra.cluster.watch import watched_head
 from metagmvae.pipelines.records import WorkError
 
 LOG = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 """For the first connection to a cluster; Ray itself would try for minutes."""
-WATCH_S = 10.0
-"""Seconds between looks at the head node."""
 HTTP2_SETTINGS = b"\x04"
 """Type of the frame that a server of HTTP/2, on which gRPC is based, sends first."""
 HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0" * 5
@@ -97,46 +96,10 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
         # Ray prints about lost workers on standard output whatever its log level. That is for the command's answer, and
         # the error that follows says the same (`worker_failures`).
         head = getattr(context, "address_info", {}).get("gcs_address") or address.removeprefix("ray://")
-        with open(os.devnull, "w") as null, redirect_stdout(null), _watched(head):
+        with open(os.devnull, "w") as null, redirect_stdout(null), watched_head(head):
             yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _watched(head: str) -> Iterator[None]:
-    """Say on stderr if the head node at `host:port` stops answering: Ray ends this process a minute later.
-
-    It does so from C++, so that no error can be raised and no answer be printed.
-    """
-    ended = threading.Event()
-
-    def watch() -> None:
-        failures = 0
-        while failures < 2:
-            if ended.wait(WATCH_S):
-                return
-            failures = 0 if _answers(head) else failures + 1
-        LOG.error(
-            "the head node of the Ray cluster (%s) does not answer. If it stays away, Ray ends this command within a "
-            "minute; then start a cluster and give the same command again, train and tune with --resume",
-            head,
-        )
-
-    threading.Thread(target=watch, name="ray-head", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-def _answers(head: str) -> bool:
-    host, _, port = head.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

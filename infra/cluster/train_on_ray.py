@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metagmvae.configs.credentials import with_credentials
 from metagmvae.configs.load import SettingsError, to_json
@@ -27,6 +28,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.cluster.stop_flag import StopFlag
 from metagmvae.infra.cluster.train_worker import NON_FINITE, STOPPED, train_worker
+from metagmvae.infra.cluster.watch import watched_resources
 from metagmvae.infra.cluster.worker_failures import failure_reason
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, RAY_FOLDER, append_lines, drop_lines_after, global_step
 from metagmvae.infra.runs.stop_signals import deferred_signals
@@ -94,9 +96,11 @@ def training_cluster(settings: Settings) -> Iterator[None]:
     Raises:
         SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
     """
-    with cluster(settings.run.address, settings.run.workers * settings.run.cpus_per_worker):
-        _use_gpu(settings)
-        yield
+    cpus = settings.run.workers * settings.run.cpus_per_worker
+    with cluster(settings.run.address, cpus):
+        gpus = {"GPU": settings.run.workers} if _use_gpu(settings) else {}
+        with watched_resources({"CPU": cpus} | gpus):
+            yield
 
 
 def train_on_ray(
@@ -135,9 +139,7 @@ def train_on_ray(
     data = {"data": with_credentials(dataset.uri), "fingerprint": dataset.fingerprint}
     config = {"settings": to_json(settings), "kind": kind, "checkpoint": checkpoint, **data}
     with training_cluster(settings):
-        stop_flag = (
-            ray.remote(num_cpus=0)(StopFlag).remote() if threading.current_thread() is threading.main_thread() else None
-        )
+        stop_flag = new_stop_flag() if threading.current_thread() is threading.main_thread() else None
         trainer = _trainer(settings, config | {"stop_flag": stop_flag}, run_dir, callbacks)
         try:
             if stop_flag is None:
@@ -152,6 +154,12 @@ def train_on_ray(
                 raise NonFiniteLossError(message.read_text(encoding="utf-8"))
         finally:
             shutil.rmtree(run_dir / RAY_FOLDER, ignore_errors=True)
+
+
+def new_stop_flag() -> Any:
+    """A handle of `StopFlag` on the driver's node, so that it is not lost with another node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(StopFlag).remote()
 
 
 def _trainer(

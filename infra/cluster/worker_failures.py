@@ -1,4 +1,4 @@
-"""Why a Ray worker was lost, in one line: out of memory, killed, crashed, or an error of Python."""
+"""Why a Ray worker was lost, in one line: out of memory, killed, crashed, its node, or an error of Python."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ray.exceptions import OutOfMemoryError
 
 MEMORY_REMEDY = "use fewer workers per node, a smaller batch, or data.reader = mmap"
 CRASHED = re.compile(r"SIG(?:SEGV|ABRT|BUS|ILL|FPE)|Segmentation fault|Fatal Python error: (?!none)\w+")
+NODE_LOST = ("its node has died", "is temporarily unavailable")
+"""In Ray's messages about a lost node."""
 LOST = "connection error code 2"
 """In Ray's message about a process that ended without a word. Ray itself then lists what may have happened."""
 
@@ -25,6 +27,8 @@ def failure_reason(error: BaseException | str) -> str:
     signs = ("OutOfMemoryError", "memory usage threshold", "running low on memory")
     if isinstance(error, OutOfMemoryError) or any(sign in text for sign in signs):
         return f"a worker was stopped because its node ran out of memory: {MEMORY_REMEDY}"
+    if any(sign in text for sign in NODE_LOST):
+        return "a node of the Ray cluster was lost"
     if LOST in text or "died unexpectedly" in text or "WorkerCrashedError" in text:
         crash = _crash(text)
         if crash:
