@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
@@ -39,28 +40,24 @@ def write_line(text: str, stream: TextIO) -> str:
 
     The reason is empty if the reader of a pipe has gone: it has what it wants (`metagmvae … | head -1`).
     """
+    return _attempt(lambda: print(text, file=stream, flush=True), stream)
+
+
+def flush_streams() -> str:
+    """Flush both streams, so that the interpreter has nothing left to fail with; return the reason as `write_line`."""
+    _attempt(sys.stderr.flush, sys.stderr)
+    return _attempt(sys.stdout.flush, sys.stdout)
+
+
+def _attempt(write: Callable[[], None], stream: TextIO) -> str:
     try:
-        print(text, file=stream, flush=True)
+        write()
     except BrokenPipeError:
         _discard(stream)
     except OSError as error:
         _discard(stream)
         return error.strerror or str(error)
     return ""
-
-
-def flush_streams() -> str:
-    """Flush both streams, so that the interpreter has nothing left to fail with; return the reason as `write_line`."""
-    reason = ""
-    for stream in (sys.stderr, sys.stdout):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            _discard(stream)
-        except OSError as error:
-            _discard(stream)
-            reason = (error.strerror or str(error)) if stream is sys.stdout else ""
-    return reason
 
 
 def _discard(stream: TextIO) -> None:
