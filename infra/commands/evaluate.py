@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,7 @@ def add(parsers: Parsers) -> None:
     help_text = "labelled images per class; several numbers: one result row each, and the images are encoded once "
     help_text += "(default: 1)"
     parser.add_argument("--shot", type=int, nargs="+", default=[1], metavar="S", help=help_text)
-    help_text = "images to classify per class (default: 15)"
-    parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
-    help_text = "half of the classes have --query images to classify, the others one; the model is not told which "
-    help_text += "(the result is not stored with the model)"
-    parser.add_argument("--unbalanced", action="store_true", help=help_text)
-    help_text = "dirichlet:ALPHA: K times --query images to classify, whose classes are drawn with proportions from a "
-    help_text += "Dirichlet distribution, the more unequal the smaller ALPHA (not stored with the model either)"
-    parser.add_argument("--queries", metavar="KIND", default="balanced", help=f"balanced (default), or {help_text}")
-    help_text = "N further classes per episode with --query images and no labelled ones: accuracy, AUROC, and what the "
-    help_text += "queries of no labelled class cost the others, in both modes (needs `metagmvae calibrate`, but not "
-    help_text += "for an encoder alone, whose head is fitted on the validation classes)"
-    parser.add_argument("--open", type=int, default=0, metavar="N", dest="open_classes", help=help_text)
+    _add_queries(parser)
     help_text = "change a setting of the adaptation, for example adapt.proportions=estimated, or model.average (views "
     help_text += "whose features are averaged); may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help_text)
@@ -70,6 +59,22 @@ def add(parsers: Parsers) -> None:
     help_text = "write a page with accuracy, calibration error, reliability diagram and an example episode"
     parser.add_argument("--html", metavar="FILE.html", type=output_file, help=help_text)
     add_tracking(parser)
+
+
+def _add_queries(parser: ArgumentParser) -> None:
+    """Add the options that say which images are classified."""
+    help_text = "images to classify per class (default: 15)"
+    parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
+    help_text = "half of the classes have --query images to classify, the others one; the model is not told which "
+    help_text += "(the result is not stored with the model)"
+    parser.add_argument("--unbalanced", action="store_true", help=help_text)
+    help_text = "dirichlet:ALPHA: K times --query images to classify, whose classes are drawn with proportions from a "
+    help_text += "Dirichlet distribution, the more unequal the smaller ALPHA (not stored with the model either)"
+    parser.add_argument("--queries", metavar="KIND", default="balanced", help=f"balanced (default), or {help_text}")
+    help_text = "N further classes per episode with --query images and no labelled ones: accuracy, AUROC, and what the "
+    help_text += "queries of no labelled class cost the others, in both modes (needs `metagmvae calibrate`, but not "
+    help_text += "for an encoder alone, whose head is fitted on the validation classes)"
+    parser.add_argument("--open", type=int, default=0, metavar="N", dest="open_classes", help=help_text)
 
 
 def evaluate(arguments: Namespace) -> Answer:

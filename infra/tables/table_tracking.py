@@ -23,7 +23,7 @@ class TableTracker:
     A store that cannot be reached is reported once, and the rows go on: their results are in files. With
     `tracking.enabled` off nothing is done.
 
-    The folder is that of the runs.
+    `out` is the folder of the runs.
     """
 
     def __init__(self, tracking: TrackingSettings, table: TableName, out: Path) -> None:
