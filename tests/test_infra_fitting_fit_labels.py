@@ -7,10 +7,13 @@ import pytest
 from small_fit import commands, few_steps, fit, write_glyphs
 
 import metagmvae
+from metagmvae.infra.classification.example_files import write_example
 from metagmvae.infra.cli import main
 from metagmvae.infra.fitting.make_plan import check_held_out, make_plan
+from metagmvae.pipelines.archives.entries import Entry
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.sources.folder_layout import FolderImage
 
 pytestmark = pytest.mark.timeout(900)
 CLASSES, DRAWINGS, PATIENTS = 9, 12, 6
@@ -93,6 +96,28 @@ def test_patients_are_held_out_and_the_report_says_what_that_means(flat, tmp_pat
     assert "held out for validation" not in report
     dataset = Dataset.open(out / "data")
     assert dataset.manifest["options"]["groups"] == "Patient"
+
+
+def test_queries_of_the_example_are_of_other_patients_than_the_labelled_file(flat, tmp_path):
+    """Class `one` has images of a single patient, whose other images are its queries."""
+    entries = [Entry(f"{number:03d}.png", 0, 0) for number in range(60)]
+    group_of = [f"p{number % 3}" if number >= 20 else "p0" for number in range(60)]
+    name_of = ["one" if number < 20 else "ab"[number % 2] for number in range(60)]
+    images = [
+        FolderImage(file, file.name, "test", "", name, group)
+        for file, name, group in zip(entries, name_of, group_of, strict=True)
+    ]
+    number_of = {(flat / "images" / entry.name).read_bytes(): number for number, entry in enumerate(entries)}
+    for seed in range(5):
+        class_of_file = write_example(str(flat / "images"), tmp_path / str(seed), images, seed)
+        assert len(class_of_file) == 12
+        for name in ("one", "a", "b"):
+            (labelled,) = (tmp_path / str(seed) / "labelled" / name).iterdir()
+            first = group_of[number_of[labelled.read_bytes()]]
+            queries = [file for file, found in class_of_file.items() if found == name]
+            numbers = [number_of[(tmp_path / str(seed) / "queries" / file).read_bytes()] for file in queries]
+            assert {name_of[number] for number in numbers} == {name}
+            assert all((group_of[number] == first) == (name == "one") for number in numbers)
 
 
 def plan(flat, **options):

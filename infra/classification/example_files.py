@@ -16,6 +16,8 @@ WAYS, QUERIES = 5, 4
 def write_example(root: str, out: Path, images: Iterable[FolderImage], seed: int) -> dict[str, str]:
     """Copy one labelled file and up to four queries of up to five classes; return the class of each query file.
 
+    The queries of a class are of other groups, such as patients, than its labelled file, if it has images of others.
+
     Args:
         root: folder or archive of the images.
         out: folder to write `labelled/CLASS/FILE` and `queries/FILE` into; what it holds is replaced.
@@ -35,9 +37,10 @@ def write_example(root: str, out: Path, images: Iterable[FolderImage], seed: int
     for k, name in enumerate(chosen):
         folder = name.replace("/", " - ")
         (out / "labelled" / folder).mkdir(parents=True)
-        rows = rng.permutation(len(by_class[name]))[: 1 + QUERIES]
-        for number, row in enumerate(rows):
-            file = by_class[name][row].file.name
+        labelled, *others = (by_class[name][row] for row in rng.permutation(len(by_class[name])))
+        apart = [image for image in others if not image.group or image.group != labelled.group]
+        for number, image in enumerate([labelled, *(apart or others)[:QUERIES]]):
+            file = image.file.name
             suffix = PurePosixPath(file).suffix
             if number == 0:
                 target = out / "labelled" / folder / f"0{suffix}"
