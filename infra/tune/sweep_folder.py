@@ -157,10 +157,13 @@ class SweepFolder:
         return read_settings(self.trial_folder(number))
 
     def repair(self) -> None:
-        """Delete what a killed process left incomplete: a truncated last line, and trial folders without settings.
+        """Delete what a killed process left incomplete: temporary files, a truncated last line, and trial folders
+        without settings.
 
         Only for the process that holds the lock: in a running sweep such files are being written.
         """
+        for path in self.root.glob(".*.tmp"):
+            path.unlink()
         content = self.table.read_bytes() if self.table.exists() else b""
         if not content.endswith(b"\n") and content:
             with atomic_file(self.table) as file:

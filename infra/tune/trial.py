@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.local_context import LocalContext
-from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines, read_settings
+from metagmvae.infra.runs.run_folder import METRICS, SETTINGS, read_lines, read_settings, remove_leftovers
 from metagmvae.infra.runs.train_in_process import train_in_process
 from metagmvae.infra.runs.training_inputs import load_inputs, select_device
 from metagmvae.infra.tune.sweep_folder import REASON
@@ -142,6 +142,7 @@ def run_trial(config: dict[str, Any]) -> None:
     try:
         settings = read_settings(folder)
         with lock_run_folder(folder, patience_s=PATIENCE_S):
+            remove_leftovers(folder)
             dataset = shared_dataset(config["data"])
             check_node_copy(config["data"], dataset.fingerprint, config["fingerprint"])
             _train_or_say_why(settings, dataset, folder, config["task"])
