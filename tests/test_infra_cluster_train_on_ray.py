@@ -19,8 +19,10 @@ from ray._private import ray_constants
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cli import main
+from metagmvae.infra.cluster import train_on_ray
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.cluster.train_on_ray import _use_gpu
+from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
 from metagmvae.training.trainer.checkpoint import load_state
 
@@ -221,3 +223,16 @@ def test_wrong_address_is_one_error_line(data, tmp_path, address, reason, capfd)
     assert reason in log
     assert log.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_named_before_ray_starts(data, tmp_path, monkeypatch, capfd):
+    def started(settings):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(train_on_ray, "training_cluster", started)
+    words = command(data, tmp_path, "--resume")[3:]
+    with lock_run_folder(tmp_path):
+        assert main(words) == 2
+    assert f"{tmp_path}: another process trains in this folder" in capfd.readouterr().err
+    assert main(words) == 1  # nothing else is wrong
+    assert "Ray was started" in capfd.readouterr().err

@@ -185,3 +185,22 @@ def test_only_one_process_may_use_a_folder(tmp_path):
     other.kill()
     with lock_run_folder(tmp_path, patience_s=60):
         other.communicate()
+
+
+def test_a_folder_in_use_and_a_changed_plan_are_named_before_ray_starts(plan, dataset, tmp_path, monkeypatch):
+    """The start of Ray takes seconds."""
+
+    def started(*arguments):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", started)
+    base = plan.base.model_copy(update={"tracking": plan.base.tracking.model_copy(update={"enabled": False})})
+    root = tmp_path / "sweep"
+    open_sweep(replace(plan, name="sweep", base=base, scheduler="asha"), dataset, root)
+    request = SweepRequest(base=base, space=plan.space, out=root, resume=True)
+    with pytest.raises(AssertionError, match="Ray was started"):  # nothing is wrong with it
+        run(request)
+    with lock_run_folder(root), pytest.raises(DataError, match=r"another process trains in this folder.*--out DIR"):
+        run(request)
+    with pytest.raises(SettingsError, match="cannot resume, the sweep has changed \\(seed: 1, 0\\)"):
+        run(replace(request, seed=1))
