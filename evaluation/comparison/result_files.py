@@ -26,6 +26,10 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 NOT_A_RESULT = "so it is not a result of `metagmvae evaluate --record`"
 HalfWidth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Gain = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+"""A difference of accuracies."""
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Seconds."""
 EvalMode = Literal["transductive", "inductive"]
 
 
@@ -36,7 +40,7 @@ class RecordedDifference(BaseModel, frozen=True):
     baseline_mode: EvalMode
     way: Count
     shot: Count
-    difference: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    difference: Gain
     ci95: HalfWidth
 
 
@@ -95,7 +99,7 @@ class RecordedResult(RecordedAccuracy):
     trained: dict[str, Any] = {}
     encoder: dict[str, Any] = {}
     """How the encoder was trained; empty in older files."""
-    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    budget_s: Budget | None = None
     """Seconds that the training was planned for (`metagmvae table --run`); None: not planned."""
     most_episodes: Count | None = None
     """Episodes that were asked for (`metagmvae table --run`); fewer are evaluated where the budget allows no more."""

@@ -222,11 +222,20 @@ def results_by_task(results: Path, name: str) -> ByTask:
     }
 
 
+def check_results_folder(results: Path) -> None:
+    """Refuse a folder of result files that does not exist.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    if not results.is_dir():
+        raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
+
+
 def _require(results: Path, name: str) -> ByTask:
     if by_task := results_by_task(results, name):
         return by_task
-    if not results.is_dir():
-        raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
+    check_results_folder(results)
     files = (re.fullmatch(r"(.+?)(?:-seed\d+)?(?:-\d+way-\d+shot)?\.json", path.name) for path in results.iterdir())
     hint = did_you_mean(similar(name, sorted({"flips", *(match[1] for match in files if match)})))
     raise DataError(f"{results}: no result of {name!r}{hint or f'; expected {name}-5way-1shot.json or similar'}")

@@ -11,10 +11,10 @@ from typing import Any
 from metagmvae.configs.load import SettingsError, flatten, load_settings
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.result_files import RecordedAccuracy, RecordedDataset, RecordedResult, read_results
+from metagmvae.evaluation.comparison.results_table import check_results_folder
 from metagmvae.evaluation.paper_tables.table_rows import paper_tables
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json
-from metagmvae.pipelines.records import DataError
 
 NOT_COMPARED = ("name", "data", "validation", "run", "tracking")
 """Sections that do not change the trained model of a row."""
@@ -88,8 +88,7 @@ def read_result_folder(folder: Path) -> ResultFolder:
     Raises:
         DataError: there is no such folder, or a file is no JSON or a damaged result.
     """
-    if not folder.is_dir():
-        raise DataError(f"--results {folder}: no such folder; give the folder of the files of evaluate --record")
+    check_results_folder(folder)
     found, others = [], []
     for path in sorted(folder.glob("*.json")):
         if not _is_result(read_json(path)):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from metagmvae.evaluation.comparison.pairwise import compare_with_first
 from metagmvae.evaluation.comparison.result_files import (
     Count,
     Fraction,
+    Gain,
     HalfWidth,
     RecordedAccuracy,
     read_recorded,
@@ -63,7 +64,7 @@ class OurResult(DocumentModel):
 class Difference(DocumentModel):
     """Our accuracy minus that of the base row on the same episodes, trainings of equal seeds paired."""
 
-    difference: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    difference: Gain
     ci95: HalfWidth
     """Half width of its 95% interval: over episodes for one training, over trainings (Student's t) for several."""
     trainings: Count

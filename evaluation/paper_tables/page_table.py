@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator
 
+from metagmvae.evaluation.comparison.result_files import Budget
 from metagmvae.evaluation.paper_tables.match_results import read_result_folder
 from metagmvae.evaluation.paper_tables.paper_table import table_document
 from metagmvae.evaluation.paper_tables.table_layout import markdown_results
@@ -18,7 +18,7 @@ from metagmvae.pipelines.records import DataError
 class _Options(BaseModel, extra="forbid"):
     """What stands behind the name of the table in a marker."""
 
-    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    budget: Budget | None = None
     """Only results with this budget in seconds; None: all."""
     data: str = ""
     """Name of a dataset; empty: all."""

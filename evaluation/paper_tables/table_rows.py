@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from metagmvae.evaluation.comparison.paper import BY_REF, CROSS_WAYS, TASKS, DatasetName
 from metagmvae.evaluation.comparison.result_files import EvalMode
+from metagmvae.evaluation.comparison.results_table import TITLES
 from metagmvae.evaluation.paper_tables.flip_rows import flip_parts
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TableName, TablePart, TableRow
 from metagmvae.pipelines.records import DataError
@@ -90,7 +91,7 @@ def _table_1(dataset: DatasetName) -> TablePart:
         row("maml", "maml-oracle"),
         row("protonets", "protonets-oracle"),
     )
-    return TablePart({"omniglot": "Omniglot", "mini-imagenet": "Mini-ImageNet"}[dataset], columns, rows)
+    return TablePart(TITLES[dataset], columns, rows)
 
 
 def _ablations() -> TablePart:

@@ -17,6 +17,7 @@ from metagmvae.configs.credentials import redact
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.head_to_head import EvalPlan, HeadToHead
 from metagmvae.evaluation.comparison.promotion_rule import Decision, write_pairs
+from metagmvae.evaluation.encoders.result_record import SECTIONS
 from metagmvae.infra.registry.alias_change import whoami
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.store import Store
@@ -83,7 +84,7 @@ class Evidence:
         """Return the content of `decision.json`: the answer, who decided, settings of the challenger, environment."""
         return self.answer(status, reason) | {
             "by": whoami(),
-            "settings": settings.model_dump(mode="json", include={"method", "model", "adapt", "pretrain", "train"}),
+            "settings": settings.model_dump(mode="json", include=SECTIONS),
             "environment": self.provenance,
         }
 

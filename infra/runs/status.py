@@ -20,6 +20,11 @@ CLOCK_STEP_S = 60.0
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
+def final_status(kind: type[BaseException] | None) -> str:
+    """Return the status of work that ended with this type of exception; None: without one."""
+    return "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+
+
 def write_status(run_dir: Path, status: str) -> None:
     """Write the status (RUNNING, or one of ENDED) to the run folder; the first start time is kept.
 

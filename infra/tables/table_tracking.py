@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.paper_tables.table_structure import TableName
+from metagmvae.infra.runs.status import final_status
 from metagmvae.infra.tracking.cursor import last_entry
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.run_uploader import RUN_KEY
@@ -50,8 +51,7 @@ class TableTracker:
     ) -> None:
         if not self._run_id:
             return
-        ended = "FAILED" if self.failed else "FINISHED"
-        status = ended if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        status = "FAILED" if kind is None and self.failed else final_status(kind)
         self._try(lambda client: client.set_terminated(self._run_id, status))
 
     def _open(self, _: Any) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from metagmvae.configs.schema import TrackingSettings
-from metagmvae.infra.runs.status import ENDED, write_status
+from metagmvae.infra.runs.status import ENDED, final_status, write_status
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.tracking_errors import warn
 from metagmvae.pipelines.records import DataError
@@ -102,7 +102,7 @@ class LiveTracker(ABC):
         if self._closed:
             return
         try:
-            self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+            self.close(final_status(kind))
         except DataError:
             if kind is None:
                 raise  # else the error of the work counts; a full disk is the reason of both
