@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import TextIO
 
 from metagmvae.configs.credentials import redact
-from metagmvae.pipelines.output_target import output_mode
-from metagmvae.pipelines.records import DataError, printable
+from metagmvae.pipelines.output_target import cannot_write, output_mode
+from metagmvae.pipelines.records import printable
 
 LOG = logging.getLogger("metagmvae")
 QUIET, USUAL = logging.WARNING, logging.INFO
@@ -129,7 +129,7 @@ def _open_log(path: str) -> TextIO:
         # Without blocking: opening a pipe would wait for its reader.
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
     except OSError as error:
-        raise DataError(f"--log-file {path}: cannot be written ({error.strerror}); choose another file") from error
+        raise cannot_write(f"--log-file {path}", error, "choose another file") from error
     return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace")
 
 

@@ -11,6 +11,7 @@ from metagmvae.configs.load import fingerprint, to_json
 from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.runs.run_folder import RECORD, SETTINGS
 from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.output_target import cannot_write
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import LoadedModel, save_package
@@ -31,7 +32,7 @@ def write_encoder(loaded: LoadedModel, dataset: Dataset, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+        raise cannot_write(out, error, "choose another folder") from error
     try:
         package = save_package(folder / "package", loaded)
         record = provenance() | {"settings_fingerprint": fingerprint(loaded.settings), "kind": "encoder"}
