@@ -55,7 +55,7 @@ class LabelRequest:
             raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
         if self.groups is not None and (self.labels is None or self.join_splits):
             name = printable(self.groups)
-            raise DataError(f"--groups {name}: is a column of --labels, without --join-splits; change these options")
+            raise DataError(f"--groups {name}: is a column of --labels; give --labels FILE, without --join-splits")
 
 
 def read_layout(source: str, entries: Sequence[Entry], request: LabelRequest) -> list[FolderImage]:

@@ -251,7 +251,7 @@ def divide_groups(
         lacking[split].subtract(images[group])
     if empty := [split for split in lacking if split not in split_of_group.values()]:
         raise DataError(
-            f"{source}: has {len(images)} groups, which leave none for {empty[0]}; give more, or other fractions"
+            f"{source}: has {len(images)} groups, which leave none for {empty[0]}; give more groups, or other fractions"
         )
     counts = Counter(split_of_group.values())
     numbers = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
