@@ -78,3 +78,15 @@ def test_auroc_is_that_of_the_queries_in_one_pool():
     threshold = result.settings["threshold"]
     answered = np.where(score < threshold, 3, predicted)
     np.testing.assert_allclose(result.all, (answered == truth).mean(axis=1))
+
+
+def test_score_of_a_query_follows_from_the_scores_of_its_classes():
+    scores = np.random.default_rng(0).normal(size=(2, 3, 4))
+    for name, of_classes in {
+        "nearest class mean": max,
+        "logistic regression": lambda row: max(row) - np.log(sum(np.exp(value) for value in row)),
+        "soft k-means": max,
+        "EM on features, identity": lambda row: np.log(sum(np.exp(value) for value in row)),
+    }.items():
+        expected = [[of_classes(row) for row in episode] for episode in scores]
+        np.testing.assert_allclose(BASELINES[name](torch.as_tensor(scores)), expected)

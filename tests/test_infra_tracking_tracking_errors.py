@@ -6,12 +6,14 @@ import time
 from unittest import mock
 
 import pytest
+from mlflow import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
 from sqlalchemy.exc import OperationalError
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
 from metagmvae.infra.tracking.store import connect, experiment_id
-from metagmvae.infra.tracking.tracking_errors import reason
+from metagmvae.infra.tracking.tracking_errors import ignored, reason
 
 pytestmark = pytest.mark.mlflow
 
@@ -91,3 +93,10 @@ def test_answers_that_are_not_of_mlflow_have_a_reason_of_one_line(status, reason
 )
 def test_reason_of_a_connection_that_failed(text, expected):
     assert reason(Exception(text)) == expected
+
+
+def test_only_errors_with_the_named_codes_are_ignored():
+    with ignored("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"):
+        raise MlflowException("no run", RESOURCE_DOES_NOT_EXIST)
+    with pytest.raises(MlflowException, match="down"), ignored("RESOURCE_DOES_NOT_EXIST"):
+        raise MlflowException("down", INTERNAL_ERROR)
