@@ -117,16 +117,18 @@ def test_address_without_a_cluster_is_one_error_line_within_seconds(environment,
 
 
 @pytest.mark.parametrize(
-    ("address", "free", "warns"), [("head:6379", 1, True), ("head:6379", 4, False), ("", 0, False)]
+    ("address", "free", "warns"),
+    [("head:6379", 1, "'head:6379'"), ("auto", 1, "'auto' (head:1)"), ("head:6379", 4, ""), ("", 0, "")],
 )
 def test_a_cluster_that_others_use_is_named(monkeypatch, caplog, address, free, warns):
     """Ray would wait for free CPUs without a word. (A new cluster has not reported all of its CPUs at once.)"""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(connect, "_join", lambda address: None)
-    monkeypatch.setattr(connect, "_start", lambda cpus, dashboard: mock.Mock(address_info={"gcs_address": "head:1"}))
+    context = mock.Mock(address_info={"gcs_address": "head:1"})
+    monkeypatch.setattr(connect, "_join", lambda address: context)
+    monkeypatch.setattr(connect, "_start", lambda cpus, dashboard: context)
     monkeypatch.setattr(connect.ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(connect.ray, "available_resources", lambda: {"CPU": float(free)} if free else {})
     with connect.cluster(address, 2):
         pass
-    warning = "the Ray cluster at 'head:6379' has 1 of its 4 CPUs free; the work starts when 2 are free"
+    warning = f"the Ray cluster at {warns} has 1 of its 4 CPUs free; the work starts when 2 are free"
     assert caplog.messages == ([warning] if warns else [])

@@ -19,7 +19,7 @@ from ray._private import ray_constants
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cli import main
-from metagmvae.infra.cluster import train_on_ray
+from metagmvae.infra.cluster import connect
 from metagmvae.infra.cluster.connect import cluster
 from metagmvae.infra.cluster.train_on_ray import _use_gpu
 from metagmvae.infra.runs.folder_lock import lock_run_folder
@@ -199,6 +199,7 @@ def test_under_uv_run_the_project_is_not_sent_to_the_workers(monkeypatch):
     ],
 )
 def test_workers_get_gpus_of_the_cluster_not_of_the_driver(monkeypatch, device, gpus, expected):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(gpus)} if gpus else {})
     settings = Settings(run=RunSettings(engine="ray", workers=2, device=device))
     if isinstance(expected, bool):
@@ -226,13 +227,28 @@ def test_wrong_address_is_one_error_line(data, tmp_path, address, reason, capfd)
 
 
 def test_a_folder_in_use_is_named_before_ray_starts(data, tmp_path, monkeypatch, capfd):
-    def started(settings):
+    def started(*arguments):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(train_on_ray, "training_cluster", started)
+    monkeypatch.setattr(connect, "_start", started)
     words = command(data, tmp_path, "--resume")[3:]
     with lock_run_folder(tmp_path):
         assert main(words) == 2
     assert f"{tmp_path}: another process trains in this folder" in capfd.readouterr().err
     assert main(words) == 1  # nothing else is wrong
     assert "Ray was started" in capfd.readouterr().err
+
+
+def test_a_dry_run_starts_no_cluster_and_counts_the_gpus(data, tmp_path, monkeypatch, capfd):
+    def started(*arguments):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(connect, "_start", started)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main([*command(data, tmp_path / "run", "--dry-run")[3:], "--set=run.device=cpu"]) == 0
+    assert main(command(data, tmp_path / "run", "--dry-run")[3:]) == 2
+    assert "run.workers is 2, but the Ray cluster has 1 GPUs" in capfd.readouterr().err
+    assert main(command(data, tmp_path / "run", "--dry-run", **{"run.address": "127.0.0.1:9"})[3:]) == 2
+    assert "no Ray cluster answers there" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -31,7 +31,7 @@ def test_a_folder_without_trials_can_be_used_again(plan, dataset, tmp_path):
 
 def test_if_the_cluster_does_not_start_the_folder_can_be_used_again(plan, dataset, tmp_path, monkeypatch):
     @contextmanager
-    def broken(*request):
+    def broken(*request, **options):
         raise RuntimeError("no cluster")
         yield
 
@@ -44,12 +44,16 @@ def test_if_the_cluster_does_not_start_the_folder_can_be_used_again(plan, datase
 
 
 @contextmanager
-def cluster_of(*request):
+def cluster_of(*request, **options):
     yield
 
 
 def test_a_dry_run_and_refused_requests_leave_nothing(plan, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", cluster_of)
+    def started(*arguments):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("metagmvae.infra.cluster.connect._start", started)
     request = SweepRequest(base=plan.base, space=plan.space, out=tmp_path / "sweep", dry_run=True)
     answer = run(request)
     assert answer["trials"] == 20
@@ -88,8 +92,8 @@ def test_a_sweep_stopped_by_a_signal_says_what_continues_it(plan, dataset, tmp_p
 
 @pytest.mark.parametrize(("device", "gpus", "refused"), [("cuda", 0, True), ("cuda", 1, False), ("auto", 0, False)])
 def test_gpus_are_those_of_the_cluster(plan, monkeypatch, device, gpus, refused):
-    monkeypatch.setattr(ray_backend, "cluster", cluster_of_words)
-    monkeypatch.setattr(ray_backend.ray, "cluster_resources", lambda: {"GPU": float(gpus)} if gpus else {})
+    monkeypatch.setattr(ray_backend, "cluster", cluster_of)
+    monkeypatch.setattr(ray_backend, "gpu_count", lambda: gpus)
     base = plan.base.model_copy(update={"run": plan.base.run.model_copy(update={"device": device})})
     if refused:
         with pytest.raises(ValueError, match="the Ray cluster has no GPU"), ray_backend.sweep_cluster(base, 1):
@@ -97,11 +101,6 @@ def test_gpus_are_those_of_the_cluster(plan, monkeypatch, device, gpus, refused)
     else:
         with ray_backend.sweep_cluster(base, 1):
             pass
-
-
-@contextmanager
-def cluster_of_words(*arguments, **options):
-    yield
 
 
 def test_a_changed_sweep_cannot_be_resumed_and_the_differences_are_named(plan, dataset, tmp_path):
@@ -190,7 +189,7 @@ def test_only_one_process_may_use_a_folder(tmp_path):
 def test_a_folder_in_use_and_a_changed_plan_are_named_before_ray_starts(plan, dataset, tmp_path, monkeypatch):
     """The start of Ray takes seconds."""
 
-    def started(*arguments):
+    def started(*arguments, **options):
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("metagmvae.infra.tune.ray_backend.sweep_cluster", started)

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError
@@ -46,7 +47,7 @@ NEW_CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextmanager
-def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[None]:
+def cluster(address: str, cpus: int, *, dashboard: bool = False, dry_run: bool = False) -> Iterator[None]:
     """Connect to a Ray cluster and disconnect at the end; a cluster started here is stopped at the end.
 
     A process that is connected already keeps its connection. Workers of an existing cluster run the code of this
@@ -58,6 +59,7 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
         cpus: CPUs that the work needs at the same time.
         dashboard: whether the work needs Ray's dashboard. Trials that train on several workers do: Ray frees the
             workers of a stopped trial only through the dashboard, and without it they wait for each other forever.
+        dry_run: start no cluster. A new one would have the CPUs that are needed.
 
     Raises:
         SettingsError: no cluster answers at the address, it refuses the token, it has too few CPUs or no dashboard.
@@ -65,14 +67,16 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if ray.is_initialized():
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    is_new = address in ("", "local")
+    if ray.is_initialized() or (dry_run and is_new):
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS", "")
     try:
         with _own_signal_handlers():
-            is_new = address in ("", "local")
             context = _start(cpus, dashboard) if is_new else _join(address)
+        head = getattr(context, "address_info", {}).get("gcs_address") or address.removeprefix("ray://")
+        name = f"{address!r} ({head})" if address == "auto" else repr(address)  # which one, if there are several
         if dashboard and not context.dashboard_url:
             raise SettingsError(
                 "Ray runs without its dashboard, which a sweep of trials with several workers needs: pip install "
@@ -81,25 +85,29 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False) -> Iterator[Non
         available = int(ray.cluster_resources().get("CPU", 0))
         if available < cpus:
             raise SettingsError(
-                f"{cpus} CPUs are needed at once (workers times CPUs per worker), but the cluster at {address!r} "
+                f"{cpus} CPUs are needed at once (workers times CPUs per worker), but the cluster at {name} "
                 f"has {available}: use fewer workers, or add nodes"
             )
         free = int(ray.available_resources().get("CPU", 0))
         if not is_new and free < cpus:  # Ray waits without a word, and for as long as it takes
             LOG.warning(
-                "the Ray cluster at %r has %d of its %d CPUs free; the work starts when %d are free",
-                address,
+                "the Ray cluster at %s has %d of its %d CPUs free; the work starts when %d are free",
+                name,
                 free,
                 available,
                 cpus,
             )
         # Ray prints about lost workers on standard output whatever its log level. That is for the command's answer, and
         # the error that follows says the same (`worker_failures`).
-        head = getattr(context, "address_info", {}).get("gcs_address") or address.removeprefix("ray://")
         with open(os.devnull, "w") as null, redirect_stdout(null), watched_head(head):
             yield
     finally:
         ray.shutdown()
+
+
+def gpu_count() -> int:
+    """GPUs of the cluster; of this machine in a dry run, which starts none."""
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
 
 
 @contextmanager

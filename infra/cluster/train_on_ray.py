@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from metagmvae.configs.credentials import with_credentials
 from metagmvae.configs.load import SettingsError, to_json
 from metagmvae.configs.schema import Settings
-from metagmvae.infra.cluster.connect import cluster
+from metagmvae.infra.cluster.connect import cluster, gpu_count
 from metagmvae.infra.cluster.stop_flag import StopFlag
 from metagmvae.infra.cluster.train_worker import NON_FINITE, STOPPED, train_worker
 from metagmvae.infra.cluster.watch import watched_resources
@@ -90,16 +90,16 @@ class LeanTrainer(TorchTrainer):
 
 
 @contextmanager
-def training_cluster(settings: Settings) -> Iterator[None]:
+def training_cluster(settings: Settings, *, dry_run: bool = False) -> Iterator[None]:
     """Connect to the Ray cluster of a training, see `cluster`, and check that it has the CPUs and GPUs for it.
 
     Raises:
         SettingsError: the cluster cannot be reached, or has too few CPUs or GPUs.
     """
     cpus = settings.run.workers * settings.run.cpus_per_worker
-    with cluster(settings.run.address, cpus):
+    with cluster(settings.run.address, cpus, dry_run=dry_run):
         gpus = {"GPU": settings.run.workers} if _use_gpu(settings) else {}
-        with watched_resources({"CPU": cpus} | gpus):
+        with nullcontext() if dry_run else watched_resources({"CPU": cpus} | gpus):
             yield
 
 
@@ -191,7 +191,7 @@ def _use_gpu(settings: Settings) -> bool:
     Raises:
         SettingsError: the cluster has fewer GPUs than workers, but at least one, or `run.device` asks for GPUs.
     """
-    run, gpus = settings.run, int(ray.cluster_resources().get("GPU", 0))
+    run, gpus = settings.run, gpu_count()
     if run.device == "cpu" or (run.device == "auto" and not gpus):
         return False
     if gpus < run.workers:

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
-from metagmvae.infra.cluster.connect import cluster
+from metagmvae.infra.cluster.connect import cluster, gpu_count
 from metagmvae.infra.cluster.worker_failures import failure_reason
 from metagmvae.infra.runs.run_folder import RAY_FOLDER
 from metagmvae.infra.tune.sweep_state import SweepState
@@ -47,12 +47,13 @@ DRIVER_CPUS = 0.01
 
 
 @contextmanager
-def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
+def sweep_cluster(base: Settings, at_once: int, *, dry_run: bool = False) -> Iterator[None]:
     """Join or start the Ray cluster of a sweep.
 
     Args:
         base: settings that all trials have in common.
         at_once: number of simultaneous trials; 0: as many as the CPUs and GPUs allow.
+        dry_run: start no cluster.
 
     Raises:
         SettingsError: the cluster cannot be reached, is too small, or lacks what distributed trials need.
@@ -65,8 +66,8 @@ def sweep_cluster(base: Settings, at_once: int) -> Iterator[None]:
     # A distributed trial takes a hundredth of a CPU besides its workers, so one more whole CPU is needed.
     cpus = cpus_per_trial * max(at_once, 1) + int(distributed)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with cluster(run.address, cpus, dashboard=distributed):
-        if run.device == "cuda" and not ray.cluster_resources().get("GPU"):
+    with cluster(run.address, cpus, dashboard=distributed, dry_run=dry_run):
+        if run.device == "cuda" and not gpu_count():
             raise SettingsError('run.device = "cuda": the Ray cluster has no GPU; set it to "auto" or "cpu"')
         yield
 

@@ -79,7 +79,7 @@ def run(request: SweepRequest, progress: ProgressCallback | None = None) -> dict
 
     max_trials = request.trials or (None if request.search == "grid" else DEFAULT_TRIALS)
     total = max_trials or GridSearch(request.space, request.seed).size
-    with sweep_cluster(plan.base, request.at_once):
+    with sweep_cluster(plan.base, request.at_once, dry_run=request.dry_run):
         if request.dry_run:
             return _describe(plan, folder, dataset, total)
         folder.create()

@@ -137,7 +137,7 @@ def describe_training(settings: Settings, *, kind: ModelKind, resume: bool) -> d
     Raises:
         SettingsError, DataError: as `run_training`.
     """
-    with checked_training(settings, kind, resume) as plan:
+    with checked_training(settings, kind, resume, dry_run=True) as plan:
         settings, dataset = plan.inputs.settings, plan.inputs.dataset
         train_split = dataset.split(settings.data.train_split)
         answer: dict[str, Any] = {
@@ -160,8 +160,12 @@ def describe_training(settings: Settings, *, kind: ModelKind, resume: bool) -> d
 
 
 @contextmanager
-def checked_training(settings: Settings, kind: ModelKind, resume: bool) -> Iterator[TrainingPlan]:
+def checked_training(
+    settings: Settings, kind: ModelKind, resume: bool, *, dry_run: bool = False
+) -> Iterator[TrainingPlan]:
     """Check everything that can be checked before the run folder is claimed; inside the block Ray is connected.
+
+    A dry run starts no cluster of Ray.
 
     Raises:
         SettingsError, DataError: as `run_training`.
@@ -182,7 +186,7 @@ def checked_training(settings: Settings, kind: ModelKind, resume: bool) -> Itera
     with optional_package("ray", "run.engine = ray", "--set run.engine=local"):
         from metagmvae.infra.cluster.train_on_ray import training_cluster  # Ray is imported only where it is used
 
-    with training_cluster(settings):
+    with training_cluster(settings, dry_run=dry_run):
         yield TrainingPlan(inputs, kind, run_dir, resume, None)
 
 
