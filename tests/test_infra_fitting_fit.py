@@ -184,7 +184,8 @@ def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, c
 def test_an_older_state_without_later_options_is_read(fitted):
     _, model, _, _ = fitted
     state = json.loads((model / "fit.json").read_text())
-    later = {"encoder": None, "crop": True, "labels": None, "labels_sha256": None, "groups": None, "group_division": ""}
+    later = {"encoder": None, "crop": True, "labels": None, "labels_sha256": None, "groups": None}
+    later |= {"group_division": "", "table_note": ""}
     for key in later:
         del state["plan"][key]
     plan = FitState.model_validate_json(json.dumps(state)).plan

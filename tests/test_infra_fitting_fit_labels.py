@@ -1,6 +1,7 @@
 """`metagmvae fit --labels FILE [--groups COLUMN]`: classes from a table; patients instead of classes are held out."""
 
 import shlex
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -129,6 +130,16 @@ def test_a_plan_with_splits_of_the_table(flat):
     assert found.group_division == "as the table says; the splits share classes"
     assert (found.classes, found.validation_classes, found.test_classes) == (8, 8, 8)
     assert found.label_words == ["--labels", str(flat / "split.csv"), "--groups", "patient"]
+
+
+def test_a_table_that_is_not_given_is_named(flat, tmp_path):
+    pictures = tmp_path / "images"
+    shutil.copytree(flat / "images", pictures)
+    shutil.copy(flat / "labels.csv", pictures / "metadata.csv")
+    said = "metadata.csv may hold the classes: --labels PATH reads it"
+    assert make_plan(pictures, None, 60.0, 0, unlabelled=False).found[2:] == [said]
+    table = pictures / "metadata.csv"
+    assert len(make_plan(pictures, None, 60.0, 0, unlabelled=False, labels=table).found) == 2
 
 
 def test_one_class_is_evaluated_on_views(flat, tmp_path):

@@ -186,7 +186,7 @@ def test_a_folder_with_the_table_of_hugging_face_says_that_it_was_not_read(tmp_p
         Image.fromarray(np.full((8, 8), 60 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{n}.png,{'ab'[n % 2]}\n" for n in range(4)))
     plain = open_source("folder", str(tmp_path), size=8)
-    assert plain.files["labels"] == "metadata.csv may hold the classes: --labels metadata.csv reads them"
+    assert plain.files["labels"] == "metadata.csv may hold the classes: --labels PATH reads it"
     labelled = open_source("folder", str(tmp_path), size=8, labels=str(tmp_path / "metadata.csv"))
     assert "labels" not in labelled.files
     assert labelled.report["classes"] == {"train": 2}

@@ -74,6 +74,8 @@ class FitPlan(BaseModel):
     """Column of `labels` with what keeps images together in one split, such as the patient."""
     group_division: str = ""
     """How the groups were divided into the splits."""
+    table_note: str = ""
+    """Sentence on a file among the pictures that may hold the classes."""
 
     @property
     def label_request(self) -> LabelRequest:
@@ -109,6 +111,7 @@ class FitPlan(BaseModel):
         return [
             f"{self.images:,} images, {colour}, {classes}; shorter sides: {sizes}",
             f"{kind}: {self.drawn:.0%} of a sample have thin strokes on an even background{polarity} (drawings: 80%)",
+            *([self.table_note] if self.table_note else []),
         ]
 
     @property

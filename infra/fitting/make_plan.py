@@ -10,7 +10,7 @@ from metagmvae.infra.fitting.fit_plan import FitPlan, FrozenEncoder
 from metagmvae.pipelines.files import sha256_file
 from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.folder_layout import FolderImage, LabelRequest, divide_images, read_layout
-from metagmvae.pipelines.sources.image_files import list_images, require_images
+from metagmvae.pipelines.sources.image_files import list_images, require_images, table_note
 from metagmvae.pipelines.sources.image_survey import ImageSurvey, survey_images
 from metagmvae.pipelines.sources.source import source_fingerprint
 from metagmvae.pipelines.sources.splits import SplitRequest, default_held_out
@@ -106,6 +106,7 @@ def make_plan(
         labels_sha256=sha256_file(labels) if labels else None,
         groups=groups,
         group_division=division,
+        table_note="" if labels else table_note(listing),
     )
 
 

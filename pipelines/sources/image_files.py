@@ -17,6 +17,8 @@ from metagmvae.pipelines.sources.source import first_few
 KINDS = {".parquet": "prepare parquet", ".arrow": "prepare parquet", ".npz": "prepare npz", ".npy": "prepare npz"}
 KINDS |= dict.fromkeys((".tar", ".zip"), "give one of them")
 """What reads files that are no images, by suffix."""
+TABLES = ("metadata.csv", "metadata.jsonl")
+"""Names that Hugging Face gives to the table of a folder of images."""
 EXAMPLES = 5
 """Names that are shown of each kind."""
 
@@ -50,6 +52,12 @@ def require_images(root: str | Path, listing: Listing) -> None:
     convert = "convert them (DICOM, NIfTI) to PNG or TIFF, of 16 bits if they have more than 8" if instead else ""
     remedy = "".join(f"; {advice}" for advice in known or [convert] if advice)
     raise DataError(f"{root}: contains no images ({' '.join(SUFFIXES)}); it has {instead or 'no files'}{remedy}")
+
+
+def table_note(listing: Listing) -> str:
+    """A sentence on a file that looks like a table of the classes; empty without one."""
+    found = [printable(file.name) for file in listing.left_out if PurePosixPath(file.name).name in TABLES]
+    return f"{found[0]} may hold the classes: --labels PATH reads it" if found else ""
 
 
 def files_report(read: Sequence[str], left_out: Iterable[LeftOut], folders: Iterable[str] = ()) -> dict[str, Any]:

@@ -23,17 +23,22 @@ from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
-from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks, printable
+from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.sources.folder_layout import LabelRequest, divide_images, read_layout
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing
-from metagmvae.pipelines.sources.image_files import KeptFile, duplicates_note, files_report, list_images, require_images
+from metagmvae.pipelines.sources.image_files import (
+    KeptFile,
+    duplicates_note,
+    files_report,
+    list_images,
+    require_images,
+    table_note,
+)
 from metagmvae.pipelines.sources.image_scan import scan_images
 from metagmvae.pipelines.sources.image_survey import survey_images
 from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
 from metagmvae.pipelines.sources.splits import SPLITS, SplitRequest
 
-TABLES = ("metadata.csv", "metadata.jsonl")
-"""Names that Hugging Face gives to the table of a folder of images."""
 NOT_INVERTED = (
     "these are drawings with dark strokes on a bright background; --invert makes the strokes bright, which the random "
     "views of strokes need"
@@ -105,9 +110,8 @@ def open_folder(
         unlisted = [LeftOut(entry.name, reason) for entry in listing.entries if entry.name not in listed]
     names = [image.file.name for image in images]
     notes = {}
-    tables = [file.name for file in listing.left_out if PurePath(file.name).name in TABLES]
-    if labels is None and tables:
-        notes["labels"] = f"{printable(tables[0])} may hold the classes: --labels {printable(tables[0])} reads them"
+    if labels is None and (note := table_note(listing)):
+        notes["labels"] = note
     if size is None or channels is None:
         survey = survey_images(str(source), names)
         size, channels = size or survey.size, channels or survey.channels
