@@ -47,7 +47,6 @@ from metagmvae.infra.runs.training_inputs import TrainingInputs, has_samples, lo
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.run_tracker import RunTracker
 from metagmvae.infra.tracking.store import store_uri
-from metagmvae.infra.workflows.calibrate import calibrate_run
 from metagmvae.pipelines.files import atomic_file, read_text, write_json
 from metagmvae.pipelines.optional_packages import optional_package
 from metagmvae.pipelines.output_target import check_output_folder
@@ -123,6 +122,8 @@ def run_training(settings: Settings, *, kind: ModelKind = "learner", resume: boo
         with RunTracker(run_dir, tracking), LiveLine(run_dir, plan.total_steps, quiet=quiet) as live:
             _train(plan)
             if plan.kind == "learner":
+                from metagmvae.infra.workflows.calibrate import calibrate_run  # imports SciPy
+
                 with live.working_on("calibrating on validation episodes"):
                     calibrate_run(run_dir, plan.inputs.settings, plan.inputs.dataset)
             if plan.inputs.settings.run.figures:
