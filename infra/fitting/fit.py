@@ -179,17 +179,13 @@ class _Fit(FitCall):
     def _classify_example(self, dataset: Dataset) -> dict[str, Any] | None:
         """Classify some of the files as a user would; None without classes that were not trained on."""
         plan = self.plan
-        if plan.labelled:
-            root, images = plan.labelled, read_layout(plan.labelled, list_images(plan.labelled).entries, LabelRequest())
-        elif is_labelled(dataset, "test"):
-            root, images = (
-                plan.pictures,
-                read_layout(plan.pictures, list_images(plan.pictures).entries, plan.label_request),
-            )
+        if plan.labelled is None and not is_labelled(dataset, "test"):
+            return None
+        root = plan.labelled or plan.pictures
+        images = read_layout(root, list_images(root).entries, LabelRequest() if plan.labelled else plan.label_request)
+        if plan.labelled is None:
             keys = set(dataset.index("test")["key"].to_pylist())
             images = [image for image in images if image.key in keys]
-        else:
-            return None
         class_of_file = write_example(root, self.out / EXAMPLE, images, plan.seed)
         folder, figure = self.out / EXAMPLE, self.out / EXAMPLE / "predictions.png"
         words = ["--support", str(folder / "labelled"), "--query", str(folder / "queries"), "--figure", str(figure)]

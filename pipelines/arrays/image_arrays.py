@@ -1,4 +1,4 @@
-"""Images that Python holds or other libraries read: arrays, images of Pillow, contents of files; by one file reader."""
+"""Images that Python holds: arrays, images of Pillow, contents of files; and what readers of files with many share."""
 
 from __future__ import annotations
 
