@@ -150,6 +150,16 @@ class RecordedTask:
     by_episode: EpisodeResults | None
 
 
+def check_results_folder(results: Path) -> None:
+    """Refuse a folder of result files that does not exist.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    if not results.is_dir():
+        raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
+
+
 def read_recorded(path: Path) -> list[RecordedTask]:
     """Read the tasks of a result file, and the accuracy of each episode from the Parquet file of the same name.
 

@@ -23,6 +23,7 @@ from metagmvae.evaluation.comparison.result_files import (
     RecordedAccuracy,
     RecordedBaseline,
     RecordedResult,
+    check_results_folder,
     read_results,
 )
 from metagmvae.pipelines.files import read_json
@@ -79,7 +80,9 @@ def results_table(results: Path, names: Sequence[str], baselines: Sequence[str] 
             by_label = _baselines(by_task)
             for label in baselines or by_label:
                 row = by_label[label]
-                rows.append([f"{markdown_text(label)}{_baseline_protocol(row)}", *_cells(row, tasks)])
+                tuned = any(result.validation_accuracy is not None for found in row.values() for result in found)
+                protocol = f"{_modes(row)}{'' if tuned else ', untuned'}"
+                rows.append([f"{markdown_text(label)} ({protocol})", *_cells(row, tasks)])
     if dataset in PAPER_ROWS:
         for label, key in PAPER_ROWS[dataset].items():
             rows.append([label, *(f"{value:.2f}" for value in BY_REF[f"paper:{dataset}/{key}"].values(tasks))])
@@ -94,8 +97,7 @@ def summary_table(results: Path, dataset: str) -> str:
     """
     if dataset not in SUMMARIES:
         raise DataError(f"summary:{dataset}: unknown table; use one of {', '.join(SUMMARIES)}")
-    names, baselines = SUMMARIES[dataset]
-    return results_table(results, names, baselines)
+    return results_table(results, *SUMMARIES[dataset])
 
 
 def paired_table(results: Path, name: str) -> str:
@@ -222,16 +224,6 @@ def results_by_task(results: Path, name: str) -> ByTask:
     }
 
 
-def check_results_folder(results: Path) -> None:
-    """Refuse a folder of result files that does not exist.
-
-    Raises:
-        DataError: it does not exist.
-    """
-    if not results.is_dir():
-        raise DataError(f"--results {results}: no such folder; give the folder of the files of evaluate --record")
-
-
 def _require(results: Path, name: str) -> ByTask:
     if by_task := results_by_task(results, name):
         return by_task
@@ -285,11 +277,6 @@ def _protocol(by_task: ByTask) -> str:
     elif len({result.state for result in results}) > 1:
         notes.append("columns of different trainings")
     return f" ({', '.join(notes)})"
-
-
-def _baseline_protocol(by_task: Mapping[Task, Sequence[RecordedBaseline]]) -> str:
-    tuned = any(row.validation_accuracy is not None for rows in by_task.values() for row in rows)
-    return f" ({_modes(by_task)}{'' if tuned else ', untuned'})"
 
 
 def _modes(by_task: Mapping[Task, Sequence[RecordedAccuracy]]) -> str:

@@ -10,8 +10,13 @@ from typing import Any
 
 from metagmvae.configs.load import SettingsError, flatten, load_settings
 from metagmvae.configs.schema import Settings
-from metagmvae.evaluation.comparison.result_files import RecordedAccuracy, RecordedDataset, RecordedResult, read_results
-from metagmvae.evaluation.comparison.results_table import check_results_folder
+from metagmvae.evaluation.comparison.result_files import (
+    RecordedAccuracy,
+    RecordedDataset,
+    RecordedResult,
+    check_results_folder,
+    read_results,
+)
 from metagmvae.evaluation.paper_tables.table_rows import paper_tables
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart
 from metagmvae.pipelines.files import read_json
