@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from metagmvae.configs.load import fingerprint, to_json
+from metagmvae.configs.load import fingerprint
 from metagmvae.evaluation.provenance import dataset_origin, provenance
 from metagmvae.infra.runs.run_folder import RECORD, SETTINGS
 from metagmvae.pipelines.files import write_json
@@ -37,7 +36,7 @@ def write_encoder(loaded: LoadedModel, dataset: Dataset, out: Path) -> None:
         package = save_package(folder / "package", loaded)
         record = provenance() | {"settings_fingerprint": fingerprint(loaded.settings), "kind": "encoder"}
         record |= {"data": dataset.uri, "dataset": dataset_origin(dataset.manifest, dataset.fingerprint)}
-        write_json(package / SETTINGS, json.loads(to_json(loaded.settings)))
+        write_json(package / SETTINGS, loaded.settings.model_dump(mode="json"))
         write_json(package / RECORD, record)
         if out.exists():
             raise DataError(f"{out}: already exists; choose a new folder")

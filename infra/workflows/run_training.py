@@ -19,7 +19,6 @@ from metagmvae.configs.load import (
     fingerprint,
     load_settings,
     settings_from_json,
-    to_json,
     to_toml,
 )
 from metagmvae.configs.schema import Settings
@@ -295,7 +294,7 @@ def _write_record(run_dir: Path, inputs: TrainingInputs, kind: ModelKind) -> Non
     record["dataset"] = dataset_origin(dataset.manifest, dataset.fingerprint)
     if dataset.preprocessing is not None:
         record["preprocessing"] = dataset.preprocessing.model_dump(mode="json")
-    write_json(run_dir / SETTINGS, json.loads(to_json(settings)))
+    write_json(run_dir / SETTINGS, settings.model_dump(mode="json"))
     with atomic_file(run_dir / CONFIG) as file:
         file.write(to_toml(settings).encode())
     write_json(run_dir / RECORD, record)
