@@ -84,6 +84,9 @@ def test_existing_cluster_runs_the_code_of_the_driver_and_requires_its_token(hea
     file, preset = done.stdout.split()
     assert "py_modules" in file, done.stderr
     assert preset == "omniglot-cpu"
+    # The cluster that `auto` finds is one of this user, so Ray uses the user's token.
+    automatic = code_of_a_worker("auto", environment, tmp_path)
+    assert automatic.stdout.endswith(" omniglot-cpu\n"), automatic.stderr
     # Ray tries for 20 s to connect without the token.
     refused = code_of_a_worker(head, environment | {"RAY_NUM_REDIS_GET_RETRIES": "1"}, tmp_path)
     assert refused.returncode == 1

@@ -130,7 +130,9 @@ def _join(address: str) -> Any:
     found = _find_cluster(address)
     try:
         with _package_copy() as package:
-            return _init(address=found, runtime_env={"env_vars": ENVIRONMENT, "py_modules": [package]})
+            # Ray reads the token of ~/.ray by itself for "auto" only.
+            address_of_ray = address if address == "auto" else found
+            return _init(address=address_of_ray, runtime_env={"env_vars": ENVIRONMENT, "py_modules": [package]})
     except (ConnectionError, AuthenticationError) as error:
         if "AuthenticationError" in repr(error) + repr(error.__cause__):
             raise SettingsError(
