@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -67,8 +68,42 @@ def test_ray_job_runs_a_valid_command():
     assert settings.run.workers == workers["replicas"]
     assert settings.run.engine == "ray"
     pods = [cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
-    mounts = {mount["mountPath"] for pod in pods for mount in pod["containers"][0]["volumeMounts"]}
-    assert mounts == {"/runs"}
+    assert settings.run.cpus_per_worker == int(pods[1]["containers"][0]["resources"]["limits"]["cpu"])
+    image = (DEPLOY / "Dockerfile").read_text()
+    (user,) = re.findall(r"useradd --uid (\d+)", image)
+    for pod in pods:
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounts == {"runs": "/runs", "cache": re.search(r"METAGMVAE_CACHE=(\S+)", image)[1]}
+        assert {volume["name"] for volume in pod["volumes"]} == mounts.keys()
+        assert pod["securityContext"]["fsGroup"] == int(user)
     assert settings.run.out.startswith("/runs/")
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert cluster["rayVersion"] == pinned[1]
+
+
+def test_slurm_job_runs_a_valid_command_on_all_nodes(tmp_path):
+    """The script runs with an `srun` that writes down its words."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    (tmp_path / "srun").write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {tmp_path}/words\n")
+    (tmp_path / "srun").chmod(0o755)
+    text = (DEPLOY / "ray-job.sbatch").read_text().replace("/SHARED", str(tmp_path))
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
+    nodes, cpus = options["nodes"], options["cpus-per-task"]
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NUM_NODES": nodes,
+        "SLURM_CPUS_PER_TASK": cpus,
+    }
+    subprocess.run(["bash", "-c", text], env=environment, check=True)
+    words = (tmp_path / "words").read_text().splitlines()
+    start, request = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert start[:2] == ["ray", "symmetric-run"]
+    assert re.fullmatch(r"--address=[0-9a-f.:]+:6379", start[2])
+    assert start[3:] == [f"--min-nodes={nodes}", f"--num-cpus={cpus}"]
+    assert options["ntasks-per-node"] == "1"
+    arguments = build_parser().parse_args(request[1:])
+    settings = load_settings(arguments.config, arguments.overrides)
+    assert arguments.resume
+    assert (settings.run.workers, settings.run.cpus_per_worker) == (int(nodes), int(cpus))
+    assert (settings.run.engine, settings.run.address) == ("ray", "auto")
