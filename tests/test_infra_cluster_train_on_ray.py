@@ -15,13 +15,14 @@ import torch
 from command_words import TINY, set_words
 from driver_processes import end, kill_all, processes_of
 from ray._private import ray_constants
+from ray.train.torch import TorchTrainer
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import RunSettings, Settings
 from metagmvae.infra.cli import main
 from metagmvae.infra.cluster import connect
 from metagmvae.infra.cluster.connect import cluster
-from metagmvae.infra.cluster.train_on_ray import _use_gpu
+from metagmvae.infra.cluster.train_on_ray import _trainer, _use_gpu
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, read_lines
 from metagmvae.training.trainer.checkpoint import load_state
@@ -161,6 +162,19 @@ def test_non_finite_loss_ends_the_run_at_once_with_one_line(data, tmp_path):
     (line,) = [line for line in log.splitlines() if line.startswith("metagmvae train:")]
     assert "the update was not applied and the last checkpoint stays" in line
     assert "Traceback" not in log
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray itself
+def test_processes_that_a_training_does_not_need_are_not_started(tmp_path):
+    """Ray has its own names for them; if they change, a training waits 12 s at its end."""
+    settings = Settings(run=RunSettings(engine="ray", device="cpu"))
+    left_out = []
+    for stop_flag in (None, "of a driver"):
+        trainer = _trainer(settings, {"stop_flag": stop_flag}, tmp_path, [])
+        kept = {type(item).__name__ for item in trainer._create_default_callbacks()}
+        left_out.append({type(item).__name__ for item in TorchTrainer._create_default_callbacks(trainer)} - kept)
+        assert "BackendSetupCallback" in kept
+    assert left_out == [{"DatasetsCallback"}, {"DatasetsCallback", "PlacementGroupCleanerCallback"}]
 
 
 def test_start_timeout_names_a_remedy(monkeypatch):

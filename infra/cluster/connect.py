@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-import torch
 from ray._private import ray_constants
 from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError
@@ -107,7 +106,11 @@ def cluster(address: str, cpus: int, *, dashboard: bool = False, dry_run: bool =
 
 def gpu_count() -> int:
     """GPUs of the cluster; of this machine in a dry run, which starts none."""
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
+    if ray.is_initialized():
+        return int(ray.cluster_resources().get("GPU", 0))
+    import torch  # not needed by tasks, such as those of `prepare`
+
+    return torch.cuda.device_count()
 
 
 @contextmanager
