@@ -103,6 +103,12 @@ def test_curves_plot_the_metric_lines():
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["5w1s"]
 
 
+def test_tasks_are_in_the_order_of_their_numbers():
+    shown = ["validation/probe", "validation/5w1s", "validation/5w5s", "validation/5w20s", "validation/20w1s"]
+    line = dict.fromkeys([*reversed(shown), "validation/5w1s_ci95", "loss"], 0.5)
+    assert plots.validated_tasks([line]) == shown
+
+
 def test_predictions_are_drawn_beside_the_predicted_class():
     images = glyph_like(6)
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])

@@ -5,6 +5,7 @@ Each function takes arrays and returns a new matplotlib Figure; pyplot and its g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,9 @@ def curves(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def validated_tasks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the keys of the validation accuracies in metric lines, sorted."""
-    return sorted({k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")})
+    """Return the keys of the validation accuracies in metric lines, by numbers of classes and of labelled images."""
+    keys = {k for line in lines for k in line if k.startswith("validation/") and not k.endswith("_ci95")}
+    return sorted(keys, key=lambda key: ([int(number) for number in re.findall(r"\d+", key)], key))
 
 
 def reconstructions(images: Array, decoded: Array, label: str, *, negative: bool = False) -> Figure:
