@@ -119,8 +119,8 @@ def test_a_dataset_whose_splits_share_classes_and_no_patient(folder, capsys, tab
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"groups": "patient"}, "--groups patient: is a column of --labels"),
-        ({"groups": "patient", "labels": "with.csv", "join_splits": True}, "without --join-splits"),
+        ({"groups": "patient"}, "--groups patient: is a column of --labels; give --labels FILE too"),
+        ({"groups": "patient", "labels": "with.csv", "join_splits": True}, "--join-splits keeps the splits of folders"),
         (
             {"groups": "patient", "labels": "with.csv", "fractions": (0.5, 0.2, 0.3)},
             "already has splits, as the table says",

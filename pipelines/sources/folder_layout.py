@@ -53,9 +53,12 @@ class LabelRequest:
         """
         if self.labels is not None and not self.classes:
             raise DataError("--labels gives classes and --unlabelled takes none; omit one of them")
-        if self.groups is not None and (self.labels is None or self.join_splits):
-            name = printable(self.groups)
-            raise DataError(f"--groups {name}: is a column of --labels; give --labels FILE, without --join-splits")
+        if self.groups is not None and self.labels is None:
+            raise DataError(f"--groups {printable(self.groups)}: is a column of --labels; give --labels FILE too")
+        if self.groups is not None and self.join_splits:
+            raise DataError(
+                "--groups divides the images and --join-splits keeps the splits of folders; omit one of them"
+            )
 
 
 def read_layout(source: str, entries: Sequence[Entry], request: LabelRequest) -> list[FolderImage]:
