@@ -104,8 +104,9 @@ class ConvBlock(nn.Module):
             variance = ((kernel @ covariance) * kernel).sum(dim=1).clamp_min(0)  # rounding can make 0 negative
         if norm.running_mean is None or norm.running_var is None:
             return mean, variance
+        count = len(x) * x[0, 0].numel()
         with torch.no_grad():
-            momentum, count = norm.momentum or 0.0, len(x) * x[0, 0].numel()
+            momentum = norm.momentum or 0.0
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
             if norm.num_batches_tracked is not None:
