@@ -73,7 +73,7 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
 
 
@@ -81,11 +81,12 @@ def version_line() -> str:
     """Versions of the program, with the commit of a source tree, of Python and of PyTorch."""
     whole = _commit() or ""
     commit = whole[:12] + "+" * whole.endswith("+")
-    ours = f"metagmvae {_version('metagmvae') or 'not installed'}" + (f" (commit {commit})" if commit else "")
-    return f"{ours}, Python {platform.python_version()}, torch {_version('torch') or 'not installed'}"
+    ours = f"metagmvae {installed_version('metagmvae') or 'not installed'}" + (f" (commit {commit})" if commit else "")
+    return f"{ours}, Python {platform.python_version()}, torch {installed_version('torch') or 'not installed'}"
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

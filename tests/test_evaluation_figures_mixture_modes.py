@@ -76,7 +76,7 @@ def test_mode_grid_places_each_image(tmp_path, negative):
         MixtureMode(black[None], np.stack([white, black]), np.stack([black / 255.0])),
         MixtureMode(white[None], np.stack([black]), np.stack([white / 255.0])),
     ]
-    figure = plots.mode_grid(modes, "title", "generated", negative=negative)
+    figure = plots.mode_grids([("title", modes)], "generated", negative=negative)
     assert [axes.get_title() for axes in figure.axes] == ["support", "obtained by EM", "generated"]
     obtained = figure.axes[1].images[0].get_array()
     step = 28 + plots.GAP

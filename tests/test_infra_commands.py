@@ -125,7 +125,7 @@ def test_doctor_counts_the_registered_models_of_all_pages(monkeypatch):
             return Page(["b"], "") if page_token else Page(["a"] * 100, "next")
 
     monkeypatch.setattr(store, "connect", lambda tracking, create: store.Store(Client(), "sqlite:///x", None))
-    result = CHECKS["mlflow store"]("mlflow store")
+    result = CHECKS["mlflow store"]()
     assert result.state == "ok"
     assert result.found.endswith(", 101 registered models")
 

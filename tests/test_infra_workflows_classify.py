@@ -47,7 +47,7 @@ def loaded(tmp_path):
 
 def test_probabilities_equal_those_of_the_transductive_classifier(folders, loaded, tmp_path):
     support, query, images = folders
-    answer = classify.classify_folders(loaded, support, query, tmp_path / "predictions.png")
+    answer = run_classify(loaded, support, query, figure=tmp_path / "predictions.png")
     X = images.reshape(len(images), -1)
     expected = FewShotClassifier(loaded, mode="transductive").fit(X[:4], list("aaab")).predict_proba(X[4:])
     assert (answer["classes"], answer["shots"]) == (["a", "b"], [3, 1])
@@ -95,7 +95,7 @@ def test_files_are_preprocessed_like_the_training_images(folders, loaded, invert
     big = images.repeat(2, axis=1).repeat(2, axis=2)
     classifier = FewShotClassifier(packaged, mode="transductive", preprocessed=False).fit(big[:4], list("aaab"))
     np.testing.assert_array_equal(classifier.predict_proba(big[4:]).astype("f4"), probabilities(answer).astype("f4"))
-    as_it_is = classify.classify_folders(packaged, support, query, invert=False)
+    as_it_is = run_classify(packaged, support, query, invert=False)
     assert not np.array_equal(probabilities(as_it_is), probabilities(answer))
     old = classify.classify_folders(loaded, support, query)
     assert not old["preprocessing"]["recorded"]
@@ -235,7 +235,7 @@ def test_a_folder_whose_files_come_and_go(folders, loaded, tmp_path, monkeypatch
     monkeypatch.setattr(folder, "_kind", kind)
     monkeypatch.setattr(task_inputs, "read_entry", read_entry)
     monkeypatch.setattr(classify, "draw_answer", draw_answer)
-    answer = classify.classify_folders(loaded, support, query, tmp_path / "figure.png")
+    answer = run_classify(loaded, support, query, figure=tmp_path / "figure.png")
     assert [row["query"] for row in answer["queries"]] == ["0.png", "1.png", "2.png"]
     reasons = {Path(row["file"]).name: row["reason"] for row in answer["left_out"]}
     assert sorted(reasons) == ["gone", "gone.png", "half.png", "later.png"]

@@ -102,7 +102,7 @@ def episode_figures(loaded: LoadedModel, dataset: Dataset, split: str) -> dict[s
         caption = "Modes of an episode: support, images that EM assigns to each mode, generated images"
         title, modes, generated = _test_grid(loaded, sets)
         title = f"{loaded.settings.name}: {title}"
-        figures[caption] = plots.mode_grid(modes, title, generated, negative=loaded.negative)
+        figures[caption] = plots.mode_grids([(title, modes)], generated, negative=loaded.negative)
     panels = [_test_panel(loaded, sets)]
     if len(_large_classes(dataset.labels(split), 5)) > 1:
         panels.append(_test_panel(loaded, _sets(loaded, dataset, split, shot=5)))

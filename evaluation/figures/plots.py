@@ -89,16 +89,12 @@ def reconstructions(images: Array, decoded: Array, label: str, *, negative: bool
     return figure
 
 
-def mode_grid(modes: Sequence[MixtureMode], title: str, generated: str, *, negative: bool = False) -> Figure:
-    """Draw the modes of one set, one row per mode: labelled images, images that EM assigns to it, generated images.
-
-    `generated` is the title of the column of generated images; `negative` is as in `predictions`.
-    """
-    return mode_grids([(title, modes)], generated, negative=negative)
-
-
 def mode_grids(grids: Sequence[tuple[str, Sequence[MixtureMode]]], generated: str, *, negative: bool = False) -> Figure:
-    """Draw Fig. 3: the grids of several sets below each other, each with its title; see `mode_grid`."""
+    """Draw Fig. 3: the modes of each set below each other, with a title.
+
+    A mode is a row: labelled images, images that EM assigns to it, generated images. `generated` is the title of the
+    column of generated images; `negative` is as in `predictions`.
+    """
     widest = max(sum(_panel_widths(modes)) for _, modes in grids)
     heights = [0.6 * len(modes) + 0.7 for _, modes in grids]
     figure = Figure(figsize=(0.55 * widest + 0.8, sum(heights)), layout="constrained")

@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 TUNE_TRIALS = 200
 
 
-def run_bench(request: Namespace) -> dict[str, Any]:
-    """Run the benchmark `request.name` with the options of `metagmvae bench --help`.
-
-    Raises:
-        DataError: the benchmark needs a data set or a source that was not given, or it does not fit.
-    """
-    return BENCHES[request.name](request)
-
-
 def _step(request: Namespace) -> dict[str, Any]:
     import torch
 
@@ -118,4 +109,4 @@ BENCHES: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "prepare": _prepare,
     "tune": _tune,
 }
-"""Benchmarks by the name that the command line takes."""
+"""Benchmarks by the name that the command line takes. Each takes the options of `metagmvae bench --help`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metagmvae.evaluation.provenance import provenance
-from metagmvae.infra.bench.dispatch import BENCHES, run_bench
+from metagmvae.infra.bench.dispatch import BENCHES
 from metagmvae.infra.commands.parsing import Answer, FailedAnswer, Parsers, add_command, output_file
 from metagmvae.pipelines.records import DataError
 
@@ -160,7 +160,7 @@ def doctor(arguments: Namespace) -> Answer:
     """Run `metagmvae doctor`."""
     from metagmvae.infra.workflows.doctor import run_checks
 
-    rows = [check.row() for check in run_checks()]
+    rows = [{"check": name} | asdict(result) for name, result in run_checks()]
     answer = {"checks": rows if arguments.json else "\n".join(line for row in rows for line in _check_lines(row))}
     return FailedAnswer(answer) if any(row["state"] == "wrong" for row in rows) else answer
 
@@ -188,7 +188,7 @@ def bench(arguments: Namespace) -> Answer:
         raise DataError(f"--threads is {arguments.threads}; give a number from 0 to {MAX_THREADS:,}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    answer = {"bench": arguments.name, **run_bench(arguments)}
+    answer = {"bench": arguments.name, **BENCHES[arguments.name](arguments)}
     if arguments.record:
         write_json(arguments.record, answer | {"environment": provenance()})
     return answer

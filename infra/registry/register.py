@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from metagmvae.configs.credentials import redact
 from metagmvae.configs.load import fingerprint
 from metagmvae.configs.mlflow_names import check_alias, check_model
 from metagmvae.configs.schema import TrackingSettings
+from metagmvae.evaluation.provenance import installed_version
 from metagmvae.infra.registry.alias_change import set_alias_if_free
 from metagmvae.infra.registry.alias_history import alias_version
 from metagmvae.infra.registry.own_wheel import write_wheel
@@ -255,10 +255,8 @@ def save_pyfunc(path: Path, package: Path, loaded: LoadedModel, **ids: str) -> N
 
 def _pinned(name: str) -> str:
     """Return `name==version`; the bare name if the package is not installed but runs from a source tree."""
-    try:
-        return f"{name}=={metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return name
+    version = installed_version(name)
+    return f"{name}=={version}" if version else name
 
 
 @contextmanager

@@ -128,17 +128,17 @@ def _fetch_from_run(store: Store, ref: str, folder: str) -> Path:
         return _fetch_package(store, f"{root}/{path}", folder, ref, root)
     parent = path.rpartition("/")[0]
     around = f"{root}/{parent}" if parent else root
-    names = _file_names(store, around)
+    names = file_names(store, around)
     if path.rpartition("/")[2] not in names:
         raise DataError(f"{ref}: no {path} in that run; it has: {', '.join(names) or 'nothing'}")
     if CALIBRATION in names:
-        _download(store, f"{around}/{CALIBRATION}", folder)
-    return _download(store, f"{root}/{path}", folder)
+        download(store, f"{around}/{CALIBRATION}", folder)
+    return download(store, f"{root}/{path}", folder)
 
 
 def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> Path:
     """Download the two files of a model package, after checking that the folder has them."""
-    names = _file_names(store, uri)
+    names = file_names(store, uri)
     missing = {"model.json", "model.safetensors"} - set(names)
     if len(missing) == 1:
         raise DataError(
@@ -146,20 +146,22 @@ def _fetch_package(store: Store, uri: str, folder: str, ref: str, root: str) -> 
             "this version can be deleted in MLflow, and the next promotion then needs no comparison with it"
         )
     if missing:
-        present = ", ".join(names or _file_names(store, root)) or "nothing"
+        present = ", ".join(names or file_names(store, root)) or "nothing"
         raise DataError(f"{ref}: not a model that metagmvae registered (no safetensors package; it has: {present})")
     target = Path(folder) / "package"
     target.mkdir()
     for name in ("model.json", "model.safetensors"):
-        _download(store, f"{uri}/{name}", str(target))
+        download(store, f"{uri}/{name}", str(target))
     return target
 
 
-def _file_names(store: Store, uri: str) -> list[str]:
+def file_names(store: Store, uri: str) -> list[str]:
+    """Return the names of what lies in a folder of MLflow, sorted."""
     listed = import_mlflow().artifacts.list_artifacts(artifact_uri=uri, tracking_uri=store.uri)
     return sorted(item.path.rpartition("/")[2] for item in listed)
 
 
-def _download(store: Store, uri: str, folder: str) -> Path:
+def download(store: Store, uri: str, folder: str) -> Path:
+    """Download a file of MLflow into a folder; return its path."""
     artifacts = import_mlflow().artifacts
     return Path(artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=store.uri))

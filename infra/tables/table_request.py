@@ -89,12 +89,9 @@ def open_data(uris: Sequence[str], parts: Sequence[TablePart]) -> list[GivenData
         dataset = Dataset.open(uri)
         images = RecordedDataset.model_validate(dataset_origin(dataset.manifest, dataset.fingerprint))
         if images.name not in known:
-            raise DataError(f"--data {uri}: is of {images.name or 'unknown images'}, the table of {_and(known)}")
+            named = " and ".join(sorted(known))
+            raise DataError(f"--data {uri}: is of {images.name or 'unknown images'}, the table of {named}")
         if any((g.images.name, g.dataset.kind) == (images.name, dataset.kind) for g in given):
             raise DataError(f"--data {uri}: is the second dataset of {dataset.kind} of {images.name}; give one of them")
         given.append(GivenData(dataset, images))
     return given
-
-
-def _and(names: set[str]) -> str:
-    return " and ".join(sorted(names))

@@ -12,9 +12,9 @@ from metagmvae.evaluation.paper_tables.table_structure import TableName
 from metagmvae.infra.runs.status import final_status
 from metagmvae.infra.tracking.cursor import last_entry
 from metagmvae.infra.tracking.mlflow_environment import TrackingError
-from metagmvae.infra.tracking.run_uploader import RUN_KEY
+from metagmvae.infra.tracking.run_uploader import PARENT, RUN_KEY
 from metagmvae.infra.tracking.store import Store, connect, experiment_id
-from metagmvae.infra.tracking.tracking_errors import WarnOnce, tracking_errors
+from metagmvae.infra.tracking.tracking_errors import tracking_errors, warn
 from metagmvae.pipelines.records import DataError
 
 
@@ -33,7 +33,7 @@ class TableTracker:
         self.failed = False
         self._store: Store | None = None
         self._run_id = ""
-        self._warn = WarnOnce("the table goes on, and its runs have no parent run")
+        self._warned = False
 
     def __enter__(self) -> Self:
         if self.tracking.enabled:
@@ -44,7 +44,7 @@ class TableTracker:
         """Make the MLflow run of a run folder a child, if it has one."""
         child = last_entry(run_dir).get("run_id") if self._run_id else None
         if child:
-            self._try(lambda client: client.set_tag(child, _parent_tag(), self._run_id))
+            self._try(lambda client: client.set_tag(child, PARENT, self._run_id))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -73,10 +73,6 @@ class TableTracker:
             with tracking_errors(self._store.uri):
                 action(self._store.client)
         except (TrackingError, DataError) as error:
-            self._warn(error)
-
-
-def _parent_tag() -> str:
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-    return str(MLFLOW_PARENT_RUN_ID)
+            if not self._warned:
+                warn(error, "the table goes on, and its runs have no parent run")
+            self._warned = True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metagmvae.configs import load
 from metagmvae.configs.credentials import redact
 from metagmvae.infra.runs.run_folder import EVALUATIONS, METRICS, SYSTEM
 from metagmvae.pipelines.records import DataError
@@ -121,15 +122,10 @@ def tags(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, st
     return {key: redact(value) for key, value in {**rest, **flat, **mapped}.items() if value != ""}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Convert nested mappings to one with dotted keys; strings stay as they are, other values become JSON."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Convert nested mappings to one with dotted keys; strings stay as they are, other values but None become JSON."""
+    values = load.flatten(dict(tree))
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values if value is not None}
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -29,6 +29,8 @@ from metagmvae.pipelines.records import DataError
 
 T = TypeVar("T")
 RUN_KEY = "metagmvae.run_key"
+PARENT = "mlflow.parentRunId"
+"""Tag of a child run: the ID of its parent."""
 METRICS_PER_BATCH, STRINGS_PER_BATCH = 1000, 100  # MLflow's limits; strings are parameters and tags
 ARTIFACT_SUFFIXES = {".pt", ".json", ".jsonl", ".parquet", ".png", ".svg", ".html", ".csv", ".toml", ".txt", ".md"}
 ARTIFACT_FOLDERS = (FIGURES, RESULTS)

@@ -28,19 +28,6 @@ STATUS_REMEDIES = {401: CREDENTIALS, 403: CREDENTIALS, 429: "try again later"}
 """What to do about a status of HTTP. Of those of 500 and above the log of the server knows the reason."""
 
 
-class WarnOnce:
-    """Logs the first error of a store as a warning of one line with the remedy; later errors are not logged."""
-
-    def __init__(self, remedy: str) -> None:
-        self.remedy = remedy
-        self.warned = False
-
-    def __call__(self, error: Exception) -> None:
-        if not self.warned:
-            self.warned = True
-            warn(error, self.remedy)
-
-
 def warn(error: Exception, remedy: str) -> None:
     """Log an error of a store as a warning of one line with the remedy."""
     known = isinstance(error, TrackingError | DataError)

@@ -23,13 +23,13 @@ from metagmvae.infra.runs.status import write_status
 from metagmvae.infra.tracking.convert import flatten
 from metagmvae.infra.tracking.cursor import upload_lock
 from metagmvae.infra.tracking.run_tracker import caller_store
-from metagmvae.infra.tracking.run_uploader import RunUploader, UploadReport
+from metagmvae.infra.tracking.run_uploader import PARENT, RunUploader, UploadReport
 from metagmvae.infra.tracking.store import Store, connect, paginate
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.infra.tune.sweep_folder import SweepFolder
 from metagmvae.pipelines.files import read_json
 
-PARENT, NUMBER, STATUS, REASON = "mlflow.parentRunId", "metagmvae.trial", "metagmvae.status", "metagmvae.reason"
+NUMBER, STATUS, REASON = "metagmvae.trial", "metagmvae.status", "metagmvae.reason"
 RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """MLflow's status of a run, by the status of its trial."""
 RUNNING, INTERRUPTED = "running", "interrupted"

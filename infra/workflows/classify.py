@@ -106,8 +106,6 @@ def classify_folders(
     loaded: LoadedModel,
     support: Path,
     query: Path,
-    figure: Path | None = None,
-    invert: bool | None = None,
     options: ClassifyOptions | None = None,
     progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
@@ -121,9 +119,7 @@ def classify_folders(
         support: folder or archive that holds `<class>/*.png` for two or more classes; with `labels`, images in any
             sub-folders. Shots may differ between classes. For a model of vectors: file of vectors with labels.
         query: folder or archive that holds `*.png`, or one image file; or a file of vectors.
-        figure: as in `ClassifyOptions`.
-        invert: as in `ClassifyOptions`.
-        options: all options; `figure` and `invert` are then ignored.
+        options: how they are classified, and what is written; None: the defaults.
         progress: opens a progress bar.
 
     Returns:
@@ -139,7 +135,7 @@ def classify_folders(
         DataError: a folder is missing or holds no images, a labelled image cannot be read, the model has no background
             level that is asked for, or an option is not for such a model.
     """
-    options = options or ClassifyOptions(figure=figure, invert=invert)
+    options = options or ClassifyOptions()
     inputs = _open_inputs(loaded, support, query, options)
     names, label_T = inputs.names, inputs.label_T
     if options.unknown and UNKNOWN in names:

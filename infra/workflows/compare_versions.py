@@ -15,9 +15,8 @@ from metagmvae.evaluation.comparison.formatting import Task
 from metagmvae.evaluation.comparison.result_files import read_recorded, rows_of, same_model
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, Score, compared_settings
 from metagmvae.evaluation.comparison.validation_rows import ComparedItem, newest_validation, validation_row
-from metagmvae.infra.registry.resolve import find_version
+from metagmvae.infra.registry.resolve import download, file_names, find_version
 from metagmvae.infra.runs.run_folder import FIGURES, RESULTS
-from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store, connect, registered_models, versions_of
 from metagmvae.infra.tracking.tracking_errors import tracking_errors
 from metagmvae.pipelines.files import read_json
@@ -63,7 +62,7 @@ def _item(store: Store, version: Any, ref: str) -> ComparedItem:
     name = f"{version.name} v{version.version}{aliases}"
     with tempfile.TemporaryDirectory() as folder:
         settings, info = _card(store, version, ref, Path(folder))
-        files = _fetch(store, version.run_id, RESULTS, Path(folder))
+        files = _fetch_results(store, version.run_id, Path(folder))
         recorded = [task for file in files if file.suffix == ".json" for task in read_recorded(file)]
         # The run folder and the version may have been evaluated separately: the newest result of each task is used.
         newest = {
@@ -79,19 +78,16 @@ def _item(store: Store, version: Any, ref: str) -> ComparedItem:
 
 def _card(store: Store, version: Any, ref: str, folder: Path) -> tuple[Settings, dict[str, Any]]:
     """Return the settings and training information from the package of a version, without downloading its weights."""
-    root = store.client.get_model_version_download_uri(version.name, version.version)
-    artifacts = import_mlflow().artifacts
-    files = artifacts.list_artifacts(artifact_uri=f"{root}/artifacts/package", tracking_uri=store.uri)
-    if CARD not in {file.path.rpartition("/")[2] for file in files}:
+    package = f"{store.client.get_model_version_download_uri(version.name, version.version)}/artifacts/package"
+    if CARD not in file_names(store, package):
         raise DataError(f"{ref}: not registered by metagmvae")
-    uri = f"{root}/artifacts/package/{CARD}"
-    card = read_json(artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=store.uri))
+    card = read_json(download(store, f"{package}/{CARD}", str(folder)))
     return settings_from_json(json.dumps(card["settings"])), card["info"]
 
 
-def _fetch(store: Store, run_id: str, path: str, folder: Path) -> list[Path]:
-    """Download the files of an artifact folder of a run."""
-    names = [item.path for item in store.client.list_artifacts(run_id, path) if not item.is_dir]
+def _fetch_results(store: Store, run_id: str, folder: Path) -> list[Path]:
+    """Download the result files of a run."""
+    names = [item.path for item in store.client.list_artifacts(run_id, RESULTS) if not item.is_dir]
     return sorted(Path(store.client.download_artifacts(run_id, name, str(folder))) for name in names)
 
 
