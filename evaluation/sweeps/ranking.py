@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -61,10 +60,6 @@ class TrialGroup:
         if isinstance(self.value, tuple):
             return f"{format_value(self.value[0])} to {format_value(self.value[1])}"
         return format_value(self.value)
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def trials_at_common_step(trials: Sequence[Trial]) -> TrialsAtStep:

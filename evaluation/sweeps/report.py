@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,7 +107,7 @@ def _summary(analysis: SweepAnalysis) -> dict[str, Any]:
         "left_out": compared.left_out,
         "rank_agreement_with_end": rank_correlation(compared)[0],
         "settings": {
-            name: {"best": _best_group(groups).summary(), "groups": [group.summary() for group in groups]}
+            name: {"best": asdict(_best_group(groups)), "groups": [asdict(group) for group in groups]}
             for name, groups in analysis.groups.items()
             if groups
         },

@@ -126,12 +126,13 @@ def accuracy_over_cost(sweep: SweepRecord) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     unit, seconds = time_unit(max((trial.curve[-1].seconds for trial in validated), default=0.0))
     for trial in trials:
-        times, accuracy = _curve(trial)
         finished = trial.status == "finished"
         style: dict[str, Any] = {"color": COLOURS[0] if finished else LIGHT, "alpha": 0.45 if finished else 0.6}
         if best is not None and trial.number == best.number:
             style = {"color": COLOURS[1], "linewidth": 2.2, "zorder": 4, "label": f"best (trial {trial.number})"}
-        left.plot(times / seconds, accuracy, **{"linewidth": 0.9, "zorder": 2 + finished, **style})
+        times = [point.seconds / seconds for point in trial.curve]
+        accuracies = [100 * point.accuracy for point in trial.curve]
+        left.plot(times, accuracies, **{"linewidth": 0.9, "zorder": 2 + finished, **style})
     for colour, label in ((COLOURS[0], "finished"), (LIGHT, "stopped or failed")):
         left.plot([], [], color=colour, label=label)
     left.set(xlabel=f"training time of a trial, {unit}", ylabel="validation accuracy, %")
@@ -139,14 +140,6 @@ def accuracy_over_cost(sweep: SweepRecord) -> Figure:
     _draw_best_so_far(right, sweep.trials)
     figure.suptitle(f"{sweep.name}: {counted(len(validated), 'trial')} with an accuracy", fontsize=10)
     return figure
-
-
-def _curve(trial: Trial) -> tuple[Array, Array]:
-    """Training times in seconds and accuracies in percent of the validations of a trial."""
-    return (
-        np.array([point.seconds for point in trial.curve]),
-        100 * np.array([point.accuracy for point in trial.curve]),
-    )
 
 
 def _draw_best_so_far(axes: Any, trials: Sequence[Trial]) -> None:
