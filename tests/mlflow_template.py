@@ -132,14 +132,16 @@ def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
     if not folder.exists():
         new_store(folder)
     port = port or closed_port()
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
+    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", folder / "artifacts"]
+    with run_mlflow(folder, port, "server", *store):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def run_mlflow(folder: Path, port: int, *words: object) -> Iterator[None]:
+    """Run a command of MLflow that listens on `port`, in `folder`, until the end of the block."""
     # With several workers uvicorn kills those that do not answer within 5 s, which happens on a busy machine.
-    command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", *map(str, words), "--port", str(port), "--workers", "1"]
     # MLflow searches uvicorn on the PATH, which lacks the environment's bin folder unless it is activated.
     search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": search_path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -152,7 +154,7 @@ def running_server(folder: Path, port: int | None = None) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # the group of the server includes its workers

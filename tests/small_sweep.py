@@ -13,9 +13,9 @@ from metagmvae.pipelines.shards.dataset import Dataset
 SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntrain.em_iterations = {choice=[1, 2]}"
 
 
-def new_plan(folder: Path, dataset: Dataset) -> SweepPlan:
-    """The plan of a random search over three settings."""
-    (folder / "mine.toml").write_text(SPACE)
+def new_plan(folder: Path, dataset: Dataset, space: str = SPACE) -> SweepPlan:
+    """The plan of a random search."""
+    (folder / "mine.toml").write_text(space)
     pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
     base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
     return SweepPlan("mine", base, load_space(folder / "mine.toml"), "random", "none", 0, "5w1s")
@@ -44,3 +44,11 @@ def train(sweep, number, accuracies):
             line = {"stage": "meta", "step": 10 * (index + 1), "elapsed_s": index + 1.0, "checkpoint": 1}
             file.write(json.dumps(line | score) + "\n")
     (folder / CHECKPOINT).write_bytes(b"state")
+
+
+def run_next(sweep, accuracies):
+    """Run the next trial; with fewer than two accuracies it is stopped early. Return its number."""
+    number = sweep.next_trial()
+    train(sweep, number, accuracies)
+    sweep.end_trial(number)
+    return number

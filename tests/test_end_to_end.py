@@ -1,16 +1,15 @@
 """The commands from `prepare` to `classify` on a small run of the local engine."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from called_commands import answer_of, refusal_of
 from command_words import TINY, set_words
 from PIL import Image
 
 from metagmvae.infra.cli import main
-from metagmvae.infra.runs.run_folder import CHECKPOINT, EVALUATIONS, METRICS, RECORD, RESULTS
+from metagmvae.infra.runs.run_folder import EVALUATIONS, METRICS, RECORD, RESULTS
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer.package import load_model
 
@@ -40,11 +39,9 @@ def test_run_folder_has_metric_lines_and_a_record(run, data):
     assert load_model(run).preprocessing == preprocessing
 
 
-def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, data, tmp_path, capsys):
-    capsys.readouterr()
-    request = ["evaluate", str(run), "--data", str(data), "--way", "5", "--shot", "1", "--episodes", "4", "--json"]
-    assert main([*request, "--results", str(tmp_path / "r.parquet"), "--record", str(tmp_path / "r.json")]) == 0
-    answer = json.loads(capsys.readouterr().out)
+def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, data, tmp_path):
+    request = ["evaluate", run, "--data", data, "--way", 5, "--shot", 1, "--episodes", 4]
+    answer = answer_of(*request, "--results", tmp_path / "r.parquet", "--record", tmp_path / "r.json")
     assert {"accuracy", "ci95", "way", "shot", "query", "episodes", "seed", "data", "model"} <= answer.keys()
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["accuracy"] == answer["accuracy"]
@@ -54,22 +51,18 @@ def test_evaluate_prints_one_json_object_and_writes_the_requested_files(run, dat
     assert (tmp_path / "r.parquet").exists()
 
 
-def test_unbalanced_queries_are_recorded_and_not_stored_with_the_model(run, data, tmp_path, capsys):
-    capsys.readouterr()
-    request = ["evaluate", str(run), "--data", str(data), "--query", "3", "--episodes", "4", "--json", "--baselines"]
-    assert main([*request, "--unbalanced", "--record", str(tmp_path / "r.json")]) == 0
-    answer = json.loads(capsys.readouterr().out)
+def test_unbalanced_queries_are_recorded_and_not_stored_with_the_model(run, data, tmp_path):
+    request = ["evaluate", run, "--data", data, "--query", 3, "--episodes", 4, "--baselines"]
+    answer = answer_of(*request, "--unbalanced", "--record", tmp_path / "r.json")
     assert "kept" not in answer
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["unbalanced"]
     assert all(row["unbalanced"] for row in record["baselines"])
 
 
-def test_evaluate_several_ways_with_baselines(run, data, capsys):
-    capsys.readouterr()
-    size = ["--shot", "2", "--query", "3", "--episodes", "4", "--json"]
-    assert main(["evaluate", str(run), "--data", str(data), "--ways", "2", "6", "--baselines", *size]) == 0
-    answer = json.loads(capsys.readouterr().out)
+def test_evaluate_several_ways_with_baselines(run, data):
+    size = ["--shot", 2, "--query", 3, "--episodes", 4]
+    answer = answer_of("evaluate", run, "--data", data, "--ways", "2", "6", "--baselines", *size)
     assert [row["way"] for row in answer["rows"]] == [2, 6]
     expected = [
         (way, name)
@@ -99,48 +92,24 @@ def test_evaluate_several_ways_with_baselines(run, data, capsys):
     assert {file.name for file in (run / RESULTS).iterdir()} >= kept
     line = json.loads((run / EVALUATIONS).read_text().splitlines()[-1])
     assert line["test/6w2s/transductive"] == answer["rows"][1]["accuracy"]
-    assert main(["evaluate", str(run), "--data", str(data), "--ways", "2", "7"]) == 2
-    assert "way 7 exceeds the 6 classes" in capsys.readouterr().err
+    assert "way 7 exceeds the 6 classes" in refusal_of("evaluate", run, "--data", data, "--ways", "2", "7")
 
 
-def test_classify_image_files(run, data, tmp_path, capsys):
-    images = Dataset.open(data).images("test")
-    for name in ("one", "two"):
-        (tmp_path / "support" / name).mkdir(parents=True)
-        Image.fromarray(images[len(name)][0]).save(tmp_path / "support" / name / "a.png")
-    (tmp_path / "query").mkdir()
-    Image.fromarray(images[9][0]).save(tmp_path / "query" / "q.png")
-    request = ["classify", str(run), "--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
-    capsys.readouterr()
-    assert main([*request, "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["queries"]
-    assert row["one"] + row["two"] == pytest.approx(1)
-    assert row["class"] in ("one", "two")
-    Image.fromarray(images[3][0]).save(tmp_path / "support" / "two" / "b.png")
-    assert main([*request, "--figure", str(tmp_path / "figure.png"), "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["shots"] == [1, 2]
-    with Image.open(answer["figure"]) as image:
-        assert image.width > 200
-
-
-def test_prepare_folder_lists_skipped_images(tmp_path, capsys):
+def test_prepare_folder_lists_skipped_images(tmp_path):
     for number in range(12):
         (tmp_path / "images" / f"c{number % 3}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(tmp_path / "images" / f"c{number % 3}" / f"{number}.png")
     (tmp_path / "images" / "c0" / "broken.png").write_bytes(b"not an image")
-    request = ["prepare", "folder", "--source", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--json"]
-    assert main(request) == 2
-    assert "1 of 13 images cannot be" in capsys.readouterr().err
+    request = ["prepare", "folder", "--source", tmp_path / "images", "--out", tmp_path / "out"]
+    assert "1 of 13 images cannot be" in refusal_of(*request)
     assert not (tmp_path / "out").exists()
     request += ["--max-broken", "0.1", "--channels", "3", "--size", "16", "--fractions", "0.34", "0.33", "0.33"]
-    assert main(request) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*request)
     assert answer["samples"] == {"train": 4, "validation": 4, "test": 4}
     assert [skipped["name"] for skipped in answer["skipped"]] == ["c0/broken.png"]
     assert Dataset.open(tmp_path / "out").images("train").shape == (4, 3, 16, 16)
-    assert main(["prepare", "glyphs", "--channels", "3", "--out", str(tmp_path / "glyphs")]) == 2
-    assert "has no option 'channels'" in capsys.readouterr().err
+    request = ["prepare", "glyphs", "--channels", "3", "--out", tmp_path / "glyphs"]
+    assert "has no option 'channels'" in refusal_of(*request)
 
 
 @pytest.mark.parametrize(
@@ -156,36 +125,13 @@ def test_prepare_folder_lists_skipped_images(tmp_path, capsys):
         (["evaluate", "x", "--data", "y", "--way", "five"], "invalid int value"),
     ],
 )
-def test_wrong_request_is_one_error_line_and_writes_nothing(words, message, tmp_path, monkeypatch, capsys):
+def test_wrong_request_is_one_error_line_and_writes_nothing(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(words)
-    except SystemExit as error:
-        code = error.code
-    printed = capsys.readouterr()
-    assert code == 2
-    assert message in printed.err
-    assert printed.err.count("\n") == 1
-    assert not printed.out
+    assert message in refusal_of(*words)
     assert not list(tmp_path.iterdir())
 
 
-def test_run_folder_is_not_overwritten_and_resumed_only_with_its_settings(run, data, capsys):
-    assert main(["train", "omniglot-cpu", *options(data, run)]) == 2
-    assert "continue with --resume" in capsys.readouterr().err
-    assert main(["train", "omniglot-cpu", *options(data, run, **{"train.seed": 5}), "--resume"]) == 2
-    assert "train.seed: 5, 0" in capsys.readouterr().err
-
-
-def test_local_engine_needs_neither_ray_nor_mlflow(data, tmp_path):
-    code = (
-        "import sys\n"
-        "for name in ('ray', 'mlflow'): sys.modules[name] = None\n"
-        "from metagmvae.infra.cli import main\n"
-        "raise SystemExit(main(sys.argv[1:]))"
-    )
-    words = options(data, tmp_path / "run", **{"run.figures": "false"})
-    command = [sys.executable, "-c", code, "train", "omniglot-cpu", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / CHECKPOINT).exists()
+def test_run_folder_is_not_overwritten_and_resumed_only_with_its_settings(run, data):
+    assert "continue with --resume" in refusal_of("train", "omniglot-cpu", *options(data, run))
+    words = ["train", "omniglot-cpu", *options(data, run, **{"train.seed": 5}), "--resume"]
+    assert "train.seed: 5, 0" in refusal_of(*words)

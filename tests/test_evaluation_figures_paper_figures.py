@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from called_commands import refusal_of
 from PIL import Image
 
 from metagmvae.configs.load import load_settings
@@ -171,8 +172,5 @@ def test_features_have_figure_4_only(data, tmp_path, capsys):
 )
 def test_wrong_request_is_one_error_line(data, tmp_path, capsys, words, message):
     request = [word.replace("DATA", str(data)) for word in words]
-    assert main([*request, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refusal_of(*request, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from called_commands import answer_of, refusal_of
 from recorded_results import best_cell, write
 
 from metagmvae.configs.load import load_settings
@@ -68,12 +69,11 @@ def test_compute_names_the_costs_that_are_not_those_of_the_row(tmp_path, key, pr
     assert [note.strip() for note in compute.split(",") if "instead of" in note] == shown
 
 
-def test_document_counts_every_cell_and_has_its_schema(tmp_path, capsys):
+def test_document_counts_every_cell_and_has_its_schema(tmp_path):
     budget = {"budget_s": 60.0, "trained": {"step": 9}, "environment": {"cores": 2, "processor": "X"}}
     write(tmp_path, "a.json", budget | {"ci95": 0.0123})
     (tmp_path / "bench.json").write_text("[]")
-    assert main(["table", "1", "--results", str(tmp_path), "--budget", "1m", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of("table", "1", "--results", tmp_path, "--budget", "1m")
     document = TableDocument.model_validate(answer["document"])
     assert json.loads(document.model_dump_json()) == answer["document"]
     assert (document.cells, document.not_run, document.other_files) == (80, 79, ["bench.json"])
@@ -81,16 +81,13 @@ def test_document_counts_every_cell_and_has_its_schema(tmp_path, capsys):
     assert "90.00 ± 1.23" in answer["table"]
     assert "8,000 + 9 of 100 steps, budget 60 s, 2 cores, X" in answer["table"]
     assert answer["table"].count("not run") == 79 + 1
-    assert main(["table", "1", "--results", str(tmp_path), "--budget", "2m", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["document"]["not_run"] == 80
+    assert answer_of("table", "1", "--results", tmp_path, "--budget", "2m")["document"]["not_run"] == 80
 
 
-def test_only_some_rows_are_shown(tmp_path, capsys):
-    assert main(["table", "1", "--results", str(tmp_path), "--rows", "maml", "umtra", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)["document"]
+def test_only_some_rows_are_shown(tmp_path):
+    document = answer_of("table", "1", "--results", tmp_path, "--rows", "maml", "umtra")["document"]
     assert [[row["key"] for row in part["rows"]] for part in document["parts"]] == [["umtra", "maml"]] * 2
-    assert main(["table", "2", "--results", str(tmp_path), "--rows", "vae", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["document"]["parts"]) == 1
+    assert len(answer_of("table", "2", "--results", tmp_path, "--rows", "vae")["document"]["parts"]) == 1
 
 
 def test_cross_way_table_reads_several_ways_from_one_file(tmp_path, capsys):
@@ -139,7 +136,4 @@ def test_wrong_request_is_one_error_line(data, tmp_path, capsys, words, message)
     (tmp_path / "broken" / "a.json").write_text("{")
     names = {"NONE": tmp_path / "none", "DATA": data, "BROKEN": tmp_path / "broken"}
     words = [str(names.get(word, word)) for word in words]
-    assert main(["table", *words]) == 2
-    error = capsys.readouterr().err
-    assert message.replace("NONE", str(names["NONE"])) in error
-    assert error.count("\n") == 1
+    assert message.replace("NONE", str(names["NONE"])) in refusal_of("table", *words)

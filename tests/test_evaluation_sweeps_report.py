@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from called_commands import answer_of, refusal_of
 from known_sweep import known_trials, record_of, write_sweep
 from PIL import Image
 from scipy import stats
@@ -15,7 +16,6 @@ from metagmvae.evaluation.sweeps.record import read_sweep
 from metagmvae.evaluation.sweeps.report import write_report
 from metagmvae.evaluation.sweeps.sweep_figures import BEST, MAX_LINES, sample_trials
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, read_trials, to_json_lines
-from metagmvae.infra.cli import main
 from metagmvae.pipelines.records import DataError
 
 FIGURES = {"parallel-coordinates.png", "accuracy-over-cost.png", "settings.png", "importance.png"}
@@ -162,25 +162,19 @@ def test_figures_of_many_trials_draw_the_best_and_a_sample():
 )
 def test_an_invalid_sweep_gives_one_error_line(tmp_path, capsys, space, reason):
     folder = write_sweep(tmp_path / "s", [trial(0)], space)
-    assert main(["figure", str(folder), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert reason in error
-    assert error.count("\n") == 1
+    assert reason in refusal_of("figure", folder, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_figure_needs_data_for_a_model_but_not_for_a_sweep(tmp_path, capsys):
+def test_figure_needs_data_for_a_model_but_not_for_a_sweep(tmp_path):
     folder = write_sweep(tmp_path / "s", [trial(0), trial(1, "stopped", steps=(10,))], SPACE)
-    assert main(["figure", str(folder), "--out", str(tmp_path / "out"), "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of("figure", folder, "--out", tmp_path / "out")
     assert answer["best"]["number"] == 0
     assert answer["trials"] == {"finished": 1, "stopped": 1, "failed": 0, "refused": 0}
     assert all((tmp_path / "out" / name).is_file() for name in FIGURES - {"importance.png"})
     assert sorted(path.name for path in folder.iterdir()) == ["sweep.json", "trials.jsonl"]
-    assert main(["figure", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
-    assert "name it with --data" in capsys.readouterr().err
+    assert "name it with --data" in refusal_of("figure", tmp_path / "model", "--out", tmp_path / "out")
     (folder / "trials.jsonl").write_text("{}\n")
-    assert main(["figure", str(folder), "--out", str(tmp_path / "out")]) == 2
-    assert "line 1: not a trial" in capsys.readouterr().err
+    assert "line 1: not a trial" in refusal_of("figure", folder, "--out", tmp_path / "out")
     with pytest.raises(DataError, match="give the folder that `metagmvae tune` wrote"):
         read_sweep(tmp_path / "nothing")

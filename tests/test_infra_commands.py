@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from called_commands import answer_of, refusal_of
 from PIL import Image
 
 from metagmvae.evaluation.bench import loader_speed
@@ -27,42 +28,34 @@ def data(tmp_path_factory):
     return folder
 
 
-def answer_of(capsys, *request: str, code: int = 0):
-    """The JSON answer of a command."""
-    capsys.readouterr()
-    assert main([*request, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
-
-
-def test_verify_lists_damage_and_exits_with_1(data, tmp_path, capsys):
-    assert answer_of(capsys, "verify", str(data))["problems"] == []
+def test_verify_lists_damage_and_exits_with_1(data, tmp_path):
+    assert answer_of("verify", str(data))["problems"] == []
     broken = shutil.copytree(data, tmp_path / "broken")
     (broken / "test" / "shard-000000.tar").unlink()
-    answer = answer_of(capsys, "verify", str(broken), code=1)
+    answer = answer_of("verify", str(broken), code=1)
     assert [(row["kind"], row["file"]) for row in answer["problems"]] == [("missing", "test/shard-000000.tar")]
-    assert main(["verify", str(tmp_path / "nothing")]) == 2
-    assert "no dataset.json there" in capsys.readouterr().err
+    assert "no dataset.json there" in refusal_of("verify", tmp_path / "nothing")
 
 
 @pytest.mark.slow
-def test_bench_episodes_and_loader(data, tmp_path, capsys, monkeypatch):
+def test_bench_episodes_and_loader(data, tmp_path, monkeypatch):
     monkeypatch.setattr(loader_speed, "TRAINED_STEPS", 2)
     record = tmp_path / "bench.json"
     size = ["--data", str(data), "--split", "validation"]
     few = ["--episodes", "3", "--literal-episodes", "2", "--record", str(record)]
-    answer = answer_of(capsys, "bench", "episodes", *size, *few)
+    answer = answer_of("bench", "episodes", *size, *few)
     assert all(row["processor_seconds_per_episode"] > 0 for row in answer["rows"])
     assert answer["largest_difference_in_accuracy"] == 0
     assert [row["episodes"] for row in answer["rows"]] == [2, 3]
     assert json.loads(record.read_text())["environment"]["versions"]["torch"]
-    answer = answer_of(capsys, "bench", "loader", *size, "--pictures", "800", "--repeats", "1")
+    answer = answer_of("bench", "loader", *size, "--pictures", "800", "--repeats", "1")
     assert len(answer["rows"]) == 6
     assert all(row["samples_per_s"] > 0 for row in answer["rows"])
     assert set(answer["waiting_share_in_training"]) == {"memory", "mmap"}
 
 
-def test_bench_features_and_prepare(tmp_path, capsys):
-    answer = answer_of(capsys, "bench", "features", "--rows", "3000")
+def test_bench_features_and_prepare(tmp_path):
+    answer = answer_of("bench", "features", "--rows", "3000")
     assert answer["rows"] == 3000
     assert all(answer[name] > 0 for name in answer if name.endswith("_rows_per_s"))
     for number in range(6):
@@ -70,7 +63,7 @@ def test_bench_features_and_prepare(tmp_path, capsys):
         folder.mkdir(parents=True)
         Image.new("L", (28, 28), number).save(folder / "one.png")
     source = ["--from", "folder", "--source", str(tmp_path / "pictures")]
-    answer = answer_of(capsys, "bench", "prepare", *source, "--workers", "0")
+    answer = answer_of("bench", "prepare", *source, "--workers", "0")
     assert answer["images"] == 6
     assert [row["workers"] for row in answer["rows"]] == [0]
     assert answer["rows"][0]["images_per_s"] > 0
@@ -89,11 +82,8 @@ def test_bench_features_and_prepare(tmp_path, capsys):
         (["table", "nobody", "--results", "DATA/none"], "/none: no such folder; give the folder of the files of eval"),
     ],
 )
-def test_wrong_request_is_one_error_line(data, capsys, words, message):
-    assert main([word.replace("DATA", str(data)) for word in words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_wrong_request_is_one_error_line(data, words, message):
+    assert message in refusal_of(*[word.replace("DATA", str(data)) for word in words])
 
 
 @pytest.mark.ray
@@ -140,11 +130,11 @@ def test_help_has_a_description_an_example_and_a_text_for_every_argument(command
         assert action.help, (command, action.dest)
 
 
-def test_figure_writes_png_files(data, tmp_path, capsys):
+def test_figure_writes_png_files(data, tmp_path):
     import mlflow_template
 
     run = mlflow_template.new_run(tmp_path / "run")
-    answer = answer_of(capsys, "figure", str(run), "--data", str(data), "--out", str(tmp_path / "figures"))
+    answer = answer_of("figure", str(run), "--data", str(data), "--out", str(tmp_path / "figures"))
     names = {Path(file).name for file in answer["figures"]}
     assert names == {"reconstructions.png", "modes.png", "latents.png"}
     for file in answer["figures"]:
@@ -161,13 +151,13 @@ def test_one_episode_has_no_interval_anywhere(data, tmp_path, capsys):
     run = mlflow_template.new_run(tmp_path / "run")
     record, episodes = tmp_path / "one.json", tmp_path / "one.parquet"
     request = ["evaluate", str(run), "--data", str(data), "--episodes", "1"]
-    answer = answer_of(capsys, *request, "--baselines", "--record", str(record), "--results", str(episodes))
+    answer = answer_of(*request, "--baselines", "--record", str(record), "--results", str(episodes))
     assert answer["ci95"] is None
     assert {row["ci95"] for row in answer["baselines"]} == {None}
     assert main(request) == 0
     assert "ci95: no interval" in capsys.readouterr().out
     page = tmp_path / "page.html"
-    (row,) = answer_of(capsys, "compare", str(record), "--html", str(page))["rows"]
+    (row,) = answer_of("compare", str(record), "--html", str(page))["rows"]
     assert [result["ci95"] for result in row["results"]] == [None]
     assert "± 0.00" not in page.read_text()
     assert "ci95" not in (run / "evaluations.jsonl").read_text()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from command_words import set_words
 
 from metagmvae.infra.cli import main
@@ -56,17 +55,13 @@ def test_model_on_averaged_features_encodes_images_with_the_same_average(data: P
     assert main(evaluate) == 2
 
 
-def test_model_settings_with_another_average_than_the_features_are_refused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_settings_with_another_average_than_the_features_are_refused(data: Path, tmp_path: Path) -> None:
     run, mirror = tmp_path / "encoder", tmp_path / "mirror"
     common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "run.out": run}
     assert main(["pretrain", "omniglot-cpu", "--json", *set_words(ENCODER | common)]) == 0
     assert main(["features", str(run), "--data", str(data), "--out", str(mirror), "--average", "mirror"]) == 0
-    capsys.readouterr()
     settings = HEAD | common | {"data.uri": mirror, "run.out": tmp_path / "model", "model.average": "crops"}
-    assert main(["train", "omniglot-cpu", *set_words(settings)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal_of("train", "omniglot-cpu", *set_words(settings))
     assert "model.average" in line
     assert "'mirror'" in line
 
@@ -94,9 +89,7 @@ def test_average_of_a_model_is_changed_in_both_directions(data: Path, tmp_path: 
         assert np.allclose(plain.net(images).numpy(), encoded, atol=1e-4)
 
 
-def test_evaluation_with_affine_views_equals_that_on_features_of_them(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_with_affine_views_equals_that_on_features_of_them(data: Path, tmp_path: Path) -> None:
     """`evaluate --set model.average` changes a trained model or encoder, without calibration and stored result."""
     common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "train.precision": "float32"}
     run, encoder, features = tmp_path / "model", tmp_path / "encoder", tmp_path / "features"
@@ -104,12 +97,10 @@ def test_evaluation_with_affine_views_equals_that_on_features_of_them(
     assert main(["pretrain", "omniglot-cpu", "--json", *set_words(ENCODER | common | {"run.out": encoder})]) == 0
     words = ["--data", str(data), "--out", str(features), "--average", "affine", "--dtype", "float32"]
     assert main(["features", str(run), "--json", *words]) == 0
-    capsys.readouterr()
 
     def answer(model: Path, dataset: Path, *words: str) -> dict[str, Any]:
-        common = ["--json", "--way", "3", "--shot", "1", "--query", "3", "--episodes", "20"]
-        assert main(["evaluate", str(model), "--data", str(dataset), *common, *words]) == 0
-        return dict(json.loads(capsys.readouterr().out))
+        common = ["--way", "3", "--shot", "1", "--query", "3", "--episodes", "20"]
+        return dict(answer_of("evaluate", model, "--data", dataset, *common, *words))
 
     affine = ("--set", "model.average=affine")
     on_images, on_features = (answer(run, uri, *affine) for uri in (data, features))
@@ -118,22 +109,16 @@ def test_evaluation_with_affine_views_equals_that_on_features_of_them(
     assert on_images["temperature"] == 1.0 != answer(run, data)["temperature"]
     assert answer(encoder, data, *affine)["accuracy"] != answer(encoder, data)["accuracy"]
     for value, message in (("model.average=corners", "model.average"), ("adapt.samples=2", "is an encoder alone")):
-        assert main(["evaluate", str(encoder), "--data", str(data), "--set", value]) == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert message in line
+        assert message in refusal_of("evaluate", encoder, "--data", data, "--set", value)
 
 
-def test_view_whitening_of_stored_features_is_refused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_view_whitening_of_stored_features_is_refused(data: Path, tmp_path: Path) -> None:
     common = {"tracking.enabled": "false", "run.figures": "false", "data.uri": data, "run.out": tmp_path / "encoder"}
     assert main(["pretrain", "omniglot-cpu", "--json", *set_words(ENCODER | common)]) == 0
     features = tmp_path / "features"
     assert main(["features", str(tmp_path / "encoder"), "--data", str(data), "--out", str(features)]) == 0
-    capsys.readouterr()
     changed = {"data.uri": features, "run.out": tmp_path / "model", "model.features": "view-whitened"}
-    assert main(["train", "omniglot-cpu", *set_words(HEAD | common | changed)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal_of("train", "omniglot-cpu", *set_words(HEAD | common | changed))
     assert "model.features" in line
     assert "whitened" in line
     assert not (tmp_path / "model").exists()

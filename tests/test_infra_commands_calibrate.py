@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from calibrations import fits
+from called_commands import answer_of, refusal_of
 from command_words import TINY, set_words
 
 from metagmvae.configs.schema import AdaptSettings
@@ -30,21 +31,6 @@ from metagmvae.training.trainer.package import CARD, load_model, save_package
 CPU = torch.device("cpu")
 
 
-def run_json(capsys, *words) -> dict:
-    capsys.readouterr()
-    assert main([*map(str, words), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, message: str, *words) -> None:
-    capsys.readouterr()
-    assert main([*map(str, words)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert message in printed.err
-    assert printed.err.count("\n") == 1
-
-
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """A run that was calibrated at the end of its training, with few episodes."""
@@ -59,7 +45,7 @@ def run(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_training_ends_with_a_calibration(run, data, capsys):
+def test_training_ends_with_a_calibration(run, data):
     record = load_model(run).calibration
     assert (record.fitted_on, record.split, record.backgrounds) == ("labelled classes", "validation", ())
     assert record.data_fingerprint == Dataset.open(data).fingerprint
@@ -76,8 +62,8 @@ def test_no_calibration_if_the_settings_say_so(data, tmp_path):
     assert load_model(tmp_path / "run").calibration is None
 
 
-def test_the_command_replaces_the_calibration_of_a_run(run, data, capsys):
-    answer = run_json(capsys, "calibrate", run, "--data", data, "--shot", 2, "--episodes", 4, "--query", 5)
+def test_the_command_replaces_the_calibration_of_a_run(run, data):
+    answer = answer_of("calibrate", run, "--data", data, "--shot", 2, "--episodes", 4, "--query", 5)
     assert Path(answer["calibration"]) == run / CALIBRATION
     assert {(row["mode"], row["shot"], row["queries"]) for row in answer["temperatures"]} == {
         ("transductive", 2, 100),
@@ -87,7 +73,7 @@ def test_the_command_replaces_the_calibration_of_a_run(run, data, capsys):
     stored = load_model(run).calibration
     assert [fit.temperature for fit in stored.temperatures] == [row["temperature"] for row in answer["temperatures"]]
     assert load_model(run / "checkpoint.pt").calibration == stored
-    again = run_json(capsys, "calibrate", run, "--data", data, "--shot", 2, "--episodes", 4, "--query", 5)
+    again = answer_of("calibrate", run, "--data", data, "--shot", 2, "--episodes", 4, "--query", 5)
     assert again == answer
 
 
@@ -98,16 +84,16 @@ def test_the_calibration_of_other_weights_is_not_applied(run, tmp_path):
     assert load_model(other).calibration is None
 
 
-def test_each_best_model_of_a_run_has_its_own(data, tmp_path, capsys):
+def test_each_best_model_of_a_run_has_its_own(data, tmp_path):
     run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
-    run_json(capsys, "calibrate", run, "--data", data, "--episodes", 2, "--query", 3, "--no-unknown")
+    answer_of("calibrate", run, "--data", data, "--episodes", 2, "--query", 3, "--no-unknown")
     one, five = (load_model(run, shot=shot).calibration for shot in (1, 5))
     assert one is not None
     assert five is not None
     assert one != five
 
 
-def test_packages_keep_it_and_old_packages_have_none(run, data, tmp_path, capsys):
+def test_packages_keep_it_and_old_packages_have_none(run, data, tmp_path):
     old = save_package(tmp_path / "old", replace(load_model(run), calibration=None))
     assert "calibration" not in json.loads((old / CARD).read_text())
     assert load_model(old).calibration is None
@@ -115,19 +101,19 @@ def test_packages_keep_it_and_old_packages_have_none(run, data, tmp_path, capsys
     kept = save_package(tmp_path / "kept", load_model(run))
     assert load_model(kept).calibration == load_model(run).calibration
     before = (old / "model.safetensors").read_bytes()
-    answer = run_json(capsys, "calibrate", old, "--data", data, "--episodes", 2, "--no-unknown")
+    answer = answer_of("calibrate", old, "--data", data, "--episodes", 2, "--no-unknown")
     assert answer["calibration"] == str(old / CARD)
     assert len(load_model(old).calibration.temperatures) == 4
     assert (old / "model.safetensors").read_bytes() == before
 
 
-def test_out_writes_a_package_and_leaves_the_model_alone(run, data, tmp_path, capsys):
+def test_out_writes_a_package_and_leaves_the_model_alone(run, data, tmp_path):
     before = (run / CALIBRATION).read_bytes()
     words = ["calibrate", run, "--data", data, "--episodes", 2, "--no-unknown", "--out", tmp_path / "new"]
-    run_json(capsys, *words)
+    answer_of(*words)
     assert load_model(tmp_path / "new").calibration.temperatures
     assert (run / CALIBRATION).read_bytes() == before
-    refused(capsys, "already exists", *words)
+    assert "already exists" in refusal_of(*words)
 
 
 def test_damaged_records_are_one_line_that_names_the_key(run, tmp_path):
@@ -169,7 +155,7 @@ def test_estimator_server_and_evaluate_apply_the_same_map(run, data, mode, facto
 
 def test_evaluate_shows_calibration_and_keeps_the_accuracy(run, data, tmp_path, capsys):
     words = ["evaluate", run, "--data", data, "--episodes", 6, "--record", tmp_path / "r.json"]
-    answer = run_json(capsys, *words, "--html", tmp_path / "page.html")
+    answer = answer_of(*words, "--html", tmp_path / "page.html")
     fitted = load_model(run).calibration.temperatures[0]
     assert (answer["temperature"], answer["uniform"]) == (fitted.temperature, fitted.uniform)
     assert 0 <= answer["ece"] <= 1
@@ -183,24 +169,24 @@ def test_evaluate_shows_calibration_and_keeps_the_accuracy(run, data, tmp_path, 
     assert f"{100 * answer['ece']:.2f}" in page
     assert "Reliability diagram" in page
     (run / CALIBRATION).unlink()
-    plain = run_json(capsys, *words)
+    plain = answer_of(*words)
     assert (plain["accuracy"], plain["temperature"]) == (answer["accuracy"], 1.0)
     assert plain["ece"] == plain["ece_uncalibrated"] == answer["ece_uncalibrated"]
     assert main([*map(str, words)]) == 0
     assert "accuracy #, confidence |" in capsys.readouterr().out
 
 
-def test_dirichlet_queries_and_changed_adaptation(run, data, tmp_path, capsys):
+def test_dirichlet_queries_and_changed_adaptation(run, data, tmp_path):
     words = ["evaluate", run, "--data", data, "--episodes", 4, "--query", 3, "--baselines"]
     record = tmp_path / "r.json"
-    answer = run_json(capsys, *words, "--queries", "dirichlet:0.5", "--record", record)
+    answer = answer_of(*words, "--queries", "dirichlet:0.5", "--record", record)
     assert (answer["dirichlet"], answer["capped_episodes"]) == (0.5, 0)
     assert all(row["dirichlet"] == 0.5 for row in answer["baselines"])
     assert "kept" not in answer
     changed = ["--set", "adapt.proportions=estimated", "--set", "adapt.proportions_prior=0"]
-    other = run_json(capsys, *words, "--queries", "dirichlet:0.5", *changed)
+    other = answer_of(*words, "--queries", "dirichlet:0.5", *changed)
     assert other["temperature"] == 1.0
-    assert "kept" not in run_json(capsys, *words, *changed)
+    assert "kept" not in answer_of(*words, *changed)
     for options, message in (
         (["--queries", "uniform"], "--queries uniform: give balanced, or dirichlet:ALPHA"),
         (["--queries", "dirichlet:-1"], "--queries dirichlet:-1"),
@@ -212,13 +198,13 @@ def test_dirichlet_queries_and_changed_adaptation(run, data, tmp_path, capsys):
         (["--open", "1", "--ways", "2", "3"], "--open: cannot be combined with --ways"),
         (["--open", "1"], "has no level for queries of no labelled class"),
     ):
-        refused(capsys, message, "evaluate", run, "--data", data, *options)
+        assert message in refusal_of("evaluate", run, "--data", data, *options)
 
 
-def test_open_queries(run, data, tmp_path, capsys):
-    run_json(capsys, "calibrate", run, "--data", data, "--shot", 1, "--episodes", 3, "--query", 5)
+def test_open_queries(run, data, tmp_path):
+    answer_of("calibrate", run, "--data", data, "--shot", 1, "--episodes", 3, "--query", 5)
     words = ["evaluate", run, "--data", data, "--episodes", 5, "--query", 4, "--way", 3, "--open", 2, "--baselines"]
-    answer = run_json(capsys, *words, "--record", tmp_path / "r.json")
+    answer = answer_of(*words, "--record", tmp_path / "r.json")
     names = [(row["model"], row["mode"]) for row in answer["rows"]]
     assert names[:4] == [
         (name, mode)
@@ -243,13 +229,13 @@ def test_open_queries(run, data, tmp_path, capsys):
         (["--split", "dev"], "dev"),
     ],
 )
-def test_wrong_requests_leave_nothing_behind(run, data, options, message, capsys):
+def test_wrong_requests_leave_nothing_behind(run, data, options, message):
     before = (run / CALIBRATION).read_bytes()
-    refused(capsys, message, "calibrate", run, "--data", data, *options)
+    assert message in refusal_of("calibrate", run, "--data", data, *options)
     assert (run / CALIBRATION).read_bytes() == before
 
 
-def test_without_validation_classes_training_images_are_augmented(trained, data, tmp_path, capsys):
+def test_without_validation_classes_training_images_are_augmented(trained, data, tmp_path):
     """A dataset whose validation split has another name than the settings say has none for this model."""
     from metagmvae.evaluation.uncertainty.fit_calibration import CalibrationPlan, fit_calibration
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow_template
 import pytest
+from called_commands import answer_of, refusal_of
 
 from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, to_json_lines
 from metagmvae.infra.cli import main
@@ -14,24 +15,9 @@ from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
 from metagmvae.infra.workflows import compare_versions
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 
 SETTINGS = {"data": {"validation_split": "validation"}, "train": {"steps": 20}}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(6, 6, 6), drawings=20), folder)
-    return folder
-
-
-def compare_json(capsys, *arguments: object) -> dict:
-    capsys.readouterr()
-    assert main(["compare", *map(str, arguments), "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
 
 
 def evaluate(model: object, data: Path, *options: str) -> None:
@@ -58,10 +44,10 @@ def sweep(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused(data, tmp_path, capsys):
+def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused(data, tmp_path):
     one, other = (mlflow_template.new_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
     arguments = [one, other, "--data", data, "--episodes", 6, "--shot", 1, 5, "--csv", tmp_path / "rows.csv"]
-    fresh = compare_json(capsys, *arguments)
+    fresh = answer_of("compare", *arguments)
     assert [row["name"] for row in fresh["rows"]] == ["one", "other"]
     assert [row["mark"] for row in fresh["rows"]] == ["", ""]
     assert fresh["settings"] == [{"setting": "train.seed", "values": {"one": 0, "other": 1}}]
@@ -81,24 +67,24 @@ def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused
     for run in (one, other):
         for shot in ("1", "5"):
             evaluate(run, data, "--shot", shot)
-    stored = compare_json(capsys, *arguments)
+    stored = answer_of("compare", *arguments)
     assert "calibration" not in stored
-    without_data = compare_json(capsys, one, other)
+    without_data = answer_of("compare", one, other)
     for answer in (stored, without_data):
         assert answer["paired"] == fresh["paired"]
         assert [row["results"] for row in answer["rows"]] == [row["results"] for row in fresh["rows"]]
     # Results of an earlier training step are not reused.
     state = load_state(one / "checkpoint.pt")
     save_state(one / "checkpoint.pt", state | {"step": 2})
-    assert {row["name"] for row in compare_json(capsys, *arguments)["calibration"]} == {"one"}
+    assert {row["name"] for row in answer_of("compare", *arguments)["calibration"]} == {"one"}
 
 
-def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_path, capsys):
+def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_path):
     run = mlflow_template.new_run(tmp_path / "run")
     record = tmp_path / "kept-5way-1shot.json"
     evaluate(run, data, "--record", str(record), "--results", str(record.with_suffix(".parquet")))
     evaluate(run, data, "--mode", "inductive")
-    answer = compare_json(capsys, record, run, sweep(tmp_path / "sweep"), "paper:omniglot/umtra", "--top", 2)
+    answer = answer_of("compare", record, run, sweep(tmp_path / "sweep"), "paper:omniglot/umtra", "--top", 2)
     rows = answer["rows"]
     names = ["kept", "run", "run", "first, trial 1", "first, trial 0", "paper: UMTRA"]
     assert [row["name"] for row in rows] == names
@@ -114,8 +100,7 @@ def test_sweeps_result_files_and_the_paper_are_marked_in_one_table(data, tmp_pat
     (pair,) = answer["paired"]
     assert (pair["difference"], pair["verdict"]) == (0.0, "undecided")
     assert main(["compare", str(record), "paper:omniglot", "--strict"]) == 0
-    assert main(["compare", str(record), str(run), "--strict"]) == 2
-    assert "mode inductive, not transductive" in capsys.readouterr().err
+    assert "mode inductive, not transductive" in refusal_of("compare", record, run, "--strict")
 
 
 @pytest.mark.mlflow
@@ -126,28 +111,26 @@ def test_registered_versions_show_their_results(data, tmp_path, capsys, monkeypa
         register(mlflow_template.new_run(tmp_path / f"run{seed}", seed=seed), store, "glyphs", alias="champion")
         evaluate(f"models:/glyphs/{seed + 1}", data)
     client = connect(store).client
-    answer = compare_json(capsys, "models:/glyphs")
+    answer = answer_of("compare", "models:/glyphs")
     assert [row["name"] for row in answer["rows"]] == ["glyphs v1", "glyphs v2 (champion)"]
     assert [row["mark"] for row in answer["rows"]] == ["", ""]
     assert answer["rows"][1]["episodes"] == 6
     (pair,) = answer["paired"]
-    again = compare_json(capsys, "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
+    again = answer_of("compare", "models:/glyphs/1", "models:/glyphs@champion", "--data", data, "--episodes", 6)
     assert again["paired"][0]["difference"] == pytest.approx(pair["difference"])
     # Tags do not record queries, episodes and data, so the row is marked.
     third = register(mlflow_template.new_run(tmp_path / "run2", seed=2), store, "glyphs", alias="")
-    assert compare_json(capsys, "models:/glyphs")["notes"] == [
+    assert answer_of("compare", "models:/glyphs")["notes"] == [
         "models:/glyphs/3: left out, because it has no result yet"
     ]
-    assert main(["compare", "models:/glyphs/1", "models:/glyphs/3"]) == 2
-    assert "models:/glyphs/3: no result yet" in capsys.readouterr().err
+    assert "models:/glyphs/3: no result yet" in refusal_of("compare", "models:/glyphs/1", "models:/glyphs/3")
     client.set_model_version_tag("glyphs", third.version, "results.test.5w1s.transductive", "0.5")
-    answer = compare_json(capsys, "models:/glyphs")
+    answer = answer_of("compare", "models:/glyphs")
     assert answer["rows"][2]["mark"] == "a"
     assert answer["marks"]["a"].endswith("query unrecorded, not 15; episodes unrecorded, not 6; seed unrecorded, not 0")
     assert main(["compare", "models:/glyphs/2", "models:/glyphs@champion"]) == 2
     assert "models:/glyphs@champion: the same as models:/glyphs/2" in capsys.readouterr().err
-    assert main(["compare", "models:/nobody"]) == 2
-    assert "no registered model of that name" in capsys.readouterr().err
+    assert "no registered model of that name" in refusal_of("compare", "models:/nobody")
 
 
 @pytest.mark.mlflow
@@ -169,7 +152,7 @@ def test_every_page_of_versions_and_models_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.mlflow
-def test_without_results_the_validation_during_training_is_shown(tmp_path, capsys, monkeypatch):
+def test_without_results_the_validation_during_training_is_shown(tmp_path, monkeypatch):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
     run = mlflow_template.new_run(tmp_path / "run")
@@ -179,7 +162,7 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
     (run / "figures").mkdir()
     (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line]}))
     register(run, store, "glyphs", alias="champion")
-    rows = compare_json(capsys, "models:/glyphs", run)["rows"]
+    rows = answer_of("compare", "models:/glyphs", run)["rows"]
     assert [row["name"] for row in rows] == ["glyphs v1 (champion)", "run"]
     for row in rows:
         assert row["results"] == [{"way": 5, "shot": 1, "accuracy": 0.25, "ci95": 0.02}]
@@ -189,8 +172,7 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
     # A validation of another step than the registered one is not used.
     (run / "figures" / "curves.json").write_text(json.dumps({"name": "run", "validation": [line | {"global_step": 9}]}))
     register(run, store, "later", alias="")
-    assert main(["compare", "models:/later"]) == 2
-    assert "models:/later/1: no result yet" in capsys.readouterr().err
+    assert "models:/later/1: no result yet" in refusal_of("compare", "models:/later")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +190,7 @@ def test_without_results_the_validation_during_training_is_shown(tmp_path, capsy
         (["BROKEN"], "task is 'five'"),
     ],
 )
-def test_wrong_requests_give_one_error_line(data, tmp_path, capsys, request_, reason):
+def test_wrong_requests_give_one_error_line(data, tmp_path, request_, reason):
     paths = {"DATA": data, "RUN": mlflow_template.new_run(tmp_path / "run"), "SWEEP": sweep(tmp_path / "sweep")}
     paths["BROKEN"] = sweep(tmp_path / "broken", task="five")
     paths["BAD.json"] = tmp_path / "bad.json"
@@ -216,22 +198,17 @@ def test_wrong_requests_give_one_error_line(data, tmp_path, capsys, request_, re
     content = task | {"accuracy": 97.0, "split": "test", "data_fingerprint": "d"}
     (tmp_path / "bad.json").write_text(json.dumps(content))
     arguments = [str(paths.get(word.rstrip("/"), word)) + ("/" if word.endswith("/") else "") for word in request_]
-    assert main(["compare", *arguments, "--html", str(tmp_path / "page.html")]) == 2
-    error = capsys.readouterr().err
-    assert reason in error
-    assert error.count("\n") == 1
+    assert reason in refusal_of("compare", *arguments, "--html", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
-def test_episode_accuracies_of_another_evaluation_are_refused(data, tmp_path, capsys):
+def test_episode_accuracies_of_another_evaluation_are_refused(data, tmp_path):
     run = mlflow_template.new_run(tmp_path / "run")
     evaluate(run, data)
     results = run / "results"
     kept = (results / "test-5way-1shot-transductive.parquet").read_bytes()
     evaluate(run, data, "--seed", "1")
     (results / "test-5way-1shot-transductive.parquet").write_bytes(kept)
-    assert main(["compare", str(run)]) == 2
-    assert "its episodes are not those of" in capsys.readouterr().err
+    assert "its episodes are not those of" in refusal_of("compare", run)
     (results / "test-5way-1shot-transductive.parquet").write_bytes(kept[:100])
-    assert main(["compare", str(run)]) == 2
-    assert "not a file of episode accuracies" in capsys.readouterr().err
+    assert "not a file of episode accuracies" in refusal_of("compare", run)

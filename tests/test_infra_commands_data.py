@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from called_commands import answer_of, refusal_of
 from PIL import Image
 
 from metagmvae.infra.cli import main
@@ -30,8 +31,7 @@ def prepare(*words):
 
 
 def test_the_answer_accounts_for_every_file(images, tmp_path, capsys):
-    assert main(prepare("--source", images, "--out", tmp_path / "data")) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*prepare("--source", images, "--out", tmp_path / "data"))
     assert answer["files"] == {"seen": 11, "read": 10, "left_out": 1}
     assert answer["suffixes"] == {".png": 10}
     assert answer["left_out"] == [{"reason": "suffix .heic", "files": 1, "names": "a/x\\x1b[31m.heic"}]
@@ -81,15 +81,13 @@ def test_a_full_disk_is_a_failure_of_the_work_and_no_wrong_request(images, tmp_p
     assert not (tmp_path / "data").exists()
 
 
-def test_dry_run_of_prepare_checks_everything_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_of_prepare_checks_everything_and_writes_nothing(tmp_path):
     words = ["prepare", "glyphs", "--out", str(tmp_path / "data"), "--dry-run"]
-    assert main([*words, "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*words)
     assert answer["samples"] == {"train": 8000, "validation": 1200, "test": 2000}
     assert answer["data"] == str(tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("precious")
-    assert main(words) == 2
-    assert "not empty and not a dataset" in capsys.readouterr().err
+    assert "not empty and not a dataset" in refusal_of(*words)
     assert main([*words, "--rows-per-shard", "0"]) == 2

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, called
 from PIL import Image
 
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
@@ -44,20 +45,12 @@ def package(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
-    capsys.readouterr()
-    code = main([*map(str, words), "--json"])
-    streams = capsys.readouterr()
-    assert code == 0, streams.err
-    return json.loads(streams.out)
-
-
 def test_evaluate_by_name_or_package_names_encoder_head_and_settings(
-    data: Path, weights: Path, package: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    data: Path, weights: Path, package: Path, tmp_path: Path
 ) -> None:
-    by_package = run(capsys, "evaluate", package, "--data", data, "--head", "em", *TASK)
+    by_package = answer_of("evaluate", package, "--data", data, "--head", "em", *TASK)
     options = ["--weights", weights, "--image-size", "32", "--record", tmp_path / "record.json"]
-    by_name = run(capsys, "evaluate", NAME, "--data", data, "--head", "em", *TASK, *options)
+    by_name = answer_of("evaluate", NAME, "--data", data, "--head", "em", *TASK, *options)
     assert by_name["accuracy"] == by_package["accuracy"]
     assert (by_name["head"], by_name["mode"]) == ("em", "transductive")
     (row,) = by_name["heads"]
@@ -88,28 +81,24 @@ def test_probabilities_of_a_head_belong_to_its_accuracy(data: Path, package: Pat
     assert result.uncalibrated is None, "the encoder has no temperature"
 
 
-def test_a_calibrated_encoder_is_evaluated_at_its_temperature(
-    data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_calibrated_encoder_is_evaluated_at_its_temperature(data: Path, package: Path, tmp_path: Path) -> None:
     words = ["--head", "nearest-mean", "--way", "4", "--shot", "2", "--query", "5", "--episodes", "10"]
-    run(capsys, "calibrate", package, "--data", data, *words, "--out", tmp_path / "calibrated")
-    plain = run(capsys, "evaluate", package, "--data", data, *TASK)
-    calibrated = run(capsys, "evaluate", tmp_path / "calibrated", "--data", data, *TASK)
+    answer_of("calibrate", package, "--data", data, *words, "--out", tmp_path / "calibrated")
+    plain = answer_of("evaluate", package, "--data", data, *TASK)
+    calibrated = answer_of("evaluate", tmp_path / "calibrated", "--data", data, *TASK)
     assert calibrated["accuracy"] == plain["accuracy"]
     assert calibrated["temperature"] != 1
     assert calibrated["ece_uncalibrated"] == pytest.approx(plain["ece"])
 
 
-def test_features_of_an_encoder_by_name(
-    data: Path, weights: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_of_an_encoder_by_name(data: Path, weights: Path, package: Path, tmp_path: Path) -> None:
     """Its features are a data set that the package is evaluated on too, with the same accuracy as on images."""
     out = tmp_path / "features"
     words = ["--data", data, "--out", out, "--weights", weights, "--image-size", "32", "--dtype", "float32"]
-    made = run(capsys, "features", NAME, *words)
+    made = answer_of("features", NAME, *words)
     assert (made["encoder"]["encoder"], made["feature_size"]) == (NAME, resolve_model(package).model.feature_dim)
     on_features, on_images = (
-        run(capsys, "evaluate", package, "--data", uri, "--head", "nearest-mean", *TASK) for uri in (out, data)
+        answer_of("evaluate", package, "--data", uri, "--head", "nearest-mean", *TASK) for uri in (out, data)
     )
     assert on_features["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
 
@@ -127,11 +116,9 @@ def write_images(data: Path, folder: Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("head", ["nearest-mean", "soft-k-means", "em"])
-def test_classify_with_a_head(
-    head: str, data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classify_with_a_head(head: str, data: Path, package: Path, tmp_path: Path) -> None:
     folders = write_images(data, tmp_path)
-    answer = run(capsys, "classify", package, *folders, "--head", head, "--data", data)
+    answer = answer_of("classify", package, *folders, "--head", head, "--data", data)
     assert answer["shots"] == [2, 3, 4]
     assert answer["calibrated"]
     assert (answer["head"]["name"], answer["head"]["encoder"]) == (head, NAME)
@@ -143,20 +130,20 @@ def test_classify_with_a_head(
 
 
 def test_a_calibrated_encoder_is_used_by_classify_estimator_and_server(
-    data: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, package: Path, tmp_path: Path
 ) -> None:
     calibrated = tmp_path / "calibrated"
     shutil.copytree(package, calibrated)
     folders = write_images(data, tmp_path)
-    plain = run(capsys, "classify", package, *folders, "--head", "em")
+    plain = answer_of("classify", package, *folders, "--head", "em")
     assert not plain["calibrated"]
     assert plain["head"]["note"].startswith("defaults: no dataset")
     size = ["--way", "3", "--shot", "3", "--query", "5", "--episodes", "30"]
-    fitted = run(capsys, "calibrate", calibrated, "--data", data, "--head", "em", *size)
+    fitted = answer_of("calibrate", calibrated, "--data", data, "--head", "em", *size)
     assert fitted["head"]["name"] == "em"
     (temperature,) = fitted["temperatures"]
     assert temperature["nll"] < temperature["nll_uncalibrated"]
-    answer = run(capsys, "classify", calibrated, *folders)
+    answer = answer_of("classify", calibrated, *folders)
     assert (answer["calibrated"], answer["head"]["name"], answer["mode"]) == (True, "em", "transductive")
     assert answer["head"]["settings"] == fitted["head"]["tasks"][0]["settings"]
     p_PK = np.array([list(row["probabilities"].values()) for row in answer["queries"]])
@@ -176,7 +163,7 @@ def test_a_calibrated_encoder_is_used_by_classify_estimator_and_server(
     del request["label"]
     assert predictor.predict(None, request).shape == (18, resolve_model(package).model.feature_dim)
 
-    unknown = run(capsys, "classify", calibrated, *folders, "--unknown")
+    unknown = answer_of("classify", calibrated, *folders, "--unknown")
     assert set(unknown["predicted"]) == {"class0", "class1", "class2", "unknown"}
     assert all(len(row["probabilities"]) == 4 for row in unknown["queries"])
 
@@ -196,11 +183,11 @@ def test_wrong_arguments_of_the_estimator(data: Path, package: Path, options: di
 
 
 def test_compare_shows_the_paired_difference_across_modes(
-    data: Path, package: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, package: Path, weights: Path, tmp_path: Path
 ) -> None:
     other = ["--weights", weights, "--image-size", "48"]
     page = tmp_path / "page.html"
-    answer = run(capsys, "compare", package, NAME, "--data", data, "--head", "em", *other, *TASK, "--html", page)
+    answer = answer_of("compare", package, NAME, "--data", data, "--head", "em", *other, *TASK, "--html", page)
     first, second = answer["rows"]
     assert (first["name"], second["name"]) == (f"{package.name}, em", f"{NAME}, em")
     (pair,) = answer["paired"]
@@ -217,49 +204,37 @@ def test_compare_shows_the_paired_difference_across_modes(
 
 
 def test_wrong_requests_are_one_line_and_leave_nothing(
-    data: Path,
-    weights: Path,
-    package: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
+    data: Path, weights: Path, package: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path / "out"
-    written = ["--data", str(data), "--out", str(out)]
-    on_data, folders = ["--data", str(data)], ["--support", str(tmp_path), "--query", str(tmp_path)]
-    classify = ["classify", str(package), *map(str, write_images(data, tmp_path_factory.mktemp("images")))]
-    opened = ["evaluate", str(package), "--open", "2", *on_data]
+    written = ["--data", data, "--out", out]
+    on_data, folders = ["--data", data], ["--support", tmp_path, "--query", tmp_path]
+    classify = ["classify", package, *write_images(data, tmp_path_factory.mktemp("images"))]
+    opened = ["evaluate", package, "--open", "2", *on_data]
     for text, words in [
         ("nothing: not the name of an encoder", ["encoder", "nothing", *written]),
         ("has no published weights", ["encoder", "conv4", *written]),
         ("no such file", ["encoder", NAME, "--weights", "none.pth", *written]),
-        ("does not fit the network", ["encoder", "resnet18", "--weights", str(weights), *written]),
-        ("--image-size -1", ["features", NAME, "--weights", str(weights), "--image-size", "-1", *written]),
-        ("already exists", ["encoder", NAME, "--weights", str(weights), *on_data, "--out", str(package)]),
-        ("--weights x: only for an encoder by name", ["evaluate", str(package), "--weights", "x", *on_data]),
-        ("--image-size 32: only for", ["classify", str(package), "--image-size", "32", *folders]),
-        ("--set adapt.iterations=3", ["evaluate", str(package), "--set", "adapt.iterations=3", *on_data]),
-        ("--mode inductive: the head em", ["evaluate", str(package), "--head", "em", "--mode", "inductive", *on_data]),
-        ("did you mean 'em'", ["evaluate", str(package), "--head", "emm", *on_data]),
-        (
-            "--open: the head optimal-transport",
-            [*opened, "--way", "3", "--head", "optimal-transport"],
-        ),
+        ("does not fit the network", ["encoder", "resnet18", "--weights", weights, *written]),
+        ("--image-size -1", ["features", NAME, "--weights", weights, "--image-size", "-1", *written]),
+        ("already exists", ["encoder", NAME, "--weights", weights, *on_data, "--out", package]),
+        ("--weights x: only for an encoder by name", ["evaluate", package, "--weights", "x", *on_data]),
+        ("--image-size 32: only for", ["classify", package, "--image-size", "32", *folders]),
+        ("--set adapt.iterations=3", ["evaluate", package, "--set", "adapt.iterations=3", *on_data]),
+        ("--mode inductive: the head em", ["evaluate", package, "--head", "em", "--mode", "inductive", *on_data]),
+        ("did you mean 'em'", ["evaluate", package, "--head", "emm", *on_data]),
+        ("--open: the head optimal-transport", [*opened, "--way", "3", "--head", "optimal-transport"]),
         ("more than 6 validation classes", [*opened, "--way", "6", "--split", "train"]),
         ("--unknown: timm:test_resnet has no level", [*classify, "--unknown"]),
         ("--unknown: the head optimal-transport gives", [*classify, "--unknown", "--head", "optimal-transport"]),
-        ("did you mean 'em'", ["serve", str(package), "--head", "emm"]),
-        ("give --data URI to evaluate it", ["compare", NAME, str(package)]),
-        ("--head em: only with --data", ["compare", str(package), "--head", "em"]),
-        ("--weights x: is for one encoder by name, and 0", ["compare", str(package), "--weights", "x", *on_data]),
-        ("--image-size 3: no encoder by name", ["compare", str(package), "--image-size", "3", *on_data]),
+        ("did you mean 'em'", ["serve", package, "--head", "emm"]),
+        ("give --data URI to evaluate it", ["compare", NAME, package]),
+        ("--head em: only with --data", ["compare", package, "--head", "em"]),
+        ("--weights x: is for one encoder by name, and 0", ["compare", package, "--weights", "x", *on_data]),
+        ("--image-size 3: no encoder by name", ["compare", package, "--image-size", "3", *on_data]),
     ]:
-        capsys.readouterr()
-        try:
-            code = main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        lines = [line for line in capsys.readouterr().err.strip().splitlines() if "does not record" not in line]
+        code, _, said = called(*words)
+        lines = [line for line in said.splitlines() if "does not record" not in line]
         assert (code, len(lines)) == (2, 1), (words, lines)
         assert text in lines[0]
         assert not list(tmp_path.iterdir()), words

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot import evaluate_tasks as tasks_module
@@ -67,7 +68,6 @@ def test_several_shots_are_those_of_one_call_each_and_a_model_encodes_once(
     models: int,
     dataset: Dataset,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = trained(tmp_path / "checkpoint.pt", dataset, selection)
@@ -80,9 +80,8 @@ def test_several_shots_are_those_of_one_call_each_and_a_model_encodes_once(
     monkeypatch.setattr(tasks_module, "encode_split", count)
 
     def answer(*words: str) -> dict[str, Any]:
-        common = ["--query", "5", "--episodes", "20", "--json"]
-        assert main(["evaluate", str(model), "--data", dataset.uri, *common, *words]) == 0
-        return dict(json.loads(capsys.readouterr().out))
+        common = ["--query", "5", "--episodes", "20"]
+        return dict(answer_of("evaluate", model, "--data", dataset.uri, *common, *words))
 
     several = answer("--ways", "3", "2", "--shot", "5", "1")
     assert len(encoded) == models
@@ -108,9 +107,7 @@ def test_several_shots_are_those_of_one_call_each_and_a_model_encodes_once(
         (["--shot", "1", "1"], "--shot 1 1: a number occurs twice"),
         (["--shot", "1", "5", "--open", "1"], "--open: cannot be combined with several numbers in --shot"),
     ):
-        capsys.readouterr()
-        assert main([*record[:4], *words]) == 2
-        assert reason in capsys.readouterr().err
+        assert reason in refusal_of(*record[:4], *words)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from command_words import TINY, set_words
 from folder_contents import contents
 from PIL import Image
@@ -68,7 +69,7 @@ def model(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_trained_model_is_compared_with_its_frozen_encoder_on_the_same_episodes(
-    data: Path, features: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, features: Path, model: Path
 ) -> None:
     """By `compare_with_frozen`, and by `compare` with the package of the encoder inside the dataset of features."""
     dataset, trained, task = (
@@ -85,10 +86,8 @@ def test_the_trained_model_is_compared_with_its_frozen_encoder_on_the_same_episo
         assert row["head_mode"] == theirs.mode
     with pytest.raises(DataError, match="holds images; name the encoder"):
         compare_with_frozen(trained, Dataset.open(data), [task])
-    capsys.readouterr()
-    words = ["--way", "3", "--query", "5", "--episodes", "10", "--data", str(features), "--json"]
-    assert main(["compare", str(features / "encoder"), str(model), *words]) == 0
-    (pair,) = json.loads(capsys.readouterr().out)["paired"]
+    words = ["--way", "3", "--query", "5", "--episodes", "10", "--data", features]
+    (pair,) = answer_of("compare", features / "encoder", model, *words)["paired"]
     assert (pair["against"], pair["difference"]) == ("encoder, nearest-mean", rows[0]["difference"])
 
 
@@ -154,17 +153,14 @@ def test_workers_write_the_same_bytes_and_finish_an_interrupted_dataset(
     assert Dataset.open(tmp_path / "here").dtype == np.float16
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], model: Path, data: Path) -> dict[str, object]:
-    words = ["evaluate", str(model), "--data", str(data), "--way", "3", "--query", "5", "--episodes", "20", "--json"]
-    capsys.readouterr()
-    assert main([*words, "--baselines"]) == 0
-    return json.loads(capsys.readouterr().out)
+def evaluated(model: Path, data: Path) -> dict[str, object]:
+    return answer_of("evaluate", model, "--data", data, "--way", 3, "--query", 5, "--episodes", 20, "--baselines")
 
 
 def test_model_trained_on_features_evaluates_images_with_its_encoder(
-    data: Path, features: Path, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    data: Path, features: Path, model: Path, tmp_path: Path
 ) -> None:
-    on_rows, on_images = (evaluated(capsys, model, where) for where in (features, data))
+    on_rows, on_images = (evaluated(model, where) for where in (features, data))
     assert on_rows["accuracy"] == pytest.approx(on_images["accuracy"], abs=0.02)
     baselines = {row["baseline"]: row["accuracy"] for row in on_rows["baselines"]}  # type: ignore[attr-defined]
     assert len(baselines) == 9
@@ -182,8 +178,7 @@ def test_model_trained_on_features_evaluates_images_with_its_encoder(
         (tmp_path / "query").mkdir(exist_ok=True)
         Image.fromarray(images.images("test")[rows[2]][0]).save(tmp_path / "query" / f"{number}.png")
     words = ["classify", str(model), "--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
-    assert main([*words, "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*words)
     assert [sum(row[name] for name in answer["classes"]) for row in answer["queries"]] == pytest.approx([1.0] * 3)
     figures = {path.name for path in (model / "figures").glob("*.png")}
     assert figures == {"curves.png", "latents.png"}
@@ -211,16 +206,8 @@ def test_record_names_the_dataset_and_the_training_of_the_encoder(
     assert on_images["encoder"] == {"sha256": on_features["encoder"]["sha256"], "trained": None}
 
 
-def assert_refused(capsys: pytest.CaptureFixture[str], message: str, words: list[str]) -> None:
-    capsys.readouterr()
-    assert main(words) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert message in lines[0]
-
-
 def test_wrong_request_is_one_error_line_and_writes_nothing(
-    data: Path, features: Path, model: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, features: Path, model: Path, encoder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     cases = [
@@ -242,42 +229,37 @@ def test_wrong_request_is_one_error_line_and_writes_nothing(
         ("no such model", ["features", str(tmp_path / "none"), "--data", str(data), "--out", str(out)]),
     ]
     for message, words in cases:
-        assert_refused(capsys, message, words)
+        assert message in refusal_of(*words)
         assert not out.exists(), message
 
 
-def test_features_of_another_encoder_are_refused(
-    data: Path, features: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_of_another_encoder_are_refused(data: Path, features: Path, model: Path, tmp_path: Path) -> None:
     other = command(
         "pretrain", "omniglot-cpu", "--json", **SETTINGS | {"data.uri": data, "run.out": tmp_path / "other"}
     )
     assert main([*other, "--set", "train.seed=1", "--set", "run.figures=false"]) == 0
     words = ["features", str(tmp_path / "other"), "--data", str(data), "--out", str(tmp_path / "theirs")]
     assert main(words) == 0
-    assert_refused(
-        capsys,
-        "its features were made by encoder",
-        ["evaluate", str(model), "--data", str(tmp_path / "theirs"), "--episodes", "2"],
-    )
+    words = ["evaluate", model, "--data", tmp_path / "theirs", "--episodes", "2"]
+    assert "its features were made by encoder" in refusal_of(*words)
     altered = shutil.copytree(features, tmp_path / "altered")
     weights = altered / "encoder" / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    assert_refused(capsys, "(sha256 differs)", on_features(altered, tmp_path / "run"))
+    assert "(sha256 differs)" in refusal_of(*on_features(altered, tmp_path / "run"))
     assert [problem.path for problem in verify_dataset(altered)] == ["encoder/model.safetensors"]
     manifest = json.loads((features / "dataset.json").read_text())
     for key, value in (("feature_size", 31), ("dtype", "float16")):
         (altered / "dataset.json").write_text(json.dumps(manifest | {key: value}))
         shutil.copy(features / "encoder" / "model.safetensors", weights)
-        assert_refused(capsys, "in the manifest", on_features(altered, tmp_path / "run"))
+        assert "in the manifest" in refusal_of(*on_features(altered, tmp_path / "run"))
     for key, value in (("feature_size", -1), ("dtype", "object"), ("image_shape", [1]), ("kind", "sounds")):
         (altered / "dataset.json").write_text(json.dumps(manifest | {key: value}))
-        assert_refused(capsys, "write the dataset again", on_features(altered, tmp_path / "run"))
+        assert "write the dataset again" in refusal_of(*on_features(altered, tmp_path / "run"))
     hostile = manifest | {"attachments": {"../../evil": {"sha256": "0" * 64, "bytes": 1}}}
     (altered / "dataset.json").write_text(json.dumps(hostile))
-    assert_refused(capsys, '= "../../evil": string should match pattern', on_features(altered, tmp_path / "run"))
+    assert '= "../../evil": string should match pattern' in refusal_of(*on_features(altered, tmp_path / "run"))
 
 
 def test_non_finite_features_are_refused_and_the_dataset_can_be_finished(data: Path, tmp_path: Path) -> None:
@@ -304,9 +286,7 @@ def test_non_finite_features_are_refused_and_the_dataset_can_be_finished(data: P
     assert (Dataset.open(tmp_path / "out").rows("test") == [1, 1, 2, 1]).all()
 
 
-def test_model_with_nan_weights_is_refused(
-    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_with_nan_weights_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
     """The argmax of NaN is the first class, so a broken model would have an accuracy of 20% in 5-way episodes."""
     state = load_state(model / "checkpoint.pt")
     weights = state["model"]
@@ -314,40 +294,35 @@ def test_model_with_nan_weights_is_refused(
     weights[name] = torch.full_like(weights[name], torch.nan)
     save_state(tmp_path / "broken.pt", {key: value for key, value in state.items() if key != "version"})
     task = ["--data", str(data), "--way", "5", "--shot", "1", "--query", "5", "--episodes", "2"]
-    assert_refused(capsys, "features that are not finite", ["evaluate", str(tmp_path / "broken.pt"), *task])
+    assert "features that are not finite" in refusal_of("evaluate", tmp_path / "broken.pt", *task)
     for name in ("support/a", "support/b", "query"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (28, 28), len(name)).save(tmp_path / name / "0.png")
-    images = ["--support", str(tmp_path / "support"), "--query", str(tmp_path / "query"), "--json"]
-    assert_refused(capsys, "NaN instead of probabilities", ["classify", str(tmp_path / "broken.pt"), *images])
+    images = ["--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
+    assert "NaN instead of probabilities" in refusal_of("classify", tmp_path / "broken.pt", *images)
     # Hidden files and folders of other programs are neither classes nor queries.
     (tmp_path / "support" / ".cache").mkdir()
     (tmp_path / "query" / "folder.png").mkdir()
     (tmp_path / "query" / "._0.png").write_bytes(b"not an image")
-    assert main(["classify", str(model), *images]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of("classify", model, *images)
     assert answer["classes"] == ["a", "b"]
     assert [row["query"] for row in answer["queries"]] == ["0.png"]
 
 
-def test_too_many_shots_are_refused_before_encoding(
-    data: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_shots_are_refused_before_encoding(data: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metagmvae.evaluation.fewshot.encoding.encode_split", lambda *_: pytest.fail("encoded"))
     words = ["evaluate", str(model), "--data", str(data), "--way", "5", "--shot", "50"]
-    assert_refused(capsys, "shot 50 and query 15 need 65 images per class", words)
+    assert "shot 50 and query 15 need 65 images per class" in refusal_of(*words)
 
 
-def test_damaged_checkpoint_is_one_error_line(
-    data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoint_is_one_error_line(data: Path, encoder: Path, tmp_path: Path) -> None:
     state = {key: value for key, value in load_state(encoder / "checkpoint.pt").items() if key != "version"}
     words = ["features", str(tmp_path / "x.pt"), "--data", str(data), "--out", str(tmp_path / "out")]
     for damage in ({"settings": 5}, {"settings": "{}"}, {"settings": "{}", "best": {"5w1s": {}}}):
         save_state(tmp_path / "x.pt", state | damage)
-        assert_refused(capsys, "x.pt", words)
+        assert "x.pt" in refusal_of(*words)
     torch.save({"version": 2, "model": Path("x")}, tmp_path / "x.pt")
-    assert_refused(capsys, "refused, it contains more than tensors and plain values", words)
+    assert "refused, it contains more than tensors and plain values" in refusal_of(*words)
     assert not (tmp_path / "out").exists()
 
 
@@ -368,15 +343,13 @@ def test_encoder_is_trained_on_ray_by_two_workers(data: Path, tmp_path: Path) ->
     assert {"validation/5w1s", "validation/linear"} <= lines[-1].keys()
 
 
-def test_dry_run_checks_everything_and_writes_nothing(data, tmp_path, capsys):
+def test_dry_run_checks_everything_and_writes_nothing(data, tmp_path):
     run = tmp_path / "encoder"
     settings = {"data.uri": data, "run.out": run, "pretrain.steps": 1, "pretrain.batch": 8, "validation.every": 0}
     words = set_words(settings | {"tracking.enabled": "false", "run.figures": "false"})
     assert main(["pretrain", "omniglot-cpu", *words]) == 0
-    capsys.readouterr()
     out = tmp_path / "features"
-    assert main(["features", str(run), "--data", str(data), "--out", str(out), "--dry-run", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of("features", run, "--data", data, "--out", out, "--dry-run")
     assert answer["rows"].endswith(" float16")
     assert answer["samples"]["train"] == 600
     assert not out.exists()
@@ -384,12 +357,10 @@ def test_dry_run_checks_everything_and_writes_nothing(data, tmp_path, capsys):
     assert main(["features", str(run), "--data", str(data), "--out", str(out), "--dry-run"]) == 2
 
 
-def test_ceiling(data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_ceiling(data: Path, encoder: Path, tmp_path: Path):
     record = tmp_path / "ceiling.json"
     words = ["ceiling", encoder, "--data", data, "--ways", 3, 5, "--shots", 1, 2, "--query", 3, "--episodes", 20]
-    capsys.readouterr()
-    assert main([*map(str, words), "--json", "--record", str(record)]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*words, "--record", record)
     assert [(row["way"], row["shot"]) for row in answer["rows"]] == [(3, 1), (3, 2), (5, 1), (5, 2)]
     assert answer["classes"] == 6
     assert answer["rotation_pairs"] == 0  # glyphs are not rotated
@@ -401,5 +372,4 @@ def test_ceiling(data: Path, encoder: Path, tmp_path: Path, capsys: pytest.Captu
     assert recorded["rows"] == answer["rows"]
     assert recorded["environment"]["command"]
     assert recorded["data_fingerprint"] == Dataset.open(data).fingerprint
-    assert main([*map(str, [*words[:4], "--ways", 7, "--json"])]) == 2
-    assert "way 7 exceeds the 6 classes" in capsys.readouterr().err
+    assert "way 7 exceeds the 6 classes" in refusal_of(*words[:4], "--ways", 7)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from called_commands import refusal_of
 from command_words import TINY, set_words
 from PIL import Image
 
@@ -53,6 +54,5 @@ def test_model_on_features_normalises_images_as_their_encoder_did(
 
 def test_grey_images_are_refused_in_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = COMMON | {"data.uri": data, "run.out": tmp_path / "run", "model.normalise": "imagenet"}
-    assert main(["train", "omniglot-cpu", *set_words(settings)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal_of("train", "omniglot-cpu", *set_words(settings))
     assert 'model.normalise ("imagenet") needs three channels' in line

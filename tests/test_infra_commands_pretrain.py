@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from called_commands import answer_of
 from command_words import set_words
 
 from metagmvae.infra.cli import main
@@ -43,10 +44,8 @@ def test_preset_trains_an_encoder_that_can_be_evaluated(
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert metrics <= lines[0].keys()
     assert "validation/5w1s" in lines[-1]
-    capsys.readouterr()
     request = ["--data", str(data), "--shot", "1", "--episodes", "4", "--json"]
-    assert main(["evaluate", str(tmp_path / "run"), *request]) == 0
-    assert 0 < json.loads(capsys.readouterr().out)["accuracy"] <= 1
+    assert 0 < answer_of("evaluate", tmp_path / "run", *request)["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(

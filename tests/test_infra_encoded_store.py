@@ -1,10 +1,9 @@
 """The workflow on photographs that are stored encoded gives, bit for bit, what it gives on the decoded store."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of
 from command_words import TINY, set_words
 from photographs import SIDE, write_pictures
 
@@ -48,16 +47,12 @@ def assert_equal_weights(one, other):
 
 
 @pytest.mark.slow
-def test_training_evaluation_features_and_classification_are_equal(data, pictures, folder, capsys):
+def test_training_evaluation_features_and_classification_are_equal(data, pictures, folder):
     weights, answers = {}, {}
     for store in STORES:
         run = folder / f"run-{store}"
         weights[store] = train(data[store], run)
-        capsys.readouterr()
-        assert (
-            main(["evaluate", str(run), "--data", str(data[store]), "--query", "5", "--episodes", "5", "--json"]) == 0
-        )
-        answers[store] = json.loads(capsys.readouterr().out)
+        answers[store] = answer_of("evaluate", run, "--data", data[store], "--query", "5", "--episodes", "5")
         features = folder / f"features-{store}"
         assert main(["features", str(run), "--data", str(data[store]), "--out", str(features)]) == 0
     assert_equal_weights(weights["decoded"], weights["encoded"])
@@ -77,12 +72,10 @@ def test_training_evaluation_features_and_classification_are_equal(data, picture
     for name in ("class0", "class1"):
         (support / name).mkdir(parents=True)
         (support / name / "one.jpg").write_bytes((pictures / name / "stays0.jpg").read_bytes())
-    query = ["--query", str(pictures / "class0"), "--json"]
-    capsys.readouterr()
+    query = ["--query", pictures / "class0"]
     rows = []
     for store in STORES:
-        assert main(["classify", str(folder / f"run-{store}"), "--support", str(support), *query]) == 0
-        rows.append(json.loads(capsys.readouterr().out)["queries"])
+        rows.append(answer_of("classify", folder / f"run-{store}", "--support", support, *query)["queries"])
     assert rows[0] == rows[1]
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import mlflow_template
 import pytest
+from called_commands import answer_of, refusal_of
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.cli import main
@@ -31,10 +32,8 @@ def store(tmp_path, monkeypatch):
     return connect(tracking)
 
 
-def list_models(capsys, *words: str) -> list[dict]:
-    capsys.readouterr()
-    assert main(["models", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)["models"]
+def list_models(*words: str) -> list[dict]:
+    return answer_of("models", *words)["models"]
 
 
 def test_dataset_is_unchanged_changed_damaged_or_gone(data, tmp_path):
@@ -60,7 +59,7 @@ def test_versions_with_their_aliases_results_promotions_and_datasets(store, data
     options = ["--data", str(data), "--query", "5", "--episodes", "30"]
     assert main(["evaluate", "models:/one/2", *options]) == 0
     assert main(["promote", "models:/one/2", "--other-data", *options]) == 1
-    newest, oldest = list_models(capsys, "one")
+    newest, oldest = list_models("one")
     assert (newest["version"], newest["aliases"], newest["kind"]) == ("2", [], "few-shot classifier")
     assert (oldest["version"], oldest["aliases"], oldest["promotion"]) == ("1", ["champion"], {})
     assert oldest["results"] == {"5w1s": {"accuracy": 0.5, "ci95": 0.01}}
@@ -74,7 +73,7 @@ def test_versions_with_their_aliases_results_promotions_and_datasets(store, data
         "test.5w1s.transductive": (str(data), "yes"),
         "promotion": (str(data), "yes"),
     }
-    assert [(row["name"], row["version"]) for row in list_models(capsys)] == [("one", "2"), ("one", "1"), ("two", "1")]
+    assert [(row["name"], row["version"]) for row in list_models()] == [("one", "2"), ("one", "1"), ("two", "1")]
     capsys.readouterr()
     assert main(["models", "one"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -87,18 +86,16 @@ def test_versions_with_their_aliases_results_promotions_and_datasets(store, data
 def test_models_of_other_programs_are_listed_too(store, tmp_path, capsys):
     store.client.create_registered_model("theirs")
     store.client.create_model_version("theirs", str(tmp_path))
-    (row,) = list_models(capsys)
+    (row,) = list_models()
     assert (row["name"], row["kind"], row["results"], row["data"]) == ("theirs", "unknown", {}, [])
     assert main(["models"]) == 0
     assert "unknown" in capsys.readouterr().out
     store.client.set_model_version_tag("theirs", "1", "promotion.tasks", "five")
-    assert main(["models"]) == 2
-    assert "models:/theirs/1: tags results.… or promotion.… are damaged" in capsys.readouterr().err
+    assert "models:/theirs/1: tags results.… or promotion.… are damaged" in refusal_of("models")
 
 
 def test_unknown_name_and_empty_registry(store, capsys):
-    assert list_models(capsys) == []
-    assert main(["models", "nothing"]) == 2
-    assert "no registered model 'nothing' in" in capsys.readouterr().err
+    assert list_models() == []
+    assert "no registered model 'nothing' in" in refusal_of("models", "nothing")
     assert main(["models"]) == 0
     assert "models: none" in capsys.readouterr().out

@@ -11,8 +11,8 @@ from typing import Any
 
 import mlflow_template
 import pytest
+from called_commands import answer_of
 
-from metagmvae.infra.cli import main
 from metagmvae.infra.registry.own_wheel import write_wheel
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.runs.run_folder import METRICS, RECORD
@@ -97,11 +97,10 @@ def test_run_has_its_data_set_as_input(tmp_path: Path, store: Any) -> None:
 
 
 def test_evaluation_of_a_version_is_a_metric_of_its_model_on_that_data_set(
-    tmp_path: Path, store: Any, data: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, store: Any, data: Path
 ) -> None:
     register(new_run(tmp_path / "run", 0.5, 0, DATA), store, "x")
-    assert main(["evaluate", "models:/x/1", "--data", str(data), "--episodes", "4", "--json"]) == 0
-    accuracy = json.loads(capsys.readouterr().out)["accuracy"]
+    accuracy = answer_of("evaluate", "models:/x/1", "--data", data, "--episodes", "4")["accuracy"]
     opened = connect(store)
     version = opened.client.get_model_version("x", "1")
     metrics = opened.client.get_logged_model(logged_model_id(version)).metrics

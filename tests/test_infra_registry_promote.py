@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from mlflow_template import untrained_run
 
 from metagmvae.configs.schema import TrackingSettings
@@ -26,13 +27,6 @@ from metagmvae.training.trainer.checkpoint import load_state, save_state
 
 pytestmark = pytest.mark.mlflow
 FEW = ["--episodes", "40", "--query", "5"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +51,12 @@ def store(prepared, tmp_path, monkeypatch) -> Store:
 
 
 @pytest.fixture
-def run_promote(data, capsys):
-    """Runs `promote` as a user does, on the data, and returns its answer or its error."""
+def run_promote(data):
+    """Runs `promote` as a user does, on the data, and returns its answer."""
 
-    def run_promote(*words: str, code: int = 0, uri: Path | None = data) -> dict:
-        capsys.readouterr()
-        rollback = "--rollback" in words
-        options = [] if rollback or uri is None else ["--data", str(uri), *FEW]
-        assert main(["promote", *words, *options, "--json"]) == code
-        out, err = capsys.readouterr()
-        return json.loads(out) if out else {"error": err}
+    def run_promote(*words: object, code: int = 0, uri: Path | None = data) -> dict:
+        options = [] if "--rollback" in words or uri is None else ["--data", uri, *FEW]
+        return answer_of("promote", *words, *options, code=code)
 
     return run_promote
 
@@ -260,11 +250,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "reason"), WRONG)
-def test_wrong_request_is_a_one_line_error(store, data, capsys, words, reason):
-    assert main(["promote", "--data", str(data), *FEW, *words]) == 2
-    error = capsys.readouterr().err
-    assert reason in error
-    assert error.count("\n") == 1
+def test_wrong_request_is_a_one_line_error(store, data, words, reason):
+    assert reason in refusal_of("promote", "--data", data, *FEW, *words)
     assert champion(store) == "1"
 
 
@@ -311,7 +298,7 @@ def test_encoders_are_evaluated_with_a_head_also_against_other_models(store, run
     )
 
 
-def test_an_encoder_by_name_is_registered_and_promoted(store, run_promote, data, tmp_path, capsys):
+def test_an_encoder_by_name_is_registered_and_promoted(store, run_promote, data, tmp_path):
     """Its folder, which `metagmvae encoder` writes, has no training data, so it always counts as of other data."""
     weights, folder = tmp_path / "net.pth", tmp_path / "encoder"
     timm = pytest.importorskip("timm")

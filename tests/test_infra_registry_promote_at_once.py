@@ -15,17 +15,8 @@ from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.alias_history import alias_version, read_history
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import Store, connect
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 
 pytestmark = [pytest.mark.mlflow, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder)
-    return folder
 
 
 def run_rounds(uri: str, data: Path, folder: Path, count: int, processes: int) -> list[list[dict]]:

@@ -1,12 +1,10 @@
 """A promotion whose store goes away, or whose process is killed, is completed by the same command."""
 
-import json
-
 import mlflow_template
 import pytest
+from called_commands import answer_of
 from mlflow_template import untrained_run
 
-from metagmvae.infra.cli import main
 from metagmvae.infra.registry.alias_change import change_alias
 from metagmvae.infra.registry.alias_history import alias_state, alias_version, read_history
 from metagmvae.infra.registry.register import register
@@ -52,22 +50,14 @@ def goes_away(monkeypatch):
         ("finalize_logged_model", 0, "no alias has moved"),
         ("create_model_version", 0, "no alias has moved"),
         ("log_artifacts", 0, "models:/few-shot/2 is registered, and no alias has moved"),
-        (
-            "create_experiment",
-            0,
-            MAYBE,
-        ),
-        (
-            "delete_experiment",
-            0,
-            MAYBE,
-        ),
+        ("create_experiment", 0, MAYBE),
+        ("delete_experiment", 0, MAYBE),
         ("set_registered_model_tag", 0, MAYBE),
         ("set_model_version_tag", 0, "models:/few-shot@champion is version 2, whose tags are not complete"),
         ("set_model_version_tag", 7, "models:/few-shot@champion is version 2, whose tags are not complete"),
     ],
 )
-def test_the_same_command_completes_it(data, tmp_path, monkeypatch, capsys, goes_away, request_name, after, state):
+def test_the_same_command_completes_it(data, tmp_path, monkeypatch, goes_away, request_name, after, state):
     tracking = mlflow_template.new_store(tmp_path / "store")
     store = connect(tracking)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
@@ -75,10 +65,8 @@ def test_the_same_command_completes_it(data, tmp_path, monkeypatch, capsys, goes
     run = untrained_run(tmp_path / "better", data)
 
     def promote(code: int) -> dict:
-        capsys.readouterr()
-        words = ["promote", str(run), "--name", "few-shot", "--data", str(data), "--episodes", "40", "--query", "5"]
-        assert main([*words, "--json"]) == code
-        return json.loads(capsys.readouterr().out)
+        words = ["promote", run, "--name", "few-shot", "--data", data, "--episodes", 40, "--query", 5]
+        return answer_of(*words, code=code)
 
     goes_away(request_name, after)
     error = promote(1)["error"]
@@ -109,7 +97,7 @@ def test_the_same_command_completes_it(data, tmp_path, monkeypatch, capsys, goes
 
 
 @pytest.mark.parametrize("request_name", ["set_registered_model_tag", "set_model_version_tag"])
-def test_an_interrupted_rollback_does_not_invite_to_another_one(tmp_path, monkeypatch, capsys, goes_away, request_name):
+def test_an_interrupted_rollback_does_not_invite_to_another_one(tmp_path, monkeypatch, goes_away, request_name):
     tracking = mlflow_template.new_store(tmp_path / "store")
     store = connect(tracking)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
@@ -119,8 +107,7 @@ def test_an_interrupted_rollback_does_not_invite_to_another_one(tmp_path, monkey
     state = alias_state(store, "few-shot", "champion", read_history(store, "few-shot"))
     assert change_alias(store, "few-shot", "promoted", state, "2")
     goes_away(request_name, 0)
-    assert main(["promote", "models:/few-shot@champion", "--rollback", "--json"]) == 1
-    error = json.loads(capsys.readouterr().out)["error"]
+    error = answer_of("promote", "models:/few-shot@champion", "--rollback", code=1)["error"]
     assert "models:/few-shot@champion may have moved to version 1: see `metagmvae models few-shot` before" in error
     monkeypatch.undo()
     assert alias_version(store, "few-shot", "champion") == "1"

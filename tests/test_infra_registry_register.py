@@ -1,13 +1,8 @@
 """A run is registered as an MLflow model without pickled code, which MLflow loads and serves."""
 
-import contextlib
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -180,9 +175,8 @@ print(json.dumps([str(answer.dtype), answer.tolist()]))
 def test_model_loads_in_a_process_outside_the_repository(registered, run, tmp_path):
     """The package is installed; the working directory is another one."""
     np.savez(tmp_path / "request.npz", **request_arrays())
-    environment = {**os.environ}
     command = [sys.executable, "-c", LOAD_AND_PREDICT, str(tmp_path / "request.npz")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kind, answer = json.loads(done.stdout)
     assert kind == "float64"
@@ -229,20 +223,9 @@ def test_best_model_of_a_shot_is_registered(tmp_path, store):
 
 def test_server_answers_over_http(registered, run, tmp_path):
     """`mlflow models serve`: status 200 with probabilities, 400 with the reason."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve = ["models", "serve", "--model-uri", "models:/few-shot@champion", "--env-manager", "local"]
-    command = [sys.executable, "-m", "mlflow", *serve, "--port", str(port), "--workers", "1"]
-    # MLflow searches uvicorn on the PATH, which lacks the environment's bin folder unless it is activated.
-    search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": search_path}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        _wait_for(port, server, tmp_path / "log")
+    port = mlflow_template.closed_port()
+    words = ["models", "serve", "--model-uri", "models:/few-shot@champion", "--env-manager", "local"]
+    with mlflow_template.run_mlflow(tmp_path, port, *words):
         body = {"inputs": lists(request_arrays()), "params": {"mode": "inductive"}}
         status, answer = mlflow_template.post(port, body)
         assert status == 200
@@ -250,16 +233,3 @@ def test_server_answers_over_http(registered, run, tmp_path):
         status, answer = mlflow_template.post(port, {"inputs": {**body["inputs"], "label": [-1, 0, 0, -1, 0, 0, -1]}})
         assert status == 400
         assert "1 classes and 3 queries" in answer["message"]
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # it has ended; the assertion above says why
-            os.killpg(server.pid, signal.SIGKILL)  # the group of the server includes its workers
-        server.wait()
-
-
-def _wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
-    while server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())

@@ -7,17 +7,14 @@ from pathlib import Path
 import mlflow_template
 import pytest
 import torch
+from calibrations import fits
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.models.posterior_calibration import (
-    FittedMap,
-    PosteriorCalibration,
-    write_calibration,
-)
+from metagmvae.training.models.posterior_calibration import write_calibration
 from metagmvae.training.trainer.package import load_model, save_package
 
 pytestmark = pytest.mark.mlflow
@@ -52,25 +49,7 @@ def test_registered_models(uri, run, ref):
 
 def test_the_calibration_travels_into_the_registry_and_with_the_run(tmp_path):
     run = mlflow_template.new_run(tmp_path / "run")
-    record = PosteriorCalibration(
-        fitted_on="labelled classes",
-        split="validation",
-        data_fingerprint="d",
-        adapt=load_model(run).settings.adapt,
-        temperatures=(
-            FittedMap(
-                mode="inductive",
-                way=5,
-                shot=1,
-                temperature=2.5,
-                queries=9,
-                nll=0.1,
-                nll_uncalibrated=0.2,
-                ece=0.1,
-                ece_uncalibrated=0.2,
-            ),
-        ),
-    )
+    record = fits(2.5, adapt=load_model(run).settings.adapt)
     write_calibration(run, [(load_model(run).model, record)])
     store = mlflow_template.new_store(tmp_path / "store")
     uri = connect(store).uri

@@ -12,6 +12,7 @@ import mlflow_template
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 
 from metagmvae.configs.schema import ModelSettings, Settings
 from metagmvae.evaluation.encoders.head_model import with_head, with_named_head
@@ -104,10 +105,7 @@ def test_a_served_encoder_classifies_by_the_head_that_is_asked_for(tmp_path):
     ],
 )
 def test_place_that_cannot_be_served_is_one_line(tmp_path, words, message, capsys):
-    assert main(["serve", str(tmp_path), *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refusal_of("serve", tmp_path, *words)
 
 
 def test_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, capsys):
@@ -123,17 +121,15 @@ def test_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, capsys):
     )
 
 
-def test_store_of_the_option_is_used_by_one_command_only(tmp_path, monkeypatch, capsys):
+def test_store_of_the_option_is_used_by_one_command_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = mlflow_template.new_run(tmp_path / "run")
     register(run, mlflow_template.new_store(tmp_path / "store"), "few-shot", alias="")
-    assert main(["models", "--tracking", f"sqlite:///{tmp_path}/store/mlflow.db", "--json"]) == 0
-    (model,) = json.loads(capsys.readouterr().out)["models"]
+    (model,) = answer_of("models", "--tracking", f"sqlite:///{tmp_path}/store/mlflow.db")["models"]
     assert model["name"] == "few-shot"
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert main(["models"]) == 2
-    assert main(["models", "--tracking", "127.0.0.1:5000"]) == 2
-    assert "write http://127.0.0.1:5000" in capsys.readouterr().err
+    assert "write http://127.0.0.1:5000" in refusal_of("models", "--tracking", "127.0.0.1:5000")
 
 
 def answers(app):

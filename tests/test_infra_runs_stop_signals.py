@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_words import TINY, set_words
+from small_runs import flat, without_times
 
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS
@@ -63,20 +63,11 @@ def stopped(arguments: list[str], steps: int, *numbers: int) -> tuple[int, str]:
     return process.returncode, error
 
 
-def flat(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [item for key in sorted(value, key=str) for item in (key, *flat(value[key]))]
-    if isinstance(value, (list, tuple)):
-        return [item for part in value for item in flat(part)]
-    return [value.tolist()] if isinstance(value, torch.Tensor) else [value]
-
-
 def content(run: Path) -> tuple[list[Any], list[Any]]:
     """Checkpoint and metric lines, without times, the folder's name, and the process's own random numbers."""
     state = {k: v for k, v in load_state(run / CHECKPOINT).items() if k not in ("elapsed", "settings", "rng")}
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    times = ("elapsed_s", "images_per_s", "waiting_share")
-    return flat(state), [{k: v for k, v in line.items() if k not in times} for line in lines]
+    return flat(state), without_times(lines)
 
 
 @pytest.fixture(scope="module", params=["train", "pretrain"])

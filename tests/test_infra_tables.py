@@ -7,21 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow_template
 import pytest
 import torch
+from called_commands import answer_of, called, refusal_of
+from command_words import set_words
 from small_preset import SMALL
 
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.paper_tables import table_rows
 from metagmvae.evaluation.paper_tables.table_rows import table_parts
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow, select_columns
-from metagmvae.infra.cli import main
 from metagmvae.infra.runs import training_speed
 from metagmvae.infra.runs.run_folder import read_settings
 from metagmvae.infra.runs.training_speed import Speed, measure_speed
 from metagmvae.infra.tables import run_job as run_job_module
+from metagmvae.infra.tables import table_tracking
 from metagmvae.infra.tables.run_job import affordable_episodes, affordable_steps, planned_settings
 from metagmvae.infra.tables.table_jobs import TableJob, _new_job
+from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer import loop
@@ -73,18 +77,15 @@ def table(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def words(folder: Path, data: Path, *more: str, budget: str = "48s") -> list[str]:
-    places = ["--data", str(data), "--results", str(folder / "results"), "--out", str(folder / "runs")]
-    return ["table", "1", "--run", "--budget", budget, "--episodes", "5", *places, *more, "--json"]
+def words(folder: Path, data: Path, *more: object, budget: str = "48s") -> list[object]:
+    places = ["--data", data, "--results", folder / "results", "--out", folder / "runs"]
+    untracked = ["--set", "tracking.enabled=false"]
+    return ["table", "1", "--run", "--budget", budget, "--episodes", "5", *places, *untracked, *more]
 
 
-UNTRACKED = ("--set", "tracking.enabled=false")
-
-
-def answer_of(capsys, request: list[str], code: int) -> dict:
-    capsys.readouterr()
-    assert main(request) == code
-    return json.loads(capsys.readouterr().out)
+def run_table(folder: Path, data: Path, *more: object, code: int = 1, **options: str) -> dict:
+    """The answer of the command, which fails because of the row without a preset."""
+    return answer_of(*words(folder, data, *more, **options), code=code)
 
 
 def trained_steps(folder: Path) -> dict[str, int]:
@@ -92,8 +93,8 @@ def trained_steps(folder: Path) -> dict[str, int]:
     return {run.name.split("-48s")[0][:-7]: read_settings(run).train.steps for run in runs}
 
 
-def test_runs_what_is_missing_and_names_what_fails(table, data, capsys):
-    first = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+def test_runs_what_is_missing_and_names_what_fails(table, data):
+    first = run_table(table, data)
     # 0.85 of 48 s at two seconds a step; the row with other settings of `adapt` shares its training.
     assert trained_steps(table) == {"small-gmvae": 20, "small-protonets": 20}
     fingerprint = Dataset.open(data).fingerprint[:6]
@@ -111,22 +112,22 @@ def test_runs_what_is_missing_and_names_what_fails(table, data, capsys):
     assert (cell["ours"]["budget_s"], cell["ours"]["steps"], cell["ours"]["episodes"]) == (48, 20, 5)
     record = json.loads((table / "results" / cell["ours"]["files"][0]).read_text())
     assert record["settings"]["method"]["name"] == "meta-gmvae"
-    again = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    again = run_table(table, data)
     assert (again["ran"], again["done_before"]) == ([], 6)
     assert again["table"] == first["table"]
 
 
-def test_another_budget_and_another_seed_are_other_trainings(table, data, capsys):
-    answer_of(capsys, words(table, data, *UNTRACKED), 1)
-    other = answer_of(capsys, words(table, data, *UNTRACKED, "--dry-run", budget="50s"), 1)
+def test_another_budget_and_another_seed_are_other_trainings(table, data):
+    run_table(table, data)
+    other = run_table(table, data, "--dry-run", budget="50s")
     assert [row["tasks"] for row in other["would_run"]] == [2, 4]
-    seeded = answer_of(capsys, words(table, data, *UNTRACKED, "--set", "train.seed=1"), 1)
+    seeded = run_table(table, data, "--set", "train.seed=1")
     assert len(seeded["ran"]) == 2
     cell = seeded["document"]["parts"][0]["rows"][0]["cells"][0]["ours"]
     assert cell["trainings"] == 2
 
 
-def test_stopped_training_continues_and_gives_the_same_weights(table, data, capsys, monkeypatch):
+def test_stopped_training_continues_and_gives_the_same_weights(table, data, monkeypatch):
     """A signal arrives in step 7 of the first training."""
     record, seen = loop._record, []
 
@@ -137,8 +138,9 @@ def test_stopped_training_continues_and_gives_the_same_weights(table, data, caps
         return record(stage, hooks, context, window, step)
 
     monkeypatch.setattr(loop, "_record", recorded)
-    assert main(words(table, data, *UNTRACKED)) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    code, _, said = called(*words(table, data))
+    assert code == 130
+    assert "the same command continues" in said
     assert list((table / "results").iterdir()) == []
     (run,) = (table / "runs").glob("small-protonets*")
     assert load_state(run / "checkpoint.pt")["step"] < 20
@@ -148,18 +150,17 @@ def test_stopped_training_continues_and_gives_the_same_weights(table, data, caps
         return Speed("cpu", STEP_S, STEP_S, 0.0)
 
     monkeypatch.setattr(run_job_module, "measure_speed", speed)
-    assert len(answer_of(capsys, words(table, data, *UNTRACKED), 1)["ran"]) == 2
+    assert len(run_table(table, data)["ran"]) == 2
     stopped = load_state(run / "checkpoint.pt")["model"]
     monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", STEP_S, STEP_S, 0.0))
     (table / "other").mkdir()
-    places = words(table, data, *UNTRACKED, "--out", str(table / "other"), "--results", str(table / "other-results"))
-    answer_of(capsys, places, 1)
+    run_table(table, data, "--out", table / "other", "--results", table / "other-results")
     (uninterrupted,) = (table / "other").glob("small-protonets*")
     expected = load_state(uninterrupted / "checkpoint.pt")["model"]
     assert all(torch.equal(stopped[key], expected[key]) for key in expected)
 
 
-def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, capsys, monkeypatch):
+def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, monkeypatch):
     evaluate, trainings, stops = run_job_module.evaluate_model, [], []
     train = run_job_module.run_training
 
@@ -175,14 +176,14 @@ def test_stop_between_training_and_evaluation_trains_nothing_again(table, data, 
 
     monkeypatch.setattr(run_job_module, "evaluate_model", stopped_once)
     monkeypatch.setattr(run_job_module, "run_training", counted)
-    assert main(words(table, data, *UNTRACKED)) == 130
+    assert called(*words(table, data))[0] == 130
     assert len(list((table / "results").glob("*.json"))) == 2
-    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    answer = run_table(table, data)
     assert trainings == ["small-protonets", "small-gmvae"]
     assert (answer["done_before"], answer["document"]["not_run"]) == (2, 2)
 
 
-def test_error_of_one_row_loses_no_other(table, data, capsys, monkeypatch):
+def test_error_of_one_row_loses_no_other(table, data, monkeypatch):
     train = run_job_module.run_training
 
     def failing(settings, **options):
@@ -191,30 +192,30 @@ def test_error_of_one_row_loses_no_other(table, data, capsys, monkeypatch):
         return train(settings, **options)
 
     monkeypatch.setattr(run_job_module, "run_training", failing)
-    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    answer = run_table(table, data)
     assert len(answer["ran"]) == 1
     reasons = {row["system"]: row["reason"] for row in answer["failed"]}
     assert reasons == {"protonets": "RuntimeError: out of memory", "nothing": "there is no such preset"}
     assert answer["document"]["not_run"] == 4
 
 
-def test_changed_preset_is_refused_instead_of_continued(table, data, capsys):
-    answer_of(capsys, words(table, data, *UNTRACKED), 1)
+def test_changed_preset_is_refused_instead_of_continued(table, data):
+    run_table(table, data)
     file = table / "small-protonets.toml"
     file.write_text(file.read_text().replace("query = 3", "query = 4"))
     from metagmvae.evaluation.paper_tables import match_results
 
     match_results.recipe_settings.cache_clear()
-    answer = answer_of(capsys, words(table, data, *UNTRACKED), 1)
+    answer = run_table(table, data)
     (reason,) = [row["reason"] for row in answer["failed"] if row["system"] == "protonets"]
     assert reason.endswith("was trained with other settings (method.query); delete it")
 
 
-def test_cells_are_the_mean_over_the_seeds_of_one_command(table, data, capsys, monkeypatch):
+def test_cells_are_the_mean_over_the_seeds_of_one_command(table, data, monkeypatch):
     """The budget allows other numbers of steps in each training, as on a shared machine."""
     times = iter((2.0, 2.5, 2.0, 2.5))
     monkeypatch.setattr(run_job_module, "measure_speed", lambda *_: Speed("cpu", 0.0, next(times), 0.0))
-    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--seeds", "3", "1"), 1)
+    answer = run_table(table, data, "--seeds", "3", "1")
     names = [row["settings"] for row in answer["ran"]]
     assert [name.partition("-seed")[2] for name in names] == ["3", "3", "1", "1"], "a training of each row comes first"
     assert sorted(path.name for path in (table / "runs").iterdir()) == sorted(names)
@@ -225,58 +226,38 @@ def test_cells_are_the_mean_over_the_seeds_of_one_command(table, data, capsys, m
     accuracies = [record["accuracy"] for record in records]
     assert cell["ours"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert cell["ours"]["spread"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
-    again = answer_of(capsys, words(table, data, *UNTRACKED, "--seeds", "1", "3"), 1)
+    again = run_table(table, data, "--seeds", "1", "3")
     assert (again["ran"], again["done_before"]) == ([], 12)
 
 
-def test_dry_run_writes_nothing(table, data, capsys):
-    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--dry-run"), 1)
+def test_dry_run_writes_nothing(table, data):
+    answer = run_table(table, data, "--dry-run")
     assert [row["tasks"] for row in answer["would_run"]] == [2, 4]
     assert not (table / "results").exists()
     assert not (table / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.width=3", "would change the model of the rows"),
-        ("adapt.samples=3", "would change the model of the rows"),
-        ("train.steps=3", "train.steps follows from --budget"),
-        ("run.out=x", "run.out follows from --budget"),
-        ("run.engine=ray", "with --workers each training is a Ray task already"),
-    ],
-)
-def test_settings_of_the_rows_cannot_be_changed(table, data, capsys, override, message):
-    assert main(words(table, data, "--workers", "1", "--set", override)) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--set", "model.width=3"], "would change the model of the rows"),
+        (["--set", "adapt.samples=3"], "would change the model of the rows"),
+        (["--set", "train.steps=3"], "train.steps follows from --budget"),
+        (["--set", "run.out=x"], "run.out follows from --budget"),
+        (["--workers", "1", "--set", "run.engine=ray"], "with --workers each training is a Ray task already"),
         (["--seeds", "1", "1"], "--seeds 1: give different numbers of 0 or more"),
         (["--seeds", "-1"], "--seeds -1: give different numbers of 0 or more"),
         (["--seeds", "1", "--set", "train.seed=2"], "--set train.seed=2: --seeds gives the seeds already"),
+        (["--workers", "-1"], "--workers is -1"),
+        (["--episodes", "0"], "--episodes is 0"),
     ],
 )
-def test_wrong_seeds_are_refused(table, data, capsys, options, message):
-    assert main(words(table, data, *options)) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_wrong_options_are_refused(table, data, options, message):
+    assert message in refusal_of(*words(table, data, *options))
 
 
-@pytest.mark.parametrize(("option", "value"), [("--workers", "-1"), ("--episodes", "0")])
-def test_numbers_out_of_range_are_refused(table, data, capsys, option, value):
-    assert main(words(table, data, option, value)) == 2
-    assert f"{option} is {value}" in capsys.readouterr().err
-
-
-def test_two_datasets_of_the_same_images_are_refused(table, data, capsys):
-    assert main(words(table, data, "--data", str(data))) == 2
-    assert "is the second dataset of images of glyphs" in capsys.readouterr().err
+def test_two_datasets_of_the_same_images_are_refused(table, data):
+    assert "is the second dataset of images of glyphs" in refusal_of(*words(table, data, "--data", data))
 
 
 def test_names_of_trainings_with_many_settings_fit_into_file_names_and_differ(data, tmp_path):
@@ -330,21 +311,21 @@ def test_slow_evaluations_have_fewer_episodes(data, tmp_path, episode_s, episode
     assert affordable_episodes(wanted, episode_s) == episodes
 
 
-def test_fewer_episodes_than_asked_for_are_enough_where_no_more_are_affordable(table, data, capsys, monkeypatch):
+def test_fewer_episodes_than_asked_for_are_enough_where_no_more_are_affordable(table, data, monkeypatch):
     monkeypatch.setattr(run_job_module, "affordable_episodes", lambda job, episode_s: 3)
-    first = answer_of(capsys, words(table, data, *UNTRACKED, "--rows", "protonets"), 0)
+    first = run_table(table, data, "--rows", "protonets", code=0)
     assert [cell["ours"]["episodes"] for cell in first["document"]["parts"][0]["rows"][0]["cells"]] == [3, 3]
-    again = answer_of(capsys, words(table, data, *UNTRACKED, "--rows", "protonets"), 0)
+    again = run_table(table, data, "--rows", "protonets", code=0)
     assert (again["ran"], again["done_before"]) == ([], 2)
 
 
-def test_more_episodes_are_evaluated_without_another_training(table, data, capsys, monkeypatch):
-    answer_of(capsys, words(table, data, *UNTRACKED), 1)
+def test_more_episodes_are_evaluated_without_another_training(table, data, monkeypatch):
+    run_table(table, data)
     monkeypatch.setattr(run_job_module, "run_training", None)
-    more = answer_of(capsys, words(table, data, *UNTRACKED, "--episodes", "6"), 1)
+    more = run_table(table, data, "--episodes", "6")
     cells = [cell for row in more["document"]["parts"][0]["rows"][:3] for cell in row["cells"]]
     assert [cell["ours"]["episodes"] for cell in cells] == [6] * 6
-    assert answer_of(capsys, words(table, data, *UNTRACKED), 1)["done_before"] == 6
+    assert run_table(table, data)["done_before"] == 6
 
 
 def test_presets_that_choose_a_checkpoint_are_validated_once_at_the_end(data, tmp_path, monkeypatch):
@@ -380,15 +361,11 @@ def test_slow_steps_are_timed_a_few_times(data, monkeypatch, step_s, steps):
 
 
 @pytest.mark.mlflow
-def test_rows_are_children_of_one_mlflow_run(table, data, capsys):
-    import mlflow_template
-
-    from metagmvae.infra.tracking.store import connect
-
+def test_rows_are_children_of_one_mlflow_run(table, data):
     store = mlflow_template.new_store(table / "mlflow")
-    tracked = ("--set", f"tracking.store={store.store}", "--set", "tracking.experiment=tables")
-    answer_of(capsys, words(table, data, *tracked), 1)
-    answer_of(capsys, words(table, data, *tracked, "--set", "train.seed=1"), 1)
+    tracked = set_words({"tracking.enabled": "true", "tracking.store": store.store, "tracking.experiment": "tables"})
+    run_table(table, data, *tracked)
+    run_table(table, data, *tracked, "--set", "train.seed=1")
     client = connect(store).client
     experiment = client.get_experiment_by_name("tables").experiment_id
     runs = client.search_runs([experiment])
@@ -401,10 +378,22 @@ def test_rows_are_children_of_one_mlflow_run(table, data, capsys):
     )
 
 
+@pytest.mark.mlflow
+def test_runs_that_the_store_does_not_know_are_reported_once(tmp_path, monkeypatch, caplog):
+    store = mlflow_template.new_store(tmp_path / "mlflow")
+    monkeypatch.setattr(table_tracking, "last_entry", lambda folder: {"run_id": folder.name})
+    with table_tracking.TableTracker(store, 1, tmp_path) as tracker:
+        for name in ("first", "second"):
+            tracker.add(tmp_path / name)
+    (warning,) = caplog.messages
+    assert "Run with id=first not found" in warning
+    assert "the table goes on, and its runs have no parent run" in warning
+
+
 @pytest.mark.ray
-def test_rows_run_as_ray_tasks(table, data, capsys):
+def test_rows_run_as_ray_tasks(table, data):
     """The time of a step is measured in the tasks, which are other processes."""
-    answer = answer_of(capsys, words(table, data, *UNTRACKED, "--workers", "2", budget="1s"), 1)
+    answer = run_table(table, data, "--workers", "2", budget="1s")
     assert len(answer["ran"]) == 2
     assert answer["document"]["not_run"] == 2
 

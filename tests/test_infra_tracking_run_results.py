@@ -4,6 +4,7 @@ import json
 
 import mlflow_template
 import pytest
+from called_commands import answer_of
 
 from metagmvae.infra.cli import main
 from metagmvae.infra.tracking.store import connect
@@ -15,27 +16,18 @@ SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_si
 pytestmark = pytest.mark.mlflow
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder)
-    return folder
-
-
 def train(data, out, **changes) -> int:
     settings = SMALL | {"data.uri": data, "run.out": out, "tracking.register_as": "", "validation.every": 2} | changes
     options = [f"--set={key}={value}" for key, value in (settings | {"validation.episodes": 3}).items()]
     return main(["train", "omniglot-5way", *options])
 
 
-def test_results_and_figures_are_artifacts_and_accuracies_are_metrics(data, tmp_path, capsys):
+def test_results_and_figures_are_artifacts_and_accuracies_are_metrics(data, tmp_path):
     store = mlflow_template.new_store(tmp_path / "mlflow")
     run = tmp_path / "run"
     assert train(data, run, **{"tracking.store": store.store}) == 0
     request = ["evaluate", str(run), "--data", str(data), "--episodes", "3", "--json"]
-    capsys.readouterr()
-    assert main(request) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*request)
     client = connect(store).client
     (tracked,) = client.search_runs(["1"])
     assert tracked.data.metrics["test/5w1s/transductive"] == answer["accuracy"]
@@ -99,8 +91,7 @@ def test_results_of_a_registered_version_are_stored_in_its_tags_and_its_run(data
     assert "alias: models:/glyphs@champion\n" in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", connect(store).uri)
     words = ["evaluate", "models:/glyphs@champion", "--data", str(data), "--episodes", "3", "--json"]
-    assert main(words) == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = answer_of(*words)
     assert answer["kept"] == "models:/glyphs/1"
     client = connect(store).client
     version = client.get_model_version("glyphs", "1")

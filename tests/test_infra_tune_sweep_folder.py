@@ -1,11 +1,8 @@
 """The folder of a sweep: when it can be used or resumed, and its lock."""
 
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from small_sweep import open_sweep
@@ -159,31 +156,6 @@ def test_a_folder_with_other_files_is_refused(plan, dataset, tmp_path):
         for resume in (False, True):
             with pytest.raises(DataError, match=rf"--out {out}: cannot be written, because .*/file is no writable"):
                 SweepFolder(out).check(resume)
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from metagmvae.infra.runs.folder_lock import lock_run_folder
-with lock_run_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_only_one_process_may_use_a_folder(tmp_path):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    root = str(Path(__file__).parents[1])
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, text=True, **pipes)
-    assert other.stdout.readline() == "held\n"
-    with (
-        pytest.raises(DataError, match=r"another process trains in this folder.*--out DIR"),
-        lock_run_folder(tmp_path, setting="--out DIR"),
-    ):
-        pass
-    other.kill()
-    with lock_run_folder(tmp_path, patience_s=60):
-        other.communicate()
 
 
 def test_a_folder_in_use_and_a_changed_plan_are_named_before_ray_starts(plan, dataset, tmp_path, monkeypatch):

@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from small_sweep import open_sweep, train
+from small_sweep import new_plan, open_sweep, run_next, train
 
 from metagmvae.configs.load import SettingsError, load_settings
-from metagmvae.configs.search_space import load_space
 from metagmvae.evaluation.sweeps.trials import read_trials
 from metagmvae.infra.runs.run_folder import CHECKPOINT
-from metagmvae.infra.tune.sweep_folder import REASON, SweepFolder, SweepPlan
+from metagmvae.infra.tune.sweep_folder import REASON, SweepFolder
 from metagmvae.infra.tune.sweep_state import BEST, OUT_OF_TIME, check_validation_interval
 
 
@@ -59,9 +58,7 @@ def test_the_status_of_each_kind_of_end(plan, dataset, tmp_path):
 def test_only_the_best_trial_keeps_its_checkpoint(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     for accuracy in (0.3, 0.6, 0.4, 0.7):
-        number = sweep.next_trial()
-        train(sweep, number, [0.2, accuracy])
-        sweep.end_trial(number)
+        number = run_next(sweep, [0.2, accuracy])
     kept = [path.parent.name for path in (tmp_path / "sweep").rglob(CHECKPOINT)]
     assert kept == [f"{number:05d}"]
     best = sweep.write_best()
@@ -76,9 +73,7 @@ def test_only_the_best_trial_keeps_its_checkpoint(plan, dataset, tmp_path):
 def test_of_equal_trials_only_the_best_keeps_its_checkpoint(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     for _ in range(3):
-        number = sweep.next_trial()
-        train(sweep, number, [0.2, 0.2])
-        sweep.end_trial(number)
+        run_next(sweep, [0.2, 0.2])
     kept = [path.parent.name for path in (tmp_path / "sweep").rglob(CHECKPOINT)]
     assert kept == [f"{sweep.write_best().number:05d}"]
 
@@ -120,9 +115,7 @@ def test_a_resumed_sweep_runs_the_same_trials_as_an_uninterrupted_one(plan, data
 
 def test_a_resume_may_request_more_trials(plan, dataset, tmp_path):
     sweep = open_sweep(plan, dataset, tmp_path / "sweep", 1)
-    number = sweep.next_trial()
-    train(sweep, number, [0.3, 0.5])
-    sweep.end_trial(number)
+    number = run_next(sweep, [0.3, 0.5])
     assert sweep.next_trial() is None
     resumed = open_sweep(plan, dataset, tmp_path / "sweep", 2, resume=True)
     assert resumed.next_trial() > number
@@ -138,9 +131,7 @@ def test_a_resume_continues_trials_that_the_time_limit_stopped(plan, dataset, tm
     assert (sweep.folder.trial_folder(first) / CHECKPOINT).exists()
     assert open_sweep(plan, dataset, tmp_path / "sweep", resume=True, hours=1e-12).next_trial() is None
     resumed = open_sweep(plan, dataset, tmp_path / "sweep", resume=True)
-    assert resumed.next_trial() == first
-    train(resumed, first, [0.3, 0.6])
-    resumed.end_trial(first)
+    assert run_next(resumed, [0.3, 0.6]) == first
     (trial,) = [trial for trial in read_trials(tmp_path / "sweep" / "trials.jsonl") if trial.number == first]
     assert trial.status == "finished"
 
@@ -157,9 +148,7 @@ def test_results_of_a_timed_out_trial_count_until_it_continues(plan, dataset, tm
     resumed.folder.rewrite_trials(resumed.trials())
     last = open_sweep(plan, dataset, tmp_path / "sweep", 1, resume=True)
     assert [trial.reason for trial in last.trials() if trial.number == number] == [OUT_OF_TIME]
-    assert last.next_trial() == number
-    train(last, number, [0.3, 0.6])
-    last.end_trial(number)
+    assert run_next(last, [0.3, 0.6]) == number
     assert [trial.status for trial in last.trials() if trial.number == number] == ["finished"]
 
 
@@ -187,23 +176,15 @@ def test_reading_a_running_sweep_changes_no_file(plan, dataset, tmp_path):
     assert sweep.folder.table.read_text().endswith(half)
 
 
-def test_integers_for_a_float_setting_are_tried_once(plan, dataset, tmp_path):
-    (tmp_path / "two.toml").write_text("train.clip_norm = {choice=[0, 5]}")
-    small = SweepPlan("two", plan.base, load_space(tmp_path / "two.toml"), "random", "none", 0, "5w1s")
-    sweep = open_sweep(small, dataset, tmp_path / "sweep", 50)
+@pytest.mark.parametrize("space", ["train.clip_norm = {choice=[0, 5]}", "train.em_iterations = {choice=[1, 2]}"])
+def test_a_small_space_ends_when_all_its_combinations_were_tried(dataset, tmp_path, space):
+    """Also where integers stand for a setting of type float."""
+    sweep = open_sweep(new_plan(tmp_path, dataset, space), dataset, tmp_path / "sweep", 50)
     assert [sweep.next_trial() is None for _ in range(3)] == [False, False, True]
 
 
-def test_a_small_space_ends_when_all_its_combinations_were_tried(plan, dataset, tmp_path):
-    (tmp_path / "two.toml").write_text("train.em_iterations = {choice=[1, 2]}")
-    small = SweepPlan("two", plan.base, load_space(tmp_path / "two.toml"), "random", "none", 0, "5w1s")
-    sweep = open_sweep(small, dataset, tmp_path / "sweep", 50)
-    assert [sweep.next_trial() is None for _ in range(3)] == [False, False, True]
-
-
-def test_a_space_without_possible_combinations_is_an_error(plan, dataset, tmp_path):
-    (tmp_path / "none.toml").write_text("train.components = {range=[201, 2000]}")
-    nothing = SweepPlan("none", plan.base, load_space(tmp_path / "none.toml"), "random", "none", 0, "5w1s")
+def test_a_space_without_possible_combinations_is_an_error(dataset, tmp_path):
+    nothing = new_plan(tmp_path, dataset, "train.components = {range=[201, 2000]}")
     with pytest.raises(SettingsError, match="none of 1000 proposals is possible; the last one: train: components K"):
         open_sweep(nothing, dataset, tmp_path / "sweep").next_trial()
 

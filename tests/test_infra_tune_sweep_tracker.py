@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import mlflow_template
 import pytest
 from mlflow_template import closed_port
-from small_sweep import open_sweep, train
+from small_sweep import open_sweep, run_next, train
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.evaluation.sweeps.trials import read_trials
@@ -33,14 +33,6 @@ def sweep(plan, dataset, tmp_path):
     return open_sweep(plan, dataset, tmp_path / "sweep")
 
 
-def run_some(sweep, accuracies):
-    """Run trials that end without an error; a trial with only one accuracy is stopped early."""
-    for some in accuracies:
-        number = sweep.next_trial()
-        train(sweep, number, some)
-        sweep.end_trial(number)
-
-
 def children(store, parent):
     client = connect(store).client
     experiment = client.get_run(parent).info.experiment_id
@@ -54,7 +46,8 @@ def upload(sweep, store):
 
 def test_parent_run_and_trials_with_their_statuses(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
-        run_some(sweep, [[0.3, 0.5], [0.2]])
+        run_next(sweep, [0.3, 0.5])
+        run_next(sweep, [0.2])
         running = sweep.next_trial()
         train(sweep, running, [0.4])
         while not _points_sent(sweep, running):
@@ -92,7 +85,7 @@ def test_parent_run_and_trials_with_their_statuses(sweep, store):
 
 def test_report_names_the_run_of_the_best_trial(sweep, store):
     with SweepTracker(sweep, store, interval_s=0.05) as tracker:
-        run_some(sweep, [[0.3, 0.5]])
+        run_next(sweep, [0.3, 0.5])
         answer = finish(sweep, tracker)
     # A damaged checkpoint, as here, does not cost the report.
     assert list(answer["not_calibrated"]) == [str(answer["best"]["number"])]
@@ -109,7 +102,8 @@ def _points_sent(sweep, number):
 
 
 def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
-    run_some(sweep, [[0.3, 0.5], [0.2, 0.4]])
+    run_next(sweep, [0.3, 0.5])
+    run_next(sweep, [0.2, 0.4])
     first = upload(sweep, store)
     assert first.metrics == 2 * 2 * 3 + 3
     assert upload(sweep, store).metrics == 0
@@ -128,7 +122,7 @@ def test_crash_before_the_cursor_is_written_creates_no_second_run(sweep, store):
 def test_runs_of_interrupted_trials_end_with_the_sweep_and_go_on_with_it(sweep, store, plan, dataset):
     """After Ctrl-C the tracker ends them; after SIGKILL `metagmvae track` does, as often as it is called."""
     with SweepTracker(sweep, store, interval_s=60.0) as tracker:
-        run_some(sweep, [[0.3, 0.5]])
+        run_next(sweep, [0.3, 0.5])
         number = sweep.next_trial()
         train(sweep, number, [0.4])
         tracker.close("KILLED")
@@ -155,9 +149,7 @@ def test_runs_of_interrupted_trials_end_with_the_sweep_and_go_on_with_it(sweep, 
         assert state() == ("KILLED", "interrupted")
     last = open_sweep(plan, dataset, sweep.folder.root, resume=True)
     with SweepTracker(last, store, interval_s=60.0):
-        assert last.next_trial() == number
-        train(last, number, [0.4, 0.6])
-        last.end_trial(number)
+        assert run_next(last, [0.4, 0.6]) == number
     assert state() == ("FINISHED", "finished")
     assert len(children(store, parent)) == len([trial for trial in last.ended.values() if trial.status != "refused"])
 
@@ -165,7 +157,8 @@ def test_runs_of_interrupted_trials_end_with_the_sweep_and_go_on_with_it(sweep, 
 def test_repeated_requests_create_one_run_for_the_sweep_and_each_trial(sweep, store, monkeypatch):
     mlflow_template.repeat_requests(monkeypatch, "create_run")
     with SweepTracker(sweep, store, interval_s=60.0):
-        run_some(sweep, [[0.3, 0.5], [0.2, 0.4]])
+        run_next(sweep, [0.3, 0.5])
+        run_next(sweep, [0.2, 0.4])
     cursor = json.loads((sweep.folder.root / CURSOR).read_text())
     client = connect(store).client
     runs = client.search_runs([client.get_run(cursor["run_id"]).info.experiment_id])
@@ -181,14 +174,14 @@ def test_server_that_is_restarted_gets_everything_and_the_sweep_never_waits(swee
     with ExitStack() as stack:
         with mlflow_template.running_server(tmp_path / "server", port):
             tracker = stack.enter_context(SweepTracker(sweep, tracking, interval_s=0.1))
-            run_some(sweep, [[0.3, 0.5]])
+            run_next(sweep, [0.3, 0.5])
             while not any(_points_sent(sweep, number) for number in sweep.ended):
                 time.sleep(0.05)
-        run_some(sweep, [[0.2, 0.6]])
+        run_next(sweep, [0.2, 0.6])
         while not tracker._error:
             time.sleep(0.05)
         stack.enter_context(mlflow_template.running_server(tmp_path / "server", port))
-        run_some(sweep, [[0.2, 0.7]])
+        run_next(sweep, [0.2, 0.7])
         while tracker._error:
             time.sleep(0.05)
         tracker.close()
@@ -207,7 +200,7 @@ def test_sweep_without_a_server_is_uploaded_later(plan, dataset, tmp_path, store
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     sweep = open_sweep(plan, dataset, tmp_path / "sweep")
     with SweepTracker(sweep, TrackingSettings(), interval_s=0.05):
-        run_some(sweep, [[0.3, 0.5]])
+        run_next(sweep, [0.3, 0.5])
     assert f"metagmvae track {sweep.folder.root}" in caplog.text
     assert read_status(sweep.folder.root)[0] == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.store}/mlflow.db")
@@ -218,7 +211,7 @@ def test_sweep_without_a_server_is_uploaded_later(plan, dataset, tmp_path, store
 
 def test_disabled_tracking_writes_only_the_status(sweep):
     with SweepTracker(sweep, TrackingSettings(enabled=False)) as tracker:
-        run_some(sweep, [[0.3, 0.5]])
+        run_next(sweep, [0.3, 0.5])
         assert tracker.with_runs(sweep.ended.values()) == list(sweep.ended.values())
     assert not (sweep.folder.root / CURSOR).exists()
     assert read_status(sweep.folder.root)[0] == "FINISHED"

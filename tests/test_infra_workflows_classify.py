@@ -11,6 +11,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from calibrations import QUALITY, fits
+from called_commands import answer_of
 from PIL import Image
 
 from metagmvae.infra.classification import answer_figure, task_inputs
@@ -22,7 +24,7 @@ from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.archives import folder
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
-from metagmvae.training.models.posterior_calibration import FittedBackground, PosteriorCalibration
+from metagmvae.training.models.posterior_calibration import FittedBackground
 from metagmvae.training.trainer.package import load_model, save_package
 
 SHOTS = {"a": 3, "b": 1}
@@ -163,7 +165,7 @@ def test_every_file_is_accounted_for(folders, loaded):
     assert answer["blank"] == [f"{query}/blank.bmp"]
 
 
-def test_a_table_names_the_labelled_images_of_one_folder(folders, loaded, tmp_path, capsys):
+def test_a_table_names_the_labelled_images_of_one_folder(folders, loaded, tmp_path):
     """The same answer as with class folders; the images without a row are queries only."""
     support, query, _ = folders
     (tmp_path / "all" / "more").mkdir(parents=True)
@@ -181,8 +183,7 @@ def test_a_table_names_the_labelled_images_of_one_folder(folders, loaded, tmp_pa
     assert (answer["classes"], answer["shots"], answer["left_out"]) == (["a", "b"], [3, 1], [])
     run = save_package(tmp_path / "package", loaded)
     words = ["classify", str(run), "--support", str(tmp_path / "all"), "--labels", str(table), "--query", str(query)]
-    assert main([*words, "--no-invert", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["queries"] == expected["queries"]
+    assert answer_of(*words, "--no-invert")["queries"] == expected["queries"]
     table.write_text("file,label\n0,a\n")
     with pytest.raises(DataError, match=r"labels.csv: has 1 class \(a\); give two or more"):
         run_classify(loaded, tmp_path / "all", query, labels=table)
@@ -388,7 +389,6 @@ def test_unknown_classes_need_a_level_and_are_an_answer_of_their_own(folders, lo
         run_classify(loaded, support, query, unknown=True)
 
     def with_level(background: float):
-        values = {"queries": 9, "nll": 0.1, "nll_uncalibrated": 0.1, "ece": 0.1, "ece_uncalibrated": 0.1}
         fit = FittedBackground(
             mode="inductive",
             way=5,
@@ -397,12 +397,9 @@ def test_unknown_classes_need_a_level_and_are_an_answer_of_their_own(folders, lo
             background=background,
             open_classes=5,
             accuracy=0.9,
-            **values,
+            **QUALITY,
         )
-        record = PosteriorCalibration(
-            fitted_on="labelled classes", split="validation", data_fingerprint="d", adapt=loaded.settings.adapt,
-            temperatures=(), backgrounds=(fit,),
-        )  # fmt: skip
+        record = fits(1.0, adapt=loaded.settings.adapt, temperatures=(), backgrounds=(fit,))
         return replace(loaded, calibration=record)
 
     options = {"unknown": True, "mode": "inductive"}

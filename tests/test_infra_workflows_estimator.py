@@ -37,6 +37,12 @@ def loaded(tmp_path_factory):
     return load_model(mlflow_template.new_run(tmp_path_factory.mktemp("runs") / "run"))
 
 
+@pytest.fixture
+def inverting(loaded):
+    """The model, as if it had been trained on inverted images."""
+    return replace(loaded, preprocessing=Preprocessing.of_shape(loaded.image_shape, invert=True))
+
+
 def random_images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, PIXELS)).astype(np.uint8)
 
@@ -230,9 +236,8 @@ def test_channels_last_images_are_transposed():
     assert rows[1].reshape(shape)[:, 2, 4].tolist() == [75 + 14 * 3, 75 + 14 * 3 + 1, 75 + 14 * 3 + 2]
 
 
-def test_images_that_should_be_inverted_already(loaded):
+def test_images_that_should_be_inverted_already(loaded, inverting):
     """A bright background is warned about; `preprocessed=False` inverts the images as recorded."""
-    inverting = replace(loaded, preprocessing=Preprocessing.of_shape(loaded.image_shape, invert=True))
     strokes = np.where(random_images(4) > 200, 255, 0).astype(np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -248,12 +253,6 @@ def test_an_unknown_mode_is_refused_after_fit_too(loaded):
     classifier = FewShotClassifier(loaded).fit(random_images(3), [0, 1, 1])
     with pytest.raises(ValueError, match="mode is 'both'"):
         classifier.set_params(mode="both").predict(random_images(3))
-
-
-@pytest.fixture
-def inverting(loaded):
-    """The model, as if it had been trained on inverted images."""
-    return replace(loaded, preprocessing=Preprocessing.of_shape(loaded.image_shape, invert=True))
 
 
 def write_drawings(folder, count: int) -> list:

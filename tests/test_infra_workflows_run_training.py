@@ -1,7 +1,6 @@
 """A training run: the checks before it starts, exclusive use of its folder, resuming, and what it opens how often."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from command_words import TINY
 
 from metagmvae.configs.load import load_settings, presets, settings_from_json, to_json
@@ -41,7 +41,6 @@ SETTINGS = TINY | {"pretrain.steps": 0, "train.steps": 2, "validation.every": 0,
 HOLD_LOCK = """
 import sys
 from pathlib import Path
-from metagmvae.infra.cli import main
 from metagmvae.infra.runs.folder_lock import lock_run_folder
 with lock_run_folder(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -64,7 +63,8 @@ def test_run_folder_has_one_training_at_a_time(data, tmp_path):
         run_training(settings(data, out))
     assert [path.name for path in out.iterdir()] == [TRAINING_LOCK]
     other.kill()
-    other.communicate()
+    with lock_run_folder(out, patience_s=60):
+        other.communicate()
     assert run_training(settings(data, out)) == out
     assert (out / CHECKPOINT).exists()
     with lock_run_folder(out):
@@ -186,8 +186,7 @@ def test_run_folder_is_a_configuration(data, tmp_path, capsys):
     run = run_training(settings(data, tmp_path / "run"))
     assert load_settings(run / CONFIG) == read_settings(run)
     assert main(["train", str(run), "--resume"]) == 0
-    assert main(["train", str(run)]) == 2
-    assert "continue with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in refusal_of("train", run)
     other = tmp_path / "other"
     assert main(["train", str(run), "--set", f"run.out={other}", "--set", "train.steps=3"]) == 0
     assert read_settings(other).train.steps == 3
@@ -207,9 +206,8 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(data, tmp_path):
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_dry_run_says_what_would_be_done_and_writes_nothing(data, tmp_path, capsys, command):
     words = [f"--set={k}={v}" for k, v in (SETTINGS | {"data.uri": data, "pretrain.steps": 2}).items()]
-    words += [f"--set=run.out={tmp_path / 'run'}", "--dry-run", "--json"]
-    assert main([command, "omniglot-5way", *words]) == 0
-    answer = json.loads(capsys.readouterr().out)
+    words += [f"--set=run.out={tmp_path / 'run'}", "--dry-run"]
+    answer = answer_of(command, "omniglot-5way", *words)
     assert answer["steps"] == ({"pretrain": 2, "meta": 2} if command == "train" else {"pretrain": 2})
     assert answer["run"] == str(tmp_path / "run")
     assert answer["engine"].startswith("local, ")

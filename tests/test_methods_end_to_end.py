@@ -6,17 +6,16 @@ That it is resumed, packaged and served alone shows `test_presets_end_to_end.py`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlflow_template
 import numpy as np
 import pytest
+from called_commands import answer_of, refusal_of
 from command_words import TINY, set_words
 from PIL import Image
 
-from metagmvae.infra.cli import main
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import METRICS
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
@@ -55,26 +54,13 @@ def road(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs a command as a user does, in a folder of its own; returns its answer, or its error if `code` is not 0."""
+def test_the_whole_road(road: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user does, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     mlflow_template.new_store(tmp_path / "runs" / "mlflow")
-
-    def run(*words: object, code: int = 0) -> Any:
-        capsys.readouterr()
-        found = main([*map(str, words), "--json"])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return json.loads(out) if code == 0 else err
-
-    return run
-
-
-def test_the_whole_road(road: str, data: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
     name = str(ROADS[road]["method.name"])
-    answer(*train_words(road, data, tmp_path / "first"))
-    answer(*train_words(road, data, tmp_path / "second", **{"train.seed": 1, "tracking.enabled": "false"}))
+    answer_of(*train_words(road, data, tmp_path / "first"))
+    answer_of(*train_words(road, data, tmp_path / "second", **{"train.seed": 1, "tracking.enabled": "false"}))
     loaded = load_model(tmp_path / "first")
     assert isinstance(loaded.model, MetaLearner)
     lines = [json.loads(line) for line in (tmp_path / "first" / METRICS).read_text().splitlines()]
@@ -82,34 +68,33 @@ def test_the_whole_road(road: str, data: Path, tmp_path: Path, answer: Callable[
     assert (tmp_path / "first" / "figures" / "curves.png").exists()
 
     few = ["--data", data, "--episodes", 4, "--query", 3]
-    transductive = answer(
+    transductive = answer_of(
         "evaluate", tmp_path / "first", *few, "--baselines", "--record", tmp_path / "one-5way-1shot.json"
     )
     assert {row["baseline"] for row in transductive["paired"]} >= {"nearest class mean", "logistic regression"}
-    inductive = answer("evaluate", tmp_path / "first", *few, "--mode", "inductive", "--shot", 5)
+    inductive = answer_of("evaluate", tmp_path / "first", *few, "--mode", "inductive", "--shot", 5)
     assert 0 < inductive["accuracy"] <= 1
 
-    calibrated = answer("calibrate", tmp_path / "first", "--data", data, "--episodes", 3, "--shot", 1)
+    calibrated = answer_of("calibrate", tmp_path / "first", "--data", data, "--episodes", 3, "--shot", 1)
     assert {row["mode"] for row in calibrated["temperatures"]} == set(loaded.model.modes)
     if not loaded.model.has_background:
-        error = answer("evaluate", tmp_path / "first", *few, "--way", 3, "--open", 2, code=2)
-        assert "queries of no labelled class" in error
-        assert error.count("\n") == 1
+        words = ["evaluate", tmp_path / "first", *few, "--way", 3, "--open", 2]
+        assert "queries of no labelled class" in refusal_of(*words)
 
-    row = classified(answer, tmp_path, data)
+    row = classified(tmp_path, data)
     assert row["one"] + row["two"] == pytest.approx(1)
     served(tmp_path, data)
-    for version in answer("models", "few-shot")["models"]:
+    for version in answer_of("models", "few-shot")["models"]:
         assert (version["kind"], version["method"]) == ("few-shot classifier", name)
-    compared = answer("compare", tmp_path / "first", tmp_path / "second", *few)
+    compared = answer_of("compare", tmp_path / "first", tmp_path / "second", *few)
     assert len(compared["rows"]) == 2
     more = ["--data", data, "--episodes", 30, "--query", 3, "--allow-equal", "--margin", 0.99]
-    promoted = answer("promote", tmp_path / "second", "--name", "few-shot", *more)
+    promoted = answer_of("promote", tmp_path / "second", "--name", "few-shot", *more)
     assert promoted
-    assert "**`one`**" in answer("table", "one", "--results", tmp_path)["table"]
+    assert "**`one`**" in answer_of("table", "one", "--results", tmp_path)["table"]
 
 
-def classified(answer: Callable[..., Any], folder: Path, data: Path) -> dict[str, Any]:
+def classified(folder: Path, data: Path) -> dict[str, Any]:
     """The answer of `classify` for one image of the test split."""
     images = Dataset.open(data).images("test")
     for number, label in enumerate(("one", "two")):
@@ -118,7 +103,7 @@ def classified(answer: Callable[..., Any], folder: Path, data: Path) -> dict[str
             Image.fromarray(images[2 * number + shot][0]).save(folder / "support" / label / f"{shot}.png")
     (folder / "query").mkdir()
     Image.fromarray(images[9][0]).save(folder / "query" / "q.png")
-    (row,) = answer("classify", folder / "first", "--support", folder / "support", "--query", folder / "query")[
+    (row,) = answer_of("classify", folder / "first", "--support", folder / "support", "--query", folder / "query")[
         "queries"
     ]
     return dict(row)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import mlflow_template
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from command_words import TINY, set_words
 from torch import nn
 
@@ -87,35 +86,11 @@ def run(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    def call(*words: object) -> dict[str, Any]:
-        capsys.readouterr()
-        assert main([*map(str, words), "--json"]) == 0, capsys.readouterr().err
-        return dict(json.loads(capsys.readouterr().out))
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line of a command that is refused."""
-
-    def call(*words: object) -> str:
-        capsys.readouterr()
-        assert main([*map(str, words)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return call
-
-
 def test_vectors_give_the_model_and_the_accuracy_of_the_same_features(
     features: Path,
     vectors: Path,
     run: Path,
     tmp_path: Path,
-    answer: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(encoders, "load_extension", lambda group, name: lambda shape: Pooled())
@@ -130,15 +105,15 @@ def test_vectors_give_the_model_and_the_accuracy_of_the_same_features(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     for words in (("--baselines",), ("--mode", "inductive")):
         first, second = (
-            answer("evaluate", model, "--data", dataset, *ON, *words)
+            answer_of("evaluate", model, "--data", dataset, *ON, *words)
             for model, dataset in ((run, vectors), (tmp_path / "run", features))
         )
         assert [first[key] for key in ("accuracy", "ece")] == [second[key] for key in ("accuracy", "ece")]
         for row in [*first.get("baselines", []), *second.get("baselines", [])]:
             del row["seconds"]
         assert first.get("baselines") == second.get("baselines")
-    alone = [answer("evaluate", "vectors", "--data", vectors, *ON)["accuracy"]]
-    alone.append(answer("evaluate", features / "encoder", "--data", features, *ON)["accuracy"])
+    alone = [answer_of("evaluate", "vectors", "--data", vectors, *ON)["accuracy"]]
+    alone.append(answer_of("evaluate", features / "encoder", "--data", features, *ON)["accuracy"])
     assert alone[0] == alone[1] > 1 / 3
 
 
@@ -171,7 +146,7 @@ def task(vectors: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.mark.mlflow
 def test_package_registry_classifier_command_and_server_give_the_same_answers(
-    run: Path, task: Any, tmp_path: Path, answer: Callable[..., dict[str, Any]]
+    run: Path, task: Any, tmp_path: Path
 ) -> None:
     support, labels, query, _ = task
     loaded = load_model(run)
@@ -196,13 +171,13 @@ def test_package_registry_classifier_command_and_server_give_the_same_answers(
     names = np.array([f"sound {number}" for number in range(9)])
     np.savez_compressed(tmp_path / "new.npz", vectors=query.astype(np.float64), names=names)
     words = ["classify", package, "--support", tmp_path / "labelled.npz", "--query", tmp_path / "new.npz"]
-    found = answer(*words)
+    found = answer_of(*words)
     assert (found["vectors"], found["shots"], found["left_out"]) == (9, [2, 2, 2], [])
     assert [row["query"] for row in found["queries"]] == names.tolist()
     rows = [[row["probabilities"][name] for name in found["classes"]] for row in found["queries"]]
     np.testing.assert_array_equal(rows, expected)
     np.save(tmp_path / "new.npy", query)
-    counts = answer(*words[:-1], tmp_path / "new.npy", "--table", tmp_path / "rows.parquet", "--mode", "inductive")
+    counts = answer_of(*words[:-1], tmp_path / "new.npy", "--table", tmp_path / "rows.parquet", "--mode", "inductive")
     assert counts["predicted"].keys() == set(labels)
 
     save_pyfunc(tmp_path / "served", package, loaded)
@@ -262,56 +237,54 @@ def test_the_classifier_refuses_what_is_no_vector(run: Path, task: Any) -> None:
     ],
 )
 def test_a_training_says_what_it_cannot_do_with_vectors(
-    settings: dict[str, object], message: str, vectors: Path, tmp_path: Path, refused: Callable[..., str]
+    settings: dict[str, object], message: str, vectors: Path, tmp_path: Path
 ) -> None:
     words = [word for word in train_words(vectors, tmp_path / "run", **settings) if word != "--json"]
-    assert message.format(data=vectors) in refused(*words)
+    assert message.format(data=vectors) in refusal_of(*words)
     assert not (tmp_path / "run").exists()
 
 
 def test_commands_for_images_say_what_they_cannot_do_with_vectors(
-    data: Path, vectors: Path, run: Path, task: Any, tmp_path: Path, refused: Callable[..., str]
+    data: Path, vectors: Path, run: Path, task: Any, tmp_path: Path
 ) -> None:
-    assert "holds vectors; an encoder is trained on images: prepare the images" in refused(
+    assert "holds vectors; an encoder is trained on images: prepare the images" in refusal_of(
         "pretrain", "vectors", *set_words({"data.uri": vectors, "run.out": tmp_path / "x"})
     )
     out = ("--out", tmp_path / "out")
-    assert "vectors are features already" in refused("features", run, "--data", vectors, *out)
+    assert "vectors are features already" in refusal_of("features", run, "--data", vectors, *out)
     size = Dataset.open(vectors).row_shape[0]
     takes = f"the model takes vectors of {size} values"
-    assert f"holds images (1, 28, 28), and {takes}" in refused("evaluate", run, "--data", data, *ON)
-    assert "figure 3 shows images: prepare the images" in refused("figure", 3, run, "--data", vectors, *out)
-    assert "give one of vectors as --data" in refused("evaluate", "vectors", "--data", data, *ON)
+    assert f"holds images (1, 28, 28), and {takes}" in refusal_of("evaluate", run, "--data", data, *ON)
+    assert "figure 3 shows images: prepare the images" in refusal_of("figure", 3, run, "--data", vectors, *out)
+    assert "give one of vectors as --data" in refusal_of("evaluate", "vectors", "--data", data, *ON)
     support, labels, query, _ = task
     np.savez(tmp_path / "labelled.npz", vectors=support, labels=labels)
     np.savez(tmp_path / "unlabelled.npz", vectors=support)
     np.savez(tmp_path / "narrow.npz", vectors=query[:, 1:])
     np.savez(tmp_path / "one.npz", vectors=support, labels=np.zeros(6, int))
     words = ["classify", run, "--support", tmp_path / "labelled.npz", "--query"]
-    assert f"holds float32 (9, {size - 1}), and {takes}" in refused(*words, tmp_path / "narrow.npz")
-    assert "is a folder, and the model takes vectors" in refused(*words, tmp_path)
+    assert f"holds float32 (9, {size - 1}), and {takes}" in refusal_of(*words, tmp_path / "narrow.npz")
+    assert "is a folder, and the model takes vectors" in refusal_of(*words, tmp_path)
     for option, value in (
         ("--figure", [tmp_path / "a.png"]),
         ("--invert", []),
         ("--recursive", []),
         ("--labels", ["a.csv"]),
     ):
-        assert f"{option}: is for images" in refused(*words, tmp_path / "narrow.npz", option, *value)
+        assert f"{option}: is for images" in refusal_of(*words, tmp_path / "narrow.npz", option, *value)
     words[3:] = [tmp_path / "unlabelled.npz", "--query", tmp_path / "labelled.npz"]
-    assert "holds no labels; save the class of each vector in it as labels" in refused(*words)
+    assert "holds no labels; save the class of each vector in it as labels" in refusal_of(*words)
     words[3] = tmp_path / "one.npz"
-    assert "holds 1 class; give two or more" in refused(*words)
+    assert "holds 1 class; give two or more" in refusal_of(*words)
     images = mlflow_template.new_run(tmp_path / "images")
     words[1] = images
-    assert "is a file of vectors, and run takes images; give a folder" in refused(*words, "--no-invert")
+    assert "is a file of vectors, and run takes images; give a folder" in refusal_of(*words, "--no-invert")
 
 
-def test_the_vectors_alone_are_a_model_that_classifies(
-    vectors: Path, task: Any, tmp_path: Path, answer: Callable[..., dict[str, Any]]
-) -> None:
+def test_the_vectors_alone_are_a_model_that_classifies(vectors: Path, task: Any, tmp_path: Path) -> None:
     """By the nearest class mean in cosine, here in plain loops."""
     support, labels, query, _ = task
-    written = answer("encoder", "vectors", "--data", vectors, "--out", tmp_path / "model")
+    written = answer_of("encoder", "vectors", "--data", vectors, "--out", tmp_path / "model")
     assert (written["weights"], written["features"]) == (None, support.shape[1])
     np.savez(tmp_path / "labelled.npz", vectors=support, labels=labels)
     np.save(tmp_path / "new.npy", query)
@@ -320,7 +293,7 @@ def test_the_vectors_alone_are_a_model_that_classifies(
     for name in set(labels):
         mean = sum(vector / np.linalg.norm(vector) for vector in support[labels == name])
         means[name] = mean / np.linalg.norm(mean)
-    for row, vector in zip(answer(*words)["queries"], query, strict=True):
+    for row, vector in zip(answer_of(*words)["queries"], query, strict=True):
         assert row["class"] == max(means, key=lambda name: float(means[name] @ vector))
 
 
