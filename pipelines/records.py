@@ -47,6 +47,8 @@ class ImageRecord:
     """Decodes the image: uint8, (C, H, W), in the size of the dataset."""
     read: Callable[[], bytes] | None = None
     """Content of the image file; None if the image has no file of its own."""
+    group: str = ""
+    """What it shares with other images, such as the patient; empty if the source has no groups."""
 
 
 class Rows(Protocol):
@@ -96,6 +98,8 @@ class Episode:
     """int64, (K, S): row indices."""
     query: np.ndarray
     """int64, (K, Q): row indices."""
+    others: np.ndarray | None = None
+    """int64, (N,): classes for queries without labelled images, drawn with the groups; None: not drawn."""
 
 
 MapTasks = Callable[[Callable[..., object], Sequence[tuple[object, ...]]], Iterable[object]]

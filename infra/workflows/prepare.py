@@ -35,6 +35,7 @@ def write_source(source: ImageSource, out: str, **options: Any) -> dict[str, Any
         **_shape(manifest),
         "samples": {split: part["samples"] for split, part in manifest["splits"].items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in source.splits.items()},
+        **({"groups": groups} if (groups := _groups(manifest)) else {}),
         "shards": {split: len(part["shards"]) for split, part in manifest["splits"].items()},
         **_encoded_images(manifest),
         "skipped": source.report.get("skipped", []),
@@ -78,6 +79,11 @@ def open_output(out: str) -> Iterator[tuple[Path, str]]:
         yield folder, remote.uri
         publish(folder, out)
         shutil.rmtree(folder)
+
+
+def _groups(manifest: dict[str, Any]) -> dict[str, int]:
+    """Number of groups, such as patients, by split; empty without groups."""
+    return {split: part["groups"] for split, part in manifest["splits"].items() if "groups" in part}
 
 
 def _shape(manifest: dict[str, Any]) -> dict[str, Any]:

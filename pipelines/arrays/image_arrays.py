@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.grouped_labels import number_groups
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, printable
 from metagmvae.pipelines.sources.image_decoding import MODES, apply_preprocessing, image_header
@@ -79,17 +80,16 @@ def open_images(
     preprocessing = Preprocessing.of_shape((channels, size, size), invert=invert)
     if not crop:
         preprocessing = preprocessing.model_copy(update={"crop": "none"})
-    if groups is not None:
-        if labels is None:
-            raise DataError("groups need classes; give labels, or omit groups")
-        groups = class_names(groups, len(images), what="group")
-    split_of, division = divide(name, ["train"] * len(classes), classes, groups, request, seed, given=None)
+    if groups is not None and labels is None:
+        raise DataError("groups need classes; give labels, or omit groups")
+    group_of = None if groups is None else class_names(groups, len(images), what="group")
+    split_of, division = divide(name, ["train"] * len(classes), classes, group_of, request, seed, given=None)
     load = partial(load_item, images, preprocessing=preprocessing)
     pixels = hashlib.sha256()
     splits: dict[str, list[ImageRecord]] = {}
-    for number, label in enumerate(classes):
+    for number, (label, group) in enumerate(zip(classes, group_of or [""] * len(classes), strict=True)):
         pixels.update(load(number).tobytes())
-        record = ImageRecord(f"{number:08d}", label, partial(load, number))
+        record = ImageRecord(f"{number:08d}", label, partial(load, number), group=group)
         splits.setdefault(split_of[number], []).append(record)
     splits = {split: splits[split] for split in SPLITS if split in splits}
     report = {
@@ -97,8 +97,10 @@ def open_images(
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},
     }
     keys = {split: [record.key for record in records] for split, records in splits.items()}
-    content = {"pixels": pixels.hexdigest(), "classes": classes, "splits": keys}
+    content: dict[str, Any] = {"pixels": pixels.hexdigest(), "classes": classes, "splits": keys}
     content["preprocessing"] = preprocessing.model_dump(mode="json")
+    if group_of is not None:
+        content["groups"] = number_groups(group_of)
     shape = (channels, size, size)
     files = {"division": division}
     return ImageSource(name, shape, splits, sha256_json({"source": "images", **content}), report, preprocessing, files)

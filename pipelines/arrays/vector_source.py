@@ -64,15 +64,22 @@ class VectorRecords(Sequence[ImageRecord]):
         class_ids: (n,): numbers of `class_names`.
         class_names: all names.
         keys: of the vectors of all files; None: their row.
+        groups: of the vectors of all files; None: they have none.
     """
 
     def __init__(
-        self, positions: np.ndarray, class_ids: np.ndarray, class_names: Sequence[str], keys: Sequence[str] | None
+        self,
+        positions: np.ndarray,
+        class_ids: np.ndarray,
+        class_names: Sequence[str],
+        keys: Sequence[str] | None,
+        groups: Sequence[str] | None,
     ) -> None:
         self.positions = positions
         self.class_ids = class_ids
         self.class_names = class_names
         self.keys = keys
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -83,7 +90,8 @@ class VectorRecords(Sequence[ImageRecord]):
     def __getitem__(self, index: Any) -> Any:
         row = int(self.positions[index])
         key = f"{row:08d}" if self.keys is None else self.keys[row]
-        return ImageRecord(key, self.class_names[self.class_ids[index]], _no_image)
+        group = "" if self.groups is None else self.groups[row]
+        return ImageRecord(key, self.class_names[self.class_ids[index]], _no_image, group=group)
 
 
 def _no_image() -> np.ndarray:

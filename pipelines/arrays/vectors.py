@@ -17,6 +17,7 @@ from metagmvae.pipelines.arrays.vector_checks import check_formats, column_of, s
 from metagmvae.pipelines.arrays.vector_files import SUFFIXES, VectorFile, read_vector_file
 from metagmvae.pipelines.arrays.vector_source import VectorRecords, VectorSource
 from metagmvae.pipelines.files import reading, sha256_json
+from metagmvae.pipelines.grouped_labels import number_groups
 from metagmvae.pipelines.label_file import read_row_labels
 from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.sources.image_files import files_report
@@ -204,12 +205,13 @@ def _open_files(
     count = sum(len(file.rows) for file in files)
     label_of = np.array([""] * count if labels is None else class_names(labels, count, "vector"))
     all_names, class_ids = np.unique(label_of, return_inverse=True)
-    split_of_row, division = _divide(files, name, label_of, join_splits, request, seed)
+    groups = _groups(files, name, join_splits)
+    split_of_row, division = _divide(files, name, label_of, groups, join_splits, request, seed)
     keys = _keys(files, count)
     digest, twins = scan_vectors(files, dtype, class_ids)
     positions = {split: np.flatnonzero(split_of_row == split) for split in SPLITS}
     splits: Any = {
-        split: VectorRecords(rows, class_ids[rows], all_names.tolist(), keys)
+        split: VectorRecords(rows, class_ids[rows], all_names.tolist(), keys, groups)
         for split, rows in positions.items()
         if len(rows)
     }
@@ -220,6 +222,7 @@ def _open_files(
         "splits": {split: rows.tolist() for split, rows in positions.items() if len(rows)},
         "names": None if keys is None else sha256_json(keys),
         "dtype": dtype,
+        **({} if groups is None else {"groups": number_groups(groups)}),
     }
     shape = vector_shape(files[0].rows.shape[1])
     report = {"division": division} | twins
@@ -227,16 +230,28 @@ def _open_files(
     return VectorSource(VECTORS, shape, splits, sha256_json(content), files=report, rows=rows, dtype=dtype)
 
 
+def _groups(files: Sequence[VectorFile], name: str, join: bool) -> list[str] | None:
+    """Group of each vector; None: there are none."""
+    groups = column_of(files, "groups")
+    if groups is None:
+        return None
+    if join or column_of(files, "labels") is None:
+        raise DataError(f"{name}: groups need classes, and no joined splits; give labels, or omit groups")
+    return class_names(groups, sum(len(file.rows) for file in files), "vector", "group")
+
+
 def _divide(
-    files: Sequence[VectorFile], name: str, label_of: np.ndarray, join: bool, request: SplitRequest, seed: int
+    files: Sequence[VectorFile],
+    name: str,
+    label_of: np.ndarray,
+    groups: Sequence[str] | None,
+    join: bool,
+    request: SplitRequest,
+    seed: int,
 ) -> tuple[np.ndarray, str]:
     """Split of each vector, and a sentence on how they were divided."""
     count = len(label_of)
-    given, groups = column_of(files, "split"), column_of(files, "groups")
-    if groups is not None:
-        if join or column_of(files, "labels") is None:
-            raise DataError(f"{name}: groups need classes, and no joined splits; give labels, or omit groups")
-        groups = class_names(groups, count, "vector", "group")
+    given = column_of(files, "split")
     if given is None and join:
         raise DataError(f"{name}: has no splits to join; omit --join-splits")
     splits = ["train"] * count

@@ -1,14 +1,17 @@
 """Episodes whose queries are unbalanced, or of classes without labelled images, by index.
 
-Episode i depends on (seed, i) alone, and has the classes and the support of `EpisodeSampler`.
+Episode i depends on (seed, i) alone, and has the classes and the support of `EpisodeSampler` with the same arguments.
 
 Notation: K ways, S shots, Q queries per class, P queries of an episode.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler, query_positions
@@ -21,12 +24,13 @@ class QuerySampler:
 
     def __init__(
         self,
-        labels: np.ndarray,
+        labels: EpisodeLabels,
         *,
         way: int,
         shot: int,
         query: int,
         seed: int,
+        mix_groups: bool = False,
         unbalanced: bool = False,
         dirichlet: float | None = None,
         open_classes: int = 0,
@@ -34,18 +38,18 @@ class QuerySampler:
         """Group the rows by class. Without the last three arguments the queries are balanced: Q of each class.
 
         Args:
-            labels: class id of every row, int64, (n,).
-            way, shot, query, seed: as in `EpisodeSampler`.
+            labels, way, shot, query, seed, mix_groups: as in `EpisodeSampler`.
             unbalanced: the first half of the classes has Q queries each, the others one (`query_positions`).
             dirichlet: K * Q queries, whose classes are drawn from proportions pi ~ Dir(alpha, ..., alpha), with this
-                alpha. A class never has more queries than it has images left: the excess is drawn from the other
-                classes again (`capped` counts these episodes).
+                alpha. A class never has more queries than it has images left (`EpisodeSampler.left`): the excess is
+                drawn from the other classes again (`capped` counts these episodes).
             open_classes: number of further classes, without labelled images, that have Q queries each.
 
         Raises:
             DataError: there are too few classes, or a class has too few images, or alpha is out of range.
         """
-        self.episodes = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed)
+        options: dict[str, Any] = {"mix_groups": mix_groups, "open_classes": max(open_classes, 0)}
+        self.episodes = EpisodeSampler(labels, way=way, shot=shot, query=query, seed=seed, **options)
         if dirichlet is not None and unbalanced:
             raise DataError("queries are either unbalanced or drawn from a Dirichlet distribution; choose one")
         if dirichlet is not None and not 0 < dirichlet <= MAX_ALPHA:
@@ -83,13 +87,15 @@ class QuerySampler:
         rows, truth = episode.query.reshape(-1)[self.positions], self.positions // query
         rng = keyed_rng("query set", sampler.seed, index)
         if self.dirichlet is not None:
-            left = [np.setdiff1d(sampler.members[int(c)], episode.support[k]) for k, c in enumerate(episode.classes)]
+            left = sampler.left(episode.classes, episode.support)
             counts = self._counts(rng, np.array([len(members) for members in left]), way * query)
             rows = np.concatenate([rng.permutation(members)[:n] for members, n in zip(left, counts, strict=True)])
             truth = np.repeat(np.arange(way), counts)
         if self.open_classes:
-            others = rng.choice(np.setdiff1d(sampler.classes, episode.classes), self.open_classes, replace=False)
-            unknown = [rng.choice(sampler.members[int(c)], query, replace=False) for c in others]
+            others = episode.others
+            if others is None:
+                others = rng.choice(np.setdiff1d(sampler.classes, episode.classes), self.open_classes, replace=False)
+            unknown = [rng.choice(members, query, replace=False) for members in sampler.left(others, episode.support)]
             rows = np.concatenate([rows, *unknown])
             truth = np.concatenate([truth, np.full(self.open_classes * query, way)])
         return episode.support, rows, truth

@@ -10,19 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from metagmvae.pipelines.grouped_labels import class_members
 from metagmvae.pipelines.records import DataError, Rows, TaskBatch
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sampling.episodes import class_members
+from metagmvae.pipelines.sampling.group_draw import GroupDraw
 from metagmvae.pipelines.sampling.stream import Stream
 
 
 class TaskStream(Stream):
-    """Tasks of K classes with n different images each; rank r takes tasks r, r + W, ... of each step."""
+    """Tasks of K classes with n different images each; rank r takes tasks r, r + W, ... of each step.
+
+    With groups, the first S images of the classes of a task and the others are of different groups (`GroupDraw`).
+    """
 
     images: Rows
 
     def __init__(
-        self, images: Rows, partitions: Sequence[np.ndarray], *, batch: int, way: int, per_class: int, **position: Any
+        self,
+        images: Rows,
+        partitions: Sequence[np.ndarray],
+        *,
+        batch: int,
+        way: int,
+        per_class: int,
+        grouped: GroupDraw | None = None,
+        **position: Any,
     ) -> None:
         """Group the rows by class; classes with fewer than n images are left out.
 
@@ -33,6 +45,7 @@ class TaskStream(Stream):
             batch: tasks per step over all ranks.
             way: K.
             per_class: n.
+            grouped: draws the images of the only partition by its groups; None: there are none.
             position: of the stream, as in `Stream`.
 
         Raises:
@@ -41,6 +54,13 @@ class TaskStream(Stream):
         super().__init__(images, batch=batch, **position)
         self.way, self.per_class = way, per_class
         self.classes = [large_classes(labels, per_class) for labels in partitions]
+        self.grouped = grouped
+        if grouped is not None and len(grouped.classes) < way:
+            raise DataError(
+                f"method.way is {way}, but only {len(grouped.classes)} classes of split {self.split!r} have "
+                f"{grouped.shot} and {grouped.query} images (method.shot and method.query) of different groups; lower "
+                "one of these settings"
+            )
         for number, classes in enumerate(self.classes, start=1):
             if len(classes) < way:
                 where = f" in partition {number} of {len(partitions)}" if len(partitions) > 1 else ""
@@ -63,6 +83,11 @@ class TaskStream(Stream):
     def rows(self, task: int) -> np.ndarray:
         """Row indices of one task, int64, (K, n)."""
         rng = keyed_rng("task", self.seed, self.split, task)
+        if self.grouped is not None:
+            drawn, support = self.grouped.draw(rng, self.way)
+            left = self.grouped.left(drawn, support)
+            query = [rng.choice(rows, size=self.grouped.query, replace=False) for rows in left]
+            return np.concatenate([support, np.stack(query)], axis=1)
         if not self.classes:
             return rng.choice(len(self.images), size=(self.way, 1), replace=False)
         classes = self.classes[rng.integers(len(self.classes))]

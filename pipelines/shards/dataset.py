@@ -18,12 +18,14 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from metagmvae.pipelines.files import local_folder, open_file, reading, sha256_file, sha256_once
+from metagmvae.pipelines.files import local_folder, open_file, reading, sha256_file
+from metagmvae.pipelines.grouped_labels import EpisodeLabels, GroupedLabels
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.blocks import Block, MappedRows, block_positions, shard_blocks
+from metagmvae.pipelines.shards.checked_file import SHARD_REMEDY, check_file
 from metagmvae.pipelines.shards.encoded import EncodedRows, EncodedShard, Members, image_members, stream_images
-from metagmvae.pipelines.shards.index import read_index
+from metagmvae.pipelines.shards.index import GROUP, read_index
 from metagmvae.pipelines.shards.manifest import INDEX, LATER_KEYS, MANIFEST, dataset_fingerprint, read_manifest
 from metagmvae.pipelines.shards.object_store import RemotePrefix, is_remote, open_copy
 from metagmvae.pipelines.shards.unfinished import PLAN
@@ -32,7 +34,6 @@ from metagmvae.pipelines.vectors import VECTORS, image_remedy
 MIB = 2**20
 SPOOL_BYTES = 64 * MIB
 """Memory for a shard that is streamed from an object store; larger ones are written to the temporary folder."""
-SHARD_REMEDY = "`metagmvae verify` lists all damaged files; write the dataset again"
 Reader = Literal["auto", "memory", "mmap"]
 
 
@@ -156,7 +157,7 @@ class Dataset:
 
     def _checked_shard(self, split: str, shard: dict[str, Any], check: bool) -> Path:
         path = self._local_path(f"{split}/{shard['name']}", shard["sha256"], shard["bytes"])
-        _compare(path, "shard", shard["sha256"] if check else None, shard["bytes"])
+        check_file(path, "shard", shard["sha256"] if check else None, shard["bytes"])
         return path
 
     def row_positions(self, file: IO[bytes], path: str | Path, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +223,7 @@ class Dataset:
         if name not in attachments:
             raise DataError(f"{self.uri}: has no {name}; write the dataset again")
         path = self._local_path(name, attachments[name]["sha256"], attachments[name]["bytes"])
-        _compare(path, name, attachments[name]["sha256"], attachments[name]["bytes"])
+        check_file(path, name, attachments[name]["sha256"], attachments[name]["bytes"])
         return path
 
     def index(self, split: str) -> pa.Table:
@@ -233,8 +234,8 @@ class Dataset:
         """
         part = self.split(split)
         path = self._local_path(f"{split}/{INDEX}", part["index_sha256"])
-        _compare(path, "index", part["index_sha256"])
-        return read_index(path, rows=part["samples"], classes=part["classes"])
+        check_file(path, "index", part["index_sha256"])
+        return read_index(path, rows=part["samples"], classes=part["classes"], groups=part.get("groups"))
 
     @contextmanager
     def open_shard(self, split: str, shard: dict[str, Any]) -> Iterator[IO[bytes]]:
@@ -248,7 +249,7 @@ class Dataset:
         """
         name = f"{split}/{shard['name']}"
         if self.remote is None:
-            _compare(self.root / name, "shard", shard["sha256"], shard["bytes"])
+            check_file(self.root / name, "shard", shard["sha256"], shard["bytes"])
             with open_file(self.root / name) as file:
                 yield file
             return
@@ -267,6 +268,14 @@ class Dataset:
         """Class ids in stored order, int64 (n,)."""
         return self.index(split)["class_id"].to_numpy().astype(np.int64)
 
+    def episode_labels(self, split: str) -> EpisodeLabels:
+        """What episodes are drawn from: `labels`, with the groups of the rows if the dataset has groups."""
+        labels = self.labels(split)
+        if "groups" not in self.split(split):
+            return labels
+        groups = self.index(split)[GROUP.name].to_numpy().astype(np.int64)
+        return GroupedLabels(labels, groups, self.class_names(split))
+
     def class_names(self, split: str) -> list[str]:
         """Class names, indexed by class id."""
         table = self.index(split).select(["class_id", "class_name"])
@@ -277,19 +286,3 @@ class Dataset:
 def _compare_rows(path: str | Path, rows: int, shard: dict[str, Any]) -> None:
     if rows != shard["rows"]:
         raise DataError(f"{path}: {rows:,} rows, but {shard['rows']:,} in the manifest; {SHARD_REMEDY}")
-
-
-def _compare(path: Path, kind: str, digest: str | None, size: int | None = None) -> None:
-    """Compare the size and the sha256 of a file with the manifest, where they are given.
-
-    Raises:
-        DataError: the file is missing, cannot be read, or differs.
-    """
-    with reading(path):
-        if not path.exists():
-            raise DataError(f"{path}: {kind} is missing; {SHARD_REMEDY}")
-        actual = path.stat().st_size
-    if size is not None and actual != size:
-        raise DataError(f"{path}: {kind} has {actual} bytes instead of {size}; {SHARD_REMEDY}")
-    if digest is not None and sha256_once(path) != digest:
-        raise DataError(f"{path}: {kind} was altered after writing (sha256 differs); {SHARD_REMEDY}")

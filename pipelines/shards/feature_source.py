@@ -20,8 +20,12 @@ from metagmvae.pipelines.files import sha256_json
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, Rows
 from metagmvae.pipelines.shards.dataset import Dataset
+from metagmvae.pipelines.shards.index import GROUP
 from metagmvae.pipelines.shards.manifest import DTYPES, check_node_copy
 from metagmvae.pipelines.vectors import convert, image_remedy
+
+COPIED = ("key", "class_name", GROUP.name)
+"""Columns of the index of the images that features keep."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ class IndexedRecords(Sequence[ImageRecord]):
         return self.table.num_rows
 
     def __getitem__(self, index: Any) -> Any:
-        key = self.table["key"][index].as_py()
-        return ImageRecord(key, self.table["class_name"][index].as_py(), partial(_cannot_load, key))
+        row = {name: self.table[name][index].as_py() for name in self.table.column_names}
+        group = str(row.get(GROUP.name, ""))
+        return ImageRecord(row["key"], row["class_name"], partial(_cannot_load, row["key"]), group=group)
 
 
 @lru_cache(maxsize=8)
@@ -132,8 +137,8 @@ def open_features(
     if dtype not in DTYPES["features"]:
         raise DataError(f"dtype is {dtype!r}; choose {' or '.join(DTYPES['features'])}")
     splits: dict[str, Sequence[ImageRecord]] = {
-        split: IndexedRecords(dataset.index(split).select(["key", "class_name"]).combine_chunks())
-        for split in dataset.splits
+        split: IndexedRecords(index.select([name for name in COPIED if name in index.column_names]).combine_chunks())
+        for split, index in ((split, dataset.index(split)) for split in dataset.splits)
     }
     content = {"images": dataset.fingerprint, "encoder": encoder["sha256"], "dtype": dtype}
     return FeatureSource(

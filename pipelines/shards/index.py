@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from metagmvae.pipelines.files import atomic_file, first_line, open_file
+from metagmvae.pipelines.grouped_labels import number_groups
 from metagmvae.pipelines.records import DataError, ImageRecord
 from metagmvae.pipelines.shards.manifest import REMEDY
 
@@ -32,6 +33,8 @@ SCHEMA = pa.schema(
         ("source_name", pa.string()),
     ]
 )
+GROUP = pa.field("group_id", pa.int32())
+"""Further column of a dataset with groups: numbers, in the order of their first row; names are not stored."""
 
 
 def write_index(
@@ -55,6 +58,8 @@ def write_index(
     Raises:
         DataError: shards and source have different numbers of samples.
     """
+    groups = _group_ids(records, order)
+    schema = SCHEMA if groups is None else SCHEMA.append(GROUP)
     class_ids = {name: class_id for class_id, name in enumerate(class_names)}
     count = sum(len(offsets) for _, offsets, _ in shards)
     if count != len(order):
@@ -64,7 +69,7 @@ def write_index(
     offsets = np.concatenate([np.empty(0, np.int64), *(offsets for _, offsets, _ in shards)])
     sizes = np.concatenate([np.empty(0, np.int64), *(sizes for _, _, sizes in shards)])
     shard_of_row = np.repeat(np.arange(len(shards)), [len(offsets) for _, offsets, _ in shards])
-    with atomic_file(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for first in range(0, max(count, 1), CHUNK_ROWS):
             rows = np.arange(first, min(first + CHUNK_ROWS, count), dtype=np.int64)
             chunk = [records[int(row)] for row in order[rows]]
@@ -79,19 +84,33 @@ def write_index(
                 "class_name": names,
                 "source_name": [source_name] * len(rows),
             }
-            writer.write_table(pa.table(columns, schema=SCHEMA))
+            if groups is not None:
+                columns[GROUP.name] = groups[rows]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
-def read_index(path: str | Path, *, rows: int, classes: int) -> pa.Table:
-    """Read an index with the given numbers of rows and classes.
+def _group_ids(records: Sequence[ImageRecord], order: np.ndarray) -> np.ndarray | None:
+    """Number of the group of each row, int32, (n,); None: there are no groups."""
+    names = [records[int(row)].group for row in order]
+    return np.array(number_groups(names), dtype=np.int32) if any(names) else None
+
+
+def count_groups(records: Sequence[ImageRecord]) -> int:
+    """Number of groups of some samples; 0: there are none."""
+    return len({record.group for record in records} - {""})
+
+
+def read_index(path: str | Path, *, rows: int, classes: int, groups: int | None = None) -> pa.Table:
+    """Read an index with the given numbers of rows, classes and groups; None: without groups.
 
     Raises:
-        DataError: it is missing, cannot be read, is damaged, or has other columns, rows or classes.
+        DataError: it is missing, cannot be read, is damaged, or has other columns, rows, classes or groups.
     """
+    schema = SCHEMA if groups is None else SCHEMA.append(GROUP)
     with open_file(path) as file:
         try:
             parquet = pq.ParquetFile(file)
-            _check_size(path, parquet, rows)
+            _check_size(path, parquet, rows, schema)
             # As dictionaries: the texts of a small file could otherwise fill the memory.
             table = pq.ParquetFile(file, read_dictionary=TEXT_COLUMNS).read()
             table.validate(full=True)  # also that the dictionaries have all their entries
@@ -101,18 +120,21 @@ def read_index(path: str | Path, *, rows: int, classes: int) -> pa.Table:
             raise DataError(f"{path}: not a readable index ({first_line(error)}); {REMEDY}") from error
     for name in TEXT_COLUMNS:
         _check_texts(path, name, table[name])
-    table = table.cast(SCHEMA)
+    table = table.cast(schema)
     if any(column.null_count for column in table.columns):
         raise DataError(f"{path}: index with empty cells; {REMEDY}")
-    ids = pc.unique(table["class_id"]).to_numpy()
-    if not np.array_equal(np.sort(ids), np.arange(classes)):
-        raise DataError(f"{path}: class_id has {len(ids)} values, not 0 to {classes - 1} as in the manifest; {REMEDY}")
+    for column, count in [("class_id", classes), *([] if groups is None else [(GROUP.name, groups)])]:
+        ids = pc.unique(table[column]).to_numpy()
+        if not np.array_equal(np.sort(ids), np.arange(count)):
+            raise DataError(
+                f"{path}: {column} has {len(ids)} values, not 0 to {count - 1} as in the manifest; {REMEDY}"
+            )
     return table
 
 
-def _check_size(path: str | Path, parquet: pq.ParquetFile, rows: int) -> None:
-    """Compare the stated size of an index with the manifest before anything is read into memory."""
-    if not parquet.schema_arrow.equals(SCHEMA):
+def _check_size(path: str | Path, parquet: pq.ParquetFile, rows: int, schema: pa.Schema) -> None:
+    """Compare the stated columns and size of an index with the manifest before anything is read into memory."""
+    if not parquet.schema_arrow.equals(schema):
         columns = ", ".join(parquet.schema_arrow.names)[:200]
         raise DataError(f"{path}: not an index of this program (columns {columns}); {REMEDY}")
     stated = parquet.metadata.num_rows

@@ -60,6 +60,8 @@ class _Split(BaseModel):
 
     samples: Count
     classes: Count
+    groups: Count | None = None
+    """None: the dataset has no groups."""
     index_sha256: Sha256
     shards: list[_Shard]
 
@@ -126,8 +128,9 @@ class _Manifest(BaseModel):
         for name, split in self.splits.items():
             if split.samples != sum(shard.rows for shard in split.shards):
                 raise ValueError(f"splits.{name}.samples is {split.samples:,}, but its shards have another sum of rows")
-            if split.classes > split.samples:
-                raise ValueError(f"splits.{name}.classes is {split.classes:,} for {split.samples:,} samples")
+            for key, count in (("classes", split.classes), ("groups", split.groups or 0)):
+                if count > split.samples:
+                    raise ValueError(f"splits.{name}.{key} is {count:,} for {split.samples:,} samples")
             names = [shard.name for shard in split.shards]
             if names != sorted(set(names)):
                 raise ValueError(f"splits.{name}.shards are not in the order of their names")

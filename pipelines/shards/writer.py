@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from metagmvae.pipelines.files import atomic_file, sha256_file, sha256_json, write_json
-from metagmvae.pipelines.records import DataError, MapTasks, ProgressCallback
+from metagmvae.pipelines.records import DataError, MapTasks, ProgressCallback, printable
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.shards.blocks import block_positions, shard_blocks
 from metagmvae.pipelines.shards.encoded import image_members
 from metagmvae.pipelines.shards.image_codec import worth_encoding
-from metagmvae.pipelines.shards.index import write_index
+from metagmvae.pipelines.shards.index import count_groups, write_index
 from metagmvae.pipelines.shards.manifest import INDEX, LOSSLESS, MANIFEST, SCHEMA_VERSION, Quality
 from metagmvae.pipelines.shards.row_source import RowSource
 from metagmvae.pipelines.shards.shard_writer import write_shard
@@ -179,14 +179,18 @@ def _check_encodable(source: RowSource) -> None:
 
 
 def _check_names(source: RowSource) -> None:
-    """Refuse keys and class names that are not UTF-8, which the index cannot hold.
+    """Refuse keys and class names that are not UTF-8, which the index cannot hold, and groups of some samples only.
 
     Raises:
         DataError: naming the first one.
     """
     if source.permuted:  # the names of an existing dataset
         return
+    grouped = None
     for record in itertools.chain.from_iterable(source.splits.values()):
+        if grouped not in (None, bool(record.group)):
+            raise DataError(f"source {source.name!r}: {printable(record.key)} has no group, or others have none")
+        grouped = bool(record.group)
         for name in (record.key, record.class_name):
             if not name.isascii() and name != name.encode(errors="replace").decode():
                 raise DataError(f"source {source.name!r}: the name {name!a} is not UTF-8; rename it")
@@ -247,6 +251,7 @@ def _finish_split(source: RowSource, out: Path, split: str, settings: dict[str, 
     return {
         "samples": len(records),
         "classes": len(class_names),
+        **({"groups": groups} if (groups := count_groups(records)) else {}),
         "index_sha256": sha256_file(out / split / INDEX),
         **({"formats": dict(sorted(formats.items()))} if "store" in settings else {}),
         "shards": shards,

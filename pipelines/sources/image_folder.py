@@ -22,6 +22,7 @@ import numpy as np
 from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.files import sha256_json
+from metagmvae.pipelines.grouped_labels import number_groups
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError, ImageRecord, MapTasks
 from metagmvae.pipelines.sources.folder_layout import LabelRequest, divide_images, read_layout
@@ -127,7 +128,7 @@ def open_folder(
     kept: list[KeptFile] = []
     for image in intact:
         read = partial(read_entry, str(source), image.file.name)
-        record = ImageRecord(image.key, image.class_name, partial(load, image.file.name), read)
+        record = ImageRecord(image.key, image.class_name, partial(load, image.file.name), read, image.group)
         splits.setdefault(image.split, []).append(record)
         kept.append(KeptFile(Entry(image.key, image.file.crc, image.file.size), image.class_name, image.split, read))
     splits = {split: splits[split] for split in SPLITS if split in splits}
@@ -137,6 +138,9 @@ def open_folder(
         options["crop"] = "none"
     if labels is not None:
         options["labels"] = sha256_json({image.key: image.class_name for image in images})
+    if groups is not None:
+        numbers = number_groups([image.group for image in images])
+        options["group_of"] = sha256_json(dict(zip((image.key for image in images), numbers, strict=True)))
     report: dict[str, Any] = {
         "images": {split: len(records) for split, records in splits.items()},
         "classes": {split: len({r.class_name for r in records} - {""}) for split, records in splits.items()},

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from metagmvae.pipelines.grouped_labels import one_group_classes
 from metagmvae.pipelines.records import DataError, printable
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.source import check_integer
@@ -149,6 +150,8 @@ def divide(
     if groups is not None:
         check_groups(source, groups, found)
         division += "; the splits share classes"
+        if alone := one_group_classes(found, classes, groups):
+            division += f"; episodes leave out classes of one group: {alone}"
     return found, division
 
 
