@@ -35,6 +35,7 @@ LATER_KEYS = (
     ("pretrain", "beta1", 0.9),
     ("adapt", "inductive", "latents"),
     ("adapt", "diffusion", 0.0),
+    ("adapt", "whitening", 0.0),
 )
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""

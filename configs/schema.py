@@ -136,6 +136,10 @@ class AdaptSettings(Section):
     without weights (`training.objectives.feature_diffusion`). Up to 0.99, the larger the farther; 0: not. Needs
     scaled features (`model.reconstruct = "features"`). Select it and `temperature` on validation classes: it helps on
     photographs with few labels, and not on Omniglot."""
+    whitening: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    """Features are first whitened by their covariance within classes, estimated from the labelled images of an episode
+    and shrunk to the identity (`training.objectives.class_whitening`): the larger, the less shrunk; 0: not. Needs
+    scaled features, as `diffusion`, and helps from a few labelled images per class on; with one it changes nothing."""
 
 
 class RunSettings(Section):
@@ -205,11 +209,13 @@ class Settings(Section):
             )
         if self.train.denoise and self.model.reconstruct == "features":
             raise ValueError('train.denoise (true) augments images, but model.reconstruct is "features": change one')
-        if self.adapt.diffusion and (self.model.reconstruct != "features" or self.model.features == "raw"):
-            raise ValueError(
-                f"adapt.diffusion ({self.adapt.diffusion:g}) moves scaled features, and the model has none: set it to "
-                '0, or model.reconstruct to "features" and model.features to another value than "raw"'
-            )
+        for key in ("diffusion", "whitening"):
+            value = getattr(self.adapt, key)
+            if value and (self.model.reconstruct != "features" or self.model.features == "raw"):
+                raise ValueError(
+                    f"adapt.{key} ({value:g}) is for scaled features, and the model has none: set it to 0, or "
+                    'model.reconstruct to "features" and model.features to another value than "raw"'
+                )
         return self
 
     @model_validator(mode="after")

@@ -139,10 +139,11 @@ def test_mistakes_give_one_error_line(override, message):
 
 
 @pytest.mark.parametrize("overrides", [["model.reconstruct=pixels", "train.start=random"], ["model.features=raw"]])
-def test_diffusion_needs_scaled_features(overrides):
-    assert load_settings("omniglot-cpu", ["adapt.diffusion=0.5"]).adapt.diffusion == 0.5
-    with pytest.raises(SettingsError, match=r"adapt.diffusion \(0.5\) moves scaled features, and the model has none"):
-        load_settings("omniglot-cpu", ["adapt.diffusion=0.5", *overrides])
+@pytest.mark.parametrize("key", ["diffusion", "whitening"])
+def test_diffusion_and_whitening_need_scaled_features(key, overrides):
+    assert getattr(load_settings("omniglot-cpu", [f"adapt.{key}=0.5"]).adapt, key) == 0.5
+    with pytest.raises(SettingsError, match=rf"adapt.{key} \(0.5\) is for scaled features, and the model has none"):
+        load_settings("omniglot-cpu", [f"adapt.{key}=0.5", *overrides])
 
 
 @pytest.mark.parametrize(

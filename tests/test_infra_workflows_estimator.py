@@ -25,6 +25,7 @@ from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.class_posterior import fit_log_posteriors
+from metagmvae.training.objectives.class_whitening import whiten_classes
 from metagmvae.training.objectives.feature_diffusion import diffuse_features
 from metagmvae.training.objectives.mixture import fit_semi_supervised
 from metagmvae.training.trainer.package import load_model
@@ -126,6 +127,18 @@ def test_features_are_classified_without_a_model():
     assert cross_val_score(FewShotClassifier(), features, labels, cv=3).mean() > 0.95
     few = FewShotClassifier(mode="transductive").fit(features[::30], labels[::30])
     assert few.score(features, labels) > 0.9
+
+
+def test_features_without_a_model_are_whitened_within_classes():
+    rng = np.random.default_rng(0)
+    labels, X = np.repeat([0, 1, 2], 10), rng.normal(0, 1, (30, 8)) + np.eye(3, 8)[np.repeat([0, 1, 2], 10)]
+    support, query = np.arange(0, 30, 5), np.setdiff1d(np.arange(30), np.arange(0, 30, 5))
+    classifier = FewShotClassifier(whitening=3.0).fit(X[support], labels[support])
+    z = torch.as_tensor((X - X[support].mean(axis=0)) / X[support].std())[None]
+    z_support, z_query = whiten_classes(z[:, support], torch.as_tensor(labels[support]), z[:, query], 3.0)
+    adapt = AdaptSettings(e_step="identity", final_covariance="identity")
+    _, expected = fit_log_posteriors(adapt, z_support.unflatten(1, (3, 2)), z_query[:, :, None], fit_on_queries=False)
+    np.testing.assert_allclose(classifier.predict_proba(X[query]), expected[0].exp().numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["inductive", "transductive"])

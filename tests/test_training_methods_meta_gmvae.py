@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from scipy.stats import kstest
 from metagmvae.configs.schema import AdaptSettings, ModelSettings
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, inductive_noise, latent_noise, sample_latents
+from metagmvae.training.objectives.class_whitening import whiten_classes
 from metagmvae.training.objectives.feature_diffusion import diffuse_features
 
 
@@ -172,13 +173,32 @@ def test_diffusion_moves_the_features_of_transductive_episodes_only(mode: str) -
     assert torch.allclose(answer(h_EMF, 0.6), answer(h_EMF, 0.0)) == (mode == "inductive")
 
 
+@pytest.mark.parametrize("mode", ["transductive", "inductive"])
+@pytest.mark.parametrize("space", ["latents", "features"])
+def test_whitening_changes_the_features_of_both_modes(mode: str, space: Literal["latents", "features"]) -> None:
+    model = tiny(reconstruct="features")
+    h_EMF = torch.randn(2, 9, model.feature_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label_T = torch.tensor([0, 1, 2, 1])
+
+    def answer(support: torch.Tensor, queries: torch.Tensor, whitening: float) -> torch.Tensor:
+        adapt = AdaptSettings(samples=2, whitening=whitening, inductive=space)
+        options: dict[str, Any] = {"mode": mode, "seed_by_episode": [3, 4]}
+        return model.log_posteriors(adapt, support, label_T, queries, **options)
+
+    support, queries = h_EMF[:, :4], h_EMF[:, 4:]
+    whitened = answer(*whiten_classes(support, label_T, queries, 2.0), 0.0)
+    torch.testing.assert_close(answer(support, queries, 2.0), whitened)
+    assert not torch.allclose(whitened, answer(support, queries, 0.0))
+
+
+@pytest.mark.parametrize("key", ["diffusion", "whitening"])
 @pytest.mark.parametrize("settings", [{}, {"reconstruct": "features", "features": "raw"}])
-def test_diffusion_is_refused_for_features_without_scaling(settings: dict[str, Any]) -> None:
+def test_diffusion_and_whitening_are_refused_for_features_without_scaling(key: str, settings: dict[str, Any]) -> None:
     model = tiny(**settings)
     h_EMF = torch.randn(1, 5, model.feature_dim).double()
-    with pytest.raises(DataError, match=r"adapt.diffusion \(0.5\): the model has no scaled features"):
+    with pytest.raises(DataError, match=rf"adapt.{key} \(0.5\): the model has no scaled features"):
         model.log_posteriors(
-            AdaptSettings(diffusion=0.5),
+            AdaptSettings.model_validate({key: 0.5}),
             h_EMF[:, :2],
             torch.tensor([0, 1]),
             h_EMF[:, 2:],

@@ -26,7 +26,7 @@ from metagmvae.training.models.encode_images import encode_images, vectors_as_im
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import UNCALIBRATED, CalibrationMap, PosteriorCalibration
 from metagmvae.training.objectives.class_posterior import classify_latents
-from metagmvae.training.objectives.feature_diffusion import diffuse_features
+from metagmvae.training.objectives.episode_features import adapt_features
 from metagmvae.training.trainer.package import LoadedModel, require_learner
 
 WITHOUT_MODEL = AdaptSettings(e_step="identity", final_covariance="identity", samples=1)
@@ -57,7 +57,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             labels say little about that of each feature), and serve as latents without noise.
         mode: `inductive` classifies each query alone. `transductive` classifies all queries of a call together, as in
             the paper; the prediction of a query then depends on the others.
-        iterations: as all arguments down to `diffusion`, see `AdaptSettings`; None: the value of the model.
+        iterations: as all arguments down to `whitening`, see `AdaptSettings`; None: the value of the model.
         samples: Monte Carlo samples N.
         inductive: space of the classes in inductive mode, `latents` or `features` of the encoder.
         e_step: covariance in the E-step.
@@ -66,6 +66,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         proportions: class weights, `equal` or `estimated` from the queries of a call.
         proportions_prior: strength of the prior of estimated proportions.
         diffusion: how far the features of a call first move towards those that are like them; transductive only.
+        whitening: by the covariance within classes of the labelled features; helps with several labels a class.
         random_state: seed of the Monte Carlo noise.
         pixel_range: the values of an array that mean black and white; they are scaled to 256 levels. None: 0 to 255,
             whole numbers; or, with a `PixelWarning`, 0 to 1 if X in `fit` holds booleans or only floats from 0 to 1.
@@ -75,7 +76,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             did to the training images (see `LoadedModel.preprocessing`) is done to them.
         head: classifier on the features of an encoder alone, as `--head` of `metagmvae evaluate`; None: the one that
             the encoder was calibrated with (`metagmvae calibrate --head`), or `nearest-mean`. An encoder alone takes
-            none of the arguments from `iterations` to `diffusion`.
+            none of the arguments from `iterations` to `whitening`.
 
     Attributes:
         classes_: labels in sorted order.
@@ -97,6 +98,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         proportions: Literal["equal", "estimated", "balanced"] | None = None,
         proportions_prior: float | None = None,
         diffusion: float | None = None,
+        whitening: float | None = None,
         random_state: int = 0,
         pixel_range: tuple[float, float] | None = None,
         preprocessed: bool = True,
@@ -113,6 +115,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.proportions = proportions
         self.proportions_prior = proportions_prior
         self.diffusion = diffusion
+        self.whitening = whitening
         self.random_state = random_state
         self.pixel_range = pixel_range
         self.preprocessed = preprocessed
@@ -178,11 +181,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         queries = self._features(X, shape, decoded is not None)
         if self._network is None:
             label_T, transductive = torch.as_tensor(self._label_T), self.mode == "transductive"
-            z_1MD = torch.cat([self._support, queries])[None]
-            if self._adapt.diffusion and transductive:
-                z_1MD = diffuse_features(z_1MD, self._adapt.diffusion)
-            support_1T1D, queries_1P1D = z_1MD[:, :, None].split([len(label_T), len(queries)], dim=1)
-            log_p_1PK = classify_latents(self._adapt, support_1T1D, label_T, queries_1P1D, fit_on_queries=transductive)
+            features = self._support[None], label_T, queries[None]
+            support_1TD, queries_1PD = adapt_features(self._adapt, *features, transductive=transductive)
+            sets = support_1TD[:, :, None], label_T, queries_1PD[:, :, None]
+            log_p_1PK = classify_latents(self._adapt, *sets, fit_on_queries=transductive)
             probabilities = log_p_1PK[0].exp()
         else:
             probabilities = predict_queries(

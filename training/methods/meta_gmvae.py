@@ -24,7 +24,7 @@ from metagmvae.training.models.feature_scaling import FeatureScale, FeatureWhite
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.set_attention import SetAttention
 from metagmvae.training.objectives.class_posterior import classify_latents
-from metagmvae.training.objectives.feature_diffusion import diffuse_features
+from metagmvae.training.objectives.episode_features import adapt_features
 
 MAX_LATENT_VALUES = {"cpu": 2**23, "cuda": 2**26}
 """Maximum number of latent values (points x samples x D) in a batch, by device type; about four such arrays exist.
@@ -110,16 +110,20 @@ class MetaGMVAE(MetaLearner):
     ) -> Tensor:
         """Return log p(y | x, D) of every query (Eq. 10 and 11), as `MetaLearner.log_posteriors`, from features.
 
-        Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode
-        (with `AdaptSettings.diffusion`, their diffused features).
+        Transductive is the protocol of the paper: the attention and EM see the support and all queries of an episode.
         Inductive: each query is classified alone, in a set of the support and this query; the class means and variances
         come from the support only, from its latents or, without any set, from its features (`AdaptSettings.inductive`).
         The probabilities of a query depend neither on other queries, nor on its position among them, nor on the order
         of the classes and of the support images.
 
         Raises:
-            DataError: diffusion is asked for, and the model does not scale its features.
+            DataError: whitening or diffusion is asked for, and the model does not scale its features.
         """
+        for key in ("whitening", "diffusion"):
+            if (value := getattr(adapt, key)) and isinstance(self.scale, nn.Identity):
+                raise DataError(f"adapt.{key} ({value:g}): the model has no scaled features; set it to 0")
+        transductive = mode == "transductive"
+        support_ET, query_EP = adapt_features(adapt, support_ET, label_T, query_EP, transductive=transductive)
         if mode == "inductive" and adapt.inductive == "features":
             support_ETNF, query_EPNF = support_ET[:, :, None], query_EP[:, :, None]
             return classify_latents(
@@ -133,10 +137,6 @@ class MetaGMVAE(MetaLearner):
         for noise_MND, seed in zip(noise, seed_by_episode, strict=True):
             latent_noise(self, adapt, points, seed, device, out=noise_MND)
         h_EMF = torch.cat([support_ET, query_EP], dim=1)
-        if adapt.diffusion:
-            if isinstance(self.scale, nn.Identity):
-                raise DataError(f"adapt.diffusion ({adapt.diffusion:g}): the model has no scaled features; set it to 0")
-            h_EMF = diffuse_features(h_EMF, adapt.diffusion)
         return self._classify_sets(adapt, h_EMF, label_T, noise, background, fit_on_queries=True)
 
     def _classify_alone(
