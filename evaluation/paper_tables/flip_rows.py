@@ -17,7 +17,7 @@ ONLY_MINI_IMAGENET = "differs for Mini-ImageNet only"
 
 @dataclass(frozen=True)
 class _Flip:
-    """A difference, and the change of the base row that takes it over; empty, with a reason: there is none."""
+    """A difference, and the changes that give the base row this difference; without changes, the reason for that."""
 
     words: str
     overrides: tuple[str, ...] = ()

@@ -213,7 +213,7 @@ def results_of(
 
 
 def near_results(folder: ResultFolder, parts: Sequence[TablePart]) -> list[str]:
-    """Say of each file that belongs to no row of any table because of a single setting, which one it is."""
+    """Return a line for each file that belongs to no row of any table, if a single setting is the reason: which one."""
     recipes = {recipe for part in parts for row in part.rows for recipe in row.recipes.values()}
     datasets = {column.dataset for part in parts for column in part.columns}
     lines: dict[str, None] = {}

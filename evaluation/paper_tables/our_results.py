@@ -125,7 +125,7 @@ def our_result(trainings: Sequence[Found]) -> OurResult:
 
 
 def difference_to_base(trainings: Sequence[FoundResult], base: Sequence[FoundResult]) -> Difference | str:
-    """Compare trainings with those of the base row that are equally long and of equal seed; a text says why not.
+    """Compare trainings with equally long ones of the base row, of equal seed; a text says why that is not possible.
 
     Args:
         trainings: of the row.
@@ -148,7 +148,7 @@ def difference_to_base(trainings: Sequence[FoundResult], base: Sequence[FoundRes
 
 
 def _comparable(item: FoundResult) -> tuple[object, ...]:
-    """Equal for trainings whose difference is that of the settings of their rows only."""
+    """Equal for two trainings that differ in the settings of their rows only."""
     return item.seed, item.steps, tuple(item.costs.values()), item.result.protocol
 
 

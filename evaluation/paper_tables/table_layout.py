@@ -131,7 +131,7 @@ def _protocol(cell: Cell) -> str:
 
 
 def _compute(cell: Cell) -> str:
-    """Steps of pre-training and meta-training, the latter of how many; other costs than the row's; budget, hardware."""
+    """What a result took: steps (`9,000 of 10,000`), costs other than those of the row, time, budget, hardware."""
     ours = cell.ours
     assert ours is not None
     steps = f"{ours.pretrain_steps:,} + " if ours.pretrain_steps else ""

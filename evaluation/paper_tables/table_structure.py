@@ -22,7 +22,7 @@ def parse_table_name(text: str) -> TableName | None:
 
 
 class Column(NamedTuple):
-    """A cell of a table is the accuracy of a row on the tasks of a column."""
+    """The tasks of a column: a cell of a table is the accuracy of a row on them."""
 
     dataset: str
     way: int

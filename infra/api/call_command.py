@@ -85,7 +85,7 @@ def setting_words(overrides: Mapping[str, Any]) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy as those of Python, and what stands for a name as its word; for settings in JSON."""
+    """Convert a value for JSON: NumPy's numbers and arrays to Python's, anything else as `reference` does."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else reference(value)
 
 

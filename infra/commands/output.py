@@ -1,4 +1,4 @@
-"""Standard streams and log lines of a command: nothing that cannot be shown ends a command that does its work."""
+"""Standard streams and log lines of a command. What cannot be shown or written does not end its work."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ def _complete_moves(store: Store, name: str) -> None:
 
 
 def settled_state(store: Store, name: str, alias: str) -> tuple[AliasState, list[AliasChange]]:
-    """Return the state of an alias and the history when no move is under way; one that is claimed is carried out first.
+    """Return the state of an alias and the history, after carrying out a move that is claimed and not recorded yet.
 
-    Otherwise the state could have the version of a move that the history does not have yet.
+    Otherwise the alias could point to the version of a move that is not in the history.
     """
     while True:
         changes = read_history(store, name)

@@ -108,7 +108,7 @@ class UnfinishedError(TrackingError):
 
 @contextmanager
 def _unfinished(state: str) -> Iterator[None]:
-    """Add to the error of a store that has gone what is done, and that the command completes it."""
+    """Where the store goes away inside the block, say what is done, and that the same command does the rest."""
     try:
         yield
     except (UnfinishedError, MissingPackageError):

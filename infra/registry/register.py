@@ -212,7 +212,10 @@ def _log_model(
 
 
 def _delete_unregistered(store: Store, experiment: str, run_id: str, name: str, tags: Mapping[str, str]) -> None:
-    """Delete what a registration left that ended before there was a version: nobody else registers this run now."""
+    """Delete the logged model of a registration that ended before its version was created.
+
+    No other process registers this run now: see `_registering`.
+    """
     client = store.client
     versions = paginate(client.search_model_versions, filter_string=f"run_id = '{run_id}'")
     sources = {version.source for version in versions}  # a search gives no model IDs
@@ -261,7 +264,7 @@ def _pinned(name: str) -> str:
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """Silence MLflow's reports on each step of saving, and on the package that is not installed in a source tree."""
+    """Silence MLflow's report of each step of saving, and its complaint that a source tree is no installed package."""
     names = ("mlflow.pyfunc", "mlflow.utils.requirements_utils")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:

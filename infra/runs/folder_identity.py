@@ -1,4 +1,4 @@
-"""Recognises a folder again: whether a record in it was made in this folder, or came here with a copy of another one.
+"""Tells whether a record in a folder was made in this folder, or came here with a copy of another one.
 
 The inode of a folder stays when the folder is renamed or moved within a file system, and a copy has another one.
 """
@@ -33,5 +33,5 @@ class FolderIdentity(BaseModel, strict=True, frozen=True):
         return (self.inode == now.inode and (same_host or same_path)) or (same_host and same_path)
 
     def is_moved(self, folder: Path, name: str) -> bool:
-        """Return whether `folder` is the only one left, so that it is no copy: `name` no longer exists in the other."""
+        """Return whether `folder` was moved, not copied: the file `name` no longer exists where the record was made."""
         return self.host == socket.gethostname() and not os.path.lexists(os.path.join(self.path, name))

@@ -28,7 +28,7 @@ def final_status(kind: type[BaseException] | None) -> str:
 def write_status(run_dir: Path, status: str) -> None:
     """Write the status (RUNNING, or one of ENDED) to the run folder; the first start time is kept.
 
-    A run that starts here is made here: the identity of the folder is recorded, too.
+    With RUNNING the identity of the folder is recorded too: it is where the run was made.
     """
     previous = _read(run_dir)
     now = round(1000 * time.time())

@@ -107,7 +107,10 @@ def measure_speed(settings: Settings, dataset: Dataset) -> Speed:
 
 
 def _few_steps(settings: Settings) -> Settings:
-    """The same training with a few steps of each stage, and classes that are as fast as clusters and need none."""
+    """The same training with a few steps of each stage.
+
+    Labels take the place of clusters: a step is as fast with them, and nothing has to be clustered before it.
+    """
     pretrain, meta = MEASURED_STEPS
     changes = {"steps": min(settings.train.steps, meta), "log_every": 1, "checkpoint_every": pretrain + meta}
     tasks = "labels" if settings.method.tasks == "clusters" else settings.method.tasks

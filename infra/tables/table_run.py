@@ -108,6 +108,6 @@ def _answer(plan: JobList, outcomes: Sequence[JobOutcome]) -> dict[str, Any]:
 
 
 def _unable(plan: JobList) -> dict[str, Any]:
-    """What cannot be run, and what need not."""
+    """Part of the answer: what cannot be run, and what need not be run."""
     lists = {"failed": list(map(dict, plan.failed)), "left_out": list(map(dict, plan.left_out))}
     return {**lists, "done_before": plan.done}

@@ -71,7 +71,7 @@ def last_uri(run_dir: Path) -> str:
 
 
 def last_entry(run_dir: str | Path) -> dict[str, Any]:
-    """Return what the store that the run was uploaded to last has of it; empty if it was never uploaded."""
+    """Return the entry of the store that the run was last uploaded to; empty if it never was."""
     return _last_entry(_read(Path(run_dir)))
 
 

@@ -241,7 +241,7 @@ class SweepSearcher(Searcher):
 class SweepStopper(tune.Stopper):
     """Stops each trial at its next validation after the deadline, and all trials after an error of the sweep.
 
-    An error that a trial reports because no settings have caused it is one of the sweep: all trials would fail.
+    An error that no settings have caused, such as a full disk, is one of the sweep: every trial would fail.
     """
 
     def __init__(self, callback: TrialCallback) -> None:

@@ -145,7 +145,7 @@ def finish(sweep: SweepState, tracker: SweepTracker) -> dict[str, Any]:
 
 
 def calibrate_kept(sweep: SweepState) -> dict[str, str]:
-    """Calibrate the trials whose checkpoints are kept, as `metagmvae train` does; those that already are, stay so.
+    """Calibrate the trials whose checkpoints are kept, as `metagmvae train` does, unless they are calibrated already.
 
     Returns:
         Number of each trial that cannot be calibrated, such as one with a damaged checkpoint, and the reason.

@@ -166,7 +166,7 @@ def _train_or_say_why(settings: Settings, dataset: Dataset, folder: Path, task: 
 
 
 def _is_outside(error: Exception) -> bool:
-    """Whether the operating system or the object store has caused an error, and no settings."""
+    """Whether the operating system or the object store has caused an error, and not the settings of the trial."""
     return isinstance(error, OSError) or isinstance(error.__cause__, OSError) or NOT_WRITTEN in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Classification of image files or vectors from a few labelled ones: a few queries, or hundred thousands."""
+"""Classification of image files or vectors from a few labelled ones: from a few queries to hundreds of thousands."""
 
 from __future__ import annotations
 
