@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any
 from urllib.request import url2pathname
 
@@ -26,6 +28,8 @@ Repetitions = Annotated[int, Field(gt=0, le=10_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ExtensionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,60}$")]
+"""Name of a method or objective, of this package or of another one (`pipelines.extensions`)."""
 Temperature = Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)]
 """Divides log-likelihoods and similarities: below 0.001 they exceed the range of float32."""
 
@@ -43,6 +47,21 @@ def _check_folder(path: str) -> str:
 Folder = Annotated[str, AfterValidator(_check_folder)]
 DataUri = Annotated[str, AfterValidator(take_credentials)]
 """URI of a dataset; credentials in it stay in the memory of this process."""
+
+
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{name!r} is no name of an option: lower-case letters, digits and _, a letter first")
+        if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} = {value!r}: give a finite number, true, false or a text in quotes")
+        if isinstance(value, str) and redact(value) != value:
+            raise ValueError(f"{name}: settings are stored with every run and must not hold a password")
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_check_options)]
+"""Options by name of what another package adds; that package names and checks them (`pipelines.extensions`)."""
 
 
 class Section(BaseModel):

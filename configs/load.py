@@ -19,7 +19,7 @@ from metagmvae.configs.mlflow_names import STORED, model_name
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.suggestions import setting_suggestion, suggestion
 
-LATER_KEYS = (
+LATER_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("model", "normalise", "none"),
     ("pretrain", "crops", "clipped"),
     ("pretrain", "objective", "nt-xent"),
@@ -35,7 +35,9 @@ LATER_KEYS = (
     ("pretrain", "beta1", 0.9),
     ("adapt", "inductive", "latents"),
     ("adapt", "diffusion", 0.0),
-    ("adapt", "whitening", 0.0),
+    ("method", "options", {}),
+    ("model", "options", {}),
+    ("pretrain", "options", {}),
 )
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""
@@ -118,6 +120,8 @@ def to_toml(settings: Settings) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     # Strings, numbers and booleans have the same form in JSON and TOML.
     return json.dumps(value, ensure_ascii=False)
 
@@ -138,9 +142,9 @@ def differences(ours: Settings, theirs: Settings) -> list[str]:
     flat_ours, flat_theirs = (dict(flatten(json.loads(s.model_dump_json()))) for s in (ours, theirs))
     ignored = ("name", "run.", "tracking.", "data.uri")
     return [
-        f"{key}: {value!r}, {flat_theirs[key]!r}"
-        for key, value in flat_ours.items()
-        if value != flat_theirs[key] and not key.startswith(ignored)
+        f"{key}: {flat_ours.get(key)!r}, {flat_theirs.get(key)!r}"
+        for key in flat_ours | flat_theirs
+        if flat_ours.get(key) != flat_theirs.get(key) and not key.startswith(ignored)
     ]
 
 
@@ -154,8 +158,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def setting_keys() -> list[str]:
-    """Dotted keys of all settings."""
-    return [key for key, _ in flatten(json.loads(to_json(Settings())))]
+    """Dotted keys of all settings; a table of options is one key (`is_option`)."""
+    sections = json.loads(to_json(Settings()))
+    return [
+        f"{section}.{key}" if key else section
+        for section, keys in sections.items()
+        for key in (keys if isinstance(keys, dict) else ("",))
+    ]
+
+
+def is_option(key: str) -> bool:
+    """Whether a dotted key is an option of what another package adds, such as `method.options.freedom`."""
+    section, *rest = key.split(".")
+    return rest[:1] == ["options"] and len(rest) == 2 and f"{section}.options" in setting_keys()
 
 
 def presets() -> list[str]:

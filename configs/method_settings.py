@@ -6,9 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from metagmvae.configs.limits import MAX_SIZE, PositiveFloat, Section, Size
-
-MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,60}$")]
+from metagmvae.configs.limits import MAX_SIZE, ExtensionName, Options, PositiveFloat, Section, Size
 
 
 class MethodSettings(Section):
@@ -17,7 +15,7 @@ class MethodSettings(Section):
     `train.steps`, `train.batch` (tasks per step) and `train.learning_rate` are those of the outer loop.
     """
 
-    name: MethodName = "meta-gmvae"
+    name: ExtensionName = "meta-gmvae"
     """Method: `meta-gmvae`; `maml` (Finn et al. 2017); `protonets` (Snell et al. 2017); `scratch`: a new network
     trained on the labelled images alone; or a method that another package adds."""
     tasks: Literal["labels", "clusters", "images"] = "clusters"
@@ -46,6 +44,8 @@ class MethodSettings(Section):
     partitions: Size = 50
     """Partitions for `tasks = "clusters"`: k-means on the features, each with other random scales of the dimensions;
     with one partition the dimensions are not scaled."""
+    options: Options = Field(default_factory=dict)
+    """Options of a method that another package adds, such as `method.options.freedom=4`."""
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:

@@ -17,6 +17,7 @@ from metagmvae.configs.limits import (
     Count,
     DataUri,
     Folder,
+    Options,
     Positive,
     Repetitions,
     Section,
@@ -98,6 +99,8 @@ class ModelSettings(Section):
     """Activation function of the attention block [paper: elu on Omniglot, code: relu]."""
     posterior: Literal["isotropic", "diagonal"] = "diagonal"
     """Posterior covariance: one variance per dimension (Tables 3 and 7), or one per point (text of the paper)."""
+    options: Options = Field(default_factory=dict)
+    """Options of an encoder that another package adds, such as `model.options.depth=4`."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:

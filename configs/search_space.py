@@ -21,7 +21,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from metagmvae.configs.dimensions import Dimension, IntegerRange, Value, parse_dimension
-from metagmvae.configs.load import SettingsError, flatten, read_toml, setting_keys, settings_from_json, to_json
+from metagmvae.configs.load import (
+    SettingsError,
+    flatten,
+    is_option,
+    read_toml,
+    setting_keys,
+    settings_from_json,
+    to_json,
+)
 from metagmvae.configs.schema import Settings
 from metagmvae.configs.suggestions import setting_suggestion, suggestion
 
@@ -101,7 +109,7 @@ def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _is_section(name: str) -> bool:
-    return any(key.startswith(f"{name}.") for key in setting_keys())
+    return is_option(f"{name}.any") or any(key.startswith(f"{name}.") for key in setting_keys())
 
 
 def _dimension(key: str, entry: Any) -> Dimension:
@@ -109,7 +117,7 @@ def _dimension(key: str, entry: Any) -> Dimension:
     if section in NOT_SEARCHABLE and (key in setting_keys() or key == section):
         raise SettingsError(f"{key}: a sweep cannot vary it, because {NOT_SEARCHABLE[section]}; set it with --set")
     words = KIND_BY_WORD.keys() & entry.keys() if isinstance(entry, Mapping) else set()
-    if key not in setting_keys():
+    if key not in setting_keys() and not is_option(key):
         if isinstance(entry, Mapping) and entry and not words:
             key += f".{next(iter(entry))}"  # the section is wrong: its first key says what is meant
         raise SettingsError(f"{key}: no such setting{setting_suggestion(key, setting_keys())}")

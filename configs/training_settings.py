@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 from metagmvae.configs.limits import (
     MAX_SIZE,
     Count,
+    ExtensionName,
     NonNegativeFloat,
+    Options,
     Positive,
     PositiveFloat,
     Repetitions,
@@ -94,12 +96,15 @@ class PretrainSettings(Section):
 
     steps: Count = 0
     """Training steps; 0: no pre-training."""
-    objective: Literal["nt-xent", "prototypes", "acai", "bigan", "deepcluster", "psco"] = "nt-xent"
+    objective: ExtensionName = "nt-xent"
     """Objective. `nt-xent`: two views of each image attract each other (SimCLR, Chen et al. 2020); `prototypes`: views
     are classified by the nearest image, in squared Euclidean distance (ProtoCLR, Medina et al. 2020); `acai`: an
     autoencoder whose interpolations look real (Berthelot et al. 2019); `bigan`: a generator and an encoder that invert
     each other (Donahue et al. 2017); `deepcluster`: views are classified by the cluster of their image (Caron et al.
-    2018); `psco`: contrast with pseudo-labelled tasks from a queue (Jang et al. 2023)."""
+    2018); `psco`: contrast with pseudo-labelled tasks from a queue (Jang et al. 2023); or one that another package
+    adds."""
+    options: Options = Field(default_factory=dict)
+    """Options of an objective that another package adds, such as `pretrain.options.margin=0.5`."""
     query_views: Size = 3
     """Views Q of each image for `prototypes`; `nt-xent` has two."""
     clusters: Size = 500

@@ -70,7 +70,7 @@ def validate(model: Any) -> dict[str, dict[str, float]]:
 
 def run(options: Settings, context: FolderContext, stored: bool = False) -> TrainState:
     """Train; with `stored` on the features of an encoder, as of a dataset of features."""
-    method, data, encoder = find_method(options.method.name), images(), None
+    method, data, encoder = find_method(options.method), images(), None
     if stored:
         model = build_encoder_model(options.model, SHAPE, seed=7)
         encoder = model.encoder.state_dict()

@@ -15,7 +15,7 @@ from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.evaluation.encoders.head_model import HeadModel, answer_mode, fit_head, with_head, with_named_head
 from metagmvae.evaluation.encoders.head_predictions import head_logits
 from metagmvae.evaluation.encoders.heads import HEADS
-from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, SplitFeatures
+from metagmvae.evaluation.fewshot.baseline_tuning import SEED_OFFSET, SplitFeatures
 from metagmvae.evaluation.fewshot.baselines import soft_k_means
 from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.evaluation.uncertainty.fit_calibration import CalibrationPlan, fit_calibration
@@ -126,7 +126,7 @@ def test_settings_are_the_best_on_validation_episodes() -> None:
     h_nF = torch.as_tensor(rng.normal(size=(6, 5))[labels] + 0.9 * rng.normal(size=(72, 5))).float()
     fitted = fit_head(model("soft-k-means"), SplitFeatures("validation", labels, {"scaled": h_nF}), [(4, 2, 6)], seed=5)
     task = {"way": 4, "shot": 2, "query": 6, "episodes": 300, "seed": 5 + SEED_OFFSET}
-    temperatures = GRIDS["soft k-means"]["temperature"]
+    temperatures = soft_k_means.grid["temperature"]
     accuracies = [soft_k_means(h_nF, labels, temperature=t, **task).mean for t in temperatures]
     assert fitted.settings(4, 2) == {"temperature": temperatures[int(np.argmax(accuracies))]}
 

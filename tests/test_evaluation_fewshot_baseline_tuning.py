@@ -13,7 +13,7 @@ from metagmvae.evaluation.fewshot.baseline_tuning import (
     baselines_summary,
     evaluate_baselines,
 )
-from metagmvae.evaluation.fewshot.baselines import BASELINES, soft_k_means
+from metagmvae.evaluation.fewshot.baselines import BASELINES, Baseline, nearest_class_mean_scores, soft_k_means
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, write_episodes
 from metagmvae.evaluation.fewshot.metrics import mean_ci95
 from metagmvae.evaluation.fewshot.paired import PairingError, paired_difference, paired_with_baselines
@@ -37,8 +37,8 @@ def calls(monkeypatch):
         recorded.append((x, labels, setting, task))
         return EpisodeResults(3, 1, 4, task["seed"], "inductive", np.full(task["episodes"], 1 / setting), 0.0)
 
-    monkeypatch.setattr(baseline_tuning, "BASELINES", {"one": baseline})
-    monkeypatch.setattr(baseline_tuning, "GRIDS", {"one": {"setting": (4.0, 2.0, 8.0)}})
+    baseline.grid = {"setting": (4.0, 2.0, 8.0)}
+    monkeypatch.setattr(baseline_tuning, "all_baselines", lambda: {"one": baseline})
     monkeypatch.setattr(baseline_tuning, "UNSCALED_BASELINES", ())
     return recorded
 
@@ -76,7 +76,7 @@ def test_unscaled_features_are_chosen_where_they_are_better():
 def test_choice_agrees_with_a_direct_search():
     test, validation = split("test", kinds=("scaled",)), split("validation", kinds=("scaled",))
     result = evaluate_baselines(test, validation, TASK)["soft k-means"]
-    temperatures = baseline_tuning.GRIDS["soft k-means"]["temperature"]
+    temperatures = soft_k_means.grid["temperature"]
     task = TASK | {"seed": TASK["seed"] + SEED_OFFSET}
     accuracies = [
         soft_k_means(validation.by_kind["scaled"], validation.labels, temperature=t, **task).mean for t in temperatures
@@ -110,14 +110,12 @@ def test_evaluation_of_validation_classes_says_so_and_uses_other_episodes(calls)
     assert {task["seed"] for *_, task in calls} == {TASK["seed"], TASK["seed"] + SEED_OFFSET}
 
 
-def test_baseline_of_a_user_without_a_grid_runs_once_with_its_defaults(monkeypatch):
-    monkeypatch.setitem(BASELINES, "mine", BASELINES["nearest class mean"])
+def test_baseline_without_a_grid_chooses_the_kind_of_features_only(monkeypatch):
+    monkeypatch.setitem(BASELINES, "mine", Baseline(nearest_class_mean_scores, "inductive"))
     test, validation = split("test"), split("validation")
-    results = evaluate_baselines(test, validation, TASK)
-    assert results["mine"].tuning.settings == {}
-    np.testing.assert_array_equal(
-        results["mine"].accuracies, BASELINES["mine"](test.by_kind["scaled"], test.labels, **TASK).accuracies
-    )
+    mine, known = (evaluate_baselines(test, validation, TASK)[name] for name in ("mine", "nearest class mean"))
+    assert mine.tuning == known.tuning
+    np.testing.assert_array_equal(mine.accuracies, known.accuracies)
 
 
 def with_baselines() -> EpisodeResults:

@@ -108,7 +108,7 @@ def test_baselines_use_the_scaled_features_of_the_model(scaling: Scaling, datase
 
 
 def test_baselines_are_tuned_on_the_validation_classes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baseline_tuning, "BASELINES", {"soft k-means": soft_k_means})
+    monkeypatch.setattr(baseline_tuning, "all_baselines", lambda: {"soft k-means": soft_k_means})
     monkeypatch.setattr(baseline_tuning, "UNSCALED_BASELINES", ())
     loaded = loaded_model(dataset, "standard")
     settings = Settings.model_validate(loaded.settings.model_dump() | {"data": {"validation_split": "validation"}})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import metagmvae
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset
 
@@ -45,13 +46,16 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     modules = {
         "metagmvae_spirals.py": block("python", "def open_spirals"),
         "metagmvae_cosine.py": block("python", "class CosineNets"),
+        "metagmvae_student.py": block("python", "class StudentMixture"),
+        "metagmvae_rotations.py": block("python", "class Rotations"),
         "test_metagmvae_spirals.py": block("python", "import check_encoder"),
     }
     install(tmp_path / "site", project["name"], modules, project["entry-points"])
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "metagmvae_spirals", raising=False)
-    monkeypatch.delitem(sys.modules, "metagmvae_cosine", raising=False)
+    for module in ("metagmvae_cosine", "metagmvae_student", "metagmvae_rotations"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path / "site"
 
 
@@ -124,12 +128,12 @@ def test_a_broken_method_is_one_line(text: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "other_way", raising=False)
     with pytest.raises(DataError, match=re.escape(METHODS[text])) as caught:
-        find_method("other")
+        find_method(MethodSettings(name="other"))
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(DataError, match=r"no such method; did you mean 'protonets'\?"):
-        find_method("protonet")
+        find_method(MethodSettings(name="protonet"))
     with pytest.raises(DataError, match=r"no such method; known: meta-gmvae, .*, other"):
-        find_method("unheard-of")
+        find_method(MethodSettings(name="unheard-of"))
 
 
 BROKEN_ANSWERS = {
@@ -172,7 +176,8 @@ def test_tests_of_the_package(site: Path) -> None:
     exec((site / "test_metagmvae_spirals.py").read_text(), names)
     names["test_source"]()
     names["test_encoder"]()
-    names["test_method"]()
+    names["test_methods"]()
+    names["test_objective_and_baseline"]()
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def data(preset: str, request: pytest.FixtureRequest) -> Path:
     if not preset.startswith(("mini-imagenet", "photos", "vectors")):
         return Path(request.getfixturevalue("glyphs"))
     settings = load_settings(preset)
-    needs_encoder = trained_by(preset) == "train" and find_method(settings.method.name).needs_encoder(settings)
+    needs_encoder = trained_by(preset) == "train" and find_method(settings.method).needs_encoder(settings)
     return Path(request.getfixturevalue("features" if needs_encoder and not settings.pretrain.steps else "photographs"))
 
 

@@ -12,6 +12,7 @@ from rank_processes import run_on_two_ranks
 from small_runs import FolderContext, assert_equal, without_times
 from small_tasks import LABELS, SHAPE, images, run, settings
 
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import Settings, TrainSettings
 from metagmvae.training.methods.method import MethodData
 from metagmvae.training.methods.methods_by_name import find_method
@@ -137,7 +138,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 def test_a_bias_that_the_next_normalisation_removes_has_no_gradient(name: str) -> None:
     """In these small images block 2 ends in one position, the largest of four. Where it is above 0 for every image, a
     bias only shifts all of them alike, which the normalisation of block 3 takes away."""
-    options, method = RUNS[name], find_method("maml")
+    options, method = RUNS[name], find_method(MethodSettings(name="maml"))
     model = build_model(options.model, SHAPE, options.train.seed, options.method)
     step: Any = method.step(model, options).train()
     data = MethodData(images(), images(), LABELS, images)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_tasks import LABELS, RUNS, SHAPE, images
 
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.pipelines.records import DataError, TaskBatch
 from metagmvae.training.methods.cactus import feature_partitions
 from metagmvae.training.methods.method import MethodData
@@ -19,7 +20,7 @@ from metagmvae.training.trainer.builders import build_model
 def step_of(name: str) -> tuple[ProtoNets, TaskStep]:
     options = RUNS[name]
     model = build_model(options.model, SHAPE, 0, options.method)
-    step = find_method("protonets").step(model, options)
+    step = find_method(MethodSettings(name="protonets")).step(model, options)
     assert isinstance(model, ProtoNets)
     assert isinstance(step, TaskStep)
     return model, step
@@ -80,7 +81,7 @@ def test_the_stream_draws_from_labels_clusters_or_images() -> None:
     features = rng.normal(size=(50, 4)).astype(np.float32)
     data = MethodData(features + 1, images(), LABELS, lambda: features)
     position = {"seed": 0, "split": "train"}
-    method = find_method("protonets")
+    method = find_method(MethodSettings(name="protonets"))
     labels = method.stream(data, RUNS["labels"], **position)
     assert [rows.tolist() for rows in labels.classes[0]] == [[*range(10 * k, 10 * k + 10)] for k in range(5)]  # type: ignore[attr-defined]
     clusters = method.stream(data, RUNS["features and clusters"], **position)
@@ -98,7 +99,7 @@ def test_the_stream_draws_from_labels_clusters_or_images() -> None:
 
 
 def test_what_a_method_needs() -> None:
-    method, untrained = find_method("protonets"), TaskMethod(ProtoNets, trains=False)
+    method, untrained = find_method(MethodSettings(name="protonets")), TaskMethod(ProtoNets, trains=False)
     needs = {name: (method.on_features(s), method.needs_encoder(s), method.needs_labels(s)) for name, s in RUNS.items()}
     assert needs == {
         "labels": (False, False, True),
@@ -115,7 +116,7 @@ def test_what_a_method_needs() -> None:
 
 
 def test_data_that_do_not_suffice_are_found_before_the_training() -> None:
-    method = find_method("protonets")
+    method = find_method(MethodSettings(name="protonets"))
     method.check_data(RUNS["labels"], 50, LABELS)
     method.check_data(RUNS["images"], 3, None)
     method.check_data(RUNS["clusters"], 15, None)

@@ -22,7 +22,6 @@ from metagmvae.training.objectives.mixture import (
     class_log_posterior,
     fit_mixture,
     fit_semi_supervised,
-    mixture_log_prob,
 )
 
 
@@ -45,7 +44,7 @@ def test_em_equals_the_transcription(points: int, size: int, components: int) ->
     z = np.stack([groups(rng, points, size, 3) for _ in range(2)])
     rows = np.stack([rng.permutation(points)[:components] for _ in range(2)])
     mixture = fit_mixture(torch.tensor(z), torch.tensor(rows), 4)
-    log_prob = mixture_log_prob(mixture, torch.tensor(z))
+    log_prob = mixture.log_prob(torch.tensor(z))
     for e in range(2):
         weights, means = reference.em(z[e], list(rows[e]), 4)
         assert np.allclose(mixture.mean_EKD[e].numpy(), means, atol=1e-10)
@@ -64,7 +63,7 @@ def test_em_in_float32_is_accurate_far_from_zero(offset: float) -> None:
     resolution = 1e-5 if offset == 0.0 else 1.5e-4  # float32 steps are 6e-5 at 1e3
     assert np.allclose(mixture.mean_EKD[0].numpy(), means, rtol=0, atol=resolution)
     assert np.allclose(mixture.log_weight_EK[0].exp().numpy(), weights, rtol=0, atol=2e-5)
-    log_prob = mixture_log_prob(mixture, torch.tensor(z)[None])[0].numpy()
+    log_prob = mixture.log_prob(torch.tensor(z)[None])[0].numpy()
     expected = [reference.mixture_log_density(point.astype(np.float64), weights, means) for point in z]
     assert np.allclose(log_prob, expected, rtol=0, atol=1e-4 if offset == 0.0 else 2e-3)
 
@@ -99,7 +98,7 @@ def test_em_equals_scikit_learn_with_identity_covariances(seed: int) -> None:
         assert np.allclose(ours.mean_EKD[0].numpy(), means, atol=1e-10)
         assert np.allclose(ours.log_weight_EK[0].exp().numpy(), weights, atol=1e-12)
         theirs.precisions_cholesky_ = ones
-        log_prob = mixture_log_prob(ours, torch.tensor(z)[None])[0].numpy()
+        log_prob = ours.log_prob(torch.tensor(z)[None])[0].numpy()
         assert np.allclose(log_prob, theirs.score_samples(z), atol=1e-9)
 
 
@@ -126,7 +125,7 @@ def test_log_likelihood_never_decreases(kind: str, components: int) -> None:
         rng = np.random.default_rng([seed, components])
         z = torch.tensor(difficult_points(kind, rng))[None]
         rows = torch.tensor(rng.permutation(z.shape[1])[:components])[None]
-        values = [float(mixture_log_prob(fit_mixture(z, rows, i), z).sum()) for i in range(12)]
+        values = [float(fit_mixture(z, rows, i).log_prob(z).sum()) for i in range(12)]
         # Each empty component keeps the weight of 1e-6 points, which costs at most as many nats.
         tolerance = 1e-6 * components + 1e-11 * abs(values[0])
         assert all(after >= before - tolerance for before, after in pairwise(values)), values
@@ -137,7 +136,7 @@ def test_log_likelihood_in_float32_decreases_by_rounding_at_most() -> None:
         rng = np.random.default_rng(seed)
         z = torch.tensor(groups(rng, 200, 16, 6, 1.0), dtype=torch.float32)[None]
         rows = torch.tensor(rng.permutation(200)[:6])[None]
-        values = [float(mixture_log_prob(fit_mixture(z, rows, i), z).double().sum()) for i in range(12)]
+        values = [float(fit_mixture(z, rows, i).log_prob(z).double().sum()) for i in range(12)]
         assert all(b >= a - 2e-6 * abs(a) for a, b in pairwise(values)), values
 
 
@@ -163,7 +162,7 @@ def test_empty_component_keeps_its_mean_and_a_vanishing_weight(dtype: torch.dtyp
     assert torch.isfinite(later.mean_EKD).all()
     assert torch.allclose(later.log_weight_EK.exp().sum(dim=1), torch.ones(1, dtype=dtype))
     without = Mixture(later.mean_EKD[:, 1:], later.log_weight_EK[:, 1:])
-    assert torch.allclose(mixture_log_prob(later, z), mixture_log_prob(without, z), atol=1e-5)
+    assert torch.allclose(later.log_prob(z), without.log_prob(z), atol=1e-5)
 
 
 def test_equal_points_fit_one_component() -> None:
@@ -172,7 +171,7 @@ def test_equal_points_fit_one_component() -> None:
     assert torch.equal(mixture.mean_EKD, torch.full((1, 1, 3), 2.5))
     assert torch.equal(mixture.log_weight_EK, torch.zeros(1, 1))
     expected = reference.mixture_log_density(np.full(3, 2.5), np.ones(1), np.full((1, 3), 2.5))
-    assert torch.allclose(mixture_log_prob(mixture, z), torch.full((1, 9), expected))
+    assert torch.allclose(mixture.log_prob(z), torch.full((1, 9), expected))
 
 
 def test_episodes_are_independent() -> None:
@@ -191,7 +190,7 @@ def test_psi_has_no_gradient_and_the_density_has_one() -> None:
     mixture = fit_mixture(z, torch.tensor([[0, 5]]), 3)
     assert not mixture.mean_EKD.requires_grad
     assert not mixture.log_weight_EK.requires_grad
-    assert torch.autograd.gradcheck(lambda points: mixture_log_prob(mixture, points), (z,))
+    assert torch.autograd.gradcheck(lambda points: mixture.log_prob(points), (z,))
 
 
 # --- initial means ----------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def test_no_tensor_has_points_times_components_times_dimensions() -> None:
     z = torch.randn(E, P, D, requires_grad=True)
     with Largest() as largest:
         mixture = fit_mixture(z.detach(), init_indices(z.detach(), K, keyed(0, 1)), 3)
-        mixture_log_prob(mixture, z).sum().backward()
+        mixture.log_prob(z).sum().backward()
     assert largest.numel == E * P * max(D, K)
     with Largest() as largest:
         fitted = fit_semi_supervised(torch.randn(E, K, 5, D), z.detach(), iterations=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metagmvae.evaluation.fewshot.baseline_tuning import EM_TEMPERATURES, GRIDS, TunedBaseline
+from metagmvae.evaluation.fewshot.baseline_tuning import TunedBaseline
 from metagmvae.evaluation.fewshot.baselines import BASELINES, em
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.meta_learner import PredictionMode
@@ -19,10 +19,8 @@ _NAMES = {
 }
 _KINDS = ("scaled",)
 HEADS: dict[str, TunedBaseline] = {
-    **{head: TunedBaseline(name, BASELINES[name], _KINDS, GRIDS[name]) for head, name in _NAMES.items()},
-    "em": TunedBaseline(
-        "EM on features", em, _KINDS, {"e_step": ("identity", "diagonal"), "temperature": EM_TEMPERATURES}
-    ),
+    **{head: TunedBaseline(name, BASELINES[name], _KINDS, BASELINES[name].grid) for head, name in _NAMES.items()},
+    "em": TunedBaseline("EM on features", em, _KINDS, em.grid),
 }
 """Heads by the value of `--head`. Their settings are chosen on validation classes, by the rule of the baselines."""
 MODES: dict[str, PredictionMode] = {

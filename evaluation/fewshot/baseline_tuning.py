@@ -13,23 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from metagmvae.evaluation.fewshot.baselines import BASELINES
+from metagmvae.evaluation.fewshot.baselines import BASELINES, all_baselines
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, Tuning
 from metagmvae.evaluation.fewshot.paired import paired_with_baselines
 from metagmvae.pipelines.records import DataError, ProgressCallback
 from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 
-EM_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
-GRIDS: dict[str, dict[str, Sequence[Any]]] = {
-    "nearest class mean": {},
-    "logistic regression": {"strength": (1.0, 0.1, 10.0, 100.0)},
-    "soft k-means": {"temperature": (20.0, 5.0, 10.0, 40.0, 80.0)},
-    "optimal transport": {"sharpness": (10.0, 5.0, 20.0, 40.0)},
-    "Laplacian": {"weight": (0.7, 0.1, 0.3, 1.0, 1.5), "neighbours": (3, 10)},
-    "EM on features, identity": {"temperature": EM_TEMPERATURES},
-    "EM on features, diagonal": {"temperature": EM_TEMPERATURES},
-}
-"""Candidates of each setting, the default first. A baseline without an entry always runs with its defaults."""
 UNSCALED = "features unscaled"
 UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
 """Baselines that are also run on the raw features of the encoder if the model scales its features."""
@@ -160,13 +149,10 @@ def _trial_task(task: Mapping[str, int]) -> dict[str, int]:
 
 def _runs(kinds: tuple[str, ...]) -> list[TunedBaseline]:
     """List the baselines; some of them once more on unscaled features only."""
-    runs = [
-        TunedBaseline(name, evaluate, kinds if name in GRIDS else kinds[:1], GRIDS.get(name, {}))
-        for name, evaluate in BASELINES.items()
-    ]
+    runs = [TunedBaseline(name, baseline, kinds, baseline.grid) for name, baseline in all_baselines().items()]
     if "unscaled" in kinds:
         runs += [
-            TunedBaseline(f"{name}, {UNSCALED}", BASELINES[name], ("unscaled",), GRIDS[name])
+            TunedBaseline(f"{name}, {UNSCALED}", BASELINES[name], ("unscaled",), BASELINES[name].grid)
             for name in UNSCALED_BASELINES
         ]
     return runs

@@ -6,8 +6,8 @@ Notation: n images, E episodes, F features, K ways, S shots, P queries of an epi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from metagmvae.evaluation.fewshot.query_assignments import (
     optimal_transport_posterior,
     soft_k_means_cosines,
 )
+from metagmvae.pipelines.extensions import extension_names, load_extension
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import PredictionMode
 from metagmvae.training.objectives.logistic_regression import logistic_regression_logits
@@ -68,6 +70,8 @@ class Baseline:
     """Support (E, K, S, F), queries (E, P, F) and settings by name -> score of each class, (E, P, K)."""
     mode: PredictionMode
     """`inductive` if it classifies each query alone, else `transductive`."""
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Candidates of each setting, the default first; the evaluation chooses among them (`baseline_tuning`)."""
 
     def __call__(self, x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
         """Evaluate it as `evaluate_batches` does; keywords that it does not have are settings of the scores."""
@@ -78,21 +82,38 @@ class Baseline:
 
 
 nearest_class_mean = Baseline(nearest_class_mean_scores, "inductive")
-logistic_regression = Baseline(logistic_regression_scores, "inductive")
-soft_k_means = Baseline(soft_k_means_cosines, "transductive")
-optimal_transport = Baseline(optimal_transport_posterior, "transductive")
-laplacian = Baseline(laplacian_logits, "transductive")
-em = Baseline(em_scores, "transductive")
+logistic_regression = Baseline(logistic_regression_scores, "inductive", {"strength": (1.0, 0.1, 10.0, 100.0)})
+soft_k_means = Baseline(soft_k_means_cosines, "transductive", {"temperature": (20.0, 5.0, 10.0, 40.0, 80.0)})
+optimal_transport = Baseline(optimal_transport_posterior, "transductive", {"sharpness": (10.0, 5.0, 20.0, 40.0)})
+laplacian = Baseline(laplacian_logits, "transductive", {"weight": (0.7, 0.1, 0.3, 1.0, 1.5), "neighbours": (3, 10)})
+EM_GRID = {"temperature": (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)}
+em = Baseline(em_scores, "transductive", {"e_step": ("identity", "diagonal"), **EM_GRID})
 BASELINES: dict[str, Baseline] = {
     "nearest class mean": nearest_class_mean,
     "logistic regression": logistic_regression,
     "soft k-means": soft_k_means,
     "optimal transport": optimal_transport,
     "Laplacian": laplacian,
-    "EM on features, identity": Baseline(partial(em_scores, e_step="identity"), "transductive"),
-    "EM on features, diagonal": Baseline(partial(em_scores, e_step="diagonal"), "transductive"),
+    "EM on features, identity": Baseline(partial(em_scores, e_step="identity"), "transductive", EM_GRID),
+    "EM on features, diagonal": Baseline(partial(em_scores, e_step="diagonal"), "transductive", EM_GRID),
 }
-"""Baselines by the name that tables show; `evaluate --baselines` runs all of them."""
+"""Baselines of this package by the name that tables show."""
+
+
+def all_baselines() -> dict[str, Baseline]:
+    """`BASELINES` and those that other packages add, by name; `evaluate --baselines` runs all of them.
+
+    Raises:
+        DataError: the package of one cannot be used, or a name occurs twice.
+    """
+    added = {name: load_extension("metagmvae.baselines", name) for name in extension_names("metagmvae.baselines")}
+    for name, baseline in added.items():
+        if not isinstance(baseline, Baseline):
+            kind = type(baseline).__name__
+            raise DataError(f"metagmvae.baselines: {name}: its package adds {kind} instead of a Baseline; update it")
+        if name in BASELINES:
+            raise DataError(f"metagmvae.baselines: {name}: is a baseline of metagmvae; give it another name")
+    return BASELINES | added
 
 
 def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from metagmvae.configs.schema import AdaptSettings
-from metagmvae.evaluation.fewshot.baseline_tuning import GRIDS, SEED_OFFSET, TUNING_EPISODES, SplitFeatures
+from metagmvae.evaluation.fewshot.baseline_tuning import SEED_OFFSET, TUNING_EPISODES, SplitFeatures
 from metagmvae.evaluation.fewshot.baselines import BASELINES as CLASSIFIERS
 from metagmvae.evaluation.fewshot.baselines import feature_batches
 from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
@@ -140,7 +140,7 @@ BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
     "EM on features, identity": lambda logits_EPK: logits_EPK.logsumexp(dim=2),
 }
 """Names of `baselines.BASELINES` -> score of a query, (E, P), from those of its classes: the largest cosine or
-log-probability, or the log density under the mixture. The candidates of their settings are `baseline_tuning.GRIDS`."""
+log-probability, or the log density under the mixture."""
 
 
 def evaluate_open_baselines(
@@ -158,7 +158,7 @@ def evaluate_open_baselines(
     trial = {**task, "episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
     for name in BASELINES:
         start = time.perf_counter()
-        grid = GRIDS[name]
+        grid = CLASSIFIERS[name].grid
         best: tuple[float, float, dict[str, Any], str] = (-1.0, 0.0, {}, "scaled")
         for kind, *values in product(evaluated.by_kind, *grid.values()):
             settings = dict(zip(grid, values, strict=True))

@@ -53,18 +53,23 @@ def check_method(name: str, image_shape: tuple[int, int, int] = (1, 28, 28), **m
     """
     settings = _method_settings(name, method)
     models = [build_model(settings.model, image_shape, seed, settings.method) for seed in (0, 0, 1)]
-    equal = [_equal(models[0].state_dict(), other.state_dict()) for other in models[1:]]
+    equal = [equal_tensors(models[0].state_dict(), other.state_dict()) for other in models[1:]]
     check_rule(equal[0], "two models with the same seed differ; draw weights from torch's generator only")
     if settings.train.steps:
         check_rule(not equal[1], "the seed does not decide the initial weights")
         _check_step(settings, models[0], image_shape)
-    whole, killed = _Memory(), _Memory(killed_at=settings.pretrain.steps + (3 if settings.train.steps else 0))
+    whole, killed = (
+        MemoryContext(),
+        MemoryContext(killed_at=settings.pretrain.steps + (3 if settings.train.steps else 0)),
+    )
     state = _train(settings, whole, image_shape)
     try:
         _train(settings, killed, image_shape)
     except InterruptedError:
-        again = _train(settings, _Memory(killed.state), image_shape)
-        check_rule(_equal(state["model"], again["model"]), "a killed and resumed training ends with other weights")
+        again = _train(settings, MemoryContext(killed.state), image_shape)
+        check_rule(
+            equal_tensors(state["model"], again["model"]), "a killed and resumed training ends with other weights"
+        )
     model = models[2]
     model.load_state_dict(state["model"])
     _check_answers(settings, model.eval(), image_shape)
@@ -92,13 +97,13 @@ def _method_settings(name: str, method: dict[str, Any]) -> Settings:
         "validation": {"every": 0},
     }
     settings = Settings.model_validate(sections)
-    found = find_method(name)
+    found = find_method(settings.method)
     sections["pretrain"]["steps"] = 2 if found.needs_encoder(settings) else 0
     sections["train"]["steps"] = 4 if found.needs_steps(settings) else 0
     return Settings.model_validate(sections)
 
 
-class _Memory(RunContext):
+class MemoryContext(RunContext):
     """Keeps the last checkpoint, and ends the training before it records the line of a step."""
 
     rank, world, device = 0, 1, torch.device("cpu")
@@ -115,7 +120,7 @@ class _Memory(RunContext):
         self.state = copy.deepcopy(state) or self.state
 
 
-def _images(image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def generated_images(image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Images of some classes, uint8, and their classes."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
@@ -123,24 +128,24 @@ def _images(image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     return (bright[labels] ^ (rng.random((len(labels), *image_shape)) < 0.1)).astype(np.uint8) * 255, labels
 
 
-def _train(settings: Settings, context: _Memory, image_shape: tuple[int, int, int]) -> TrainState:
-    images, labels = _images(image_shape)
+def _train(settings: Settings, context: MemoryContext, image_shape: tuple[int, int, int]) -> TrainState:
+    images, labels = generated_images(image_shape)
     torch.manual_seed(0 if context.state is None else 1)
     return train(settings, images, image_shape, "generated", context, labels=labels)
 
 
 def _check_step(settings: Settings, model: MetaLearner, image_shape: tuple[int, int, int]) -> None:
     """Check the batches and the step module of a method."""
-    images, labels = _images(image_shape)
-    method, raw = find_method(settings.method.name), encode_images(model, images, _Memory.device, raw=True).numpy()
+    images, labels = generated_images(image_shape)
+    method, raw = find_method(settings.method), encode_images(model, images, MemoryContext.device, raw=True).numpy()
     data = MethodData(raw if method.on_features(settings) else images, images, labels, lambda: raw)
     first, later = (method.stream(data, settings, seed=0, split="train", start_step=start) for start in (0, 2))
     batch = first.at(2)
     step: Any = method.step(model, settings).train()
     before = torch.get_rng_state()
     prepared, again, other = (step.prepare(each) for each in (batch, batch, later.at(2)))
-    check_rule(_equal(prepared, other), "the batch of a step depends on the steps before")
-    check_rule(_equal(prepared, again), "`prepare` draws other random numbers for the same batch")
+    check_rule(equal_tensors(prepared, other), "the batch of a step depends on the steps before")
+    check_rule(equal_tensors(prepared, again), "`prepare` draws other random numbers for the same batch")
     loss, metrics = step.compute(*prepared)
     check_rule(torch.equal(before, torch.get_rng_state()), "a step draws from the global generator; use keyed ones")
     check_rule(
@@ -152,7 +157,7 @@ def _check_step(settings: Settings, model: MetaLearner, image_shape: tuple[int, 
 def _answer(
     settings: Settings, model: MetaLearner, image_shape: tuple[int, int, int], mode: PredictionMode, episodes: int = 2
 ) -> Tensor:
-    images, labels = _images(image_shape)
+    images, labels = generated_images(image_shape)
     x = model.scale_images(torch.tensor(images))
     with torch.no_grad():
         h = model.encode_images(x)
@@ -181,7 +186,7 @@ def _check_answers(settings: Settings, model: MetaLearner, image_shape: tuple[in
 
 
 def _check_inductive(settings: Settings, model: MetaLearner, image_shape: tuple[int, int, int]) -> None:
-    images, _ = _images(image_shape)
+    images, _ = generated_images(image_shape)
     with torch.no_grad():
         h = model.encode_images(model.scale_images(torch.tensor(images)))
         answer = partial(model.log_posteriors, settings.adapt, mode="inductive", seed_by_episode=[0])
@@ -190,7 +195,7 @@ def _check_inductive(settings: Settings, model: MetaLearner, image_shape: tuple[
     check_rule(bool(torch.allclose(alone[0, 0], together[0, 0], atol=1e-4)), "inductive: a query depends on the others")
 
 
-def _equal(left: Any, right: Any) -> bool:
+def equal_tensors(left: Any, right: Any) -> bool:
     """Whether two batches or state dictionaries hold equal tensors."""
     pairs = zip(
         *((list(each.values()) if isinstance(each, dict) else list(each)) for each in (left, right)), strict=True

@@ -12,8 +12,10 @@ from metagmvae.pipelines.sampling.episodes import EpisodeSampler
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.vectors import VECTORS, image_remedy
+from metagmvae.training.methods.meta_step import MetaGMVAEMethod
 from metagmvae.training.methods.methods_by_name import find_method
-from metagmvae.training.pretraining.objectives_by_name import OBJECTIVES
+from metagmvae.training.methods.task_method import TaskMethod
+from metagmvae.training.pretraining.objectives_by_name import find_objective
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.stages import ModelKind
 
@@ -31,7 +33,7 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
     check_encoder_settings(settings, dataset, kind)
     if settings.pretrain.steps:
         samples = dataset.split(settings.data.train_split)["samples"]
-        OBJECTIVES[settings.pretrain.objective].check_images(settings, samples)
+        find_objective(settings.pretrain).check_images(settings, samples)
     if settings.data.reader == "stream":
         images = StreamedImages(dataset, settings.data.train_split, settings.data.shuffle_buffer)
         images.shards(settings.run.workers if settings.run.engine == "ray" else 1)
@@ -81,13 +83,13 @@ def check_encoder_settings(settings: Settings, dataset: Dataset, kind: ModelKind
     if kind == "encoder":
         _check_encoder_training(settings, dataset)
         return
-    method = find_method(settings.method.name)
-    needed = 'model.reconstruct = "features"' if settings.method.name == "meta-gmvae" else _reason(settings)
+    method = find_method(settings.method)
+    needed = 'model.reconstruct = "features"' if isinstance(method, MetaGMVAEMethod) else _reason(settings)
     holds = f"data.uri: {dataset.uri} holds {dataset.content}"
     if dataset.kind == "features" and not method.on_features(settings):
-        remedy = needed if settings.method.name == "meta-gmvae" else 'method.network = "mlp"'
+        remedy = needed if isinstance(method, MetaGMVAEMethod) else 'method.network = "mlp"'
         raise SettingsError(f"{holds}, and the method learns from images: set {remedy}{_or_preset(dataset)}")
-    if dataset.kind == "features" and settings.method.name != "meta-gmvae" and settings.method.tasks == "images":
+    if dataset.kind == "features" and isinstance(method, TaskMethod) and settings.method.tasks == "images":
         remedy = "set method.tasks to clusters or labels, or train on images with pretrain.steps above 0"
         raise SettingsError(f'{holds}, and method.tasks = "images" augments images: {remedy}')
     if dataset.kind == "features" and settings.pretrain.steps:
@@ -114,13 +116,15 @@ def _reason(settings: Settings) -> str:
 
 def _check_method(settings: Settings, dataset: Dataset) -> None:
     """Check what the method reads."""
-    method, name = find_method(settings.method.name), settings.method.name
+    method, name = find_method(settings.method), settings.method.name
     if method.needs_steps(settings) and not settings.train.steps:
         raise SettingsError("train.steps is 0: set it to the number of meta-training steps, or use metagmvae pretrain")
     if settings.train.steps and not method.needs_steps(settings):
         raise SettingsError(f"train.steps is {settings.train.steps}, but {name} is not meta-trained: set it to 0")
-    if settings.data.reader == "stream" and name != "meta-gmvae":
-        raise SettingsError(f'data.reader ("stream") reads images sequentially, and {name} draws tasks: set it to mmap')
+    if settings.data.reader == "stream" and not method.reads_sequentially:
+        raise SettingsError(
+            f'data.reader ("stream") reads images sequentially, and {name} reads them by index: set it to mmap'
+        )
     labels = dataset.labels(settings.data.train_split) if method.needs_labels(settings) else None
     if labels is not None and len(np.unique(labels[labels >= 0])) < 2:
         raise SettingsError(f'method.tasks is "labels", but the images of {dataset.uri} have no classes')

@@ -58,7 +58,7 @@ def _training_rows(inputs: TrainingInputs) -> Rows | StreamedImages:
 def _training_labels(inputs: TrainingInputs, kind: ModelKind) -> np.ndarray | None:
     """The classes of the training images, for a method that needs them."""
     settings = inputs.settings
-    if kind == "encoder" or not find_method(settings.method.name).needs_labels(settings):
+    if kind == "encoder" or not find_method(settings.method).needs_labels(settings):
         return None
     return inputs.dataset.labels(settings.data.train_split)
 

@@ -16,7 +16,7 @@ from metagmvae.training.device.default import default_device
 from metagmvae.training.trainer.package import LoadedModel
 
 LOG = logging.getLogger(__name__)
-ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average", "normalise")
+ENCODER_KEYS = ("encoder", "image_size", "channels", "rectified", "average", "normalise", "options")
 """Keys of [model] that define the encoder."""
 
 

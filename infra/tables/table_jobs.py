@@ -164,12 +164,12 @@ def _cells(parts: Sequence[TablePart]) -> Iterator[TableCell]:
 
 def _data_kind(settings: Settings) -> str:
     """Whether the training reads images, or features because its encoder must have been trained before."""
-    needs_encoder = find_method(settings.method.name).needs_encoder(settings)
+    needs_encoder = find_method(settings.method).needs_encoder(settings)
     return "features" if needs_encoder and not settings.pretrain.steps else "images"
 
 
 def _cost(settings: Settings) -> int:
-    meta = settings.train.steps * find_method(settings.method.name).images_per_step(settings)
+    meta = settings.train.steps * find_method(settings.method).images_per_step(settings)
     return settings.pretrain.steps * settings.pretrain.batch + meta
 
 

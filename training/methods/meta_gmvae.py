@@ -10,6 +10,7 @@ D latent size; in q(z | x, D), D is the set. E episodes, K classes, T labelled i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class MetaGMVAE(MetaLearner):
         support_ET, query_EP = adapt_features(adapt, support_ET, label_T, query_EP, transductive=transductive)
         if mode == "inductive" and adapt.inductive == "features":
             support_ETNF, query_EPNF = support_ET[:, :, None], query_EP[:, :, None]
-            return classify_latents(
+            return self.classify_latents(
                 adapt, support_ETNF, label_T, query_EPNF, fit_on_queries=False, background=background
             )
         if mode == "inductive":
@@ -168,7 +169,24 @@ class MetaGMVAE(MetaLearner):
         """Classify the last P of the M = T + P points of each set; the others are the support: (E, P, K)."""
         z_EMND = sample_latents(*self.posterior(h_EMF), noise_EMND)
         support, queries = z_EMND.split([len(label_T), z_EMND.shape[1] - len(label_T)], dim=1)
-        return classify_latents(adapt, support, label_T, queries, fit_on_queries=fit_on_queries, background=background)
+        options: dict[str, Any] = {"fit_on_queries": fit_on_queries, "background": background}
+        return self.classify_latents(adapt, support, label_T, queries, **options)
+
+    def classify_latents(
+        self,
+        adapt: AdaptSettings,
+        z_ETND: Tensor,
+        label_T: Tensor,
+        z_EPND: Tensor,
+        *,
+        fit_on_queries: bool,
+        background: float | None,
+    ) -> Tensor:
+        """Fit the classes to latents and classify the queries, as `class_posterior.classify_latents`: (E, P, K).
+
+        A method with another mixture overrides this; it classifies all modes, `adapt.inductive = "features"` too.
+        """
+        return classify_latents(adapt, z_ETND, label_T, z_EPND, fit_on_queries=fit_on_queries, background=background)
 
     def episodes_per_batch(self, adapt: AdaptSettings, points: int, device: torch.device) -> int:
         """Return how many episodes of this many points (support and queries) fit one batch; at least 1."""

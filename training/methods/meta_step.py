@@ -11,6 +11,7 @@ size, F feature size, n images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ from metagmvae.training.methods.frozen_features import init_from_features
 from metagmvae.training.methods.meta_gmvae import MetaGMVAE, sample_latents
 from metagmvae.training.methods.method import Method, MethodData
 from metagmvae.training.objectives.distinct_points import MixtureError, first_distinct, random_order, too_few_points
-from metagmvae.training.objectives.elbo import Likelihood, lower_bound, objective, standard_normal
-from metagmvae.training.objectives.mixture import Mixture, fit_mixture
+from metagmvae.training.objectives.elbo import Likelihood, Prior, lower_bound, objective, standard_normal
+from metagmvae.training.objectives.mixture import fit_mixture
 
 StepMetrics = dict[str, Tensor]
 """Scalars without gradient, for the metric lines."""
@@ -92,11 +93,11 @@ class MetaStep(nn.Module):
         with self._autocast(data.device):
             mean_BMD, log_variance_BMD = model.posterior(h_BMF)
         z_BMND = sample_latents(mean_BMD, log_variance_BMD, noise_BMND)
-        mixture, too_few = self._prior(z_BMND.detach().flatten(1, 2), order_BP)
+        prior, too_few = self.fit_prior(z_BMND.detach().flatten(1, 2), order_BP)
         with self._autocast(data.device):
             decoded = model.decode(z_BMND[:, :, : settings.decode_samples].flatten(0, 2))
         likelihood: Likelihood = model.variance if self.on_features else "bernoulli"
-        terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, mixture, likelihood)
+        terms = lower_bound(x, decoded, z_BMND, noise_BMND, log_variance_BMD, prior, likelihood)
         metrics = {name: value.detach().mean() for name, value in terms._asdict().items()}
         loss = -objective(terms, settings.objective_scale, settings.beta)
         # A loss that is not finite stops the training without an update; `explain_failure` then tells the reason.
@@ -104,10 +105,15 @@ class MetaStep(nn.Module):
         loss = loss.masked_fill(too_few, float("nan"))
         return loss, {**metrics, "elbo": terms.elbo.detach().mean()}
 
-    def _prior(self, z_BPD: Tensor, order_BP: Tensor) -> tuple[Mixture, Tensor]:
+    def fit_prior(self, z_BPD: Tensor, order_BP: Tensor) -> tuple[Prior, Tensor]:
         """The prior of each episode, a constant of the objective, and whether an episode has too few distinct points.
 
-        EM fits the mixture psi* to the samples (Eq. 7). Without episodic training it is N(0, I) (`train.prior`).
+        EM fits the mixture psi* to the samples (Eq. 7). Without episodic training it is N(0, I) (`train.prior`). A
+        method with another prior overrides this, and `MetaGMVAE.classify_latents`.
+
+        Args:
+            z_BPD: samples, without gradient.
+            order_BP: a random order of the points of each episode, in which the means are chosen.
         """
         settings = self.settings
         if settings.prior == "normal":
@@ -147,16 +153,31 @@ class MetaStep(nn.Module):
 
 
 class MetaGMVAEMethod(Method):
-    """Meta-GMVAE on images, or on the features of a frozen encoder."""
+    """Meta-GMVAE on images, or on the features of a frozen encoder.
+
+    Args:
+        make_model: model settings and image shape -> a new model; a subclass may classify by another mixture.
+        make_step: model, training settings and view -> the step module; a subclass may have another prior.
+    """
+
+    reads_sequentially = True
+
+    def __init__(
+        self,
+        make_model: Callable[[ModelSettings, tuple[int, int, int]], MetaGMVAE] = MetaGMVAE,
+        make_step: Callable[[Any, TrainSettings, View | None], MetaStep] = MetaStep,
+    ) -> None:
+        self.make_model = make_model
+        self.make_step = make_step
 
     def build(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> MetaGMVAE:
-        """A new model; the method has no settings of its own."""
-        return MetaGMVAE(model, image_shape)
+        """A new model."""
+        return self.make_model(model, image_shape)
 
     def step(self, model: MetaGMVAE, settings: Settings) -> nn.Module:
         """The step module."""
         view = build_view(settings.pretrain, model) if settings.train.denoise else None
-        return MetaStep(model, settings.train, view)
+        return self.make_step(model, settings.train, view)
 
     def stream(self, data: MethodData, settings: Settings, **position: Any) -> Stream:
         """Unlabelled sets."""

@@ -42,6 +42,9 @@ class MethodData:
 class Method(ABC):
     """How the model of a method is built and meta-trained."""
 
+    reads_sequentially = False
+    """Whether its stream can read `StreamedImages` (`data.reader = "stream"`)."""
+
     @abstractmethod
     def build(self, model: ModelSettings, method: MethodSettings, image_shape: tuple[int, int, int]) -> MetaLearner:
         """A new model; the caller seeds the global generator of torch. Packages use the names of its parameters."""

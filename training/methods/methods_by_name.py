@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.suggestions import suggestion
-from metagmvae.pipelines.extensions import extension_names, load_extension
+from metagmvae.pipelines.extensions import check_options, extension_names, load_extension
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.maml import MAML
 from metagmvae.training.methods.meta_step import MetaGMVAEMethod
@@ -20,20 +21,23 @@ METHODS: dict[str, Method] = {
 }
 
 
-def find_method(name: str) -> Method:
-    """Return the method of a name.
+def find_method(settings: MethodSettings) -> Method:
+    """Return the method of the settings.
 
     Raises:
-        DataError: there is no such method, or its package cannot be used.
+        DataError: there is no such method or option, or its package cannot be used.
     """
+    name, options = settings.name, settings.options
     if name in METHODS:
+        check_options("method.options", options, name, None)
         return METHODS[name]
     make = load_extension("metagmvae.methods", name)
     if make is None:
         known = [*METHODS, *extension_names("metagmvae.methods")]
         raise DataError(f"method.name ({name}): no such method{suggestion(name, known)}")
+    check_options("method.options", options, name, make)
     try:
-        method = make()
+        method = make(**options)
     except Exception as error:  # whatever the code of another package raises
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(

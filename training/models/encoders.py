@@ -6,14 +6,14 @@ Every encoder maps images (n, C, H, W) in [0, 1] to features (n, F), and has F a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metagmvae.configs.schema import Average, ModelSettings
-from metagmvae.pipelines.extensions import extension_names, load_extension
+from metagmvae.pipelines.extensions import Group, check_options, extension_names, load_extension
 from metagmvae.pipelines.optional_packages import MissingPackageError
 from metagmvae.pipelines.vectors import VECTORS, vector_digest
 from metagmvae.training.device.precision import at_least_float32
@@ -29,6 +29,7 @@ from metagmvae.training.models.multi_crop import INNER, MultiCropEncoder
 from metagmvae.training.models.normalisation import ImageNetNormalisation
 from metagmvae.training.models.resnet12 import ResNet12
 
+ENCODERS: Group = "metagmvae.encoders"
 OWN_ENCODERS = ("conv4", "conv5", "resnet12", VECTORS)
 
 
@@ -44,6 +45,7 @@ def build_encoder(
     final_relu: bool = True,
     averaging: Average = "none",
     normalise: Literal["none", "imagenet"] = "none",
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A freshly initialised encoder.
 
@@ -56,14 +58,17 @@ def build_encoder(
         final_relu: whether `conv4` and `conv5` end in a ReLU.
         averaging: multi-crop averaging in evaluation mode, see `MultiCropEncoder`.
         normalise: input normalisation of `conv4`, `conv5` and `resnet12`; the others have that of their weights.
+        options: of an encoder that another package adds.
 
     Raises:
-        EncoderError: there is no such network, or it does not accept images of this shape.
+        EncoderError: there is no such network or option, or it does not accept images of this shape.
         MissingPackageError: timm is not installed.
     """
     input_shape = (image_shape[0], image_size, image_size) if image_size else image_shape
     conv: dict[str, Any] = {"final_relu": final_relu, "normalise": normalise == "imagenet"}
     try:
+        added = None if name in OWN_ENCODERS or name.startswith(LIBRARIES) else load_extension(ENCODERS, name)
+        check_options("model.options", options or {}, name, added)
         if name == "conv4":
             net: nn.Module = ConvEncoder(input_shape, channels, **conv)
         elif name == "conv5":
@@ -77,8 +82,8 @@ def build_encoder(
         elif name.startswith(LIBRARIES):
             net = LibraryEncoder(name, input_shape)
             net.feature_dim = _feature_dim(net, input_shape)  # type: ignore[assignment]
-        elif (build := load_extension("metagmvae.encoders", name)) is not None:
-            net = AddedEncoder(build, input_shape)
+        elif added is not None:
+            net = AddedEncoder(added, input_shape, options or {})
         else:
             net = TorchvisionEncoder(name, input_shape)
     except MissingPackageError:
@@ -98,6 +103,7 @@ def configured_encoder(settings: ModelSettings, image_shape: tuple[int, int, int
         settings.rectified,
         settings.average,
         settings.normalise,
+        settings.options,
     )
 
 
@@ -126,7 +132,7 @@ class TorchvisionEncoder(nn.Module):
 
         known = known_torchvision()
         if name not in known:
-            names = [*OWN_ENCODERS, *extension_names("metagmvae.encoders"), *known]
+            names = [*OWN_ENCODERS, *extension_names(ENCODERS), *known]
             raise ValueError(f"no such encoder{near_names(name, names)}")
         self.net = get_model(name, weights=None)
         self.feature_dim = remove_head(self.net)
@@ -139,15 +145,17 @@ class TorchvisionEncoder(nn.Module):
 
 
 class AddedEncoder(nn.Module):
-    """An encoder that another package adds: a function of the image shape (C, H, W) that returns a network.
+    """An encoder that another package adds: a function of the image shape (C, H, W) and options that returns a network.
 
     The network maps images (n, C, H, W) in [0, 1] to features (n, F).
     """
 
-    def __init__(self, build: Callable[[tuple[int, int, int]], nn.Module], image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, build: Callable[..., nn.Module], image_shape: tuple[int, int, int], options: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         try:
-            net = build(image_shape)
+            net = build(image_shape, **options)
         except Exception as error:  # whatever the code of another package raises
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"its package cannot build it ({type(error).__name__}: {reason})") from error

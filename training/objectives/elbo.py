@@ -9,13 +9,13 @@ decoded points per episode, D latent size, F feature size; in q(z | x, D), D is 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from metagmvae.training.device.precision import at_least_float32
-from metagmvae.training.objectives.mixture import Mixture, mixture_log_prob
+from metagmvae.training.objectives.mixture import Mixture
 
 CALIBRATION_FLOOR = 1e-6
 """Smallest calibrated variance: a perfect reconstruction would otherwise have infinite likelihood."""
@@ -23,6 +23,13 @@ CALIBRATION_FLOOR = 1e-6
 Likelihood = Literal["bernoulli", "calibrated", "unit", "half"]
 """p(x | z): Bernoulli pixels, or Gaussian features with variance calibrated (paper), 1, or 1/2 (published code)."""
 FIXED_VARIANCES = {"unit": 1.0, "half": 0.5}
+
+
+class Prior(Protocol):
+    """The prior of the latents of E episodes."""
+
+    def log_prob(self, z_EPD: Tensor) -> Tensor:
+        """log p(z) of P points of each episode, in nats: (E, P, D) -> (E, P)."""
 
 
 class ElboTerms(NamedTuple):
@@ -83,7 +90,7 @@ def lower_bound(
     z_BMND: Tensor,
     noise_BMND: Tensor,
     log_variance_BMD: Tensor,
-    mixture: Mixture,
+    prior: Prior,
     likelihood: Likelihood = "bernoulli",
 ) -> ElboTerms:
     """The lower bound of Eq. 3 for every data point of every episode.
@@ -99,7 +106,7 @@ def lower_bound(
         z_BMND: Monte Carlo samples.
         noise_BMND: the standard normal noise that gave them.
         log_variance_BMD: log variance of q(z | x, D).
-        mixture: psi*, without gradient.
+        prior: psi*, without gradient.
         likelihood: of x given z.
     """
     B, M, _, _ = z_BMND.shape
@@ -114,9 +121,9 @@ def lower_bound(
         else:
             log_likelihood = fixed_variance_log_prob(target_BPF, mean_BPF, FIXED_VARIANCES[likelihood])
     reconstruction = log_likelihood.view(B, M, R).mean(dim=2)
-    prior = mixture_log_prob(mixture, z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
+    log_prior = prior.log_prob(z_BMND.flatten(1, 2)).view(z_BMND.shape[:3]).mean(dim=2)
     log_q = gaussian_log_prob(noise_BMND, log_variance_BMD.unsqueeze(2)).mean(dim=2)
-    return ElboTerms(reconstruction, prior, -log_q)
+    return ElboTerms(reconstruction, log_prior, -log_q)
 
 
 def objective(terms: ElboTerms, scale: str, beta: float = 1.0) -> Tensor:

@@ -32,6 +32,14 @@ class Mixture(NamedTuple):
     mean_EKD: Tensor
     log_weight_EK: Tensor
 
+    def log_prob(self, z_EPD: Tensor) -> Tensor:
+        """log p_psi(z) = log sum_k pi_k N(z; mu_k, I), in nats: (E, P, D) -> (E, P)."""
+        centre_E1D = self.mean_EKD.mean(dim=1, keepdim=True)
+        z_EPD = z_EPD - centre_E1D
+        logits_EPK = _joint_logits(z_EPD, self.mean_EKD - centre_E1D, self.log_weight_EK)
+        base_EP = -0.5 * (z_EPD.square().sum(dim=2) + z_EPD.shape[2] * math.log(2 * math.pi))
+        return base_EP + torch.logsumexp(logits_EPK, dim=2)
+
 
 class ClassMixture(NamedTuple):
     """psi of Eq. 10: means and diagonal covariances of K classes, and their weights."""
@@ -76,15 +84,6 @@ def _sum_over_points(resp_EPK: Tensor, z_EPD: Tensor) -> Tensor:
     blocks = math.gcd(z_EPD.shape[1], 64) if z_EPD.is_cuda else 1
     resp_EbpK, z_EbpD = resp_EPK.unflatten(1, (blocks, -1)), z_EPD.unflatten(1, (blocks, -1))
     return (resp_EbpK.transpose(2, 3) @ z_EbpD).sum(dim=1)
-
-
-def mixture_log_prob(mixture: Mixture, z_EPD: Tensor) -> Tensor:
-    """log p_psi(z) = log sum_k pi_k N(z; mu_k, I), in nats: (E, P, D) -> (E, P)."""
-    centre_E1D = mixture.mean_EKD.mean(dim=1, keepdim=True)
-    z_EPD = z_EPD - centre_E1D
-    logits_EPK = _joint_logits(z_EPD, mixture.mean_EKD - centre_E1D, mixture.log_weight_EK)
-    base_EP = -0.5 * (z_EPD.square().sum(dim=2) + z_EPD.shape[2] * math.log(2 * math.pi))
-    return base_EP + torch.logsumexp(logits_EPK, dim=2)
 
 
 def _joint_logits(z_EPD: Tensor, mean_EKD: Tensor, log_weight_EK: Tensor) -> Tensor:

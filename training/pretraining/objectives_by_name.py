@@ -1,11 +1,16 @@
-"""The objectives of pre-training by the value of `pretrain.objective`."""
+"""The objectives of pre-training by the value of `pretrain.objective`, those that other packages add included."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from metagmvae.configs.schema import Settings
+from metagmvae.configs.schema import PretrainSettings, Settings
+from metagmvae.configs.suggestions import suggestion
+from metagmvae.pipelines.extensions import check_options, extension_names, load_extension
+from metagmvae.pipelines.records import DataError
 from metagmvae.training.models.encoders import EncoderModel
 from metagmvae.training.pretraining.acai import AcaiStep
 from metagmvae.training.pretraining.bigan import BiganStep
@@ -24,6 +29,23 @@ OBJECTIVES: dict[str, type[PretrainStep]] = {
 }
 
 
+def find_objective(settings: PretrainSettings) -> type[PretrainStep]:
+    """Return the step class of the objective of the settings.
+
+    Raises:
+        DataError: there is no such objective or option, or its package cannot be used.
+    """
+    name, options = settings.objective, settings.options
+    step: Any = OBJECTIVES.get(name) or load_extension("metagmvae.objectives", name)
+    if step is None:
+        known = [*OBJECTIVES, *extension_names("metagmvae.objectives")]
+        raise DataError(f"pretrain.objective ({name}): no such objective{suggestion(name, known)}")
+    if not (isinstance(step, type) and issubclass(step, PretrainStep)):
+        raise DataError(f"pretrain.objective ({name}): its package adds {step!r} instead of a subclass of PretrainStep")
+    check_options("pretrain.options", options, name, None if name in OBJECTIVES else step)
+    return step
+
+
 def build_auxiliary(model: EncoderModel, settings: Settings, images: int) -> nn.Module:
     """The auxiliary module of the objective, a function of model, settings and seed.
 
@@ -35,7 +57,7 @@ def build_auxiliary(model: EncoderModel, settings: Settings, images: int) -> nn.
     Raises:
         DataError: there are too few images for these settings.
     """
-    objective = OBJECTIVES[settings.pretrain.objective]
+    objective = find_objective(settings.pretrain)
     if settings.pretrain.steps:
         objective.check_images(settings, images)
     with torch.random.fork_rng(devices=[]):
@@ -45,4 +67,5 @@ def build_auxiliary(model: EncoderModel, settings: Settings, images: int) -> nn.
 
 def build_pretrain_step(model: EncoderModel, auxiliary: nn.Module, settings: Settings) -> PretrainStep:
     """The step module of the objective."""
-    return OBJECTIVES[settings.pretrain.objective](model, auxiliary, settings.train, settings.pretrain)
+    step = find_objective(settings.pretrain)
+    return step(model, auxiliary, settings.train, settings.pretrain, **settings.pretrain.options)

@@ -5,8 +5,9 @@ It is stored in checkpoints under `projector`, its buffers included, so that a r
 module** gives the loss of a batch. One optimiser minimises it: an adversarial loss is a sum in which the gradient of
 each term reaches only the networks that it trains.
 
-A new objective: one file with a subclass of `PretrainStep`, a line in `objectives_by_name.py`, a value of
-`pretrain.objective`.
+A new objective: one file with a subclass of `PretrainStep`, and a line in `objectives_by_name.py`, or, in another
+package, in the entry points `metagmvae.objectives`. Keyword-only parameters of its `__init__` are its options
+(`pretrain.options`).
 
 Notation: n images of this rank, F feature size.
 """

@@ -42,7 +42,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         method = method or MethodSettings()
-        return find_method(method.name).build(settings, method, image_shape)
+        return find_method(method).build(settings, method, image_shape)
 
 
 def build_encoder_model(settings: ModelSettings, image_shape: tuple[int, int, int], seed: int) -> EncoderModel:

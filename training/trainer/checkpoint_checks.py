@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from metagmvae.configs.method_settings import MethodName
+from metagmvae.configs.limits import ExtensionName
 from metagmvae.pipelines.files import open_file
 
 MAX_OBJECTS = 2**20
@@ -45,7 +45,7 @@ class CheckpointSchema(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    kind: MethodName
+    kind: ExtensionName
     settings: Annotated[str, Field(max_length=2**20)]
     image_shape: ImageShape
     data_fingerprint: str

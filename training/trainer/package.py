@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from metagmvae.configs.limits import ExtensionName
 from metagmvae.configs.load import mistake_text
-from metagmvae.configs.method_settings import MethodName
 from metagmvae.configs.schema import AdaptSettings, Settings
 from metagmvae.pipelines.files import check_document, first_line, read_json, sha256_file, write_json
 from metagmvae.pipelines.output_target import cannot_write
@@ -47,7 +47,7 @@ class _Card(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    kind: MethodName
+    kind: ExtensionName
     settings: dict[str, Any]
     image_shape: ImageShape
     weights_sha256: str

@@ -104,7 +104,7 @@ class _Trainer:
             assert not isinstance(self.data, StreamedImages)  # which data.reader = "stream" gives
             self.data = DeviceRows(self.data, device)
         self.stages = STAGES[self.kind]
-        self.method = find_method(settings.method.name)
+        self.method = find_method(settings.method)
         model: EncoderModel
         if self.kind == "learner":
             model = build_model(settings.model, self.image_shape, settings.train.seed, settings.method)
