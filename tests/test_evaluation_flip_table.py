@@ -11,7 +11,7 @@ from scipy import stats
 from metagmvae.configs.load import load_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.paper_tables.flip_rows import BASE, FLIPS
-from metagmvae.evaluation.paper_tables.match_results import FREE_SETTINGS, compared_settings, read_result_folder
+from metagmvae.evaluation.paper_tables.match_results import FREE_SETTINGS, matched_settings, read_result_folder
 from metagmvae.evaluation.paper_tables.page_table import page_table
 from metagmvae.evaluation.paper_tables.paper_table import TableDocument, table_document
 from metagmvae.evaluation.paper_tables.table_layout import markdown_document
@@ -24,7 +24,7 @@ RELU = ("model.attention_activation=relu",)
 
 
 def settings_of(*changes: str, preset: str = BASE.preset) -> dict:
-    return compared_settings(json.loads(load_settings(preset, changes).model_dump_json()))
+    return matched_settings(json.loads(load_settings(preset, changes).model_dump_json()))
 
 
 def changed(*changes: str) -> dict:

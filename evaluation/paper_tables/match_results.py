@@ -54,7 +54,7 @@ class FoundResult:
     path: Path
     result: RecordedResult
     flat: dict[str, Any] = field(repr=False)
-    """Its compared settings, as `compared_settings`."""
+    """Its settings, as `matched_settings` returns them."""
     costs: dict[str, Any] = field(repr=False)
     """Its values of `COST_SETTINGS`."""
 
@@ -105,7 +105,7 @@ def read_result_folder(folder: Path) -> ResultFolder:
             pretrain = (result.encoder.get("trained") or {}).get("pretrain")
             if not (tree.get("pretrain") or {}).get("steps") and isinstance(pretrain, dict):
                 tree = tree | {"pretrain": pretrain}
-            found.append(FoundResult(path, result, compared_settings(tree), cost_settings(tree)))
+            found.append(FoundResult(path, result, matched_settings(tree), cost_settings(tree)))
     return ResultFolder(tuple(found), tuple(others))
 
 
@@ -122,7 +122,7 @@ def _defaults() -> dict[str, Any]:
     return dict(flatten(Settings().model_dump(mode="json")))
 
 
-def compared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+def matched_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten settings, fill in the keys that an older file does not have, and leave out those that may differ.
 
     Without pre-training its settings are left out.
@@ -163,14 +163,14 @@ def recipe_settings(recipe: Recipe) -> Settings | None:
 
 
 def differing_keys(recipe: Recipe, flat: Mapping[str, Any]) -> list[str] | None:
-    """Return the compared settings in which a model differs from a recipe; None if there is no such preset.
+    """Return the matched settings in which a model differs from a recipe; None if there is no such preset.
 
     A recipe without pre-training is of features, whose encoder may be trained in any way.
     """
     settings = recipe_settings(recipe)
     if settings is None:
         return None
-    wanted = compared_settings(settings.model_dump(mode="json"))
+    wanted = matched_settings(settings.model_dump(mode="json"))
     keys = wanted.keys() | flat.keys()
     if not wanted["pretrained"]:
         keys = {key for key in keys if not key.startswith("pretrain")}

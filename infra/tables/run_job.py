@@ -15,7 +15,7 @@ from metagmvae.configs.load import load_settings, settings_from_json, to_json
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.encoders.result_record import result_origin, result_record
-from metagmvae.evaluation.paper_tables.match_results import QUERY, SPLIT, compared_settings
+from metagmvae.evaluation.paper_tables.match_results import QUERY, SPLIT, matched_settings
 from metagmvae.evaluation.provenance import COMMAND
 from metagmvae.infra.fitting.fit_schedule import MOST_CHECKPOINT_S, SAFETY
 from metagmvae.infra.runs.run_folder import SETTINGS, read_settings
@@ -97,8 +97,8 @@ def _train(job: TableJob) -> None:
 
 
 def _changed(ours: Settings, theirs: Settings) -> list[str]:
-    """Names of the compared settings that differ."""
-    a, b = (compared_settings(settings.model_dump(mode="json")) for settings in (ours, theirs))
+    """Names of the matched settings that differ."""
+    a, b = (matched_settings(settings.model_dump(mode="json")) for settings in (ours, theirs))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 

@@ -14,8 +14,8 @@ from metagmvae.evaluation.comparison.result_files import EvalMode
 from metagmvae.evaluation.paper_tables.match_results import (
     FoundResult,
     ResultFolder,
-    compared_settings,
     cost_settings,
+    matched_settings,
     results_of,
 )
 from metagmvae.evaluation.paper_tables.table_structure import Column, Recipe, TablePart, TableRow
@@ -217,7 +217,7 @@ def _is_enough(item: FoundResult, request: TableRequest, seed: int, paired: bool
 
 def _training_key(settings: Settings, data_fingerprint: str) -> str:
     """Equal for rows that are evaluations of the same training."""
-    flat = compared_settings(settings.model_dump(mode="json"))
+    flat = matched_settings(settings.model_dump(mode="json"))
     trained = {key: value for key, value in flat.items() if not key.startswith("adapt.")}
     return sha256_json([trained, settings.pretrain.steps, settings.train.steps, settings.train.seed, data_fingerprint])
 
