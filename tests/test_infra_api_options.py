@@ -26,10 +26,14 @@ from metagmvae.configs.schema import ModelSettings, PretrainSettings, Settings
 from metagmvae.configs.search_space import load_space, with_values
 from metagmvae.evaluation.fewshot.baselines import BASELINES, all_baselines
 from metagmvae.infra.api.extension_testing import check_baseline, check_objective
+from metagmvae.infra.registry import resolve
+from metagmvae.infra.tracking.store import Store
 from metagmvae.pipelines.records import DataError
 from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encoders import EncoderError, configured_encoder
 from metagmvae.training.pretraining.objectives_by_name import find_objective
+from metagmvae.training.trainer.builders import build_model
+from metagmvae.training.trainer.package import LoadedModel, load_package, save_package
 
 Install = Callable[..., None]
 
@@ -235,3 +239,33 @@ mine = Baseline(own, "inductive")
         check_baseline("own")
     with pytest.raises(DataError, match="no such baseline; known: nearest class mean, "):
         check_baseline("other")
+
+
+def test_a_model_says_that_its_package_is_missing(
+    package: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package()
+    own: dict[str, dict[str, Any]] = {
+        "method.name (own): no such method; known: ": {"method": {"name": "own"}},
+        "model.encoder (own): no such encoder; encoders": {"model": {"encoder": "own", "options": {"margin": 0.7}}},
+    }
+    folders = {}
+    for number, (message, sections) in enumerate(own.items()):
+        settings = Settings.model_validate(sections)
+        model = build_model(settings.model, (1, 28, 28), 0, settings.method)
+        folders[message] = save_package(tmp_path / str(number), LoadedModel(model, settings, (1, 28, 28), {}))
+        assert load_package(folders[message]).settings == settings
+    monkeypatch.delitem(sys.modules, "own_ideas")
+    sys.path.remove(str(tmp_path / "site"))
+    monkeypatch.setattr(resolve, "_fetch_version", lambda store, ref, folder: folders[message])
+    for message, folder in folders.items():
+        for load, name in (
+            (lambda folder=folder: load_package(folder), str(folder)),
+            (lambda: resolve.load_from_store(Store(None, "sqlite:///x", None), "models:/own/1"), "models:/own/1"),
+        ):
+            with pytest.raises(DataError) as caught:
+                load()
+            text = str(caught.value)
+            assert text.startswith(f"{name}: {message}"), text
+            assert text.endswith("; if another package adds this part of the model, install it")
+            assert len(text.splitlines()) == 1

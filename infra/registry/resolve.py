@@ -70,7 +70,10 @@ def load_from_store(store: Store, ref: str, shot: int | None = None) -> LoadedMo
         with tracking_errors(store.uri):
             fetch = _fetch_version if ref.startswith("models:") else _fetch_from_run
             path = fetch(store, ref, folder)
-        return load_model(path, shot=None if path.is_dir() else shot)
+        try:
+            return load_model(path, shot=None if path.is_dir() else shot)
+        except DataError as error:  # names the copy
+            raise DataError(str(error).replace(str(path), ref)) from error
 
 
 def find_version(store: Store, ref: str) -> Any:

@@ -68,7 +68,6 @@ def build_encoder(
     conv: dict[str, Any] = {"final_relu": final_relu, "normalise": normalise == "imagenet"}
     try:
         added = None if name in OWN_ENCODERS or name.startswith(LIBRARIES) else load_extension(ENCODERS, name)
-        check_options("model.options", options or {}, name, added)
         if name == "conv4":
             net: nn.Module = ConvEncoder(input_shape, channels, **conv)
         elif name == "conv5":
@@ -83,9 +82,12 @@ def build_encoder(
             net = LibraryEncoder(name, input_shape)
             net.feature_dim = _feature_dim(net, input_shape)  # type: ignore[assignment]
         elif added is not None:
+            check_options("model.options", options or {}, name, added)
             net = AddedEncoder(added, input_shape, options or {})
         else:
             net = TorchvisionEncoder(name, input_shape)
+        if added is None:
+            check_options("model.options", options or {}, name, None)
     except MissingPackageError:
         raise
     except ValueError as error:

@@ -24,7 +24,7 @@ from metagmvae.pipelines.output_target import cannot_write
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.vectors import describe_shape
-from metagmvae.training.models.encoders import EncoderModel
+from metagmvae.training.models.encoders import EncoderError, EncoderModel
 from metagmvae.training.models.meta_learner import MetaLearner
 from metagmvae.training.models.posterior_calibration import (
     UNCALIBRATED,
@@ -247,6 +247,8 @@ def _assemble(
         check_sizes(build, parsed.model, (channels, height, width), weights)
         model = build(parsed.model, (channels, height, width), seed=0)
         model.load_state_dict(weights)
+    except (DataError, EncoderError) as error:  # of a part by its name
+        raise DataError(f"{path}: {error}; if another package adds this part of the model, install it") from error
     except (ValidationError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: settings and weights do not match ({reason}); use another checkpoint") from error
