@@ -26,6 +26,11 @@ TINY = {
 """Settings of a training that takes about a second."""
 
 
+def pairs(settings: Mapping[str, object]) -> list[str]:
+    """Settings as `key=value`, as `load_settings` takes them."""
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
 def set_words(settings: Mapping[str, object]) -> list[str]:
     """Settings as `--set key=value`, word by word."""
-    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [word for pair in pairs(settings) for word in ("--set", pair)]

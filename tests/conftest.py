@@ -31,24 +31,27 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a dataset of glyphs: 30, 6 and 6 classes with 20 images each."""
-    from metagmvae.pipelines.shards.writer import write_dataset
-    from metagmvae.pipelines.sources.source import open_source
+    from glyphs_dataset import new_dataset
 
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 6, 6), drawings=20), folder)
-    return folder
+    return new_dataset(tmp_path_factory.mktemp("glyphs") / "data", (30, 6, 6))
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An opened dataset of glyphs: 8, 6 and 3 classes with 20 images each."""
-    from metagmvae.pipelines.shards.dataset import Dataset
-    from metagmvae.pipelines.shards.writer import write_dataset
-    from metagmvae.pipelines.sources.source import open_source
+    from glyphs_dataset import new_dataset
 
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(8, 6, 3), drawings=20), folder)
-    return Dataset.open(folder)
+    from metagmvae.pipelines.shards.dataset import Dataset
+
+    return Dataset.open(new_dataset(tmp_path_factory.mktemp("glyphs") / "data", (8, 6, 3)))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    """Settings of a new MLflow store."""
+    from mlflow_template import new_store
+
+    return new_store(tmp_path / "store")
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def record_of(trials: Sequence[Trial]) -> SweepRecord:
 
 def write_sweep(folder: Path, trials: Sequence[Trial], space: object = None, **more: object) -> Path:
     """Write `sweep.json` and `trials.jsonl` of a sweep over a space, SPACE by default."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"name": folder.name, "task": "5w1s", "space": SPACE if space is None else space, "base": {}} | more
     (folder / "sweep.json").write_text(json.dumps(content))
     (folder / "trials.jsonl").write_text(to_json_lines(trials), encoding="utf-8")

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from command_words import pairs
+
 from metagmvae.configs.load import load_settings
 from metagmvae.configs.search_space import load_space
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS
@@ -16,8 +18,8 @@ SPACE = "train.components = {range=[2, 9]}\ntrain.set_size = {choice=[4, 8]}\ntr
 def new_plan(folder: Path, dataset: Dataset, space: str = SPACE) -> SweepPlan:
     """The plan of a random search."""
     (folder / "mine.toml").write_text(space)
-    pairs = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
-    base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
+    small = {"train.steps": 20, "validation.every": 10, "data.uri": dataset.uri, "train.samples": 4}
+    base = load_settings("omniglot-5way", pairs(small))
     return SweepPlan("mine", base, load_space(folder / "mine.toml"), "random", "none", 0, "5w1s")
 
 

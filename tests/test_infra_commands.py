@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from called_commands import answer_of, refusal_of
+from glyphs_dataset import new_dataset
 from PIL import Image
 
 from metagmvae.evaluation.bench import loader_speed
 from metagmvae.infra.cli import build_parser, main
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 
 COMMANDS = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
 """Parsers by command name."""
@@ -23,9 +22,7 @@ COMMANDS = next(action.choices for action in build_parser()._actions if isinstan
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A dataset large enough for 20-way episodes and for the loader benchmark."""
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(30, 24, 6), drawings=40), folder, block=64, shard_rows=512)
-    return folder
+    return new_dataset(tmp_path_factory.mktemp("glyphs") / "data", (30, 24, 6), drawings=40, block=64, shard_rows=512)
 
 
 def test_verify_lists_damage_and_exits_with_1(data, tmp_path):

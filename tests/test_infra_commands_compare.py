@@ -8,8 +8,9 @@ from pathlib import Path
 import mlflow_template
 import pytest
 from called_commands import answer_of, refusal_of
+from known_sweep import write_sweep
 
-from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial, to_json_lines
+from metagmvae.evaluation.sweeps.trials import CurvePoint, Trial
 from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
@@ -26,9 +27,6 @@ def evaluate(model: object, data: Path, *options: str) -> None:
 
 def sweep(folder: Path, **changes: object) -> Path:
     """A sweep folder with three trials, one of which failed."""
-    folder.mkdir(parents=True)
-    about = {"name": "first", "task": "5w1s", "space": {}, "base": SETTINGS, "data_fingerprint": "d" * 64} | changes
-    (folder / "sweep.json").write_text(json.dumps(about))
 
     def curve(*accuracies: float) -> tuple[CurvePoint, ...]:
         return tuple(
@@ -40,8 +38,8 @@ def sweep(folder: Path, **changes: object) -> Path:
         Trial(number=1, settings={"train.em_iterations": 10}, status="finished", curve=curve(0.4, 0.7)),
         Trial(number=2, settings={"train.em_iterations": 20}, status="failed", reason="out of memory"),
     ]
-    (folder / "trials.jsonl").write_text(to_json_lines(trials))
-    return folder
+    about = {"name": "first", "base": SETTINGS, "data_fingerprint": "d" * 64}
+    return write_sweep(folder, trials, {}, **about | changes)
 
 
 def test_models_are_evaluated_on_the_same_episodes_and_stored_results_are_reused(data, tmp_path):

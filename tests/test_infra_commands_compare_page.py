@@ -13,10 +13,9 @@ from pathlib import Path
 
 import mlflow_template
 import pytest
+from glyphs_dataset import new_dataset
 
 from metagmvae.infra.cli import main
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 
 # Making the page and starting a browser can take minutes on a busy machine.
 pytestmark = pytest.mark.timeout(900)
@@ -52,7 +51,7 @@ def chromium() -> str:
 def page(tmp_path_factory) -> Path:
     """A comparison of three trainings, one with a malicious name, and a row of the paper."""
     root = tmp_path_factory.mktemp("page")
-    write_dataset(open_source("glyphs", classes=(6, 6, 6), drawings=20), root / "data")
+    new_dataset(root / "data", (6, 6, 6))
     runs = [mlflow_template.new_run(root / f"net-seed{seed}", seed=seed) for seed in range(2)]
     runs.append(mlflow_template.new_run(root / HOSTILE, seed=2))
     for run in runs:

@@ -41,30 +41,29 @@ def test_the_answer_accounts_for_every_file(images, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_rows_per_shard(images, tmp_path, capsys):
-    assert main(prepare("--source", images, "--out", tmp_path / "data", "--rows-per-shard", 3)) == 0
-    assert json.loads(capsys.readouterr().out)["shards"] == {"train": 4}
+def test_rows_per_shard(images, tmp_path):
+    answer = answer_of(*prepare("--source", images, "--out", tmp_path / "data", "--rows-per-shard", 3))
+    assert answer["shards"] == {"train": 4}
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert [shard["rows"] for shard in manifest["splits"]["train"]["shards"]] == [3, 3, 3, 1]
     assert main(["verify", str(tmp_path / "data")]) == 0
     for name, option in (("default", ()), ("explicit", ("--rows-per-shard", 8192))):
         assert main(prepare("--source", images, "--out", tmp_path / name, *option)) == 0
     assert (tmp_path / "default" / "dataset.json").read_bytes() == (tmp_path / "explicit" / "dataset.json").read_bytes()
-    capsys.readouterr()
     for number in (0, -1):
-        assert main(prepare("--source", images, "--out", tmp_path / "no", "--rows-per-shard", number)) == 2
-        assert f"--rows-per-shard is {number}" in capsys.readouterr().err
+        words = prepare("--source", images, "--out", tmp_path / "no", "--rows-per-shard", number)
+        assert f"--rows-per-shard is {number}" in refusal_of(*words)
     assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("inside", ["", "data", "a/../b/data"])
-def test_the_dataset_is_not_written_into_its_source(images, inside, tmp_path, capsys):
+def test_the_dataset_is_not_written_into_its_source(images, inside, tmp_path):
     """There its files would be read as a part of the source next time."""
     before = sorted(images.rglob("*"))
     (tmp_path / "link").symlink_to(images)
     for source, out in ((images, images / inside), (tmp_path / "link", images / inside), (images, tmp_path / "link")):
-        assert main(prepare("--source", source, "--out", out)) == 2
-        assert f"--out {out}: lies in the source {source}; choose a folder outside of it" in capsys.readouterr().err
+        error = refusal_of(*prepare("--source", source, "--out", out))
+        assert f"--out {out}: lies in the source {source}; choose a folder outside of it" in error
     assert sorted(images.rglob("*")) == before
 
 

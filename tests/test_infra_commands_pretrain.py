@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 from called_commands import answer_of
-from command_words import set_words
+from command_words import TINY, set_words
 
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs.run_folder import METRICS
 
-SMALL = {
-    "model.channels": 8,
-    "model.width": 16,
-    "pretrain.steps": 4,
-    "pretrain.batch": 16,
-    "train.checkpoint_every": 2,
-    "train.log_every": 1,
-    "train.precision": "float32",
-    "validation.every": 4,
-    "validation.episodes": 4,
-    "tracking.enabled": "false",
-    "run.figures": "false",
-}
+SMALL = TINY | {"train.log_every": 1, "run.figures": "false"}
 OBJECTIVES: dict[str, tuple[dict[str, object], set[str]]] = {
     "acai": ({}, {"squared_error", "adversarial_loss", "critic_loss"}),
     "bigan": ({"pretrain.projector": "[8]"}, {"discriminator_loss", "generator_loss"}),

@@ -6,6 +6,7 @@ import shutil
 import mlflow_template
 import pytest
 from called_commands import answer_of, refusal_of
+from glyphs_dataset import new_dataset
 
 from metagmvae.configs.schema import TrackingSettings
 from metagmvae.infra.cli import main
@@ -13,16 +14,13 @@ from metagmvae.infra.registry.listing import data_state
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 
 pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
 def data(tmp_path):
-    write_dataset(open_source("glyphs", classes=(6, 6, 6), drawings=20), tmp_path / "data")
-    return tmp_path / "data"
+    return new_dataset(tmp_path / "data", (6, 6, 6))
 
 
 @pytest.fixture

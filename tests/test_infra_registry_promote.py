@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from called_commands import answer_of, refusal_of
+from glyphs_dataset import new_dataset
 from mlflow_template import untrained_run
 
 from metagmvae.configs.schema import TrackingSettings
@@ -21,8 +22,6 @@ from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.tracking.mlflow_environment import import_mlflow
 from metagmvae.infra.tracking.store import Store, connect
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state, save_state
 
 pytestmark = pytest.mark.mlflow
@@ -261,8 +260,7 @@ def test_missing_and_other_datasets_are_refused(store, run_promote, tmp_path):
         "--data is missing; name the dataset to evaluate on"
         in run_promote("models:/glyphs/2", code=2, uri=None)["error"]
     )
-    other = tmp_path / "other"
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), other)
+    other = new_dataset(tmp_path / "other", (12, 6, 6), drawings=21)
     error = run_promote("models:/glyphs/2", code=2, uri=other)["error"]
     assert "models:/glyphs/2 was trained on another dataset" in error
     assert "give its own dataset with --data, or use --other-data" in error

@@ -1,38 +1,34 @@
 """A finished run that is resumed keeps its version, wherever its dataset lies now."""
 
-import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow_template
 import pytest
+from called_commands import answer_of
+from command_words import TINY, set_words
+from glyphs_dataset import new_dataset
 
-from metagmvae.infra.cli import main
 from metagmvae.infra.registry.register import register
 from metagmvae.infra.tracking.store import connect
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 
 pytestmark = pytest.mark.mlflow
-SMALL = {"model.channels": 8, "model.width": 32, "train.steps": 2, "train.set_size": 20, "train.samples": 4}
+SMALL = TINY | {"pretrain.steps": 0, "train.steps": 2, "validation.every": 0, "run.figures": "false"}
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
+def train(tmp_path, monkeypatch):
     """Trains or resumes a small run and returns the answer of the command, or its error."""
     monkeypatch.chdir(tmp_path)
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), tmp_path / "data")
+    new_dataset(tmp_path / "data", (12, 6, 6))
     mlflow_template.new_store(tmp_path / "runs" / "mlflow")
 
     def train(data, *words, code: int = 0, **changes):
-        settings = SMALL | {"data.uri": data, "run.out": "runs/a", "tracking.register_as": "glyphs"}
-        settings |= {"validation.every": 0, "run.figures": "false"} | changes
-        capsys.readouterr()
-        options = [f"--set={key}={value}" for key, value in settings.items()]
-        assert main(["train", "omniglot-5way", *options, *words, "--json"]) == code
-        out, err = capsys.readouterr()
-        return err if code else json.loads(out)
+        settings = SMALL | {"tracking.enabled": "true", "tracking.register_as": "glyphs"}
+        settings |= {"data.uri": data, "run.out": "runs/a"} | changes
+        answer = answer_of("train", "omniglot-5way", *set_words(settings), *words, code=code)
+        return answer["error"] if code else answer
 
     return train
 
@@ -52,7 +48,7 @@ def test_resuming_a_finished_run_registers_no_second_version(train, tmp_path):
 def test_other_data_at_the_same_path_are_refused(train, tmp_path):
     train("data")
     shutil.rmtree(tmp_path / "data")
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=21), tmp_path / "data")
+    new_dataset(tmp_path / "data", (12, 6, 6), drawings=21)
     assert "was trained on other data than" in train("data", "--resume", code=2)
 
 
@@ -63,8 +59,7 @@ def test_names_are_refused_before_the_training(train, tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "a").exists()
 
 
-def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
-    store = mlflow_template.new_store(tmp_path / "store")
+def test_registering_twice_on_purpose_makes_two_versions(store, tmp_path):
     run = mlflow_template.new_run(tmp_path / "run", best_by_shot=(1, 5))
     assert [register(run, store, "a", shot=1, once=once).version for once in (True, True, False)] == ["1", "1", "2"]
     assert register(run, store, "a", shot=5, once=True).version == "3"  # another best model of the run
@@ -75,8 +70,7 @@ def test_registering_twice_on_purpose_makes_two_versions(tmp_path):
         register(run, store, "a", alias="v1")
 
 
-def test_two_processes_that_register_a_run_at_once_make_one_version(tmp_path):
-    store = mlflow_template.new_store(tmp_path / "store")
+def test_two_processes_that_register_a_run_at_once_make_one_version(store, tmp_path):
     run, start = mlflow_template.new_run(tmp_path / "run"), threading.Barrier(2)
 
     def register_once(_):
@@ -89,8 +83,7 @@ def test_two_processes_that_register_a_run_at_once_make_one_version(tmp_path):
     assert len(connect(store).client.search_model_versions("name = 'few-shot'")) == 1
 
 
-def test_repeated_request_creates_one_version(tmp_path, monkeypatch):
-    store = mlflow_template.new_store(tmp_path / "store")
+def test_repeated_request_creates_one_version(store, tmp_path, monkeypatch):
     mlflow_template.repeat_requests(monkeypatch, "create_model_version")
     registered = register(mlflow_template.new_run(tmp_path / "run"), store, "few-shot")
     versions = connect(store).client.search_model_versions("name = 'few-shot'")

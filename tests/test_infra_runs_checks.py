@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from called_commands import called
 from command_words import set_words
 from PIL import Image
 
-from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.writer import write_dataset
 from metagmvae.pipelines.sources.source import open_source
 
@@ -27,24 +27,19 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def error(data: Path, out: Path, capsys: pytest.CaptureFixture[str], preset: str, **changes: object) -> str:
+def error(data: Path, out: Path, preset: str, changes: dict[str, object]) -> str:
     """The only line of a refused request."""
-    settings = {"data.uri": data, "run.out": out, "tracking.enabled": "false"}
-    settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    assert main(["train", preset, *set_words(settings)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
+    settings = {"data.uri": data, "run.out": out, "tracking.enabled": "false"} | changes
+    code, answer, said = called("train", preset, *set_words(settings))
+    assert (code, answer) == (2, "")
     assert not out.exists()
-    lines = [line for line in captured.err.splitlines() if "goes on without validation" not in line]
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = [line for line in said.splitlines() if "goes on without validation" not in line]
+    return line
 
 
 @pytest.mark.parametrize("preset", ["omniglot-maml-oracle", "omniglot-protonets-oracle"])
-def test_labels_that_the_dataset_does_not_have(
-    preset: str, unlabelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = error(unlabelled, tmp_path / "run", capsys, preset)
+def test_labels_that_the_dataset_does_not_have(preset: str, unlabelled: Path, tmp_path: Path) -> None:
+    line = error(unlabelled, tmp_path / "run", preset, {})
     assert 'method.tasks is "labels"' in line
     assert "have no classes" in line
 
@@ -52,40 +47,35 @@ def test_labels_that_the_dataset_does_not_have(
 @pytest.mark.parametrize(
     ("preset", "changes", "words"),
     [
-        ("omniglot-maml-oracle", {"method__way": 31}, ("method.way is 31", "only 30 classes", "lower")),
-        ("omniglot-maml-oracle", {"method__way": 4}, ("validation.way is 5", "up to 4 classes", "method.way")),
-        ("omniglot-umtra", {"train__compile": "true"}, ("train.compile is true", "of maml cannot", "set it to false")),
-        ("omniglot-umtra", {"method__way": 601}, ("method.way is 601", "600 images")),
-        ("omniglot-umtra", {"method__shot": 2}, ("method: shot (2) must be 1",)),
-        ("omniglot-maml-oracle", {"method__network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
-        ("omniglot-scratch", {"method__network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
-        ("omniglot-cactus-acai-maml", {"pretrain__steps": 0}, ('method.tasks = "clusters"', "pretrain.steps above 0")),
-        ("omniglot-cactus-acai-maml", {"method__clusters": 601}, ("method.clusters is 601", "600 training images")),
-        ("omniglot-maml-oracle", {"train__steps": 0}, ("train.steps is 0",)),
-        ("omniglot-scratch", {"train__steps": 5}, ("train.steps is 5", "scratch is not meta-trained", "0")),
-        ("omniglot-maml-oracle", {"method__name": "mamml"}, ("method.name (mamml): no such method", "maml")),
-        ("omniglot-maml-oracle", {"data__reader": "stream"}, ("data.reader", "set it to mmap")),
-        ("omniglot-cpu", {"validation__shots": "[]"}, ("validation.shots is empty", "set validation.every to 0")),
-        ("omniglot-cpu", {"validation__way": 99}, ("way 99 exceeds the", "validation.way, validation.shots and valid")),
-        ("omniglot-cpu", {"validation__query": 99}, ("query 99 need", "or set validation.every to 0")),
+        ("omniglot-maml-oracle", {"method.way": 31}, ("method.way is 31", "only 30 classes", "lower")),
+        ("omniglot-maml-oracle", {"method.way": 4}, ("validation.way is 5", "up to 4 classes", "method.way")),
+        ("omniglot-umtra", {"train.compile": "true"}, ("train.compile is true", "of maml cannot", "set it to false")),
+        ("omniglot-umtra", {"method.way": 601}, ("method.way is 601", "600 images")),
+        ("omniglot-umtra", {"method.shot": 2}, ("method: shot (2) must be 1",)),
+        ("omniglot-maml-oracle", {"method.network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
+        ("omniglot-scratch", {"method.network": "mlp"}, ('method.network = "mlp"', "pretrain.steps above 0")),
+        ("omniglot-cactus-acai-maml", {"pretrain.steps": 0}, ('method.tasks = "clusters"', "pretrain.steps above 0")),
+        ("omniglot-cactus-acai-maml", {"method.clusters": 601}, ("method.clusters is 601", "600 training images")),
+        ("omniglot-maml-oracle", {"train.steps": 0}, ("train.steps is 0",)),
+        ("omniglot-scratch", {"train.steps": 5}, ("train.steps is 5", "scratch is not meta-trained", "0")),
+        ("omniglot-maml-oracle", {"method.name": "mamml"}, ("method.name (mamml): no such method", "maml")),
+        ("omniglot-maml-oracle", {"data.reader": "stream"}, ("data.reader", "set it to mmap")),
+        ("omniglot-cpu", {"validation.shots": "[]"}, ("validation.shots is empty", "set validation.every to 0")),
+        ("omniglot-cpu", {"validation.way": 99}, ("way 99 exceeds the", "validation.way, validation.shots and valid")),
+        ("omniglot-cpu", {"validation.query": 99}, ("query 99 need", "or set validation.every to 0")),
     ],
 )
 def test_settings_that_do_not_fit(
-    preset: str,
-    changes: dict[str, object],
-    words: tuple[str, ...],
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    preset: str, changes: dict[str, object], words: tuple[str, ...], data: Path, tmp_path: Path
 ) -> None:
-    line = error(data, tmp_path / "run", capsys, preset, **changes)
+    line = error(data, tmp_path / "run", preset, changes)
     assert all(word in line for word in words), line
 
 
 def test_fewer_shards_than_workers_are_refused_before_ray_starts(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # its import would fail
-    changes = {"data__reader": "stream", "run__engine": "ray", "run__workers": 2, "train__batch": 2}
-    line = error(data, tmp_path / "run", capsys, "omniglot-5way", **changes)
+    changes = {"data.reader": "stream", "run.engine": "ray", "run.workers": 2, "train.batch": 2}
+    line = error(data, tmp_path / "run", "omniglot-5way", changes)
     assert "split 'train' has 1 shards for 2 workers; lower run.workers, use data.reader = mmap, or write more" in line

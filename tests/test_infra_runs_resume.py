@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from called_commands import refusal_of
-from command_words import TINY
+from command_words import TINY, set_words
 
 from metagmvae.infra.cli import main
 from metagmvae.infra.runs.run_folder import CHECKPOINT, METRICS, RECORD, SETTINGS, STATUS
@@ -30,7 +30,7 @@ main(sys.argv[2:])
 
 def words(data, out, *more, **changes):
     settings = RUN | {"data.uri": data, "run.out": out} | changes
-    return ["train", "omniglot-5way", *(f"--set={key}={value}" for key, value in settings.items()), *more]
+    return ["train", "omniglot-5way", *set_words(settings), *more]
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,6 @@ from metagmvae.infra.tracking.store import connect
 pytestmark = pytest.mark.mlflow
 
 
-@pytest.fixture
-def store(tmp_path):
-    return mlflow_template.new_store(tmp_path / "store")
-
-
 def new_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "settings.json").write_text(Settings().model_dump_json())

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
-def store(tmp_path):
-    return mlflow_template.new_store(tmp_path / "store")
-
-
-@pytest.fixture
 def run(tmp_path):
     return ended_run(tmp_path / "runs" / "five way")
 

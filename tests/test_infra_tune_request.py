@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_words import TINY
+from command_words import TINY, pairs
 from small_sweep import open_sweep
 
 from metagmvae.configs.load import SettingsError, load_settings
@@ -54,7 +54,7 @@ def test_trials_that_keep_a_checkpoint_are_calibrated_as_a_run_of_train(
     """The last trial is stopped early, and of the one before only the metric lines are left; others are refused."""
     monkeypatch.setattr(trial.tune, "report", lambda result: None)
     small = {**TINY, "train.steps": 4, "validation.every": 2, "data.uri": dataset.uri, "run.threads": 1}
-    base = load_settings("omniglot-5way", [f"{key}={value}" for key, value in small.items()])
+    base = load_settings("omniglot-5way", pairs(small))
     sweep = open_sweep(replace(plan, base=base), dataset, tmp_path / "sweep", keep_all=True)
     numbers = []
     while len(numbers) < 3 and (number := sweep.next_trial()) is not None:

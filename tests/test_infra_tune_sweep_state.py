@@ -190,8 +190,7 @@ def test_a_space_without_possible_combinations_is_an_error(dataset, tmp_path):
 
 
 def test_the_last_step_must_be_validated(plan):
-    pairs = [("train.steps", 10), ("validation.every", 4)]
-    settings = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs])
+    settings = load_settings("omniglot-5way", ["train.steps=10", "validation.every=4"])
     with pytest.raises(SettingsError, match=r"train\.steps \(10\) is not a multiple .* set validation\.every to 2,"):
         check_validation_interval(settings)
     check_validation_interval(plan.base)

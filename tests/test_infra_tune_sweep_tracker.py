@@ -24,11 +24,6 @@ pytestmark = pytest.mark.mlflow
 
 
 @pytest.fixture
-def store(tmp_path):
-    return mlflow_template.new_store(tmp_path / "store")
-
-
-@pytest.fixture
 def sweep(plan, dataset, tmp_path):
     return open_sweep(plan, dataset, tmp_path / "sweep")
 

@@ -10,6 +10,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from command_words import TINY, pairs
+from glyphs_dataset import new_dataset
 from small_runs import without_times
 
 from metagmvae.configs.load import load_settings, to_json
@@ -22,24 +24,13 @@ from metagmvae.infra.tune.sweep_folder import REASON
 from metagmvae.infra.tune.trial import OUTSIDE, one_line, run_trial, shared_dataset
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
-from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state
 
-SMALL = {
-    "model.channels": 8,
-    "model.width": 32,
-    "model.latent": 8,
+SMALL = TINY | {
+    "pretrain.steps": 0,
     "train.steps": 6,
     "train.set_size": 20,
-    "train.samples": 4,
-    "train.checkpoint_every": 2,
-    "train.log_every": 2,
-    "train.precision": "float32",
     "validation.every": 3,
-    "validation.episodes": 5,
-    "adapt.samples": 4,
-    "tracking.enabled": "false",
     "run.figures": "false",
     "run.threads": 1,
 }
@@ -47,9 +38,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glyphs") / "data"
-    write_dataset(open_source("glyphs", classes=(200, 6, 3), drawings=20), folder)
-    return folder
+    return new_dataset(tmp_path_factory.mktemp("glyphs") / "data", (200, 6, 3))
 
 
 @pytest.fixture
@@ -62,8 +51,7 @@ def reports(monkeypatch):
 
 def new_trial(data, folder, **more):
     folder.mkdir(parents=True)
-    pairs = SMALL | {"data.uri": data, "run.out": folder} | more
-    settings = load_settings("omniglot-5way", [f"{key}={value}" for key, value in pairs.items()])
+    settings = load_settings("omniglot-5way", pairs(SMALL | {"data.uri": data, "run.out": folder} | more))
     (folder / SETTINGS).write_text(to_json(settings))
     about_data = {"data": str(data), "fingerprint": Dataset.open(data).fingerprint}
     return {"number": 0, "folder": str(folder), "task": "5w1s", **about_data}, settings

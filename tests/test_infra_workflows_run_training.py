@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from called_commands import answer_of, refusal_of
-from command_words import TINY
+from command_words import TINY, pairs, set_words
+from glyphs_dataset import new_dataset
 
 from metagmvae.configs.load import load_settings, presets, settings_from_json, to_json
 from metagmvae.evaluation.fewshot import encoder_package
@@ -33,7 +34,6 @@ from metagmvae.infra.workflows.run_training import run_training
 from metagmvae.pipelines.records import DataError, WorkError
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.shards.writer import write_dataset
-from metagmvae.pipelines.sources.source import open_source
 from metagmvae.training.trainer.checkpoint import load_state
 from metagmvae.training.trainer.package import load_model
 
@@ -49,8 +49,7 @@ with lock_run_folder(Path(sys.argv[1])):
 
 
 def settings(data, out, preset="omniglot-5way", **changes):
-    pairs = SETTINGS | {"data.uri": data, "run.out": out} | changes
-    return load_settings(preset, [f"{key}={value}" for key, value in pairs.items()])
+    return load_settings(preset, pairs(SETTINGS | {"data.uri": data, "run.out": out} | changes))
 
 
 def test_run_folder_has_one_training_at_a_time(data, tmp_path):
@@ -205,8 +204,8 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(data, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_dry_run_says_what_would_be_done_and_writes_nothing(data, tmp_path, capsys, command):
-    words = [f"--set={k}={v}" for k, v in (SETTINGS | {"data.uri": data, "pretrain.steps": 2}).items()]
-    words += [f"--set=run.out={tmp_path / 'run'}", "--dry-run"]
+    changes = {"data.uri": data, "pretrain.steps": 2, "run.out": tmp_path / "run"}
+    words = [*set_words(SETTINGS | changes), "--dry-run"]
     answer = answer_of(command, "omniglot-5way", *words)
     assert answer["steps"] == ({"pretrain": 2, "meta": 2} if command == "train" else {"pretrain": 2})
     assert answer["run"] == str(tmp_path / "run")
@@ -237,10 +236,10 @@ def test_a_dataset_without_validation_split_is_trained_on_with_a_warning(preset,
 
 
 def test_training_without_validation_split_runs_to_its_end(tmp_path, caplog):
-    write_dataset(open_source("glyphs", classes=(8, 0, 3), drawings=20), tmp_path / "data")
-    run = run_training(settings(tmp_path / "data", tmp_path / "run", **{"validation.every": 1, "run.figures": "true"}))
+    data = new_dataset(tmp_path / "data", (8, 0, 3))
+    run = run_training(settings(data, tmp_path / "run", **{"validation.every": 1, "run.figures": "true"}))
     assert load_state(run / CHECKPOINT)["step"] == 2
-    run_training(settings(tmp_path / "data", tmp_path / "run", **{"validation.every": 1}), resume=True)
+    run_training(settings(data, tmp_path / "run", **{"validation.every": 1}), resume=True)
 
 
 @pytest.fixture

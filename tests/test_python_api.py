@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import mlflow_template
 import numpy as np
 import pytest
+from glyphs_dataset import new_dataset
 from PIL import Image
 
 import metagmvae
@@ -26,11 +27,9 @@ FUNCTIONS_AND_CLASSES = [name for name in metagmvae.__all__ if name != "__versio
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples read: a data set in `data/glyphs` and an untrained run in `runs/glyphs`."""
-    from metagmvae.pipelines.shards.writer import write_dataset
-    from metagmvae.pipelines.sources.source import open_source
 
     folder = tmp_path_factory.mktemp("workspace")
-    write_dataset(open_source("glyphs", classes=(12, 6, 6), drawings=20), folder / "data" / "glyphs")
+    new_dataset(folder / "data" / "glyphs", (12, 6, 6))
     mlflow_template.new_run(folder / "runs" / "glyphs")
     return folder
 
