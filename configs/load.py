@@ -38,6 +38,7 @@ LATER_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("method", "options", {}),
     ("model", "options", {}),
     ("pretrain", "options", {}),
+    ("validation", "mix_groups", False),
 )
 """Settings (section, key, default) newer than the first recorded results. With its default, a key is no part of the
 fingerprint, so recorded results stay valid. Append new settings here."""

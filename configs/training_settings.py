@@ -173,6 +173,9 @@ class ValidationSettings(Section):
     """Query images Q per class."""
     seed: Seed = 1
     """Seed of the validation episodes."""
+    mix_groups: bool = False
+    """Draw labelled images and queries regardless of the groups of a dataset, such as patients, also for the
+    calibration, instead of from different groups."""
     probes: bool = True
     """Further probes of encoder-only runs: nearest neighbours and a linear classifier."""
     calibration_episodes: Annotated[int, Field(ge=0, le=10**6)] = 100

@@ -193,7 +193,7 @@ def test_what_cannot_be_drawn_is_one_line():
     with pytest.raises(DataError, match=r"1,000 draws gave no episode .* share the 3 groups of the split; lower one"):
         sampler.episode(0)
     assert EpisodeSampler(three, way=2, shot=1, query=1, seed=0).episode(0).support.shape == (2, 1)
-    with pytest.raises(DataError, match="groups cannot be mixed, because the dataset has none"):
+    with pytest.raises(DataError, match="mix_groups: the dataset has no groups; omit this option"):
         EpisodeSampler(three.classes, way=2, shot=1, query=1, seed=0, mix_groups=True)
 
 

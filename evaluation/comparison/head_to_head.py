@@ -10,9 +10,10 @@ from typing import Any
 from metagmvae.evaluation.comparison.promotion_rule import MIN_EPISODES
 from metagmvae.evaluation.encoders.evaluate_encoders import evaluate_model
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.evaluation.fewshot.evaluate_tasks import check_task
 from metagmvae.evaluation.fewshot.paired import PairedDifference, paired_difference
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.episodes import left_out_line
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.trainer.package import LoadedModel
@@ -55,9 +56,9 @@ def open_plan(uri: str, split: str, tasks: Sequence[dict[str, Any]], **options: 
     """
     dataset = Dataset.open(uri)
     dataset.split(split)
-    labels = dataset.labels(split)
+    labels = dataset.episode_labels(split)
     for task in tasks:
-        EpisodeSampler(labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
+        check_task(labels, task)
         if task["episodes"] < MIN_EPISODES:
             raise DataError(f"--episodes {task['episodes']}: a confidence interval needs at least {MIN_EPISODES}")
     return EvalPlan(dataset, split, tuple(tasks), **options)
@@ -82,6 +83,7 @@ def evaluate_head_to_head(
     if plan.head is not None and not encoders:
         raise DataError(f"--head {plan.head}: is for an encoder alone, and none of the models is one; omit it")
     results = [_evaluate(plan, name, loaded) for name, loaded in models]
+    warnings += [left_out_line("evaluation", r.shot, r.query, r.left_out) for r in results[0] if r.left_out]
     if champion is None:
         return HeadToHead(results[0], [], [], warnings)
     ours, theirs = results[0][0].mode, results[1][0].mode

@@ -140,11 +140,13 @@ def _rows(comparison: Comparison, tasks: Sequence[Task]) -> list[dict[str, Any]]
 
 
 def _protocol(protocol: EvalProtocol) -> str:
-    """Format mode, queries, episodes and seed; values that are not recorded are left out."""
+    """Format mode, queries, episodes, groups and seed; values that are not recorded are left out."""
     parts = [protocol.mode or "mode not recorded"]
     for value, unit in ((protocol.query, "queries per class"), (protocol.episodes, "episodes")):
         if value is not None:
             parts.append(f"{value:,} {unit}")
+    if protocol.groups is not None:
+        parts.append(f"groups {protocol.groups}")
     return ", ".join([*parts, *([f"seed {protocol.seed}"] if protocol.seed is not None else [])])
 
 

@@ -21,6 +21,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.provenance import known_dataset
 from metagmvae.pipelines.files import check_document, read_json
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.sampling.episodes import GroupProtocol
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -60,6 +61,7 @@ class RecordedAccuracy(BaseModel):
     mode: EvalMode
     unbalanced: bool = False
     dirichlet: float | None = None
+    groups: GroupProtocol | None = None
     ece: Fraction | None = None
     """Expected calibration error; None: not recorded, or no probabilities."""
     ece_uncalibrated: Fraction | None = None
@@ -128,7 +130,7 @@ class RecordedResult(RecordedAccuracy):
     @property
     def protocol(self) -> EvalProtocol:
         """How and on which data the task was evaluated."""
-        episodes = (self.query, self.episodes, self.seed, self.unbalanced, self.dirichlet)
+        episodes = (self.query, self.episodes, self.seed, self.unbalanced, self.dirichlet, self.groups)
         return EvalProtocol(self.mode, self.split, self.data_fingerprint, *episodes)
 
     def compared_settings(self) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _read_episodes(path: Path, recorded: RecordedResult) -> EpisodeResults:
     if not (same and numbered and abs(accuracies.mean() - recorded.accuracy) < 1e-9):
         raise DataError(f"{path}: its episodes are not those of {path.with_suffix('.json')}; evaluate the model again")
     way, shot, query, seed = recorded.way, recorded.shot, recorded.query, recorded.seed
-    return EpisodeResults(way, shot, query, seed, recorded.mode, accuracies, 0.0)
+    return EpisodeResults(way, shot, query, seed, recorded.mode, accuracies, 0.0, groups=recorded.groups)
 
 
 def rows_of(name: str, kind: RowKind, source: str, tasks: Iterable[RecordedTask]) -> list[Row]:

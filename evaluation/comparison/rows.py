@@ -17,6 +17,7 @@ import numpy as np
 from metagmvae.evaluation.comparison.formatting import Task, short
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.paired import across_seeds
+from metagmvae.pipelines.sampling.episodes import GroupProtocol
 
 RowKind = Literal["run", "results", "model", "encoder", "version", "trial", "published", "trainings"]
 COMPARED = ("method.", "model.", "adapt.", "pretrain.", "train.", "trained_on")
@@ -45,6 +46,8 @@ class EvalProtocol:
     """Whether only half of the classes had `query` queries, and the others one each."""
     dirichlet: float | None = None
     """Alpha of the Dirichlet distribution of the proportions of the classes; None: not drawn from one."""
+    groups: GroupProtocol | None = None
+    """Whether labelled images and queries were of different groups; None: there are no groups, or not recorded."""
 
     def differences(self, other: EvalProtocol) -> list[str]:
         """Return `NAME MINE, not THEIRS` for each field that differs."""

@@ -93,6 +93,8 @@ def _plain_row(row: Row, mark: str) -> dict[str, Any]:
     ]
     protocol = {name: getattr(row.protocol, name) for name in ("mode", "split", "data", "query", "episodes", "seed")}
     cost = {"seconds": row.seconds, "steps": row.steps, "trainings": len(row.members) or 1}
+    if row.protocol.groups is not None:
+        protocol["groups"] = row.protocol.groups
     return source | {"results": results} | protocol | cost
 
 

@@ -10,6 +10,7 @@ from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.comparison.formatting import Task, parse_task
 from metagmvae.evaluation.comparison.rows import EvalProtocol, Row, RowKind, Score, compared_settings
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
+from metagmvae.pipelines.sampling.episodes import GroupProtocol
 from metagmvae.training.trainer.package import LoadedModel
 
 PREFIX = "validation/"
@@ -66,4 +67,5 @@ def validation_protocol(settings: Settings, mode: str, data: str | None) -> Eval
     """Return the protocol of validation during training."""
     validation = settings.validation
     split = settings.data.validation_split
-    return EvalProtocol(mode, split, data, validation.query, validation.episodes, validation.seed)
+    groups: GroupProtocol | None = "mixed" if validation.mix_groups else None
+    return EvalProtocol(mode, split, data, validation.query, validation.episodes, validation.seed, groups=groups)

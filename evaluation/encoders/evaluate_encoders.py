@@ -77,7 +77,7 @@ def evaluate_heads(
     Other arguments and errors are those of `evaluate_model`, whose results it returns for each head.
     """
     name = name or loaded.settings.name
-    labels = dataset.labels(split)
+    labels = dataset.episode_labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
         check_task(labels, task)
@@ -123,7 +123,7 @@ def _features(model: EncoderModel, dataset: Dataset, split: str, name: str) -> S
     h_nF = encode_split(model.to(device), dataset, split, device)
     if not torch.isfinite(h_nF).all():
         raise DataError(f"{name}: its encoder gives features that are not finite; use other weights")
-    return SplitFeatures(split, dataset.labels(split), {"scaled": h_nF})
+    return SplitFeatures(split, dataset.episode_labels(split), {"scaled": h_nF})
 
 
 def head_records(loaded: LoadedModel, results: Sequence[EpisodeResults]) -> dict[str, Any]:

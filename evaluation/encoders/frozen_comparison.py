@@ -65,7 +65,11 @@ def results_minus_frozen(
     Other arguments and errors are those of `compare_with_frozen`.
     """
     keys = ("way", "shot", "query", "seed")
-    tasks = [{key: getattr(our, key) for key in keys} | {"episodes": len(our.accuracies)} for our in ours]
+    tasks = [
+        {key: getattr(our, key) for key in keys}
+        | {"episodes": len(our.accuracies), "mix_groups": our.groups == "mixed"}
+        for our in ours
+    ]
     rows = []
     for head, results in evaluate_heads(frozen, dataset, tasks, heads, split=split, progress=progress).items():
         for our, their in zip(ours, results, strict=True):

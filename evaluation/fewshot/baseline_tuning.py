@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from metagmvae.evaluation.fewshot.baselines import BASELINES, all_baselines
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, Tuning
 from metagmvae.evaluation.fewshot.paired import paired_with_baselines
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import DataError, ProgressCallback
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.query_sets import QuerySampler
 
 UNSCALED = "features unscaled"
 UNSCALED_BASELINES = ("nearest class mean", "logistic regression")
@@ -33,8 +33,8 @@ class SplitFeatures:
     """Features of one split."""
 
     split: str
-    labels: np.ndarray
-    """Class ids, (n,)."""
+    labels: EpisodeLabels
+    """Class ids, (n,), and groups if the dataset has them."""
     by_kind: Mapping[str, Tensor]
     """`scaled`: as the model gets them; `unscaled`: raw features, only if the model scales them. (n, F) each."""
 
@@ -61,7 +61,7 @@ class TunedBaseline:
 def evaluate_baselines(
     evaluated: SplitFeatures,
     validation: SplitFeatures | None,
-    task: Mapping[str, int],
+    task: Mapping[str, Any],
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, EpisodeResults]:
     """Evaluate all baselines on the episodes of a task, with settings chosen on validation classes.
@@ -72,7 +72,7 @@ def evaluate_baselines(
     Args:
         evaluated: features of the evaluated split.
         validation: features of the validation classes; None: the settings are the defaults.
-        task: way, shot, query, episodes and seed.
+        task: way, shot, query, episodes and seed, and `mix_groups` if wanted.
         on_progress: called with the number of finished evaluations and of all.
 
     Returns:
@@ -142,7 +142,8 @@ def choose_settings(
 
 
 def _trial_task(task: Mapping[str, int]) -> dict[str, int]:
-    """Return the task of the validation episodes: balanced queries, other episodes than the evaluated ones."""
+    """Return the task of the validation episodes: balanced queries, other episodes than the evaluated ones; and the
+    same rule for groups."""
     trial = {key: value for key, value in task.items() if key not in ("unbalanced", "dirichlet")}
     return trial | {"episodes": min(TUNING_EPISODES, task["episodes"]), "seed": task["seed"] + SEED_OFFSET}
 
@@ -158,12 +159,12 @@ def _runs(kinds: tuple[str, ...]) -> list[TunedBaseline]:
     return runs
 
 
-def _cannot_tune(validation: SplitFeatures | None, task: Mapping[str, int]) -> str:
+def _cannot_tune(validation: SplitFeatures | None, task: Mapping[str, Any]) -> str:
     """Return why the settings must be the defaults; empty if the validation classes suffice for the task."""
     if validation is None:
         return "defaults: the dataset has no validation split"
     try:
-        EpisodeSampler(validation.labels, **{key: task[key] for key in ("way", "shot", "query", "seed")})
+        QuerySampler(validation.labels, **{key: value for key, value in task.items() if key != "episodes"}).batch(0, 1)
     except DataError as error:
         return f"defaults: the split {validation.split!r} is too small ({str(error).partition(';')[0]})"
     return ""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +22,7 @@ from metagmvae.evaluation.fewshot.query_assignments import (
     soft_k_means_cosines,
 )
 from metagmvae.pipelines.extensions import extension_names, load_extension
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import PredictionMode
@@ -73,7 +73,7 @@ class Baseline:
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Candidates of each setting, the default first; the evaluation chooses among them (`baseline_tuning`)."""
 
-    def __call__(self, x_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
+    def __call__(self, x_nF: Tensor, labels: EpisodeLabels, **task: Any) -> EpisodeResults:
         """Evaluate it as `evaluate_batches` does; keywords that it does not have are settings of the scores."""
         return evaluate_batches(self._classify, self.mode, x_nF, labels, **task)
 
@@ -116,7 +116,7 @@ def all_baselines() -> dict[str, Baseline]:
     return BASELINES | added
 
 
-def evaluate_encoder(h_nF: Tensor, labels: np.ndarray, **task: Any) -> EpisodeResults:
+def evaluate_encoder(h_nF: Tensor, labels: EpisodeLabels, **task: Any) -> EpisodeResults:
     """Evaluate an encoder-only model: nearest class mean on features that are centred on the mean of the split."""
     return nearest_class_mean(h_nF - h_nF.mean(dim=0), labels, **task)
 
@@ -126,7 +126,7 @@ def evaluate_batches(
     classify: Callable[..., Tensor],
     mode: PredictionMode,
     x_nF: Tensor,
-    labels: np.ndarray,
+    labels: EpisodeLabels,
     *,
     way: int,
     shot: int,
@@ -135,6 +135,7 @@ def evaluate_batches(
     seed: int = 0,
     unbalanced: bool = False,
     dirichlet: float | None = None,
+    mix_groups: bool = False,
     **settings: Any,
 ) -> EpisodeResults:
     """Evaluate a classifier of batches of episodes, in float32, over the episodes of `evaluate_features`.
@@ -149,15 +150,16 @@ def evaluate_batches(
     """
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
     task |= {"unbalanced": unbalanced, "dirichlet": dirichlet}
-    sampler = QuerySampler(labels, **task)
+    sampler = QuerySampler(labels, **task, mix_groups=mix_groups)
     accuracies = []
     start = time.perf_counter()
     for support_EKSF, query_EPF, truth_EP in feature_batches(x_nF, sampler, episodes):
         predicted_EP = classify(support_EKSF, query_EPF, **settings)
         accuracies.append((predicted_EP == truth_EP.to(predicted_EP.device)).double().mean(dim=1).cpu())
     seconds = time.perf_counter() - start
-    accuracies_E = torch.cat(accuracies).numpy()
-    return EpisodeResults(**task, mode=mode, accuracies=accuracies_E, seconds=seconds, capped=sampler.capped)
+    accuracies_E, drawn = torch.cat(accuracies).numpy(), sampler.episodes
+    about: dict[str, Any] = {"capped": sampler.capped, "groups": drawn.groups, "left_out": drawn.left_out}
+    return EpisodeResults(**task, mode=mode, accuracies=accuracies_E, seconds=seconds, **about)
 
 
 def feature_batches(x_nF: Tensor, sampler: QuerySampler, episodes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -18,7 +18,9 @@ from metagmvae.configs.schema import AdaptSettings
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import calibrated, log_posteriors
 from metagmvae.pipelines.files import atomic_file
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import ProgressCallback, Rows
+from metagmvae.pipelines.sampling.episodes import GroupProtocol
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
@@ -82,6 +84,10 @@ class EpisodeResults:
     """Of the probabilities, as in `predict.calibrated`."""
     uncalibrated: Reliability | None = None
     """Reliability without it; None if it changes nothing."""
+    groups: GroupProtocol | None = None
+    """Whether labelled images and queries were of different groups; None: the dataset has no groups."""
+    left_out: tuple[str, ...] = ()
+    """Names of the classes whose groups do not suffice for the task (`EpisodeSampler`)."""
 
     @property
     def mean(self) -> float:
@@ -108,6 +114,8 @@ class EpisodeResults:
             **({"head": self.head} if self.head else {}),
             **({"unbalanced": True} if self.unbalanced else {}),
             **({} if self.dirichlet is None else {"dirichlet": self.dirichlet, "capped_episodes": self.capped}),
+            **({} if self.groups is None else {"groups": self.groups}),
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
             **self._calibration_summary(),
         }
 
@@ -153,7 +161,7 @@ def write_episodes(path: str | Path, results: Sequence[EpisodeResults]) -> None:
 
 
 def evaluate_images(
-    model: MetaLearner, adapt: AdaptSettings, images: Rows, labels: np.ndarray, **task: Any
+    model: MetaLearner, adapt: AdaptSettings, images: Rows, labels: EpisodeLabels, **task: Any
 ) -> EpisodeResults:
     """Evaluate a model on the images of a split, uint8 (n, C, H, W); see `evaluate_features` for the task."""
     h_nF = encode_images(model, images, next(model.parameters()).device)
@@ -202,7 +210,7 @@ def evaluate_features(
     model: MetaLearner,
     adapt: AdaptSettings,
     h_nF: Tensor,
-    labels: np.ndarray,
+    labels: EpisodeLabels,
     *,
     way: int,
     shot: int,
@@ -212,6 +220,7 @@ def evaluate_features(
     mode: PredictionMode = "transductive",
     unbalanced: bool = False,
     dirichlet: float | None = None,
+    mix_groups: bool = False,
     calibration: CalibrationMap = UNCALIBRATED,
     on_progress: ProgressCallback | None = None,
 ) -> EpisodeResults:
@@ -223,7 +232,7 @@ def evaluate_features(
         model: on the device of the features.
         adapt: settings of EM.
         h_nF: features of all images of the split.
-        labels: their classes, (n,).
+        labels: their classes, (n,), and groups (`Dataset.episode_labels`).
         way: classes per episode.
         shot: labelled images per class.
         query: queries per class.
@@ -233,6 +242,7 @@ def evaluate_features(
         unbalanced: half of the classes of each episode have `query` queries and the others one (`query_positions`).
         dirichlet: alpha of the Dirichlet distribution that the proportions of the classes are drawn from
             (`QuerySampler`); None: balanced queries.
+        mix_groups: draw episodes regardless of the groups.
         calibration: as in `calibrated`; the accuracy does not depend on it.
         on_progress: called with the number of finished episodes and of all episodes.
 
@@ -242,7 +252,7 @@ def evaluate_features(
     start = time.perf_counter()
     task: dict[str, Any] = {"way": way, "shot": shot, "query": query, "seed": seed}
     task |= {"unbalanced": unbalanced, "dirichlet": dirichlet}
-    sampler = QuerySampler(labels, **task)
+    sampler = QuerySampler(labels, **task, mix_groups=mix_groups)
     accuracies, reliability, uncalibrated = [], Reliability(), Reliability()
     batches = posterior_batches(model, adapt, h_nF, sampler, episodes, mode=mode, on_progress=on_progress)
     for log_p_EPK, truth_EP in batches:
@@ -260,4 +270,6 @@ def evaluate_features(
         capped=sampler.capped,
         calibration=calibration,
         uncalibrated=None if calibration.is_identity else uncalibrated,
+        groups=sampler.episodes.groups,
+        left_out=sampler.episodes.left_out,
     )

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from metagmvae.evaluation.fewshot.baseline_tuning import SplitFeatures, evaluate_baselines
 from metagmvae.evaluation.fewshot.encoding import FEATURE_ROWS, encode_split, scale_features
 from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults, evaluate_features
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -57,7 +57,7 @@ def evaluate_tasks(
         loaded: the model of a method, for example from `metagmvae.load_model`; it is moved to the device.
         dataset: images, or features made by the encoder of the model.
         tasks: mappings with `way`, `shot` and, if wanted, `query` (queries per class, 15), `episodes` (1,000),
-            `seed` (0), `unbalanced` (False) and `dirichlet` (None), as in `evaluate_features`.
+            `seed` (0), `unbalanced` (False), `dirichlet` (None) and `mix_groups` (False), as in `evaluate_features`.
         split: whose classes the episodes are drawn from.
         mode: `transductive` or `inductive`, as in `MetaLearner.log_posteriors`.
         baselines: also evaluate the baselines on the same features and episodes, each in its own mode, with settings
@@ -71,7 +71,7 @@ def evaluate_tasks(
     """
     name = name or loaded.settings.name
     device = default_device()
-    model, labels = require_learner(loaded, name).to(device), dataset.labels(split)
+    model, labels = require_learner(loaded, name).to(device), dataset.episode_labels(split)
     full_tasks: list[dict[str, Any]] = [TASK_DEFAULTS | dict(task) for task in tasks]
     for task in full_tasks:  # before the images are encoded, which takes long
         check_task(labels, task)
@@ -96,15 +96,15 @@ def evaluate_tasks(
     return results
 
 
-def check_task(labels: np.ndarray, task: Mapping[str, Any]) -> None:
-    """Check the episodes of a task before the images are encoded, which takes long.
+def check_task(labels: EpisodeLabels, task: Mapping[str, Any]) -> None:
+    """Check the episodes of a task before the images are encoded, which takes long, and draw the first.
 
     Raises:
-        DataError: the number of episodes is out of range, or the classes do not suffice for the task.
+        DataError: the number of episodes is out of range, or the classes or groups do not suffice for the task.
     """
     if not 1 <= task["episodes"] <= MAX_EPISODES:
         raise DataError(f"episodes is {task['episodes']}; give a number from 1 to {MAX_EPISODES:,}")
-    QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"})
+    QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"}).batch(0, 1)
 
 
 def split_features(
@@ -122,7 +122,7 @@ def split_features(
     _check_finite(by_kind["scaled"], name)
     if not isinstance(scale, torch.nn.Identity):
         by_kind["unscaled"] = raw_nF
-    return SplitFeatures(split, dataset.labels(split), by_kind)
+    return SplitFeatures(split, dataset.episode_labels(split), by_kind)
 
 
 def model_inputs(

@@ -12,7 +12,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.evaluation.fewshot.metrics import mean_ci95
 
 Verdict = Literal["better", "worse", "undecided"]
-SAME_EPISODES = ("way", "shot", "query", "seed", "mode")
+SAME_EPISODES = ("way", "shot", "query", "seed", "mode", "groups")
 """Fields that two results must share, besides the number of episodes, to be paired."""
 
 
@@ -59,8 +59,8 @@ def paired_difference(
     `any_mode` accepts a transductive and an inductive result; the mode of the difference is that of the challenger.
 
     Raises:
-        PairingError: the episodes differ (way, shot, query, seed, mode or their number), or there is only one, which
-            gives no interval.
+        PairingError: the episodes differ (way, shot, query, seed, mode, groups or their number), or there is only one,
+            which gives no interval.
     """
     count = len(challenger.accuracies)
     differing = [

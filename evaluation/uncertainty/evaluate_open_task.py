@@ -35,7 +35,8 @@ def evaluate_open_task(
         loaded: a Meta-GMVAE with a background level (`metagmvae calibrate`), or an encoder alone. The settings and the
             level of the head of an encoder that has no level are chosen on the validation classes of the dataset.
         dataset, split, name, progress: as in `evaluate_tasks`.
-        task: `way`, `shot`, `query`, `episodes`, `seed`, `open_classes`, and, if wanted, `unbalanced` or `dirichlet`.
+        task: `way`, `shot`, `query`, `episodes`, `seed`, `open_classes`, and, if wanted, `unbalanced` or `dirichlet`,
+            and `mix_groups`.
         head: as in `with_head`.
         baselines: also evaluate the baselines, with settings and threshold chosen on validation classes.
 
@@ -49,7 +50,7 @@ def evaluate_open_task(
     """
     name = name or loaded.settings.name
     device, adapt = default_device(), loaded.settings.adapt
-    labels = dataset.labels(split)
+    labels = dataset.episode_labels(split)
     check_task(labels, task)
     loaded = _with_fitted_head(with_head(loaded, head, name), dataset, task, name, progress)
     model = require_learner(loaded, name).to(device)

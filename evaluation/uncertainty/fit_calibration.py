@@ -27,7 +27,10 @@ from metagmvae.evaluation.fewshot.predict import calibrated
 from metagmvae.evaluation.uncertainty.augmented_classes import augmented_features
 from metagmvae.evaluation.uncertainty.background import search_background
 from metagmvae.evaluation.uncertainty.temperature import fit_map, negative_log_likelihood
+from metagmvae.pipelines.grouped_labels import EpisodeLabels, GroupedLabels, class_ids
 from metagmvae.pipelines.records import DataError, ProgressBar, no_progress
+from metagmvae.pipelines.sampling.episodes import left_out_line
+from metagmvae.pipelines.sampling.group_draw import group_sizes, most_queries
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
@@ -66,7 +69,7 @@ class _Data:
     fitted_on: Any
     split: str
     h_nF: Tensor
-    labels: np.ndarray
+    labels: EpisodeLabels
 
 
 def fit_calibration(
@@ -104,7 +107,7 @@ def fit_calibration(
         head = fit_head(model, features, tasks, plan.seed)
         model = HeadModel(model, head)
     maps, backgrounds = [], []
-    may_be_open, classes = plan.background and model.has_background, len(np.unique(data.labels))
+    may_be_open, classes = plan.background and model.has_background, len(group_sizes(data.labels))
     for way in dict.fromkeys(way for way, _, _ in tasks if may_be_open and way >= classes):
         LOG.warning(
             "no level for `classify --unknown` was fitted with way %d: the split has %d classes, and some must have no "
@@ -139,8 +142,10 @@ def _data(
     if split is not None:
         dataset.split(split)
     if name in dataset.splits:
-        labels = dataset.labels(name)
-        if len(np.unique(labels)) >= 2:
+        labels = dataset.episode_labels(name)
+        if loaded.settings.validation.mix_groups:
+            labels = class_ids(labels)
+        if len(np.unique(class_ids(labels))) >= 2:
             return _Data("labelled classes", name, encode_split(loaded.model, dataset, name, device), labels)
     if split is not None:
         raise DataError(f"{dataset.uri}: the split {split!r} has fewer than two classes of two images; choose another")
@@ -150,24 +155,29 @@ def _data(
     return _Data("augmented images", train, *drawn)
 
 
-def _possible_tasks(labels: np.ndarray, plan: CalibrationPlan) -> list[tuple[int, int, int]]:
-    """Ways, shots and queries of the plan, lowered to the classes of the split and to the images of the smallest.
+def _possible_tasks(labels: EpisodeLabels, plan: CalibrationPlan) -> list[tuple[int, int, int]]:
+    """Ways, shots and queries of the plan, lowered to what all classes of the split allow.
 
-    A line is logged about each number that is lowered.
+    A line is logged about each number that is lowered, and about classes of one group, which are left out.
     """
-    counts = np.unique(labels, return_counts=True)[1]
-    smallest, classes = int(counts.min()), len(counts)
-    if smallest < 2:
+    sizes = group_sizes(labels)
+    if isinstance(labels, GroupedLabels) and (alone := set(np.unique(labels.classes).tolist()) - sizes.keys()):
+        LOG.warning("%s", left_out_line("calibration", 1, 1, [labels.class_names[c] for c in sorted(alone)]))
+    if len(sizes) < 2:
+        raise DataError("calibration needs two classes with images of two groups; give more, or choose another split")
+    if min(map(sum, sizes.values())) < 2:
         raise DataError("calibration needs two images of each class, and a class has one; leave small classes out")
-    limits = [("way", way, classes) for way in plan.ways]
-    limits += [("shot", shot, smallest - 1) for shot in plan.shots]
-    limits += [("query", plan.query, smallest - min(shot, smallest - 1)) for shot in plan.shots]
+    most_shots = min(sum(inside) - min(inside) for inside in sizes.values())
+    shots = dict.fromkeys(min(shot, most_shots) for shot in plan.shots)
+    room = {shot: min(most_queries(inside, shot) for inside in sizes.values()) for shot in shots}
+    limits = [("way", way, len(sizes)) for way in plan.ways]
+    limits += [("shot", shot, most_shots) for shot in plan.shots]
+    limits += [("query", plan.query, room[shot]) for shot in shots]
     for name, wanted, most in dict.fromkeys(limits):
         if wanted > most:
             LOG.warning("calibration with %s %d instead of %d: the classes do not allow more", name, most, wanted)
-    ways = dict.fromkeys(min(way, classes) for way in plan.ways)
-    shots = dict.fromkeys(min(shot, smallest - 1) for shot in plan.shots)
-    return [(way, shot, min(plan.query, smallest - shot)) for way in ways for shot in shots]
+    ways = dict.fromkeys(min(way, len(sizes)) for way in plan.ways)
+    return [(way, shot, min(plan.query, room[shot])) for way in ways for shot in shots]
 
 
 def _fit(
@@ -182,7 +192,7 @@ def _fit_background(
     model: MetaLearner, adapt: AdaptSettings, data: _Data, task: dict[str, Any], mode: PredictionMode, episodes: int
 ) -> FittedBackground | None:
     """Fit on episodes with as many classes without labelled images as with; None if the split has too few classes."""
-    open_classes = min(task["way"], len(np.unique(data.labels)) - task["way"])
+    open_classes = min(task["way"], len(group_sizes(data.labels)) - task["way"])
     if open_classes < 1:
         return None
     sampler = QuerySampler(data.labels, **task, open_classes=open_classes)

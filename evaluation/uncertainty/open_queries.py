@@ -27,7 +27,9 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import posterior_batches
 from metagmvae.evaluation.fewshot.metrics import Reliability, mean_ci95
 from metagmvae.evaluation.fewshot.predict import calibrated
 from metagmvae.evaluation.uncertainty.background import known_score
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import ProgressCallback
+from metagmvae.pipelines.sampling.episodes import GroupProtocol, group_protocol
 from metagmvae.pipelines.sampling.query_sets import QuerySampler
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.models.posterior_calibration import FittedBackground
@@ -52,6 +54,8 @@ class OpenResults:
     reliability: Reliability | None = None
     """Calibration over K + 1 answers; None without probabilities."""
     seconds: float = 0.0
+    groups: GroupProtocol | None = None
+    """As in `EpisodeResults`."""
 
     def summary(self) -> dict[str, Any]:
         """Return plain values; accuracies, `auroc` and `ece` are fractions in [0, 1]."""
@@ -66,7 +70,8 @@ class OpenResults:
             "open_ci95": ci95,
             "auroc": self.auroc,
             **({} if self.reliability is None else {"ece": self.reliability.calibration_error}),
-            **{key: value for key, value in self.task.items() if value is not None and value is not False},
+            **{k: v for k, v in self.task.items() if v is not None and v is not False and k != "mix_groups"},
+            **({} if self.groups is None else {"groups": self.groups}),
             "settings": dict(self.settings),
             "seconds": round(self.seconds, 3),
         }
@@ -76,7 +81,7 @@ def evaluate_open(
     model: MetaLearner,
     adapt: AdaptSettings,
     h_nF: Tensor,
-    labels: np.ndarray,
+    labels: EpisodeLabels,
     task: Mapping[str, Any],
     *,
     mode: PredictionMode,
@@ -126,6 +131,7 @@ def evaluate_open(
         {} if background is None else background.model_dump(include={"background", "temperature", "uniform"}),
         None if background is None else reliability,
         time.perf_counter() - start,
+        sampler.episodes.groups,
     )
 
 
@@ -181,6 +187,7 @@ def evaluate_open_baselines(
             float(roc_auc_score(of_class.reshape(-1), score.reshape(-1))),
             {**settings, "features": kind, "threshold": threshold, "validation_accuracy": accuracy},
             seconds=time.perf_counter() - start,
+            groups=group_protocol(evaluated.labels, task.get("mix_groups", False)),
         )
 
 
@@ -203,7 +210,7 @@ def best_threshold(predicted: np.ndarray, score: np.ndarray, truth: np.ndarray, 
 
 
 def _answers(
-    name: str, settings: Mapping[str, Any], x_nF: Tensor, labels: np.ndarray, task: Mapping[str, Any]
+    name: str, settings: Mapping[str, Any], x_nF: Tensor, labels: EpisodeLabels, task: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted class, score and true class of each query, (E, P) each."""
     sampler, parts = QuerySampler(labels, **{key: value for key, value in task.items() if key != "episodes"}), []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.commands.encoder import add_encoder_options, encoder_options
 from metagmvae.infra.commands.parsing import (
+    MIX_GROUPS_HELP,
     MODE_HELP,
     Answer,
     Parsers,
@@ -42,6 +43,7 @@ def add(parsers: Parsers) -> None:
     parser.add_argument("--episodes", type=int, default=1000, help="with --data: episodes per task (1000)")
     parser.add_argument("--seed", type=int, default=0, help="with --data: seed of the episodes (0)")
     parser.add_argument("--mode", choices=("transductive", "inductive"), default="transductive", help=MODE_HELP)
+    parser.add_argument("--mix-groups", action="store_true", help=f"with --data: {MIX_GROUPS_HELP}")
     add_encoder_options(parser)
     parser.add_argument("--top", type=int, default=1, help="number of trials of each sweep, the best first (1)")
     parser.add_argument("--strict", action="store_true", help="refuse rows that were evaluated differently")
@@ -59,6 +61,8 @@ def compare(arguments: Namespace) -> Answer:
     from metagmvae.evaluation.comparison.table import compare as compare_rows
     from metagmvae.infra.workflows.compare_sources import read_items
 
+    if arguments.mix_groups and not arguments.data:
+        raise DataError("--mix-groups: only with --data, on whose episodes the models are evaluated")
     if arguments.top < 1:
         raise DataError(f"--top {arguments.top}: must be at least 1")
     items = read_items(arguments.refs, arguments.top)
@@ -70,7 +74,7 @@ def compare(arguments: Namespace) -> Answer:
         items, evaluated = _evaluate(arguments, items, dataset, request)
         if arguments.head is not None and not any(row.kind == "encoder" for item in items for row in item.rows):
             raise DataError(f"--head {arguments.head}: no encoder alone is compared; omit it")
-    notes = _notes_on_missing(items)
+    notes = _notes_on_missing(items) + _notes_on_left_out(evaluated)
     rows = [row for item in items for row in item.rows]
     if arguments.strict:
         check_comparable(rows)
@@ -114,7 +118,8 @@ def _request(arguments: Namespace) -> tuple[Dataset, EvalRequest]:
     dataset = Dataset.open(arguments.data)
     dataset.split(arguments.split)
     tasks = tuple(dict.fromkeys((way, shot) for way in arguments.way for shot in arguments.shot))
-    options = {key: getattr(arguments, key) for key in ("split", "query", "episodes", "seed", "mode", "head")}
+    keys = ("split", "query", "episodes", "seed", "mode", "head", "mix_groups")
+    options = {key: getattr(arguments, key) for key in keys}
     options |= {key: value for key, value in encoder_options(arguments, None).items() if key != "dataset"}
     return dataset, EvalRequest(tasks=tasks, **options)
 
@@ -138,6 +143,14 @@ def _notes_on_missing(items: list[ComparedItem]) -> list[str]:
         if not item.optional or len(missing) == len(items):
             raise DataError(f"{item.ref}: no result yet; evaluate it with --data URI or `metagmvae evaluate`")
     return [f"{item.ref}: left out, because it has no result yet" for item in missing]
+
+
+def _notes_on_left_out(evaluated: list[EvaluatedModel]) -> list[str]:
+    """Return a note for each number of shots with classes that the episodes leave out."""
+    from metagmvae.pipelines.sampling.episodes import left_out_line
+
+    results = [result for model in evaluated for result in model.results.values() if result.left_out]
+    return sorted({left_out_line("evaluation", r.shot, r.query, r.left_out) for r in results})
 
 
 def _calibration(evaluated: list[EvaluatedModel]) -> dict[str, Any]:

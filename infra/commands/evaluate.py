@@ -11,6 +11,7 @@ from metagmvae.evaluation.provenance import provenance
 from metagmvae.infra.commands.encoder import ENCODER_HELP, add_encoder_options, encoder_options
 from metagmvae.infra.commands.models import MODEL_HELP
 from metagmvae.infra.commands.parsing import (
+    MIX_GROUPS_HELP,
     MODE_HELP,
     Answer,
     Parsers,
@@ -65,6 +66,7 @@ def _add_queries(parser: ArgumentParser) -> None:
     """Add the options that say which images are classified."""
     help_text = "images to classify per class (default: 15)"
     parser.add_argument("--query", type=int, default=15, metavar="Q", help=help_text)
+    parser.add_argument("--mix-groups", action="store_true", help=f"{MIX_GROUPS_HELP} (not stored with the model)")
     help_text = "half of the classes have --query images to classify, the others one; the model is not told which "
     help_text += "(the result is not stored with the model)"
     parser.add_argument("--unbalanced", action="store_true", help=help_text)
@@ -106,16 +108,17 @@ def evaluate(arguments: Namespace) -> Answer:
     if arguments.html:
         _write_page(arguments, dataset, loaded, results)
         answer["html"] = arguments.html
-    # Stored results are found by way, shot and mode; all of them have balanced queries, the settings of the model and
-    # no head.
+    # Stored results are found by way, shot and mode; all of them have balanced queries, the settings of the model,
+    # labelled images and queries of different groups, and no head.
     special = arguments.unbalanced or queries["dirichlet"] is not None or arguments.overrides or results[0].head
+    special = special or arguments.mix_groups
     kept = {} if special else _keep(arguments, dataset, results, about | origin)
     diagram = {"reliability": _diagram(details["reliability"])} if details["reliability"] else {}
     return answer | (details if arguments.json else diagram) | kept
 
 
 def _queries(arguments: Namespace) -> dict[str, Any]:
-    """Return `unbalanced` and `dirichlet` of the tasks."""
+    """Return `unbalanced`, `dirichlet` and `mix_groups` of the tasks."""
     kind, _, value = arguments.queries.partition(":")
     if arguments.open_classes < 0:
         raise DataError(f"--open {arguments.open_classes}: must be at least 1")
@@ -125,7 +128,7 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
     if arguments.open_classes and (given := [name for name, used in without.items() if used]):
         raise DataError(f"--open: cannot be combined with {given[0]}; leave one of them out")
     if arguments.queries == "balanced":
-        return {"unbalanced": arguments.unbalanced, "dirichlet": None}
+        return {"unbalanced": arguments.unbalanced, "dirichlet": None, "mix_groups": arguments.mix_groups}
     try:
         alpha = float(value)
     except ValueError:
@@ -134,7 +137,7 @@ def _queries(arguments: Namespace) -> dict[str, Any]:
         raise DataError(f"--queries {arguments.queries}: give balanced, or dirichlet:ALPHA with a number above 0")
     if arguments.unbalanced:
         raise DataError("--unbalanced and --queries: give one of them")
-    return {"unbalanced": False, "dirichlet": alpha}
+    return {"unbalanced": False, "dirichlet": alpha, "mix_groups": arguments.mix_groups}
 
 
 def _models(arguments: Namespace, dataset: Dataset) -> list[tuple[LoadedModel, list[int]]]:
@@ -256,7 +259,7 @@ def _write_page(arguments: Namespace, dataset: Dataset, loaded: LoadedModel, res
     from metagmvae.evaluation.comparison.validation_rows import EvaluatedModel
 
     first = results[0]
-    episodes = (first.query, arguments.episodes, first.seed, first.unbalanced, first.dirichlet)
+    episodes = (first.query, arguments.episodes, first.seed, first.unbalanced, first.dirichlet, first.groups)
     protocol = EvalProtocol(first.mode, arguments.split, dataset.fingerprint, *episodes)
     by_task = {(result.way, result.shot): result for result in results}
     scores = {task: Score(result.mean, result.ci95, result) for task, result in by_task.items()}

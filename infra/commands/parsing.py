@@ -30,6 +30,11 @@ MODE_HELP = (
     "(default: transductive)"
 )
 
+MIX_GROUPS_HELP = (
+    "draw labelled images and queries regardless of the groups of the dataset, such as patients, for comparison; by "
+    "default they are of different groups"
+)
+
 DRY_RUN_HELP = "check everything that can be checked before the start, say what would be done, and write nothing"
 
 

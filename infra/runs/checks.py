@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from metagmvae.configs.load import SettingsError
 from metagmvae.configs.schema import Settings
 from metagmvae.infra.runs.training_inputs import TrainingInputs
+from metagmvae.pipelines.grouped_labels import GroupedLabels, class_ids
 from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sampling.episodes import EpisodeSampler
+from metagmvae.pipelines.sampling.episodes import EpisodeSampler, left_out_line
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.vectors import VECTORS, image_remedy
@@ -18,6 +21,8 @@ from metagmvae.training.methods.task_method import TaskMethod
 from metagmvae.training.pretraining.objectives_by_name import find_objective
 from metagmvae.training.trainer.builders import build_encoder_model, build_model
 from metagmvae.training.trainer.stages import ModelKind
+
+LOG = logging.getLogger(__name__)
 
 
 def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> None:
@@ -43,13 +48,23 @@ def check_settings(settings: Settings, dataset: Dataset, kind: ModelKind) -> Non
     if validation.every:
         if not validation.shots:
             raise SettingsError("validation.shots is empty; give a number of shots, or set validation.every to 0")
-        labels = dataset.labels(settings.data.validation_split)
-        try:
-            for shot in validation.shots:
-                EpisodeSampler(labels, way=validation.way, shot=shot, query=validation.query, seed=validation.seed)
-        except DataError as error:
-            keys = "validation.way, validation.shots and validation.query"
-            raise DataError(f"{dataset.uri}: validation: {error} ({keys}), or set validation.every to 0") from error
+        _check_validation(settings, dataset)
+
+
+def _check_validation(settings: Settings, dataset: Dataset) -> None:
+    """Draw an episode of each number of shots of the validation; a line names classes that are left out."""
+    validation = settings.validation
+    labels = dataset.episode_labels(settings.data.validation_split)
+    task = {key: getattr(validation, key) for key in ("way", "query", "seed", "mix_groups")}
+    try:
+        for shot in validation.shots:
+            sampler = EpisodeSampler(labels, shot=shot, **task)
+            sampler.episode(0)
+            if sampler.left_out:
+                LOG.warning("%s", left_out_line("validation", shot, validation.query, sampler.left_out))
+    except DataError as error:
+        keys = "validation.way, validation.shots and validation.query"
+        raise DataError(f"{dataset.uri}: validation: {error} ({keys}), or set validation.every to 0") from error
 
 
 def check_model(inputs: TrainingInputs, kind: ModelKind) -> None:
@@ -125,10 +140,13 @@ def _check_method(settings: Settings, dataset: Dataset) -> None:
         raise SettingsError(
             f'data.reader ("stream") reads images sequentially, and {name} reads them by index: set it to mmap'
         )
-    labels = dataset.labels(settings.data.train_split) if method.needs_labels(settings) else None
+    given = dataset.episode_labels(settings.data.train_split) if method.needs_labels(settings) else None
+    labels = None if given is None else class_ids(given)
     if labels is not None and len(np.unique(labels[labels >= 0])) < 2:
         raise SettingsError(f'method.tasks is "labels", but the images of {dataset.uri} have no classes')
     method.check_data(settings, dataset.split(settings.data.train_split)["samples"], labels)
+    if isinstance(given, GroupedLabels):
+        method.check_groups(settings, given)
 
 
 def _check_encoder_training(settings: Settings, dataset: Dataset) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from metagmvae.configs.schema import Settings
 from metagmvae.evaluation.fewshot.encoding import encode_split
 from metagmvae.evaluation.fewshot.validation import validate
 from metagmvae.infra.runs.training_inputs import TrainingInputs
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.shards.dataset import Reader
@@ -55,12 +55,12 @@ def _training_rows(inputs: TrainingInputs) -> Rows | StreamedImages:
     return inputs.dataset.rows(data.train_split, _random_access_reader(inputs.settings), data.memory_limit_mb)
 
 
-def _training_labels(inputs: TrainingInputs, kind: ModelKind) -> np.ndarray | None:
-    """The classes of the training images, for a method that needs them."""
+def _training_labels(inputs: TrainingInputs, kind: ModelKind) -> EpisodeLabels | None:
+    """The classes of the training images, and groups if they have them, for a method that needs them."""
     settings = inputs.settings
     if kind == "encoder" or not find_method(settings.method).needs_labels(settings):
         return None
-    return inputs.dataset.labels(settings.data.train_split)
+    return inputs.dataset.episode_labels(settings.data.train_split)
 
 
 def _random_access_reader(settings: Settings) -> Reader:
@@ -76,8 +76,7 @@ def _validator(inputs: TrainingInputs, device: torch.device) -> Validate:
 
     def validate_model(model: EncoderModel) -> Mapping[str, Mapping[str, float]]:
         reader, limit_mb = _random_access_reader(settings), settings.data.memory_limit_mb
-        return validate(
-            model, settings, encode_split(model, dataset, split, device, reader, limit_mb), dataset.labels(split)
-        )
+        h_nF = encode_split(model, dataset, split, device, reader, limit_mb)
+        return validate(model, settings, h_nF, dataset.episode_labels(split))
 
     return validate_model

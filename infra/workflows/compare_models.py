@@ -18,6 +18,7 @@ from metagmvae.evaluation.fewshot.evaluate_episodes import EpisodeResults
 from metagmvae.infra.registry.resolve import resolve_model
 from metagmvae.infra.runs.run_folder import RESULTS
 from metagmvae.pipelines.records import ProgressBar
+from metagmvae.pipelines.sampling.episodes import group_protocol
 from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.models.meta_learner import MetaLearner, PredictionMode
 from metagmvae.training.trainer.package import LoadedModel
@@ -46,10 +47,14 @@ class EvalRequest:
     """File of weights of the encoder by name, of which there is one then; None: published ones."""
     image_size: int | None = None
     """Side to which images are resized for encoders by name; None: their published input size."""
+    mix_groups: bool = False
+    """Draw episodes regardless of the groups of the dataset."""
 
     def protocol(self, dataset: Dataset) -> EvalProtocol:
         """Return the protocol of these episodes on a dataset."""
-        return EvalProtocol(self.mode, self.split, dataset.fingerprint, self.query, self.episodes, self.seed)
+        groups = group_protocol(dataset.episode_labels(self.split), self.mix_groups)
+        episodes = (self.query, self.episodes, self.seed)
+        return EvalProtocol(self.mode, self.split, dataset.fingerprint, *episodes, groups=groups)
 
 
 def evaluate_items(
@@ -102,7 +107,7 @@ def _evaluate(
         else:
             groups.setdefault(str(sorted(models[task[1]].info.items())), []).append(task)
     for tasks in groups.values():
-        common = {"query": request.query, "episodes": request.episodes, "seed": request.seed}
+        common = {key: getattr(request, key) for key in ("query", "episodes", "seed", "mix_groups")}
         episodes = [{"way": way, "shot": shot, **common} for way, shot in tasks]
         for result in evaluate_model(
             models[tasks[0][1]],

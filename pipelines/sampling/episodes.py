@@ -69,7 +69,7 @@ class EpisodeSampler:
         self.classes = np.array(sorted(members))
         self.members = members
         if mix_groups and self.groups is None:
-            raise DataError("groups cannot be mixed, because the dataset has none; omit this option")
+            raise DataError("mix_groups: the dataset has no groups; omit this option")
         if isinstance(labels, GroupedLabels) and not mix_groups:
             self.draw = GroupDraw(labels, shot=shot, query=query)
             self.classes, self.left_out = self.draw.classes, self.draw.left_out_names

@@ -16,6 +16,7 @@ from torch import nn
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.pipelines.grouped_labels import EpisodeLabels, GroupedLabels, class_ids
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.sampling.stream import Stream
@@ -30,13 +31,19 @@ class MethodData:
     """Images, uint8 (n, C, H, W), or for a method `on_features` the scaled features of the frozen encoder, (n, F)."""
     images: Rows | StreamedImages
     """Images, or the raw features of a dataset of features."""
-    labels: np.ndarray | None
-    """Classes of the rows, int64 (n,); only if the method asks for them (`needs_labels`)."""
+    episode_labels: EpisodeLabels | None
+    """Classes of the rows, and their groups, such as patients, if the dataset has groups; only if the method asks for
+    labels (`needs_labels`)."""
     embedding: Callable[[], np.ndarray]
     """Returns the features of the frozen encoder for all images, float32 (n, F)."""
     remember: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda name, compute: compute()
     """Returns the array of a name that the checkpoint holds, or else the result of a function, the same on all ranks.
     Later checkpoints hold it, so that a resumed run does not compute it again."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Classes of the rows, int64 (n,); only if the method asks for them."""
+        return None if self.episode_labels is None else class_ids(self.episode_labels)
 
 
 class Method(ABC):
@@ -83,6 +90,15 @@ class Method(ABC):
             settings: of the run.
             images: number of training images.
             labels: their classes, -1 for none; only if the method asks for them.
+
+        Raises:
+            DataError: naming the setting and the remedy.
+        """
+        return
+
+    def check_groups(self, settings: Settings, labels: GroupedLabels) -> None:
+        """Check before the training that the groups suffice, if the method asks for labels and the dataset has groups;
+        here nothing is checked.
 
         Raises:
             DataError: naming the setting and the remedy.

@@ -5,6 +5,7 @@ Notation: b tasks of this rank, K ways, S labelled images and Q queries per clas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from metagmvae.configs.method_settings import MethodSettings
 from metagmvae.configs.schema import ModelSettings, Settings
+from metagmvae.pipelines.grouped_labels import GroupedLabels
 from metagmvae.pipelines.records import DataError, TaskBatch
+from metagmvae.pipelines.sampling.episodes import left_out_line
+from metagmvae.pipelines.sampling.group_draw import GroupDraw
 from metagmvae.pipelines.sampling.sequential import StreamedImages
 from metagmvae.pipelines.sampling.task_stream import TaskStream
 from metagmvae.training.augment.build_view import build_view
@@ -26,6 +30,8 @@ from metagmvae.training.methods.method import Method, MethodData
 from metagmvae.training.methods.task_learner import TaskLearner
 from metagmvae.training.methods.umtra import augmented_queries
 from metagmvae.training.models.encoders import EncoderModel
+
+LOG = logging.getLogger(__name__)
 
 
 class TaskStep(nn.Module):
@@ -112,7 +118,9 @@ class TaskMethod(Method):
         elif method.tasks == "clusters":
             partitions = self._partitions(data, settings)
         per_class = method.shot + method.query if partitions else 1
-        options = {"batch": settings.train.batch, "way": method.way, "per_class": per_class}
+        options: dict[str, Any] = {"batch": settings.train.batch, "way": method.way, "per_class": per_class}
+        if method.tasks == "labels" and isinstance(data.episode_labels, GroupedLabels):
+            options["grouped"] = GroupDraw(data.episode_labels, shot=method.shot, query=method.query)
         return TaskStream(rows, partitions, **options, **position)
 
     def _partitions(self, data: MethodData, settings: Settings) -> list[np.ndarray]:
@@ -164,8 +172,18 @@ class TaskMethod(Method):
             return
         partitions = [] if labels is None else [labels]
         per_class = 1 if labels is None else method.shot + method.query
-        position = {"seed": 0, "split": settings.data.train_split}
+        position: dict[str, Any] = {"seed": 0, "split": settings.data.train_split}
         TaskStream(np.empty((images, 0)), partitions, batch=1, way=method.way, per_class=per_class, **position)
+
+    def check_groups(self, settings: Settings, labels: GroupedLabels) -> None:
+        """Check that labelled images and queries of different groups can be drawn; a line names other classes."""
+        method = settings.method
+        draw = GroupDraw(labels, shot=method.shot, query=method.query)
+        options: dict[str, Any] = {"batch": 1, "way": method.way, "per_class": method.shot + method.query}
+        options |= {"grouped": draw, "seed": 0, "split": settings.data.train_split}
+        TaskStream(np.empty((len(labels.classes), 0)), [labels.classes], **options).rows(0)
+        if draw.left_out:
+            LOG.warning("%s", left_out_line("training", method.shot, method.query, draw.left_out_names))
 
     def needs_steps(self, settings: Settings) -> bool:
         """Whether the method is meta-trained."""

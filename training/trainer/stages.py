@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.grouped_labels import EpisodeLabels
 from metagmvae.pipelines.preprocessing import Preprocessing
 from metagmvae.pipelines.records import Rows
 from metagmvae.pipelines.sampling.factory import image_batches
@@ -55,7 +56,7 @@ def train(
     *,
     kind: ModelKind = "learner",
     encoder: TrainState | None = None,
-    labels: np.ndarray | None = None,
+    labels: EpisodeLabels | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> TrainState:
     """Train all stages from the newest checkpoint, or from the start, to the end; return the final state.
@@ -70,7 +71,7 @@ def train(
         validate: evaluates the model on validation episodes; given on every rank, called on rank 0.
         kind: what is trained.
         encoder: state dict of the encoder that made the features; the model includes it. None: the data are images.
-        labels: classes of the training images, int64 (n,); only for a method that needs them.
+        labels: classes of the training images, and groups if they have them; only for a method that needs them.
         preprocessing: of the images, stored in every checkpoint; None: unknown.
 
     Raises:
@@ -93,7 +94,7 @@ class _Trainer:
     validate: Validate | None
     kind: ModelKind
     encoder: TrainState | None
-    labels: np.ndarray | None
+    labels: EpisodeLabels | None
     preprocessing: Preprocessing | None
 
     def __post_init__(self) -> None:
@@ -274,8 +275,7 @@ class _Trainer:
 
     def _after_step(self, name: str, step: int) -> MetricLine:
         """The global step, and the validation results where validation is due."""
-        before = self.stages[: self.stages.index(name)]
-        line: MetricLine = {"global_step": sum(map(self._steps, before)) + step}
+        line: MetricLine = {"global_step": sum(map(self._steps, self.stages[: self.stages.index(name)])) + step}
         every = self.settings.validation.every
         due = every and (step % every == 0 or step == self._steps(name))
         if name != self.stages[-1] or not due or self.validate is None:
