@@ -17,7 +17,7 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.pipelines.sources.folder_layout import FolderImage
 
 pytestmark = pytest.mark.timeout(900)
-CLASSES, DRAWINGS, PATIENTS = 9, 12, 6
+CLASSES, DRAWINGS, PATIENTS = 9, 12, 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +29,7 @@ def _short():
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
-    """108 drawings of 9 classes and 6 patients in one folder, the last 12 of them without a row in the tables."""
+    """108 drawings of 9 classes and 10 patients in one folder, the last 12 of them without a row in the tables."""
     root = tmp_path_factory.mktemp("labels")
     write_glyphs(root / "images", CLASSES, DRAWINGS, flat=True)
     split_of = ("train", "val", "test")
@@ -85,10 +85,12 @@ def test_patients_are_held_out_and_the_report_says_what_that_means(flat, tmp_pat
     assert answer["classes"] == {"train": 8, "validation": 8, "test": 8}
     assert answer["accuracy"][0]["on"] == "test images of another Patient"
     assert answer["accuracy"][0]["way"] == 5
+    assert {row["groups"] for row in answer["accuracy"]} == {"apart"}
     meaning = (
         f"images of one Patient stay in one split ({len(found[0])} train, {len(found[1])} validation, {len(found[2])} "
-        "test of 6 groups, drawn with seed 0; the splits share classes): the accuracy is that on images of another "
-        "Patient than those of the training, and of the same classes"
+        "test of 10 groups, drawn with seed 0; the splits share classes): the accuracy is that on images of another "
+        "Patient than those of the training, and of the same classes; no Patient has a labelled image and a query of "
+        "one episode"
     )
     assert answer["groups"].startswith(meaning)
     report = (out / "report.html").read_text()
@@ -166,6 +168,10 @@ def test_held_out_classes_of_one_image_are_refused_before_the_training():
         (["--labels", "few.csv"], "has 2 images with a class, but at least 32"),
         (["--labels", "two.csv", "--groups", "patient"], "two.csv: has 2 groups, which leave none for"),
         (["--labels", "rare.csv", "--groups", "patient"], "or leave this class out, or try another --seed"),
+        (
+            ["--labels", "six.csv", "--groups", "patient"],
+            "six.csv: 0 of 2 classes in validation have images of two values of patient, but an episode",
+        ),
     ],
 )
 def test_wrong_tables_are_one_line_and_leave_nothing(flat, tmp_path, monkeypatch, capsys, words, message):
@@ -174,6 +180,9 @@ def test_wrong_tables_are_one_line_and_leave_nothing(flat, tmp_path, monkeypatch
     (tmp_path / "few.csv").write_text("file,label\n000,a\n001,b\n")
     two = "file,label,patient\n" + "\n".join(f"{n:03d},k{n % 3},p{n % 2}" for n in range(63))
     (tmp_path / "two.csv").write_text(two)
+    (tmp_path / "six.csv").write_text(
+        "file,label,patient\n" + "\n".join(f"{n:03d},{n // 6 % 2},p{n % 6}" for n in range(63))
+    )
     # A class with one image in each of three patients.
     rare = [f"{n:03d},{'rare' if n < 3 else 'ab'[n % 2]},p{n % 9}" for n in range(63)]
     (tmp_path / "rare.csv").write_text("\n".join(["file,label,patient", *rare]))

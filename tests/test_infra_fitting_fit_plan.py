@@ -73,7 +73,7 @@ def test_the_number_of_held_out_classes(sizes, held_out):
     [([600] * 5, (5, [1, 5], 15)), ([12, 30], (2, [1, 5], 7)), ([3, 9, 9], (3, [1], 2)), ([2, 2], (2, [1], 1))],
 )
 def test_episodes_fit_the_smallest_class(sizes, task):
-    assert episode_sizes(sizes) == task
+    assert episode_sizes([[1] * size for size in sizes]) == task
     way, shots, query = task
     assert max(shots) + query <= min(sizes)
     assert way <= len(sizes)
@@ -204,3 +204,15 @@ def test_fewer_views_are_averaged_where_time_is_short(average, seconds, expected
     settings = load_settings("photos-cpu", [f"model.average={average}"])
     speed = Speed("cpu", 1.0, 1.0, float(VIEWS[average]))
     assert affordable_average(settings, speed, seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "task"),
+    [
+        ([[20, 20], [40, 3]], (2, [1], 15)),  # 5 labelled images of the second class leave 3 queries
+        ([[20, 20], [8, 12]], (2, [1, 5], 12)),  # those of the group of 8
+        ([[2, 2], [1, 1, 1]], (2, [1], 2)),
+    ],
+)
+def test_episodes_fit_the_groups_of_each_class(classes, task):
+    assert episode_sizes(classes) == task

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from metagmvae.infra.fitting.fit_plan import FitPlan, episode_sizes
 from metagmvae.infra.fitting.fit_state import STATE, FitState
 from metagmvae.pipelines.files import write_json
+from metagmvae.pipelines.sampling.group_draw import group_sizes
 from metagmvae.pipelines.shards.dataset import Dataset
 
 LOG = logging.getLogger(__name__)
@@ -70,12 +71,11 @@ class FitCall:
 
 
 def is_labelled(dataset: Dataset, split: Literal["validation", "test"]) -> bool:
-    """Whether a split has at least two classes."""
+    """Whether a split has at least two classes; with groups `check_held_out` checks before that they suffice."""
     part = dataset.manifest["splits"].get(split)
     return part is not None and part["classes"] >= 2
 
 
 def tasks_of(dataset: Dataset, split: str) -> tuple[int, list[int], int]:
     """Way, shots and queries per class of a split."""
-    labels = dataset.labels(split)
-    return episode_sizes([int((labels == label).sum()) for label in set(labels.tolist())])
+    return episode_sizes(list(group_sizes(dataset.episode_labels(split)).values()))

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from metagmvae.pipelines.records import DataError, printable
+from metagmvae.pipelines.sampling.group_draw import most_queries
 from metagmvae.pipelines.sources.folder_layout import LabelRequest
 from metagmvae.pipelines.sources.splits import EPISODE_IMAGES
 
@@ -134,7 +135,7 @@ class FitPlan(BaseModel):
             group = printable(self.groups)
             meaning = (
                 f"the accuracy is that on images of another {group} than those of the training, and of the same "
-                f"classes; a labelled image and a query of an episode can be of one {group}"
+                f"classes; no {group} has a labelled image and a query of one episode"
             )
             measured = meaning if self.test_classes > 1 else f"those for the test have one class, so {views}"
             return f"images of one {group} stay in one split ({self.group_division}): {measured}"
@@ -182,11 +183,14 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def episode_sizes(class_sizes: Sequence[int]) -> tuple[int, list[int], int]:
+def episode_sizes(classes: Sequence[Sequence[int]]) -> tuple[int, list[int], int]:
     """Return way, shots and queries per class for the classes of a split.
 
     5 ways, 1 and 5 shots and 15 queries if the classes have enough images, and fewer if not.
+
+    Args:
+        classes: images of each group of each class (`group_sizes`).
     """
-    smallest = min(class_sizes)
-    shots = [1, 5] if smallest >= EPISODE_IMAGES // 2 else [1]
-    return min(5, len(class_sizes)), shots, max(1, min(15, smallest - shots[-1]))
+    room = {shot: min(most_queries(sizes, shot) for sizes in classes) for shot in (1, 5)}
+    shots = [1, 5] if room[5] >= EPISODE_IMAGES // 2 - 5 else [1]
+    return min(5, len(classes)), shots, max(1, min(15, room[shots[-1]]))

@@ -38,7 +38,8 @@ def fit_result(
     """
     schedule, splits, seconds = state.schedule, dataset.manifest["splits"], state.seconds
     assert schedule is not None
-    keys = ("on", "way", "shot", "accuracy", "ci95", "ece", "ece_uncalibrated", "query", "episodes", "mode")
+    keys = ["on", "way", "shot", "accuracy", "ci95", "ece", "ece_uncalibrated", "query", "episodes", "mode"]
+    keys += ["groups", "left_out"]
     return {
         "model": str(out),
         "report": str(out / REPORT),
@@ -125,6 +126,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
         f"{accuracy}% of {record['way']}-way {record['shot']}-shot queries are classified correctly "
         f"({record['mode']}, {record['episodes']:,} episodes of {record['on']})"
     )
+    if record.get("left_out"):
+        text += f"; without the classes {', '.join(record['left_out'])}, whose groups do not suffice"
     if "ece" in record:
         text += f"; expected calibration error {100 * record['ece']:.1f} points"
     return f"{text}."

@@ -68,6 +68,8 @@ def make_plan(
     sizes = class_sizes(images)
     if in_splits or groups is not None:
         check_held_out(request.labels or root, sizes, "" if in_splits else ", or try another --seed")
+    if groups is not None:
+        check_held_out_groups(request.labels or root, images, groups)
     survey = survey_images(root, [image.file.name for image in images])
     if groups is not None:
         held_out = (sum(split == "validation" for split, _ in sizes), sum(split == "test" for split, _ in sizes))
@@ -144,6 +146,32 @@ def check_held_out(source: str, sizes: Mapping[tuple[str, str], int], further: s
             raise DataError(
                 f"{source}: class {printable(name)} has 1 image in {split}, but an episode needs 2 of each class, one "
                 f"with a label and a query; add images of it, or leave this class out{further}"
+            )
+
+
+def check_held_out_groups(source: str, images: Sequence[FolderImage], column: str) -> None:
+    """Refuse a division in which no episode has labelled images and queries of different groups.
+
+    Args:
+        source: name for error messages.
+        images: with their splits.
+        column: name of the groups.
+
+    Raises:
+        DataError: validation or test has several classes, but fewer than two with images of two groups.
+    """
+    for split in ("validation", "test"):
+        groups_of: dict[str, set[str]] = {}
+        for image in images:
+            if image.split == split:
+                groups_of.setdefault(image.class_name, set()).add(image.group)
+        enough = sum(len(groups) > 1 for groups in groups_of.values())
+        if len(groups_of) > 1 and enough < 2:
+            group = printable(column)
+            raise DataError(
+                f"{source}: {enough} of {len(groups_of)} classes in {split} have images of two values of {group}, but "
+                f"an episode needs two classes with labelled images and queries of different {group}; give images of "
+                f"more, for a fifth of all must be enough for {split}, or divide them yourself in a column split"
             )
 
 
