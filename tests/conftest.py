@@ -47,6 +47,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty folder for packages that add parts to metagmvae."""
+    from added_packages import Site
+
+    return Site(tmp_path / "site", monkeypatch)
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> Any:
     """Settings of a new MLflow store."""
     from mlflow_template import new_store

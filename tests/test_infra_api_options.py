@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_infra_api_readme import install
+from added_packages import Site
 
 from metagmvae.configs.load import (
     SettingsError,
@@ -70,13 +69,11 @@ POINTS = {
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def package(site: Site) -> Install:
     """Writes the module `own_ideas` and its entry points, and makes them importable."""
 
     def write(text: str = MODULE, points: dict[str, dict[str, str]] | None = None) -> None:
-        install(tmp_path / "site", "own-ideas", {"own_ideas.py": text}, points or POINTS)
-        monkeypatch.syspath_prepend(tmp_path / "site")
-        monkeypatch.delitem(sys.modules, "own_ideas", raising=False)
+        site.install("own-ideas", {"own_ideas": text}, points or POINTS)
 
     return write
 
@@ -242,7 +239,7 @@ mine = Baseline(own, "inductive")
 
 
 def test_a_model_says_that_its_package_is_missing(
-    package: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: Install, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package()
     own: dict[str, dict[str, Any]] = {
@@ -255,8 +252,7 @@ def test_a_model_says_that_its_package_is_missing(
         model = build_model(settings.model, (1, 28, 28), 0, settings.method)
         folders[message] = save_package(tmp_path / str(number), LoadedModel(model, settings, (1, 28, 28), {}))
         assert load_package(folders[message]).settings == settings
-    monkeypatch.delitem(sys.modules, "own_ideas")
-    sys.path.remove(str(tmp_path / "site"))
+    site.remove("own_ideas")
     monkeypatch.setattr(resolve, "_fetch_version", lambda store, ref, folder: folders[message])
     for message, folder in folders.items():
         for load, name in (

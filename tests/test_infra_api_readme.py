@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -10,13 +9,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from added_packages import Site
+from called_commands import answer_of, refusal_of
+from command_words import set_words
 
 import metagmvae
 from metagmvae.configs.method_settings import MethodSettings
-from metagmvae.infra.cli import main
 from metagmvae.pipelines.shards.dataset import Dataset
 
 GUIDE = (Path(metagmvae.__file__).parent / "infra" / "api" / "README.md").read_text()
+
+SHORT = {"train.steps": 2, "validation.every": 0, "run.engine": "local", "tracking.enabled": "false"}
 
 
 def block(language: str, holding: str) -> str:
@@ -25,38 +28,20 @@ def block(language: str, holding: str) -> str:
     return found
 
 
-def install(folder: Path, name: str, modules: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
-    """Write modules and the metadata of a package, as pip does."""
-    folder.mkdir(exist_ok=True)
-    for module, text in modules.items():
-        (folder / module).write_text(text)
-    metadata = folder / f"{name.replace('-', '_')}-0.1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
-    lines = (
-        line for group, points in entry_points.items() for line in (f"[{group}]", *map(" = ".join, points.items()))
-    )
-    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the package of the guide, from which packages are imported."""
+def guide_package(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The package of the guide, installed."""
     project = tomllib.loads(block("toml", "entry-points"))["project"]
     modules = {
-        "metagmvae_spirals.py": block("python", "def open_spirals"),
-        "metagmvae_cosine.py": block("python", "class CosineNets"),
-        "metagmvae_student.py": block("python", "class StudentMixture"),
-        "metagmvae_rotations.py": block("python", "class Rotations"),
-        "test_metagmvae_spirals.py": block("python", "import check_encoder"),
+        "metagmvae_spirals": block("python", "def open_spirals"),
+        "metagmvae_cosine": block("python", "class CosineNets"),
+        "metagmvae_student": block("python", "class StudentMixture"),
+        "metagmvae_rotations": block("python", "class Rotations"),
+        "test_metagmvae_spirals": block("python", "import check_encoder"),
     }
-    install(tmp_path / "site", project["name"], modules, project["entry-points"])
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    site.install(project["name"], modules, project["entry-points"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "metagmvae_spirals", raising=False)
-    for module in ("metagmvae_cosine", "metagmvae_student", "metagmvae_rotations"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    return tmp_path / "site"
+    return site
 
 
 def test_parts_of_the_package_are_short() -> None:
@@ -66,48 +51,31 @@ def test_parts_of_the_package_are_short() -> None:
 
 
 @pytest.mark.slow
-def test_source_and_encoder_of_another_package(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_and_encoder_of_another_package(guide_package: Site) -> None:
     """The commands of the guide, with fewer steps; the model is used again from its folder."""
     prepare, train = (line.split()[1:] for line in block("sh", "prepare spirals").splitlines())
-    assert main([*prepare, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == {"train": 240, "validation": 120, "test": 120}
-    short = ["pretrain.steps=2", "train.steps=2", "validation.every=0", "run.engine=local", "tracking.enabled=false"]
-    assert main([*train, *(word for setting in short for word in ("--set", setting)), "--json"]) == 0
-    capsys.readouterr()
-    assert main(["evaluate", "runs/spirals", "--data", "data/spirals", "--episodes", "5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["episodes"] == 5
+    assert answer_of(*prepare)["samples"] == {"train": 240, "validation": 120, "test": 120}
+    answer_of(*train, *set_words(SHORT | {"pretrain.steps": 2}))
+    evaluate = ["evaluate", "runs/spirals", "--data", "data/spirals"]
+    assert answer_of(*evaluate, "--episodes", 5)["episodes"] == 5
     assert metagmvae.load_model("runs/spirals").model.encoder.feature_dim == 256
     # Without the package, what needs it says so in one line.
-    monkeypatch.syspath_prepend("nothing")
-    sys.path.remove(str(site))
-    monkeypatch.delitem(sys.modules, "metagmvae_spirals")
-    assert main([*prepare, "--out", "other"]) == 2
-    assert "unknown source 'spirals'" in capsys.readouterr().err
-    assert main(["evaluate", "runs/spirals", "--data", "data/spirals"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    guide_package.remove("metagmvae_spirals")
+    assert "unknown source 'spirals'" in refusal_of(*prepare, "--out", "other")
+    line = refusal_of(*evaluate)
     assert "patches" in line
     assert "no such encoder" in line
 
 
 @pytest.mark.slow
-def test_method_of_another_package(
-    site: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_method_of_another_package(guide_package: Site, data: Path) -> None:
     """The command of the guide, with fewer steps; the model is used again from its folder, or refused in one line."""
-    words = block("sh", "method.name=cosine").split()[1:]
-    short = ["pretrain.steps=0", "train.steps=2", "validation.every=0", "run.engine=local", "tracking.enabled=false"]
-    more = [word for setting in [*short, f"data.uri={data}"] for word in ("--set", setting)]
-    assert main([*words, *more, "--json"]) == 0
-    capsys.readouterr()
-    assert main(["evaluate", "runs/cosine", "--data", str(data), "--episodes", "5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["episodes"] == 5
-    monkeypatch.syspath_prepend("nothing")
-    sys.path.remove(str(site))
-    monkeypatch.delitem(sys.modules, "metagmvae_cosine")
-    assert main(["evaluate", "runs/cosine", "--data", str(data)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    train = block("sh", "method.name=cosine").split()[1:]
+    answer_of(*train, *set_words(SHORT | {"pretrain.steps": 0, "data.uri": data}))
+    evaluate = ["evaluate", "runs/cosine", "--data", data]
+    assert answer_of(*evaluate, "--episodes", 5)["episodes"] == 5
+    guide_package.remove("metagmvae_cosine")
+    line = refusal_of(*evaluate)
     assert "method.name (cosine): no such method" in line
     assert "protonets" in line
 
@@ -120,13 +88,11 @@ METHODS = {
 
 
 @pytest.mark.parametrize("text", METHODS)
-def test_a_broken_method_is_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_method_is_one_line(text: str, site: Site) -> None:
     from metagmvae.pipelines.records import DataError
     from metagmvae.training.methods.methods_by_name import find_method
 
-    install(tmp_path / "site", "other", {"other_way.py": text}, {"metagmvae.methods": {"other": "other_way:make"}})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "other_way", raising=False)
+    site.install("other", {"other_way": text}, {"metagmvae.methods": {"other": "other_way:make"}})
     with pytest.raises(DataError, match=re.escape(METHODS[text])) as caught:
         find_method(MethodSettings(name="other"))
     assert len(str(caught.value).splitlines()) == 1
@@ -145,9 +111,7 @@ BROKEN_ANSWERS = {
 
 
 @pytest.mark.parametrize("broken", BROKEN_ANSWERS)
-def test_the_kit_names_the_rule_that_a_method_breaks(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kit_names_the_rule_that_a_method_breaks(broken: str, site: Site) -> None:
     text = f"""
 import torch
 from metagmvae.training.methods.protonets import ProtoNets
@@ -164,16 +128,14 @@ def make():
 """
     from metagmvae.infra.api.method_testing import check_method
 
-    install(tmp_path / "site", "bad", {"bad_way.py": text}, {"metagmvae.methods": {"bad": "bad_way:make"}})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "bad_way", raising=False)
+    site.install("bad", {"bad_way": text}, {"metagmvae.methods": {"bad": "bad_way:make"}})
     with pytest.raises(AssertionError, match=broken):
         check_method("bad", (1, 8, 8))
 
 
-def test_tests_of_the_package(site: Path) -> None:
+def test_tests_of_the_package(guide_package: Site) -> None:
     names: dict = {}
-    exec((site / "test_metagmvae_spirals.py").read_text(), names)
+    exec((guide_package.folder / "test_metagmvae_spirals.py").read_text(), names)
     names["test_source"]()
     names["test_encoder"]()
     names["test_methods"]()
@@ -206,18 +168,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_broken_package_is_one_line(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_package_is_one_line(text: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, reason = BROKEN[text]
     points = {"metagmvae.sources": {"broken": "broken_module:broken"}}
-    install(tmp_path / "site", "broken-package", {"broken_module.py": text}, points)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    site.install("broken-package", {"broken_module": text}, points)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "broken_module", raising=False)
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert reason in line
+    assert reason in refusal_of(*words)
     assert not (tmp_path / "x").exists()
 
 
@@ -230,22 +186,19 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("text", ENCODERS)
-def test_a_broken_encoder_is_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_encoder_is_one_line(text: str, site: Site) -> None:
     from metagmvae.training.models.encoders import EncoderError, build_encoder
 
-    install(tmp_path / "site", "other", {"other_net.py": text}, {"metagmvae.encoders": {"other": "other_net:build"}})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "other_net", raising=False)
+    site.install("other", {"other_net": text}, {"metagmvae.encoders": {"other": "other_net:build"}})
     with pytest.raises(EncoderError, match=re.escape(ENCODERS[text])) as caught:
         build_encoder("other", (1, 28, 28), 64)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_name_of_two_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_two_packages_is_refused(site: Site) -> None:
     for number in (1, 2):
         points = {"metagmvae.sources": {"twice": f"module_{number}:f"}, "metagmvae.encoders": {"conv4": "module_1:f"}}
-        install(tmp_path / str(number), f"package-{number}", {f"module_{number}.py": "f = 1"}, points)
-        monkeypatch.syspath_prepend(tmp_path / str(number))
+        site.install(f"package-{number}", {f"module_{number}": "f = 1"}, points)
     from metagmvae.pipelines.sources.source import open_source
     from metagmvae.training.models.conv import ConvEncoder
     from metagmvae.training.models.encoders import build_encoder
@@ -266,9 +219,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("broken", SOURCES)
-def test_the_kit_names_the_rule_that_a_source_breaks(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kit_names_the_rule_that_a_source_breaks(broken: str, site: Site) -> None:
     text = f"""
 import numpy as np
 from functools import partial
@@ -286,9 +237,7 @@ def open_it(source=None):
 """
     from metagmvae.infra.api.testing import check_source
 
-    install(tmp_path / "site", "bad", {"bad_source.py": text}, {"metagmvae.sources": {"bad": "bad_source:open_it"}})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "bad_source", raising=False)
+    site.install("bad", {"bad_source": text}, {"metagmvae.sources": {"bad": "bad_source:open_it"}})
     with pytest.raises(AssertionError, match=broken):
         check_source("bad")
 
@@ -303,9 +252,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("broken", NETWORKS)
-def test_the_kit_names_the_rule_that_an_encoder_breaks(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kit_names_the_rule_that_an_encoder_breaks(broken: str, site: Site) -> None:
     text = f"""
 import torch
 class Net(torch.nn.Module):
@@ -319,8 +266,6 @@ def build(shape):
 """
     from metagmvae.infra.api.testing import check_encoder
 
-    install(tmp_path / "site", "bad", {"bad_net.py": text}, {"metagmvae.encoders": {"bad": "bad_net:build"}})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "bad_net", raising=False)
+    site.install("bad", {"bad_net": text}, {"metagmvae.encoders": {"bad": "bad_net:build"}})
     with pytest.raises(AssertionError, match=broken):
         check_encoder("bad", (1, 8, 8))
