@@ -23,7 +23,7 @@ SOURCE_OPTIONS = (
     *("fractions", "validation_classes", "test_classes", "max_broken", "allow_missing", "dtype"),
 )
 """Options of `prepare` that are passed to the source if given; the source refuses those that it does not have."""
-DRAWN_CLASSES = ("folder", "npz", "parquet", "vectors")
+DRAWN_CLASSES = ("folder", "npz", "parquet", "vectors", "webdataset")
 """Sources that draw classes for validation and test, with `--seed`."""
 
 
@@ -45,11 +45,9 @@ def _add_prepare(parsers: Parsers) -> None:
     example = "metagmvae prepare omniglot --source downloads --out data/omniglot"
     description = "write images or vectors as a dataset: WebDataset shards with an index"
     parser = add_command(parsers, "prepare", prepare, description, example, CONTINUED)
-    help_text = (
-        "kind of the source: folder, npz (NumPy file), parquet (table of image files), omniglot, mini-imagenet, "
-    )
-    help_text += "glyphs (generated, without files), vectors (of another network: .npy, .npz, .parquet), or "
-    help_text += "one that another package adds"
+    help_text = "kind of the source: folder, npz (NumPy file), parquet (table of image files), webdataset (tar files "
+    help_text += "of others), omniglot, mini-imagenet, glyphs (generated, without files), vectors (of another network: "
+    help_text += ".npy, .npz, .parquet), or one that another package adds"
     parser.add_argument("name", metavar="KIND", help=help_text)
     help_text = (
         "folder or file of images or vectors, or folder with the archives of the dataset (Omniglot is downloaded if "
@@ -73,8 +71,9 @@ def _add_prepare(parsers: Parsers) -> None:
     help_text += "the images; their folders then mean nothing, and images without a row are left out; vectors: .npy or "
     help_text += "a table with the column label, one row for each vector, in their order"
     parser.add_argument("--labels", metavar="FILE", help=help_text)
-    help_text = "folder: column of --labels; npz, parquet: array or column; vectors: one of both: its value, such as "
-    help_text += "the patient, keeps images together: the images are divided into the splits, not the classes, so the "
+    help_text = "folder: column of --labels; npz, parquet: array or column; vectors: one of both; webdataset: suffix "
+    help_text += "of a file: its value, such as the patient, keeps images together: the images are divided into the "
+    help_text += "splits, not the classes, so the "
     help_text += "splits share classes (default: by classes)"
     parser.add_argument("--groups", metavar="COLUMN", help=help_text)
     help_text = "vectors: number format of the dataset (default: that of the vectors, float16 or float32)"
@@ -94,7 +93,8 @@ def _add_prepare(parsers: Parsers) -> None:
     parser.add_argument("--max-broken", type=float, metavar="FRACTION", help=help_text)
     help_text = "mini-imagenet: accept a source that lacks classes or images"
     parser.add_argument("--allow-missing", action="store_true", default=None, help=help_text)
-    help_text = "further option of a source, such as image=COLUMN and label=COLUMN of parquet, or of one that another "
+    help_text = "further option of a source, such as image=COLUMN and label=COLUMN of parquet (suffixes of "
+    help_text += "webdataset), or of one that another "
     help_text += "package adds; may be repeated"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", dest="options", help=help_text)
     parser.add_argument("--seed", type=int, default=0, help=SEED_HELP)

@@ -25,6 +25,7 @@ OPENERS = {
     "npz": "metagmvae.pipelines.arrays.numpy_images:open_npz",
     "omniglot": "metagmvae.pipelines.sources.omniglot:open_omniglot",
     "parquet": "metagmvae.pipelines.arrays.image_tables:open_parquet",
+    "webdataset": "metagmvae.pipelines.arrays.tar_images:open_webdataset",
     "vectors": "metagmvae.pipelines.arrays.vectors:open_vector_files",
 }
 """Module and function by name of the source; the module is imported when the source is opened."""
