@@ -1,15 +1,14 @@
 """Calls `metagmvae fit` on generated drawings, with as few steps as possible."""
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from called_commands import called
 from PIL import Image
 
-from metagmvae.infra.cli import main
 from metagmvae.infra.fitting import fit_schedule
 from metagmvae.infra.runs import training_speed
 from metagmvae.pipelines.sources.glyphs import open_glyphs
@@ -37,10 +36,8 @@ def write_glyphs(root: Path, classes: int, drawings: int, *, flat: bool = False)
 
 def fit(*words):
     """Exit code, answer and lines on standard error."""
-    said, printed = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
-        code = main(["fit", *map(str, words), "--budget", "2s", "--json"])
-    return code, json.loads(printed.getvalue() or "null"), said.getvalue().splitlines()
+    code, out, said = called("fit", *words, "--budget", "2s", "--json")
+    return code, json.loads(out or "null"), said.splitlines()
 
 
 def commands(lines):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from called_commands import answer_of, refusal_of
 from PIL import Image
 from small_fit import commands, few_steps, fit, write_glyphs
 
@@ -71,14 +72,13 @@ def test_it_says_what_it_finds_and_does(fitted):
     assert record["schedule"] == state["schedule"]
 
 
-def test_the_commands_do_the_same(fitted, tmp_path, capsys):
+def test_the_commands_do_the_same(fitted, tmp_path):
     """The printed `prepare` gives the same data set."""
     _, model, _, lines = fitted
     line = next(line for line in lines if line.startswith("$ metagmvae prepare"))
     words = line.removeprefix("$ metagmvae ").split()
     words[words.index("--out") + 1] = str(tmp_path / "again")
-    assert main(words) == 0
-    capsys.readouterr()
+    answer_of(*words)
     for name in ("dataset.json", "test/index.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (model / "data" / name).read_bytes()
 
@@ -156,7 +156,7 @@ def test_the_report_in_a_browser(fitted):
     assert (pixels < 100).sum() > 10_000, "text and figures"
 
 
-def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, capsys):
+def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen):
     """The differences are those of `compare`, whose commands stand in the report."""
     _, model, answer, lines = fitted
     assert "comparison with the frozen encoder timm:test_resnet" in lines
@@ -170,9 +170,7 @@ def test_the_trained_model_is_compared_with_the_frozen_encoder(fitted, frozen, c
     for row, command in zip(rows, compare, strict=True):
         assert row["challenger"] == pytest.approx(accuracy["accuracy"])
         assert html.escape(command) in report
-        capsys.readouterr()
-        assert main([*shlex.split(command)[1:], "--json"]) == 0
-        (pair,) = json.loads(capsys.readouterr().out)["paired"]
+        (pair,) = answer_of(*shlex.split(command)[1:])["paired"]
         assert (pair["difference"], pair["ci95"]) == (row["difference"], row["ci95"])
         assert f"{100 * row['champion']:.2f}" in report
     assert "Does training beat the frozen encoder?" in report
@@ -284,7 +282,7 @@ def test_a_flat_folder_with_labelled_pictures(tmp_path):
         (["many", "--encoder", "conv4"], "conv4: has no published weights"),
     ],
 )
-def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, words, message):
+def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write_glyphs(tmp_path / "good", 5, 8)
     write_glyphs(tmp_path / "many", 8, 9)
@@ -294,13 +292,7 @@ def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, ca
     (tmp_path / "few" / "000.png").rename(tmp_path / "few" / "0.png")
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    try:
-        code = main(["fit", *words, *([] if "--budget" in words else ["--budget", "2s"])])
-    except SystemExit as stop:
-        code = stop.code
-    lines = capsys.readouterr().err.splitlines()
-    assert (code, len(lines)) == (2, 1), lines
-    assert message in lines[0]
+    assert message in refusal_of("fit", *words, *([] if "--budget" in words else ["--budget", "2s"]))
     assert sorted(tmp_path.rglob("*")) == before
 
 
