@@ -42,6 +42,8 @@ __all__ = [
     "tune",
 ]
 
+_IMPORTED = ("TYPE_CHECKING", "annotations", "import_module", "metadata")
+
 _MODULE_BY_NAME = {
     "Dataset": "pipelines.shards.dataset",
     "FewShotClassifier": "infra.workflows.estimator",
@@ -67,4 +69,4 @@ if not TYPE_CHECKING:  # type checkers read the imports above, and report every 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({name for name in globals() if name not in _IMPORTED} | {*__all__})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow_template
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from metagmvae.evaluation.fewshot.predict_queries import predict_queries
 from metagmvae.infra.workflows import estimator
 from metagmvae.infra.workflows.estimator import FewShotClassifier
 from metagmvae.pipelines.preprocessing import Preprocessing
+from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.training.models.encode_images import encode_images
 from metagmvae.training.objectives.class_posterior import fit_log_posteriors
@@ -181,6 +183,26 @@ def test_features_without_a_model_are_diffused_in_transductive_mode(mode):
 def test_wrong_arguments_are_refused(loaded, options, X, reason):
     with pytest.raises(ValueError, match=reason):
         FewShotClassifier(loaded, **options).fit(X, [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        ["a", None, "b"],
+        ["a", float("nan"), "b"],  # NumPy makes a class "nan" of it
+        np.array([0, np.nan, 1]),
+        pd.Series(["a", None, "b"]),
+        pd.Series(["a", pd.NA, "b"], dtype="string"),
+        pd.Series([0, pd.NA, 1], dtype="Int64"),
+        pd.Series(["a", None, "b"], dtype="category"),
+    ],
+    ids=range(7),
+)
+def test_a_missing_label_is_named(loaded, y):
+    with pytest.raises(DataError, match=r"^y\[1\] is (None|nan|<NA>), not a label; leave such images out"):
+        FewShotClassifier(loaded).fit(random_images(3), y)
+    named = FewShotClassifier(loaded).fit(random_images(3), ["nan", "None", "nan"])
+    assert list(named.classes_) == ["None", "nan"]
 
 
 SCALES = {

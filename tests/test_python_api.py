@@ -46,6 +46,7 @@ def test_example_in_the_docstring(name: str, workspace: Path, monkeypatch: pytes
 
 def test_names_are_complete_and_loaded_on_first_use() -> None:
     assert set(metagmvae.__all__) <= set(dir(metagmvae))
+    assert not {"annotations", "import_module", "metadata", "TYPE_CHECKING"} & set(dir(metagmvae))
     assert metagmvae.__version__ == metadata.version("metagmvae")
     assert metagmvae.FewShotClassifier is metagmvae.FewShotClassifier
     with pytest.raises(AttributeError, match="no attribute 'estimator'"):

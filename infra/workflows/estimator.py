@@ -32,6 +32,9 @@ from metagmvae.training.trainer.package import LoadedModel, require_learner
 WITHOUT_MODEL = AdaptSettings(e_step="identity", final_covariance="identity", samples=1)
 """Settings of EM on features without a model: each feature vector is its own only latent."""
 
+MISSING = ("None", "nan", "<NA>", "NaT")
+"""How missing labels of Python, NumPy and pandas are shown."""
+
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """Few-shot classifier: semi-supervised EM (Eq. 10 and 11 of Lee et al., ICLR 2021) on a few labelled images.
@@ -130,9 +133,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             DataError: X does not hold images of the model's shape or of a known scale, or a file that cannot be read;
                 `mode` is unknown or not that of the head; or the model does not exist, or does not record the
                 preprocessing that is asked for.
-            ValueError: scikit-learn does not accept X or y, for example because of NaN.
+            ValueError: scikit-learn does not accept X or y, for example because of NaN in X.
         """
         self._check_mode()
+        for number, label in enumerate(y if hasattr(y, "__iter__") else ()):
+            if not isinstance(label, str) and str(label) in MISSING:  # NumPy makes words of some of them
+                raise DataError(f"y[{number}] is {label}, not a label; leave such images out, or give them to predict")
         self._network, settings = self._load()
         decoded = self._decode(X)
         rows, shape = self._rows(X if decoded is None else decoded)
