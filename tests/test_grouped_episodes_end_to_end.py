@@ -1,5 +1,6 @@
 """Patients whose tint gives their class away: the default measures other patients, and every command draws so."""
 
+import csv
 import json
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_every_kind_of_queries_and_the_baselines_are_of_other_patients(data, run
     assert len(rows) == (1 if kind != ("--baselines",) else len(rows))
 
 
-def test_stored_results_are_those_across_groups_and_compare_reuses_no_others(data, run, answer):
+def test_stored_results_are_those_across_groups_and_compare_reuses_no_others(data, run, answer, capsys):
     words = ("--data", data, *TASK)
     apart = answer("evaluate", run, *words)
     assert "kept" in apart
@@ -101,6 +102,8 @@ def test_stored_results_are_those_across_groups_and_compare_reuses_no_others(dat
     assert rows[()]["results"][0]["accuracy"] == apart["accuracy"]
     assert rows["--mix-groups",]["results"][0]["accuracy"] > apart["accuracy"] + 0.05
     assert (rows[()]["groups"], rows["--mix-groups",]["groups"]) == ("apart", "mixed")
+    assert main(["compare", str(run), *map(str, words), "--mix-groups"]) == 0
+    assert "mixed" in capsys.readouterr().out
 
 
 def test_results_of_different_protocols_are_not_paired(data, run, answer, tmp_path):
@@ -110,6 +113,9 @@ def test_results_of_different_protocols_are_not_paired(data, run, answer, tmp_pa
     compared = answer("compare", tmp_path / "apart.json", tmp_path / "mixed.json")
     assert compared["paired"] == []
     assert "groups mixed, not apart" in str(compared)
+    answer("compare", "paper:omniglot/meta-gmvae", tmp_path / "apart.json", "--csv", tmp_path / "rows.csv")
+    lines = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert (lines[0]["groups"], lines[-1]["groups"]) == ("", "apart")
     assert main(["compare", str(tmp_path / "apart.json"), str(tmp_path / "mixed.json"), "--strict"]) == 2
 
 

@@ -122,6 +122,20 @@ def test_queries_of_the_example_are_of_other_patients_than_the_labelled_file(fla
             assert all((group_of[number] == first) == (name == "one") for number in numbers)
 
 
+def test_queries_of_the_example_are_of_patients_without_a_labelled_file(flat, tmp_path):
+    """All patients have both classes."""
+    entries = [Entry(f"{number:03d}.png", 0, 0) for number in range(48)]
+    images = [FolderImage(e, e.name, "test", "", "ab"[n % 2], f"p{n // 2 % 4}") for n, e in enumerate(entries)]
+    patient_of = {(flat / "images" / image.key).read_bytes(): image.group for image in images}
+    for seed in range(5):
+        write_example(str(flat / "images"), tmp_path / str(seed), images, seed)
+        labelled, queries = (
+            {patient_of[path.read_bytes()] for path in (tmp_path / str(seed) / part).rglob("*.png")}
+            for part in ("labelled", "queries")
+        )
+        assert not labelled & queries
+
+
 def plan(flat, **options):
     return make_plan(flat / "images", None, 60.0, 0, **{"unlabelled": False} | options)
 

@@ -183,6 +183,10 @@ def test_classes_whose_groups_do_not_suffice_are_left_out_by_name():
         "evaluation with 3 shots leaves out classes without 3 labelled and 4 other images of different groups: class3, "
         "class4"
     )
+    small = [*rows, (5, 12)]  # of one image: left out too, but a small class of several groups is refused
+    assert EpisodeSampler(grouped(small), way=3, shot=2, query=4, seed=0).left_out == ("class3", "class5")
+    with pytest.raises(DataError, match="shot 2 and query 4 need 6 images per class, but class class5 has 2; lower"):
+        EpisodeSampler(grouped([*small, (5, 13)]), way=3, shot=2, query=4, seed=0)
     with pytest.raises(DataError, match=r"way 4 exceeds the 3 classes .* 3 labelled and 4 other .*not class3, class4"):
         EpisodeSampler(grouped(rows), way=4, shot=3, query=4, seed=0)
 

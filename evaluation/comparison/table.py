@@ -111,10 +111,12 @@ def over_trainings_cell(pair: PairedComparison) -> str:
 def as_text_tables(comparison: Comparison) -> dict[str, Any]:
     """Return tables with text in their cells, accuracies in percent, by their titles."""
     tasks = all_tasks(comparison.rows)
+    grouped = any(row.protocol.groups is not None for row in comparison.rows)
+    columns = ["mode", "split", "query", "episodes", *(["groups"] if grouped else []), "data"]
     rows = [
         {"": mark, "name": row.name}
         | {task_name(task): score_cell(row.scores.get(task)) for task in tasks}
-        | {name: format_value(getattr(row.protocol, name)) for name in ("mode", "split", "query", "episodes", "data")}
+        | {name: format_value(getattr(row.protocol, name)) for name in columns}
         | {"seconds": format_value(row.seconds), "steps": format_value(row.steps)}
         for row, mark in zip(comparison.rows, comparison.marks, strict=True)
     ]
@@ -157,7 +159,7 @@ def write_csv(path: str | Path, comparison: Comparison) -> None:
         results = row.pop("results")
         lines += [row | result for result in results]
     content = io.StringIO(newline="")
-    writer = csv.DictWriter(content, fieldnames=list(lines[0]))
+    writer = csv.DictWriter(content, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()
     writer.writerows(lines)
     with atomic_file(path) as file:

@@ -16,7 +16,8 @@ WAYS, QUERIES = 5, 4
 def write_example(root: str, out: Path, images: Iterable[FolderImage], seed: int) -> dict[str, str]:
     """Copy one labelled file and up to four queries of up to five classes; return the class of each query file.
 
-    The queries of a class are of other groups, such as patients, than its labelled file, if it has images of others.
+    The queries of a class are of other groups, such as patients, than all labelled files, if it has images of others;
+    else than its own, if it can.
 
     Args:
         root: folder or archive of the images.
@@ -34,12 +35,15 @@ def write_example(root: str, out: Path, images: Iterable[FolderImage], seed: int
     shutil.rmtree(out, ignore_errors=True)
     (out / "queries").mkdir(parents=True)
     class_of_file = {}
-    for k, name in enumerate(chosen):
+    drawn = [[by_class[name][row] for row in rng.permutation(len(by_class[name]))] for name in chosen]
+    closed = {labelled.group for labelled, *_ in drawn} - {""}
+    for k, (name, (labelled, *others)) in enumerate(zip(chosen, drawn, strict=True)):
         folder = name.replace("/", " - ")
         (out / "labelled" / folder).mkdir(parents=True)
-        labelled, *others = (by_class[name][row] for row in rng.permutation(len(by_class[name])))
-        apart = [image for image in others if not image.group or image.group != labelled.group]
-        for number, image in enumerate([labelled, *(apart or others)[:QUERIES]]):
+        own, none = {labelled.group} - {""}, set[str]()
+        possible_queries = ([image for image in others if image.group not in groups] for groups in (closed, own, none))
+        queries = next(filter(None, possible_queries))[:QUERIES]
+        for number, image in enumerate([labelled, *queries]):
             file = image.file.name
             suffix = PurePosixPath(file).suffix
             if number == 0:

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 
 from metagmvae.pipelines.grouped_labels import EpisodeLabels, GroupedLabels, class_ids, class_members
-from metagmvae.pipelines.records import DataError, Episode
+from metagmvae.pipelines.records import DataError, Episode, printable
 from metagmvae.pipelines.rng import keyed_rng
-from metagmvae.pipelines.sampling.group_draw import MIX, GroupDraw
+from metagmvae.pipelines.sampling.group_draw import MIX, GroupDraw, group_sizes
 
 GroupProtocol = Literal["apart", "mixed"]
 """Labelled images and queries of an episode are of different groups, or drawn regardless of the groups."""
@@ -46,8 +46,8 @@ class EpisodeSampler:
             open_classes: number of classes of `Episode.others`, whose queries the draw of the support leaves room for.
 
         Raises:
-            DataError: there are fewer than K classes, a class has fewer than S + Q samples, or there are no groups to
-                mix.
+            DataError: there are fewer than K classes, a class (with groups: of several) has fewer than S + Q samples,
+                or there are no groups to mix.
         """
         if way < 2 or shot < 1 or query < 1:
             raise DataError(f"way {way}, shot {shot}, query {query}: way must be at least 2, the others at least 1")
@@ -59,10 +59,13 @@ class EpisodeSampler:
         members = class_members(class_ids(labels))
         if way > len(members):
             raise DataError(f"way {way} exceeds the {len(members)} classes of the split; lower the way")
-        smallest = min(members, key=lambda c: len(members[c]))
-        if len(members[smallest]) < shot + query:
+        apart = labels if isinstance(labels, GroupedLabels) and not mix_groups else None
+        # Classes of one group are left out, whatever their size.
+        smallest = min(members if apart is None else group_sizes(apart), key=lambda c: len(members[c]), default=None)
+        if smallest is not None and len(members[smallest]) < shot + query:
+            name = smallest if apart is None else printable(apart.class_names[smallest])
             raise DataError(
-                f"shot {shot} and query {query} need {shot + query} images per class, but class {smallest} has "
+                f"shot {shot} and query {query} need {shot + query} images per class, but class {name} has "
                 f"{len(members[smallest])}; lower shot or query"
             )
         self.way, self.shot, self.query, self.seed, self.open_classes = way, shot, query, seed, open_classes
@@ -70,8 +73,8 @@ class EpisodeSampler:
         self.members = members
         if mix_groups and self.groups is None:
             raise DataError("mix_groups: the dataset has no groups; omit this option")
-        if isinstance(labels, GroupedLabels) and not mix_groups:
-            self.draw = GroupDraw(labels, shot=shot, query=query)
+        if apart is not None:
+            self.draw = GroupDraw(apart, shot=shot, query=query)
             self.classes, self.left_out = self.draw.classes, self.draw.left_out_names
             if way > len(self.classes):
                 raise DataError(
