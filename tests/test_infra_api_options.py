@@ -27,7 +27,9 @@ from metagmvae.evaluation.fewshot.baselines import BASELINES, all_baselines
 from metagmvae.infra.api.extension_testing import check_baseline, check_objective
 from metagmvae.infra.registry import resolve
 from metagmvae.infra.tracking.store import Store
+from metagmvae.infra.tune.request import SweepRequest, _make_plan
 from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.methods.methods_by_name import find_method
 from metagmvae.training.models.encoders import EncoderError, configured_encoder
 from metagmvae.training.pretraining.objectives_by_name import find_objective
@@ -265,3 +267,27 @@ def test_a_model_says_that_its_package_is_missing(
             assert text.startswith(f"{name}: {message}"), text
             assert text.endswith("; if another package adds this part of the model, install it")
             assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("method.options.margn", r"method\.options\.margn: no such option of own; did you mean 'margin'"),
+        ("model.options.hard", r"model\.options\.hard is 0\.25; give a value like the default, False"),
+        ("pretrain.options.margins", r"pretrain\.options\.margins: no such option of own"),
+    ],
+)
+def test_a_sweep_over_a_wrong_option_does_not_start(
+    key: str, wrong: str, package: Install, dataset: Dataset, tmp_path: Path
+) -> None:
+    package()
+    (tmp_path / "space.toml").write_text(f"{key} = {{ uniform = [0.25, 0.75] }}\n")
+    own = ["method.name=own", "model.encoder=own", "pretrain.objective=own", "pretrain.steps=4", "pretrain.batch=8"]
+    more = ["validation.way=2", "validation.query=5", "train.steps=2000", f"data.uri={dataset.uri}"]
+    base = load_settings("omniglot-5way", [*own, *more])
+    request = SweepRequest(base, load_space(tmp_path / "space.toml"), tmp_path / "sweep")
+    with pytest.raises(ValueError, match=wrong):
+        _make_plan(request, dataset)
+    right = tmp_path / "right.toml"
+    right.write_text(f"{key.partition('.')[0]}.options.margin = {{ uniform = [0.25, 0.75] }}\n")
+    assert _make_plan(SweepRequest(base, load_space(right), tmp_path / "sweep"), dataset).base == base

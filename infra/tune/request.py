@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metagmvae.configs.load import SettingsError
+from metagmvae.configs.load import SettingsError, is_option
 from metagmvae.configs.schema import Settings
-from metagmvae.configs.search_space import Space
+from metagmvae.configs.search_space import Space, with_values
 from metagmvae.infra.runs.checks import check_model, check_settings
 from metagmvae.infra.runs.folder_lock import check_not_in_use, lock_run_folder
 from metagmvae.infra.runs.run_folder import CHECKPOINT
@@ -206,8 +206,11 @@ def _make_plan(request: SweepRequest, dataset: Dataset) -> SweepPlan:
                 )
     if "train.steps" not in space:
         check_validation_interval(base)
-    check_settings(base, dataset, "learner")
-    check_model(inputs, "learner")
+    # A wrong option of a method, encoder or objective would fail every trial.
+    options = {d.name: d.boundary_values()[0] for d in request.space.dimensions if is_option(d.name)}
+    first = with_values(base, options)
+    check_settings(first, dataset, "learner")
+    check_model(replace(inputs, settings=first), "learner")
     tasks = [f"{base.validation.way}w{shot}s" for shot in base.validation.shots]
     task = request.task or tasks[0]
     if task not in tasks:
