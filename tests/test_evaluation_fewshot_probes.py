@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metagmvae.evaluation.fewshot.probes import _split_classes, knn_probe, linear_probe
+from metagmvae.evaluation.fewshot.probes import _split_classes, _split_groups, knn_probe, linear_probe
+from metagmvae.pipelines.grouped_labels import GroupedLabels
 from metagmvae.pipelines.records import DataError
 
 
@@ -49,3 +50,25 @@ def test_reference_and_queries_are_disjoint_halves_of_each_class() -> None:
     assert np.bincount(labels[reference])[[4, 7]].tolist() == [4, 5]
     with pytest.raises(DataError, match="class 3 has one image"):
         _split_classes(np.array([3, 4, 4]))
+
+
+def tinted(rng: np.random.Generator) -> tuple[torch.Tensor, GroupedLabels]:
+    """Noise, the same for all images of a group; each class has 6 groups of 10 images, and class 4 one of 60."""
+    groups = np.where(np.arange(300) < 240, np.arange(300) // 10, 24)
+    h = rng.standard_normal((25, 256))[groups] + 0.01 * rng.standard_normal((300, 256))
+    return torch.as_tensor(h, dtype=torch.float32), GroupedLabels(np.arange(300) // 60, groups, list("abcde"))
+
+
+@pytest.mark.parametrize("probe", [knn_probe, linear_probe])
+def test_the_halves_are_of_different_groups(probe) -> None:
+    h, labels = tinted(np.random.default_rng(0))
+    assert probe(h, labels.classes) > 0.95
+    assert probe(h, labels) < 0.6
+    for most in (None, 20):
+        reference, queries = _split_groups(labels, most)
+        assert not set(labels.groups[reference]) & set(labels.groups[queries])
+        assert set(labels.classes[reference]) == set(labels.classes[queries]) == {0, 1, 2, 3}  # class 4 is left out
+    assert abs(len(reference) - len(queries)) < 40
+    one = GroupedLabels(labels.classes, labels.classes, labels.class_names)
+    with pytest.raises(DataError, match="no class has images of two groups for the probes; give more groups, or draw"):
+        probe(h, one)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metagmvae.pipelines.grouped_labels import GroupedLabels
 from metagmvae.pipelines.records import DataError, TaskBatch
+from metagmvae.pipelines.sampling.group_draw import GroupDraw
 from metagmvae.pipelines.sampling.task_stream import TaskStream, large_classes
 
 IMAGES = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
@@ -116,3 +118,20 @@ def test_too_few_classes_or_images_are_one_line() -> None:
         tasks(world=3)
     with pytest.raises(DataError, match="has no images"):
         TaskStream(IMAGES[:0], [LABELS[:0]], **OPTIONS)
+
+
+def test_the_first_images_of_each_class_are_of_other_groups_than_the_rest() -> None:
+    groups = np.arange(60) % 10 // 3 + np.where(LABELS < 4, 0, 4)  # classes 0 to 3 share groups, and 4 and 5 do
+    draw = GroupDraw(GroupedLabels(LABELS, groups, list("abcdef")), shot=2, query=3)
+    seen = set()
+    for batch in tasks(steps=20, grouped=draw):
+        for rows_KN in batch.images.reshape(4, 3, 5):
+            assert len(set(rows_KN.ravel().tolist())) == 15
+            assert all(len(set(LABELS[rows])) == 1 for rows in rows_KN)
+            assert len(set(LABELS[rows_KN[:, 0]])) == 3
+            assert not set(groups[rows_KN[:, :2].ravel()]) & set(groups[rows_KN[:, 2:].ravel()])
+            seen |= set(rows_KN.ravel().tolist())
+    assert seen == set(range(60))
+    few = GroupDraw(GroupedLabels(LABELS, LABELS + 0, list("abcdef")), shot=2, query=3)
+    with pytest.raises(DataError, match=r"only 0 classes of split 'train' have 2 and 3 images .* of different groups"):
+        tasks(grouped=few)
