@@ -69,6 +69,12 @@ def test_unrecorded_settings_do_not_differ():
     assert differing_settings(rows) == {"train.steps": [40, 80, 40, None]}
 
 
+def test_an_option_that_one_row_lacks_differs():
+    rows = [row("a", **{"model.options.depth": 1}), row("b"), replace(row("c"), settings={})]
+    assert differing_settings(rows) == {"model.options.depth": [1, None, None]}
+    assert differing_settings([rows[0], rows[2]]) == {}
+
+
 def test_mean_over_trainings_has_a_student_interval():
     members = [row(f"net-seed{seed}", 0.01 * seed, noise=seed) for seed in range(3)]
     rows, notes = add_training_means([*members, row("other")])

@@ -22,6 +22,8 @@ from metagmvae.pipelines.sampling.episodes import GroupProtocol
 RowKind = Literal["run", "results", "model", "encoder", "version", "trial", "published", "trainings"]
 COMPARED = ("method.", "model.", "adapt.", "pretrain.", "train.", "trained_on")
 """Prefixes of the settings that affect accuracy. Result files hold only these."""
+OPTION = ".options."
+"""Part of the names of options of what another package adds."""
 IGNORED_SETTINGS = ("train.checkpoint_every", "train.log_every")
 """Settings with these prefixes that do not affect accuracy."""
 SEED = "train.seed"
@@ -177,10 +179,17 @@ def one_row_per_model(rows: Sequence[Row]) -> list[Row]:
 
 
 def differing_settings(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return the settings that differ between two rows, with the value of each row; None: not recorded."""
-    names = sorted({name for row in rows for name in row.settings})
-    values = {name: [row.settings.get(name) for row in rows] for name in names}
-    return {name: row for name, row in values.items() if len({repr(v) for v in row if v is not None}) > 1}
+    """Return the settings that differ between two rows, with the value of each row; None: not recorded.
+
+    An option that a row does not have is a difference, for it has its default there; other settings, and rows without
+    any, may be older than the setting.
+    """
+    differing = {}
+    for name in sorted({name for row in rows for name in row.settings}):
+        recorded = [row for row in rows if name in row.settings or (OPTION in name and row.settings)]
+        if len({repr(row.settings.get(name)) for row in recorded}) > 1:
+            differing[name] = [row.settings.get(name) for row in rows]
+    return differing
 
 
 def add_training_means(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
