@@ -35,6 +35,7 @@ LATER_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("pretrain", "beta1", 0.9),
     ("adapt", "inductive", "latents"),
     ("adapt", "diffusion", 0.0),
+    ("adapt", "whitening", 0.0),
     ("method", "options", {}),
     ("model", "options", {}),
     ("pretrain", "options", {}),
