@@ -27,6 +27,7 @@ from metagmvae.evaluation.fewshot.baselines import BASELINES, all_baselines
 from metagmvae.infra.api.extension_testing import check_baseline, check_objective
 from metagmvae.infra.registry import resolve
 from metagmvae.infra.tracking.store import Store
+from metagmvae.infra.tune.code_version import changed_parts, extension_fingerprint
 from metagmvae.infra.tune.request import SweepRequest, _make_plan
 from metagmvae.pipelines.records import DataError
 from metagmvae.pipelines.shards.dataset import Dataset
@@ -291,3 +292,14 @@ def test_a_sweep_over_a_wrong_option_does_not_start(
     right = tmp_path / "right.toml"
     right.write_text(f"{key.partition('.')[0]}.options.margin = {{ uniform = [0.25, 0.75] }}\n")
     assert _make_plan(SweepRequest(base, load_space(right), tmp_path / "sweep"), dataset).base == base
+
+
+def test_a_sweep_notices_that_the_package_has_changed(package: Install, tmp_path: Path) -> None:
+    package()
+    own = Settings.model_validate({"method": {"name": "own"}, "model": {"encoder": "own"}})
+    before = extension_fingerprint(own)
+    assert list(before) == ["metagmvae.methods: own", "metagmvae.encoders: own"]
+    assert extension_fingerprint(own) == before
+    assert extension_fingerprint(Settings()) == {}
+    (tmp_path / "site" / "own_ideas.py").write_text(MODULE + "# changed")
+    assert changed_parts(extension_fingerprint(own), before) == ["metagmvae.encoders: own", "metagmvae.methods: own"]

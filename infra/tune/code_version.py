@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from importlib import metadata
 from pathlib import Path
 
+from metagmvae.configs.schema import Settings
+from metagmvae.pipelines.extensions import Group, load_extension
 from metagmvae.pipelines.files import sha256_file
 
 PACKAGE = "metagmvae"
@@ -27,6 +30,20 @@ def code_fingerprint() -> dict[str, str]:
             hashes[name] = sha256_file(ROOT / name)
             pending += imported_files(ROOT / name)
     return dict(sorted(hashes.items())) | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def extension_fingerprint(settings: Settings) -> dict[str, str]:
+    """sha256 of the module of another package that adds the method, the encoder or the objective of the settings.
+
+    Modules that it imports are not part of it.
+    """
+    named: dict[Group, str] = {
+        "metagmvae.methods": settings.method.name,
+        "metagmvae.encoders": settings.model.encoder,
+        "metagmvae.objectives": settings.pretrain.objective,
+    }
+    modules = {f"{group}: {name}": inspect.getmodule(load_extension(group, name)) for group, name in named.items()}
+    return {name: sha256_file(module.__file__) for name, module in modules.items() if module and module.__file__}
 
 
 def changed_parts(new: dict[str, str], old: dict[str, str]) -> list[str]:

@@ -25,7 +25,7 @@ from metagmvae.configs.search_space import Space
 from metagmvae.evaluation.sweeps.record import SWEEP
 from metagmvae.evaluation.sweeps.trials import TRIALS, CurvePoint, Trial, read_trials, to_json_lines
 from metagmvae.infra.runs.run_folder import METRICS, RAY_FOLDER, SETTINGS, TRAINING_LOCK, read_lines, read_settings
-from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint
+from metagmvae.infra.tune.code_version import changed_parts, code_fingerprint, extension_fingerprint
 from metagmvae.pipelines.files import atomic_file, read_json, write_json
 from metagmvae.pipelines.output_target import check_output_folder
 from metagmvae.pipelines.records import DataError
@@ -66,7 +66,7 @@ class SweepPlan:
             "base": json.loads(to_json(self.base)),
             "data": dataset.uri,
             "data_fingerprint": dataset.fingerprint,
-            "code": code_fingerprint(),
+            "code": code_fingerprint() | extension_fingerprint(self.base),
         }
 
 
