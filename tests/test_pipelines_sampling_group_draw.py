@@ -97,6 +97,18 @@ def test_draws_are_lost_in_the_case_that_is_about_them():
     assert {draw._support(rng, [0, 1, 2], way) is None for _ in range(50)} == {True, False}
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_no_draw_is_lost_where_classes_share_no_groups(seed):
+    rng = np.random.default_rng(seed)
+    sizes = [1, 4, 5, 10] if seed == 0 else rng.integers(1, 9, 4).tolist()
+    inside = sum(sizes[g] for g in rng.permutation(4)[: rng.integers(1, 4)])
+    shot, query = (6, 14) if seed == 0 else (inside, sum(sizes) - inside)  # the tightest numbers of some division
+    rows = [(c, 4 * c + g) for c in range(2) for g, size in enumerate(sizes) for _ in range(size)]
+    draw = GroupDraw(grouped(rows), shot=shot, query=query)
+    assert draw.left_out == []
+    assert not any(draw._support(rng, [0, 1], 2) is None for _ in range(20))
+
+
 def test_queries_are_uniform_among_the_images_of_other_groups():
     labels = grouped([(0, 0), (0, 0), (0, 1), (0, 1), (0, 2), (1, 3), (1, 4)])
     sampler = EpisodeSampler(labels, way=2, shot=1, query=1, seed=0)
