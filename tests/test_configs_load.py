@@ -97,6 +97,7 @@ def test_fingerprints_of_recorded_results_stay_valid_when_settings_are_added():
     assert fingerprint(load_settings("omniglot-best-5way")).startswith("3df5de1fdc6c")
     former = ["pretrain.objective=nt-xent", "pretrain.steps=6400", "pretrain.batch=128", "pretrain.views=auto"]
     former += ["adapt.temperature=32", "adapt.proportions=equal", "adapt.inductive=latents", "adapt.diffusion=0"]
+    former += ["adapt.whitening=0"]
     assert fingerprint(load_settings("mini-imagenet-cpu", former)).startswith("23b107664aba")
     changed = load_settings("mini-imagenet-cpu", ["model.normalise=imagenet"])
     assert fingerprint(changed) != fingerprint(load_settings("mini-imagenet-cpu"))
