@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metagmvae.pipelines.records import printable
+from metagmvae.pipelines.records import first_few, printable
+
+NAMED_CLASSES = 10
+"""Classes that a message names at most; it gives the number of the others."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,13 @@ def class_members(labels: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def one_group_classes(splits: Sequence[str], classes: Sequence[str], groups: Sequence[str]) -> str:
-    """Name the classes of validation and test whose images are all of one group; empty if there are none."""
+    """Name some classes of validation and test whose images are all of one group; empty if there are none."""
     found: dict[tuple[str, str], set[str]] = {}
     for split, name, group in zip(splits, classes, groups, strict=True):
         if split != "train":
             found.setdefault((split, name), set()).add(group)
-    return ", ".join(
-        f"{printable(name)} ({split})" for (split, name), inside in sorted(found.items()) if len(inside) < 2
-    )
+    alone = [f"{printable(name)} ({split})" for (split, name), inside in sorted(found.items()) if len(inside) < 2]
+    return first_few(alone, shown=NAMED_CLASSES)
 
 
 def number_groups(groups: Sequence[str]) -> list[int]:

@@ -115,3 +115,9 @@ ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback | None]]
 def no_progress(title: str) -> AbstractContextManager[ProgressCallback | None]:
     """A `ProgressBar` that shows nothing."""
     return nullcontext()
+
+
+def first_few(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
+    """The first items and the number of the others, for messages: "a, b, c and 5 more"."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(items[:shown]) + more

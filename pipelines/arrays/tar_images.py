@@ -15,10 +15,9 @@ from metagmvae.pipelines.archives.formats import archive_format
 from metagmvae.pipelines.archives.tar import Member, open_tar
 from metagmvae.pipelines.arrays.image_arrays import Columns, ImageTable, images_opener
 from metagmvae.pipelines.files import reading
-from metagmvae.pipelines.records import DataError, printable
+from metagmvae.pipelines.records import DataError, first_few, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES
 from metagmvae.pipelines.sources.image_files import files_report
-from metagmvae.pipelines.sources.source import first_few
 
 TAR, CLASS = ".tar", "cls"
 LONGEST_NAME = 200

@@ -10,8 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from metagmvae.pipelines.grouped_labels import EpisodeLabels, GroupedLabels, class_ids, class_members
-from metagmvae.pipelines.records import DataError, Episode, printable
+from metagmvae.pipelines.grouped_labels import (
+    NAMED_CLASSES,
+    EpisodeLabels,
+    GroupedLabels,
+    class_ids,
+    class_members,
+)
+from metagmvae.pipelines.records import DataError, Episode, first_few, printable
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sampling.group_draw import MIX, GroupDraw, group_sizes
 
@@ -77,10 +83,11 @@ class EpisodeSampler:
             self.draw = GroupDraw(apart, shot=shot, query=query)
             self.classes, self.left_out = self.draw.classes, self.draw.left_out_names
             if way > len(self.classes):
+                without = first_few(self.left_out, shown=NAMED_CLASSES)
                 raise DataError(
                     f"way {way} exceeds the {len(self.classes)} classes of the split that have {shot} labelled and "
-                    f"{query} other images of different groups (not {_first(self.left_out)}); lower way, shot or "
-                    f"query, give more groups, or {MIX}"
+                    f"{query} other images of different groups (not {without}); lower way, shot or query, give more "
+                    f"groups, or {MIX}"
                 )
 
     def episode(self, index: int) -> Episode:
@@ -121,13 +128,8 @@ def left_out_line(what: str, shot: int, query: int, names: Sequence[str]) -> str
     """A line on the classes that episodes leave out; `what` is done with the episodes."""
     return (
         f"{what} with {shot} shots leaves out classes without {shot} labelled and {query} other images of different "
-        f"groups: {_first(names)}"
+        f"groups: {first_few(names, shown=NAMED_CLASSES)}"
     )
-
-
-def _first(names: Sequence[str], shown: int = 10) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def query_positions(way: int, query: int, unbalanced: bool = False) -> np.ndarray:

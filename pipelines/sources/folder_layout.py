@@ -9,8 +9,7 @@ from pathlib import PurePosixPath
 
 from metagmvae.pipelines.archives.entries import Entry
 from metagmvae.pipelines.label_file import LabelRow, read_labels
-from metagmvae.pipelines.records import DataError, printable
-from metagmvae.pipelines.sources.source import first_few
+from metagmvae.pipelines.records import DataError, first_few, printable
 from metagmvae.pipelines.sources.splits import SplitRequest, check_class_names, divide, split_hint, split_of
 
 RENAME = "name the split folders train, validation and test, with nothing beside them, and give classes other names"

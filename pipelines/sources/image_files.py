@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from metagmvae.pipelines.archives.entries import Entry, LeftOut, Listing
 from metagmvae.pipelines.archives.reader import HIDDEN, list_files
-from metagmvae.pipelines.records import DataError, printable
+from metagmvae.pipelines.records import DataError, first_few, printable
 from metagmvae.pipelines.sources.image_decoding import SUFFIXES, is_image
-from metagmvae.pipelines.sources.source import first_few
 
 KINDS = {".parquet": "prepare parquet", ".arrow": "prepare parquet", ".npz": "prepare npz", ".npy": "prepare npz"}
 KINDS |= dict.fromkeys((".tar", ".zip"), "give one of them")

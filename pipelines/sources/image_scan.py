@@ -10,10 +10,9 @@ from typing import Any, cast
 
 from metagmvae.pipelines.archives.reader import read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
-from metagmvae.pipelines.records import DataError, MapTasks
+from metagmvae.pipelines.records import DataError, MapTasks, first_few
 from metagmvae.pipelines.sources.image_decoding import WHITES, decoding_options, measure_image
 from metagmvae.pipelines.sources.image_files import EXAMPLES
-from metagmvae.pipelines.sources.source import first_few
 
 IMAGES_PER_TASK = 512
 """Images that one task decodes."""

@@ -23,12 +23,12 @@ import numpy as np
 
 from metagmvae.pipelines.archives.reader import Entry, read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
-from metagmvae.pipelines.records import DataError, ImageRecord
+from metagmvae.pipelines.records import DataError, ImageRecord, first_few
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report
 from metagmvae.pipelines.sources.mini_imagenet_layout import LocatedEntry, find_layout
 from metagmvae.pipelines.sources.mini_imagenet_pickle import read_cache
-from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, first_few, source_fingerprint
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
 
 CLASSES = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS = 600

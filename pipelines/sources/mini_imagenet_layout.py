@@ -13,9 +13,8 @@ from typing import NamedTuple
 from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.folder import FolderFiles, is_hidden
 from metagmvae.pipelines.archives.reader import ARCHIVES, HIDDEN, read_entry
-from metagmvae.pipelines.records import DataError
+from metagmvae.pipelines.records import DataError, first_few
 from metagmvae.pipelines.sources.image_files import list_images
-from metagmvae.pipelines.sources.source import first_few
 from metagmvae.pipelines.sources.splits import SPLITS, split_of
 
 CACHE = re.compile(r"mini-?imagenet-cache-(\w+)\.(pkl|pickle)")

@@ -21,12 +21,12 @@ import numpy as np
 
 from metagmvae.pipelines.archives.reader import Entry, read_entry
 from metagmvae.pipelines.preprocessing import Preprocessing
-from metagmvae.pipelines.records import DataError, ImageRecord
+from metagmvae.pipelines.records import DataError, ImageRecord, first_few
 from metagmvae.pipelines.rng import keyed_rng
 from metagmvae.pipelines.sources.image_decoding import apply_preprocessing
 from metagmvae.pipelines.sources.image_files import files_report
 from metagmvae.pipelines.sources.omniglot_layout import Character, find_drawings
-from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, first_few, source_fingerprint
+from metagmvae.pipelines.sources.source import MAX_SIDE, ImageSource, check_integer, source_fingerprint
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS = 20

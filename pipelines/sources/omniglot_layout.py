@@ -10,8 +10,7 @@ from pathlib import Path
 from metagmvae.pipelines.archives.entries import Entry, LeftOut
 from metagmvae.pipelines.archives.folder import is_hidden
 from metagmvae.pipelines.archives.reader import ARCHIVES, list_files
-from metagmvae.pipelines.records import DataError
-from metagmvae.pipelines.sources.source import first_few
+from metagmvae.pipelines.records import DataError, first_few
 
 BACKGROUND, EVALUATION = "images_background", "images_evaluation"
 EVALUATION_ALPHABETS = (

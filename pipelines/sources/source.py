@@ -140,12 +140,6 @@ def check_integer(option: str, value: Any, least: int, most: int | None = None) 
         raise DataError(f"{option} is {value!r}; give an integer of at most {most}")
 
 
-def first_few(items: Sequence[str], separator: str = ", ", shown: int = 3) -> str:
-    """The first items and the number of the others, for error messages: "a, b, c and 5 more"."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return separator.join(items[:shown]) + more
-
-
 def source_fingerprint(name: str, entries: Iterable[tuple[str, Entry]], options: dict[str, Any]) -> str:
     """sha256 of the name, the files (part, name, CRC-32, size) and the options of a source."""
     files = [[part, entry.name, entry.crc, entry.size] for part, entry in entries]
