@@ -31,7 +31,7 @@ from metagmvae.pipelines.shards.dataset import Dataset
 from metagmvae.training.trainer import loop
 from metagmvae.training.trainer.checkpoint import load_state
 
-COLUMNS = (Column("glyphs", 5, 1), Column("glyphs", 3, 1))
+COLUMNS = (Column("glyphs", 5, 1), Column("glyphs", 3, 2))
 GENERATIVE = """
 [train]
 steps = 200
@@ -115,6 +115,22 @@ def test_runs_what_is_missing_and_names_what_fails(table, data):
     again = run_table(table, data)
     assert (again["ran"], again["done_before"]) == ([], 6)
     assert again["table"] == first["table"]
+
+
+@pytest.mark.parametrize(("selection", "calls"), [("last", 1), ("best", 2)])
+def test_tasks_of_one_model_are_evaluated_together(table, data, monkeypatch, selection, calls):
+    """The images are then encoded once; with train.selection = best each number of shots has a model of its own."""
+    evaluated, evaluate = [], run_job_module.evaluate_model
+
+    def counted(loaded, dataset, tasks, **options):
+        evaluated.append(options["mode"])
+        return evaluate(loaded, dataset, tasks, **options)
+
+    monkeypatch.setattr(run_job_module, "evaluate_model", counted)
+    preset = table / "small-gmvae.toml"
+    preset.write_text(preset.read_text().replace("steps = 200", f'steps = 200\nselection = "{selection}"'))
+    run_table(table, data, "--rows", "gmvae", code=0)
+    assert evaluated == ["transductive"] * calls
 
 
 def test_another_budget_and_another_seed_are_other_trainings(table, data):

@@ -166,9 +166,10 @@ def affordable_steps(stages: Mapping[str, tuple[int, float]], budget_s: float) -
 def _evaluate(job: TableJob) -> Iterator[str]:
     """Evaluate each task, write its file and beside it the accuracy of each episode; yield the names of the files."""
     dataset = Dataset.open(job.data)
+    model_by_shot = _settings(job).train.selection == "best"
 
     def kind(evaluation: Evaluation) -> tuple[object, ...]:
-        return evaluation.adapt, evaluation.mode, evaluation.baselines, evaluation.shot
+        return evaluation.adapt, evaluation.mode, evaluation.baselines, evaluation.shot if model_by_shot else 0
 
     for _, group in groupby(sorted(job.evaluations, key=kind), key=kind):
         evaluations = list(group)
@@ -184,7 +185,7 @@ def _evaluate(job: TableJob) -> Iterator[str]:
 def _evaluate_tasks(
     job: TableJob, loaded: LoadedModel, dataset: Dataset, evaluations: Sequence[Evaluation], *, probe: bool
 ) -> Iterator[str]:
-    """Evaluate tasks that differ in the number of classes only; with `probe`, of as many episodes as are affordable."""
+    """Evaluate tasks of one model, mode and kind; with `probe`, of as many episodes as are affordable."""
     first = evaluations[0]
     evaluate = partial(
         evaluate_model, loaded, dataset, split=SPLIT, mode=first.mode, baselines=first.baselines, name=job.name
