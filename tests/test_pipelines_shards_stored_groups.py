@@ -74,11 +74,13 @@ def sources(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("further", [[], ["--store", "encoded"]])
-@pytest.mark.parametrize("form", ["folder", "npz", "parquet", "vectors"])
-def test_every_source_stores_the_groups_as_numbers(sources, tmp_path, capsys, form, further):
-    if form == "vectors" and further:
-        pytest.skip("vectors are not stored encoded")
+@pytest.mark.parametrize(
+    ("form", "store"),
+    [(form, store) for form in ("folder", "npz", "parquet") for store in ("decoded", "encoded")]
+    + [("vectors", "decoded")],
+)
+def test_every_source_stores_the_groups_as_numbers(sources, tmp_path, capsys, form, store):
+    further = [] if store == "decoded" else ["--store", store]
     words = ["prepare", form, "--source", *sources[form], "--groups", "patient", "--json", *further]
     assert main([*words, "--out", str(tmp_path / "data")]) == 0
     answer = json.loads(capsys.readouterr().out)
